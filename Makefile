@@ -1,0 +1,50 @@
+# `make` alone lists what there is. Each environment has a stamp, so the second time costs nothing.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+SERVE := .venv/.serve
+DEV := .venv/.dev
+CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check fix docs clients clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+serve: $(SERVE) ## install what serving needs, then serve the built-in model (ARGS="--port 9000 ..." passes options)
+	$(BIN)/local-rerank serve $(ARGS)
+
+test: $(DEV) clients ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options)
+	$(BIN)/pytest $(ARGS)
+
+check: $(DEV) ## lint, formatting and types, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(DEV) ## mend what lint and formatting can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(DEV) ## write docs/options.md anew from the options' definitions
+	$(BIN)/python docs/options.py > docs/options.md
+
+clients: $(CLIENTS) ## install the vendors' SDKs that the tests drive, each set in an environment of its own
+
+clean: ## remove the environments, caches and built packages
+	rm -rf .venv .venv-clients dist .pytest_cache .mypy_cache .ruff_cache
+
+$(SERVE): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV): $(SERVE)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-clients/%/.installed: tests/clients/%.txt
+	$(PYTHON) -m venv .venv-clients/$*
+	.venv-clients/$*/bin/pip install --quiet --requirement $<
+	touch $@

@@ -1,0 +1,53 @@
+"""Every option of the engine, once: name, default, unit, help.
+
+Command-line flags, `LOCAL_RERANK_*` variables and `docs/options.md` all come from these fields (the server's own
+options stand in `local_rerank_server.config`). `auto` becomes a value once, when the engine is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+"""The model card's default; no full stop (the hosted service's default has one)."""
+
+DType = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the model is found, loaded and run."""
+
+    model: Annotated[
+        str | None,
+        Parameter(help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle; "
+                       "without it the built-in local-rerank-nano."),
+    ] = None  # fmt: skip
+    revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a hub model.")] = None
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one.")] = "auto"
+    dtype: Annotated[
+        DType,
+        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs with native bf16, else fp32. "
+                       "Head and softmax are always fp32."),
+    ] = "auto"  # fmt: skip
+    device_map: Annotated[
+        str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")
+    ] = None
+    attention: Annotated[str, Parameter(help="Attention kernel: auto or a name that `local-rerank kernels` lists.")] = (
+        "auto"
+    )
+    threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
+    instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
+    max_length: Annotated[int, Parameter(help="Tokens of a whole prompt; capped by the model's own maximum.")] = 8192
+    max_query_tokens: Annotated[int, Parameter(help="Tokens of a query; more are cut.")] = 4000
+    max_document_tokens: Annotated[int, Parameter(help="Tokens of a document; more are cut.")] = 4000
+    max_batch_tokens: Annotated[
+        int | None, Parameter(help="Tokens that one forward pass may hold; default: 2048 on CPU, 16384 on a GPU.")
+    ] = None
+    max_queued_tokens: Annotated[
+        int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")
+    ] = 500_000

@@ -1,0 +1,115 @@
+"""Every error that local-rerank raises on purpose, and nothing else.
+
+    LocalRerankError
+    ├── InvalidRequest                the caller's request cannot be ranked: `field`, `limit`, `value` say why
+    │   ├── EmptyQuery                the query is empty or blank
+    │   ├── EmptyDocument             a document is empty or blank where that is refused
+    │   ├── InvalidDocumentCount      no document at all, or more than the limit
+    │   ├── DocumentTooLong           a document has more characters than the limit
+    │   ├── TooManyTokens             a request has more tokens than the limit
+    │   ├── TextTooLong               a text would have to be cut and the request forbids that
+    │   ├── InstructionTooLong        the instruction leaves no room in the prompt
+    │   └── InvalidTopN               top_n below 1
+    ├── Overloaded                    the queue is full; `retry_after` says when to come back
+    ├── DeadlineExceeded              not answered in the time the caller or the server allows
+    ├── ModelUnavailable              the model is still loading, or the engine is closing
+    ├── EngineFailure                 the model failed on this request's batch
+    ├── CheckpointError               the model cannot be loaded, or is no reranker
+    └── ConfigError                   a setting is unknown or malformed
+
+The server adds its own leaves (unknown model, bad key, ...) in `local_rerank_server.errors`, which gives each leaf its
+HTTP status; a dialect only words them.
+"""
+
+from __future__ import annotations
+
+
+class LocalRerankError(Exception):
+    """Root of the tree."""
+
+
+class InvalidRequest(LocalRerankError):
+    """The caller's request cannot be ranked; names the field, the limit and the value."""
+
+    def __init__(self, message: str, *, field: str, limit: int | None = None, value: int | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.limit = limit
+        self.value = value
+
+
+class EmptyQuery(InvalidRequest):
+    def __init__(self) -> None:
+        super().__init__("query is empty; it must hold some text", field="query")
+
+
+class EmptyDocument(InvalidRequest):
+    def __init__(self, *, index: int) -> None:
+        super().__init__(f"documents[{index}] is empty; this server refuses empty documents", field="documents")
+        self.index = index
+
+
+class InvalidDocumentCount(InvalidRequest):
+    def __init__(self, *, limit: int | None, value: int) -> None:
+        most = "" if limit is None else f" and at most {limit} are taken"
+        super().__init__(f"{value} documents; at least 1 is needed{most}", field="documents", limit=limit, value=value)
+
+
+class DocumentTooLong(InvalidRequest):
+    def __init__(self, *, index: int, limit: int, value: int) -> None:
+        what = f"documents[{index}] has {value} characters; at most {limit} are taken"
+        super().__init__(what, field="documents", limit=limit, value=value)
+        self.index = index
+
+
+class TooManyTokens(InvalidRequest):
+    def __init__(self, *, limit: int, value: int) -> None:
+        super().__init__(f"the request has {value} tokens; at most {limit} are taken", field="documents",
+                         limit=limit, value=value)  # fmt: skip
+
+
+class TextTooLong(InvalidRequest):
+    def __init__(self, *, field: str, limit: int, value: int) -> None:
+        what = f"{field} has {value} tokens, {limit} fit, and this request forbids cutting"
+        super().__init__(what, field=field, limit=limit, value=value)
+
+
+class InstructionTooLong(InvalidRequest):
+    def __init__(self, *, limit: int, value: int) -> None:
+        what = f"instruction has {value} tokens; at most {limit} are taken"
+        super().__init__(what, field="instruction", limit=limit, value=value)
+
+
+class InvalidTopN(InvalidRequest):
+    def __init__(self, *, value: int) -> None:
+        super().__init__(f"top_n is {value}; it must be at least 1", field="top_n", limit=1, value=value)
+
+
+class Overloaded(LocalRerankError):
+    """The queue is full. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(LocalRerankError):
+    def __init__(self, *, timeout_ms: float) -> None:
+        super().__init__(f"not answered within {timeout_ms:.0f} ms")
+        self.timeout_ms = timeout_ms
+
+
+class ModelUnavailable(LocalRerankError):
+    """The model is still loading, or the engine is closing."""
+
+
+class EngineFailure(LocalRerankError):
+    """The model failed on this request's batch."""
+
+
+class CheckpointError(LocalRerankError):
+    """The model cannot be loaded, or is no reranker; the message says what to do."""
+
+
+class ConfigError(LocalRerankError):
+    """A setting is unknown or malformed; the message names it."""

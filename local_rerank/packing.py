@@ -1,0 +1,116 @@
+"""list[Pair] -> PackedBatch: one sequence without padding, every prefix once.
+
+A batch is a list of groups. A group is one prefix segment followed by the document segments of its pairs, ordered by
+length so that attention can take equal lengths in one call. Knows nothing of models or attention kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from local_rerank.tokenization import Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring document segments of one group that have the same length."""
+
+    start: int  # first token of the first segment
+    first_document: int  # number of the first segment among the batch's documents, in packed order
+    count: int
+    length: int  # tokens of each segment
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prefix segment and the documents that share it."""
+
+    start: int  # first token of the prefix
+    prefix_length: int
+    end: int  # one past the last token of the last document
+    first_document: int
+    num_documents: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedBatch:
+    """What one forward pass takes. `num_pairs` documents in packed order; `pair_order` leads back to the caller's."""
+
+    input_ids: Tensor  # (1, num_tokens) int64
+    position_ids: Tensor  # (1, num_tokens) int64: a document's positions begin at its prefix's length
+    last_token_index: Tensor  # (num_pairs,) int64: where each document's last token stands
+    pair_order: Tensor  # (num_pairs,) int64: packed document i is the caller's pair pair_order[i]
+    groups: tuple[Group, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.last_token_index.shape[0]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """A copy whose tensors are on `device`; from pinned memory the copies do not wait."""
+        if device.type == "cpu":
+            return self
+        return PackedBatch(
+            input_ids=self.input_ids.pin_memory().to(device, non_blocking=True),
+            position_ids=self.position_ids.pin_memory().to(device, non_blocking=True),
+            last_token_index=self.last_token_index.pin_memory().to(device, non_blocking=True),
+            pair_order=self.pair_order,
+            groups=self.groups,
+        )
+
+
+def pack(pairs: Sequence[Pair]) -> PackedBatch:
+    """Lay out pairs, grouped by prefix in order of appearance, documents by length within a group."""
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_prefix.setdefault(pair.prefix_ids, []).append(index)
+    ids: list[int] = []
+    positions: list[int] = []
+    last: list[int] = []
+    order: list[int] = []
+    groups: list[Group] = []
+    for prefix_ids, members in by_prefix.items():
+        members.sort(key=lambda index: len(pairs[index].document_ids))
+        start, first_document, prefix_length = len(ids), len(order), len(prefix_ids)
+        ids += prefix_ids
+        positions += range(prefix_length)
+        runs: list[Run] = []
+        for index in members:
+            document_ids = pairs[index].document_ids
+            length = len(document_ids)
+            runs[-1:] = _extend(runs[-1] if runs else None, start=len(ids), document=len(order), length=length)
+            ids += document_ids
+            positions += range(prefix_length, prefix_length + length)
+            last.append(len(ids) - 1)
+            order.append(index)
+        groups.append(Group(start, prefix_length, len(ids), first_document, len(members), tuple(runs)))
+    return PackedBatch(
+        input_ids=torch.tensor([ids], dtype=torch.int64),
+        position_ids=torch.tensor([positions], dtype=torch.int64),
+        last_token_index=torch.tensor(last, dtype=torch.int64),
+        pair_order=torch.tensor(order, dtype=torch.int64),
+        groups=tuple(groups),
+    )
+
+
+def _extend(run: Run | None, *, start: int, document: int, length: int) -> list[Run]:
+    """The run with one more segment of its length, or the run followed by a new one."""
+    if run is not None and run.length == length:
+        return [Run(run.start, run.first_document, run.count + 1, length)]
+    new = Run(start, document, 1, length)
+    return [new] if run is None else [run, new]
+
+
+def num_batch_tokens(pairs: Sequence[Pair]) -> int:
+    """Tokens of the packed batch that `pairs` would make."""
+    prefixes = {pair.prefix_ids for pair in pairs}
+    return sum(map(len, prefixes)) + sum(len(pair.document_ids) for pair in pairs)

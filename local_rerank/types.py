@@ -1,0 +1,122 @@
+"""The values that enter and leave the library. Read this first; it needs neither torch nor a tokenizer.
+
+A caller makes a `RerankRequest` (every check that needs no tokenizer happens as it is made) and gets a `RerankResult`
+back: the documents in order of relevance, with what each one cost and what was cut from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from local_rerank.errors import (
+    DocumentTooLong,
+    EmptyDocument,
+    EmptyQuery,
+    InvalidDocumentCount,
+    InvalidRequest,
+    InvalidTopN,
+)
+
+Truncation = Literal["end", "start", "error"]
+"""Which end of an over-long text is cut; "error" refuses the request instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may hold; None means no limit. Servers give each route its own."""
+
+    max_documents: int | None = None
+    max_document_chars: int | None = None
+    max_request_tokens: int | None = None  # query tokens x documents + document tokens, counted after cutting
+    allow_empty_documents: bool = True  # the hosted DashScope service refuses them; by default they are scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankRequest:
+    """One query with its documents. Raises a leaf of `InvalidRequest` when it cannot be ranked.
+
+    >>> RerankRequest(query="capital of France", documents=("Paris", "Rome")).top_n is None
+    True
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    instruction: str | None = None  # None: the engine's default instruction
+    top_n: int | None = None  # None: all
+    max_query_tokens: int | None = None  # None: the engine's setting; a request may only lower it
+    max_document_tokens: int | None = None  # likewise
+    truncation: Truncation = "end"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        _check_text("query", self.query)
+        _check_text("instruction", self.instruction or "")
+        if not self.query.strip():
+            raise EmptyQuery()
+        limit = self.limits.max_documents
+        if not self.documents or (limit is not None and len(self.documents) > limit):
+            raise InvalidDocumentCount(limit=limit, value=len(self.documents))
+        if self.top_n is not None and self.top_n < 1:
+            raise InvalidTopN(value=self.top_n)
+        for name in ("max_query_tokens", "max_document_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)
+        for index, document in enumerate(self.documents):
+            self._check_document(index, document)
+
+    def _check_document(self, index: int, document: str) -> None:
+        _check_text(f"documents[{index}]", document)
+        limit = self.limits.max_document_chars
+        if limit is not None and len(document) > limit:
+            raise DocumentTooLong(index=index, limit=limit, value=len(document))
+        if not self.limits.allow_empty_documents and not document.strip():
+            raise EmptyDocument(index=index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedDocument:
+    """One document of the answer."""
+
+    index: int  # the document's place in the request
+    relevance_score: float  # 0...1: sigmoid(log_odds)
+    log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it
+    document: str
+    num_tokens: int  # tokens of the document that were scored
+    num_truncated_tokens: int  # tokens of the document that were cut away
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankResult(Sequence[RankedDocument]):
+    """The ranked documents, most relevant first (ties: the caller's order), `top_n` of them at most.
+
+    A sequence of `RankedDocument`.
+    """
+
+    results: tuple[RankedDocument, ...]
+    model: str  # id of the model that scored
+    num_query_tokens: int  # tokens of the query that were used
+    num_query_truncated_tokens: int
+    num_document_tokens: int  # over all documents of the request, after cutting, duplicates counted each time
+    num_truncated_documents: int
+    total_tokens: int  # what the hosted service bills: instruction and query once per document, plus the documents
+    num_computed_tokens: int  # tokens that went through the model: shared prefixes and duplicates count once
+    tokenize_ms: float
+    queue_ms: float  # from submission to the start of the request's first batch
+    total_ms: float  # from submission to the last score
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int and slice, as tuple has them
+        return self.results[index]
+
+    def __iter__(self) -> Iterator[RankedDocument]:
+        return iter(self.results)
+
+
+def _check_text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{field} must be a string, not {type(value).__name__}", field=field)

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: tiny random checkpoints in the real architecture, made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from local_rerank import Reranker
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen3ForCausalLM with a byte tokenizer, tied head, fp32."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-reranker")
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tiny_checkpoint: Path) -> Iterator[Reranker]:
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+        yield reranker
+
+
+@pytest.fixture(scope="session")
+def nano() -> Iterator[Reranker]:
+    """The embedded default model, fp32."""
+    with Reranker(device="cpu", dtype="fp32") as reranker:
+        yield reranker

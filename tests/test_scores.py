@@ -1,0 +1,140 @@
+"""The central test: a pair scores the same in any packed batch as alone through the model card's code."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from local_rerank import Reranker
+from local_rerank.attention import KERNELS
+from local_rerank.packing import pack
+from local_rerank.tokenization import Pair
+from local_rerank.types import RerankRequest
+from tests.checkpoints import make_checkpoint
+from tests.reference import ModelCard, classifier_log_odds, prompt_ids
+
+FP32_TOLERANCE = 1e-5  # log-odds; fp32 sums in another order
+BF16_TOLERANCE = 0.06  # log-odds, as a share of the spread of scores: bf16 has 8 bits of mantissa, two layers
+
+SHAPES = {
+    "tied": {"tied": True},
+    "untied": {"tied": False, "seed": 1},
+    "one layer": {"num_hidden_layers": 1, "seed": 2},
+    "deep and narrow": {"num_hidden_layers": 5, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 8, "seed": 3},
+    "no shared key heads": {"num_attention_heads": 4, "num_key_value_heads": 4, "seed": 4},
+    "one key head": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32, "seed": 5},
+}
+CPU_KERNELS = [name for name, row in KERNELS.items() if "cpu" in row.device_types]
+
+
+def texts(seed: int, num: int) -> list[str]:
+    """Words of many lengths: none at all, one letter, up to a few hundred tokens, some of them equal in length."""
+    generator = random.Random(seed)
+    lengths = [0, 1, 1, 7, 7, 7, 40, 300]
+    return ["".join(generator.choices("abc de,fg?\n中é", k=generator.choice(lengths))) for _ in range(num)]
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", **shape)
+    card = ModelCard(folder)
+    with Reranker(str(folder), device="cpu", dtype="fp32", attention=kernel, max_batch_tokens=1500) as reranker:
+        requests = [
+            RerankRequest(query=query or "?", documents=tuple(texts(seed, 12)))
+            for seed, query in enumerate(texts(99, 5))
+        ]
+        for request, future in [(r, reranker.submit(r)) for r in requests]:
+            for item in future.result():
+                alone = card.pair(request.query, item.document)
+                assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_bf16_scores_stay_near_those_of_the_pair_alone(kernel: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", seed=6)
+    exact = ModelCard(folder)
+    documents = texts(3, 20)
+    with Reranker(str(folder), device="cpu", dtype="bf16", attention=kernel) as reranker:
+        result = reranker.rank("a query", documents)
+    alone = torch.tensor([exact.pair("a query", item.document) for item in result])
+    ours = torch.tensor([item.log_odds for item in result])
+    assert (ours - alone).abs().max() < BF16_TOLERANCE * (alone.max() - alone.min())
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_sequence_classification_conversions_score_like_plain_transformers(labels: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", num_labels=labels, seed=7)
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        for item in reranker.rank("which one", ["this", "that one", ""]):
+            prompt, ids = reranker.explain("which one", item.document)
+            assert item.log_odds == pytest.approx(classifier_log_odds(folder, ids), abs=FP32_TOLERANCE)
+            assert prompt.startswith("<|im_start|>system\n")
+
+
+def test_a_conversion_made_from_the_head_rows_scores_as_the_original(tmp_path: Path) -> None:
+    original = make_checkpoint(tmp_path / "original", tied=False, seed=8)
+    converted = make_checkpoint(tmp_path / "converted", num_labels=1, seed=8)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(original / "model.safetensors")
+    card = ModelCard(original)
+    head = weights.pop("lm_head.weight")
+    weights["score.weight"] = (head[card.yes] - head[card.no]).unsqueeze(0)
+    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    with Reranker(str(converted), device="cpu", dtype="fp32") as reranker:
+        for item in reranker.rank("which one", ["this", "that one", ""]):
+            assert item.log_odds == pytest.approx(card.pair("which one", item.document), abs=FP32_TOLERANCE)
+
+
+def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "whole", seed=9)
+    shards = make_checkpoint(tmp_path / "shards", seed=9, max_shard_size="40KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    scores = []
+    for folder in (whole, shards):
+        with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+            scores.append(reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True))
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_the_pruned_last_layer_equals_the_unpruned_one(kernel: str, tiny_checkpoint: Path) -> None:
+    """One layer more than the backbone runs itself, driven by transformers instead of by hand."""
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", attention=kernel) as reranker:
+        engine = reranker._engine
+        batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
+        pruned = engine.forward(batch)
+        backbone = engine._backbone
+        backbone.config.num_hidden_layers += 1
+        row = KERNELS[kernel]
+        from local_rerank.engine import PackedAttention
+
+        with torch.inference_mode():
+            hidden = backbone(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask={"full_attention": None},
+                use_cache=False,
+                packed_attention=PackedAttention(row, row.layout(batch, False)),
+            ).last_hidden_state
+            last = engine._final_norm(hidden)[0, batch.last_token_index]
+            logits = last @ engine._head.T
+        unpruned = torch.empty_like(pruned).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
+    assert torch.allclose(pruned, unpruned, atol=FP32_TOLERANCE)
+
+
+def test_a_prompt_over_the_maximum_loses_the_end_of_its_document_only(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", max_position_embeddings=400)
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        result = reranker.rank("q", ["x" * 1000])
+        _, ids = reranker.explain("q", "x" * 1000)
+        card = ModelCard(folder)
+        suffix = reranker.tokenizer.suffix_ids
+        expected = prompt_ids(card.tokenizer, "q", "x" * 1000)[: 400 - len(suffix)] + list(suffix)
+    assert ids == expected
+    assert result[0].num_truncated_tokens == 1001 - result[0].num_tokens > 0
+    assert result[0].log_odds == pytest.approx(float(card.log_odds([expected])[0]), abs=FP32_TOLERANCE)

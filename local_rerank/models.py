@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,8 +82,8 @@ def load_model(
         else transformers.AutoModelForCausalLM
     )
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
-    if checkpoint.source == "embedded":
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # loads in a blink
+    if checkpoint.source == "embedded" or not sys.stderr.isatty():  # a blink, or nobody to look
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
             checkpoint.folder,
@@ -101,24 +102,34 @@ def load_model(
     return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
+def cached_folder(model_id: str, revision: str | None) -> Path | None:
+    """The snapshot of a hub model in the local cache, if all its files are there; asks no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _is_complete(folder) else None
+
+
 def _hub_folder(model_id: str, revision: str | None) -> Path:
     """The cached snapshot of a hub model, downloaded if it is not there in full."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
-        if _is_complete(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        logger.info("%s is not cached; asking the hub", model_id)
+    if (folder := cached_folder(model_id, revision)) is not None:
+        return folder
+    logger.info("%s is not in the local cache; asking the hub", model_id)
     try:
         return Path(snapshot_download(model_id, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        pull = f"huggingface-cli download {model_id}" + (f" --revision {revision}" if revision else "")
+        pull = f"hf download {model_id}" + (f" --revision {revision}" if revision else "")
+        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{model_id} is not in the local cache and the hub cannot serve it ({type(error).__name__}: {error}). On a "
-            f"machine with a network run `{pull}`, copy the folder here and pass its path as --model."
+            f"{model_id} is not in the local cache and the hub cannot serve it ({type(error).__name__}: {reason}). On a "
+            f"machine with a network run `{pull} --local-dir FOLDER`, copy FOLDER here and pass it as --model"
         ) from error
 
 

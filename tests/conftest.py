@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from local_rerank import Reranker
 from tests.checkpoints import make_checkpoint
+
+# no deadline: these machines are shared, and the tests are free of timing
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

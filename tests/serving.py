@@ -19,7 +19,7 @@ STOP_SECONDS = 40  # the server itself gives accepted requests 30
 
 @contextmanager
 def serving(log: Path, *options: str) -> Iterator[str]:
-    """Yields the base URL of a server that is ready; its output goes to `log`. A server that does not end well fails the test."""
+    """Yields the base URL of a server that is ready; its output goes to `log`. It has to end with status 0."""
     command = [sys.executable, "-m", "local_rerank", "serve", "--port", "0", *options]
     with log.open("w") as output:
         process = subprocess.Popen(

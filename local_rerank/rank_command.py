@@ -1,0 +1,133 @@
+"""The command `local-rerank rank`: a query and documents from wherever they are, a table or JSON out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from local_rerank.config import EngineConfig
+from local_rerank.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from local_rerank.reranker import Reranker
+    from local_rerank.types import RerankResult
+
+_option = partial(Parameter, negative="", show_env_var=False)  # variables are for settings, not for one call's input
+BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
+
+
+def rank(
+    query: Annotated[str, _option(help="What the documents are ranked for.")],
+    *documents: Annotated[str, _option(help="Documents; without any, they are read from --file or standard input.")],
+    file: Annotated[
+        Path | None,
+        _option(
+            help="Documents: a .jsonl file (a string, or an object with text or document, a line), "
+            "else text, a document a line."
+        ),
+    ] = None,  # fmt: skip
+    top_n: Annotated[int | None, _option(help="How many documents to print; default: all.")] = None,
+    json_output: Annotated[bool, _option(name="--json", help="Print the whole result as JSON.")] = False,
+    show_prompt: Annotated[
+        bool, _option(help="Print the exact prompt and token ids of the first document's pair instead.")
+    ] = False,
+    engine: EngineConfig | None = None,
+) -> None:
+    """Rank documents by their relevance to QUERY."""
+    texts = list(documents) or _read(file)
+    from local_rerank.reranker import Reranker
+    from local_rerank.types import RerankRequest
+
+    request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
+    with _status("loading the model"):
+        reranker = Reranker(config=engine)
+    with reranker:
+        if show_prompt:
+            _print_prompt(reranker, query, texts[0])
+            return
+        with _status(f"scoring {len(texts)} documents"):
+            result = reranker.submit(request).result()
+        if json_output:
+            _print_json(result)
+        else:
+            _print_table(result)
+
+
+def _read(file: Path | None) -> list[str]:
+    """Documents of a file, or of standard input when it is no terminal."""
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"file {file} cannot be read: {error}", field="file") from error
+        if file.suffix == ".jsonl":
+            return [_text_of(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        return [line for line in lines if line.strip()]
+    if sys.stdin.isatty():
+        raise InvalidRequest(
+            "no documents: give them as arguments, with --file or on standard input", field="documents"
+        )
+    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InvalidRequest(f"{where} is not JSON: {error}", field="file") from error
+    if isinstance(value, dict):
+        value = value.get("text", value.get("document"))
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{where} is neither a string nor an object with text or document", field="file")
+    return value
+
+
+def _status(message: str):  # type: ignore[no-untyped-def]  # rich's type would import rich for --help
+    from rich.console import Console
+
+    return Console(stderr=True).status(message + " ...")
+
+
+def _print_json(result: RerankResult) -> None:
+    from rich.console import Console
+
+    text = json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2)
+    Console().out(text, highlight=False)
+
+
+def _print_table(result: RerankResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("#", justify="right", style="dim")
+    table.add_column("score", justify="right")
+    table.add_column("", width=BAR_WIDTH, no_wrap=True)
+    table.add_column("log-odds", justify="right", style="dim")
+    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    for item in result:
+        bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
+        cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
+        text = Text(" ".join(item.document.split()) + cut)  # Text: brackets in a document are no markup
+        table.add_row(str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}", text)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result.model}: {result.num_computed_tokens} tokens in {result.total_ms:.0f} ms", style="dim", highlight=False
+    )
+
+
+def _print_prompt(reranker: Reranker, query: str, document: str) -> None:
+    from rich.console import Console
+
+    prompt, ids = reranker.explain(query, document)
+    console = Console()
+    console.out(prompt, highlight=False)
+    console.out(f"\n{len(ids)} token ids: {' '.join(map(str, ids))}", highlight=False)

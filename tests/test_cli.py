@@ -1,0 +1,129 @@
+"""The command line as a user meets it: a real process, its output, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local_rerank import Reranker, __version__
+
+
+def run(*arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_RERANK_")}
+    return subprocess.run(
+        [sys.executable, "-m", "local_rerank", *arguments],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment | variables,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> tuple[str, ...]:
+    return ("--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32")
+
+
+def test_rank_prints_a_table_in_order_of_relevance(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run("rank", "q", "first", "second [bold]", "third", *model)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[1:-1]
+    expected = tiny_reranker.rank("q", ["first", "second [bold]", "third"])
+    assert [int(row.split()[0]) for row in rows] == [item.index for item in expected]
+    assert "second [bold]" in done.stdout, "brackets in a document are no markup"
+
+
+def test_rank_gives_the_whole_result_as_json(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run("rank", "q", "first", "second", "--json", "--top-n", "1", *model)
+    result, expected = json.loads(done.stdout), tiny_reranker.rank("q", ["first", "second"], top_n=1)
+    assert result["results"][0]["document"] == expected[0].document
+    assert result["results"][0]["log_odds"] == pytest.approx(expected[0].log_odds, abs=1e-5)
+    assert result["total_tokens"] == expected.total_tokens
+
+
+@pytest.mark.parametrize("name", ["documents.txt", "documents.jsonl", None])
+def test_rank_reads_documents_from_files_and_standard_input(
+    name: str | None, model: tuple[str, ...], tmp_path: Path
+) -> None:
+    lines = {"documents.jsonl": '"one"\n\n{"text": "two"}\n{"document": "three"}\n'}.get(
+        name or "", "one\n\ntwo\nthree\n"
+    )
+    if name is not None:
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    source = [] if name is None else ["--file", str(tmp_path / name)]
+    done = run("rank", "q", "--json", *source, *model, stdin=lines if name is None else None)
+    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
+
+
+def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run("rank", "the query", "the document", "--show-prompt", *model)
+    prompt, ids = tiny_reranker.explain("the query", "the document")
+    assert prompt in done.stdout
+    assert " ".join(map(str, ids)) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (("rank", "q", "d", "--model", "./nowhere"), {}, "'./nowhere' is no folder"),
+        (("rank", "q", "d", "--device", "tpu"), {}, "device is 'tpu'"),
+        (("rank", "q", "d", "--device", "cuda:99"), {}, "device is 'cuda:99'"),
+        (("rank", "q", "d", "--attention", "fast"), {}, "attention is 'fast'"),
+        (("rank", "q", "d", "--dtype", "int3"), {}, "--dtype"),
+        (("rank", "q", "d", "--threads", "x"), {}, "--threads"),
+        (("rank", "q", "d", "--treads", "2"), {}, "--treads"),
+        (("rank", "q", "--file", "nowhere.txt"), {}, "nowhere.txt"),
+        (("rank", " ", "d"), {}, "query is empty"),
+        (("rank", "q", "d", "--top-n", "0"), {}, "top_n is 0"),
+        (("rank", "q", "d"), {"LOCAL_RERANK_TREADS": "2"}, "LOCAL_RERANK_TREADS"),
+        (("rank", "q", "d"), {"LOCAL_RERANK_THREADS": "x"}, "LOCAL_RERANK_THREADS"),
+        (("rnk", "q", "d"), {}, '"rnk"'),
+    ],
+)
+def test_what_goes_wrong_is_one_line_that_names_it(
+    arguments: tuple[str, ...], variables: dict[str, str], words: str
+) -> None:
+    done = run(*arguments, **variables)
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
+    model: tuple[str, ...], tiny_reranker: Reranker
+) -> None:
+    odds = []
+    for flags, variables in (
+        ((), {}),
+        ((), {"LOCAL_RERANK_INSTRUCTION": "other"}),
+        (("--instruction", "flag"), {"LOCAL_RERANK_INSTRUCTION": "other"}),
+    ):
+        done = run("rank", "q", "d", "--json", *flags, *model, **variables)
+        odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
+    expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
+    assert odds == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout.strip() == __version__
+
+
+def test_help_and_import_load_neither_torch_nor_a_web_framework() -> None:
+    program = (
+        "import sys, local_rerank, local_rerank.types, local_rerank.config\n"
+        "from local_rerank.cli import app\n"
+        "app(['--help'], exit_on_error=False, result_action='return_value')\n"
+        "app(['serve', '--help'], exit_on_error=False, result_action='return_value')\n"
+        "print(sorted({'torch', 'transformers', 'fastapi', 'starlette', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

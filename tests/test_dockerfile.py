@@ -1,0 +1,102 @@
+"""Dockerfile.gpu names only what exists: paths, options, packages, programs. (No docker is needed, none is asked.)"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from local_rerank.cli import ENV_PREFIX, app, option_names
+from local_rerank.models import EMBEDDED_MODEL
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(sys.executable).parent  # of the environment that constraints.txt describes
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(keyword, rest) of each instruction, comments dropped and continued lines joined."""
+    lines = [line for line in (ROOT / "Dockerfile.gpu").read_text().splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(keyword, rest.strip()) for keyword, rest in re.findall(r"^([A-Z]+)\s+(.*)$", joined, re.MULTILINE)]
+
+
+def all_of(keyword: str) -> list[str]:
+    return [rest for word, rest in instructions() if word == keyword]
+
+
+def environment() -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(all_of("ENV"))))
+
+
+def position(text: str) -> int:
+    (found,) = (number for number, (_, rest) in enumerate(instructions()) if text in rest)
+    return found
+
+
+@pytest.mark.parametrize("copied", all_of("COPY"))
+def test_every_copied_path_exists(copied: str) -> None:
+    *sources, _ = copied.split()
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_everything_that_the_build_reads_is_copied() -> None:
+    copied = {source for rest in all_of("COPY") for source in rest.split()[:-1]}
+    assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "local_rerank", "server"} == copied
+
+
+def test_every_option_it_sets_is_an_option() -> None:
+    ours = {ENV_PREFIX + name.upper() for name in option_names()}
+    the_hub_s = set(re.findall(r'"(\w+)"', inspect.getsource(huggingface_hub.constants)))
+    assert [name for name in environment() if name not in {"PATH", *ours, *the_hub_s}] == []
+
+
+def test_what_it_starts_is_a_command() -> None:
+    (entry,), (command,) = (json.loads(all_of(keyword)[0]) for keyword in ("ENTRYPOINT", "CMD"))
+    assert (PROGRAMS / entry).exists()
+    assert command in set(app)
+
+
+def test_every_program_it_runs_is_installed_by_what_it_installs() -> None:
+    script = " ".join(all_of("RUN"))
+    assert re.search(r"\bhf download\b", script)
+    done = subprocess.run([PROGRAMS / "hf", "download", "--help"], capture_output=True, text=True, check=True)
+    assert "--revision" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("apt-cache") is None, reason="this system has no apt to ask for packages")
+def test_every_system_package_it_installs_exists() -> None:
+    (packages,) = re.findall(r"apt-get install ((?:-\S+ )*)([^&]+)", " ".join(all_of("RUN")))
+    for name in packages[1].split():
+        done = subprocess.run(["apt-cache", "show", name], capture_output=True, text=True)
+        assert f"Package: {name}" in done.stdout, name
+
+
+def test_it_runs_as_a_user_without_rights() -> None:
+    (user,) = all_of("USER")
+    assert user not in {"root", "0"}
+    assert any("useradd" in rest and rest.endswith(user) for rest in all_of("RUN"))
+
+
+def test_it_is_offline_once_weights_are_baked() -> None:
+    values = environment()
+    assert (values["HF_HUB_OFFLINE"], values["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
+    assert position("HF_HUB_OFFLINE=1") > position("hf download")
+
+
+def test_without_a_build_argument_it_serves_the_built_in_model() -> None:
+    assert 'MODEL=""' in all_of("ARG")
+    assert environment()["LOCAL_RERANK_MODEL"] == f"${{MODEL:-{EMBEDDED_MODEL}}}"
+
+
+def test_its_health_check_asks_the_port_that_is_served() -> None:
+    (check,) = all_of("HEALTHCHECK")
+    port = environment()["LOCAL_RERANK_PORT"]
+    assert f"http://127.0.0.1:{port}/ready" in check
+    assert all_of("EXPOSE") == [port]

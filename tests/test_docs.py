@@ -1,0 +1,77 @@
+"""The documents say what is so: options, make targets, routes, links and examples."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from docs.options import render
+from local_rerank.cli import app
+from local_rerank_server.dialects import ROWS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "server" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return [text for name, text in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of every command line of that program in the documents' shell blocks."""
+    text = "\n".join(block for page in PAGES for block in fences(page, "sh") + fences(page, "console"))
+    lines = re.findall(rf"^(?:\$ |.*\| )?{program} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_options_page_is_what_the_definitions_say() -> None:
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == render(), "run `make docs`"
+
+
+def test_the_readme_begins_with_make_serve_and_make_test() -> None:
+    first = [line for block in FENCE.findall(README) for line in block[1].splitlines()][:2]
+    assert [line.split("#")[0].strip() for line in first] == ["make serve", "make test"]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {word for page in PAGES for word in re.findall(r"`make (\w+)", page.read_text(encoding="utf-8"))}
+    named |= {arguments[0] for arguments in commands("make")}
+    assert {"serve", "test"} <= named <= targets
+
+
+def test_every_command_line_that_is_shown_parses() -> None:
+    shown = commands("local-rerank")
+    assert {"serve", "rank"} <= {arguments[0] for arguments in shown}
+    for arguments in shown:
+        app.parse_args(arguments, print_error=False, exit_on_error=False)
+
+
+def test_the_readme_lists_every_route() -> None:
+    paths = {route.path.replace(":path", "").rstrip("/") for _, router in ROWS for route in router.routes}
+    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", README, re.MULTILINE)) == paths
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\((?!https?:)([^)#]+)", README)}
+    assert {page for page in PAGES if page.name != "README.md"} <= linked
+
+
+@pytest.mark.parametrize("number", range(len(fences(ROOT / "README.md", "python"))))
+def test_the_examples_in_python_run_and_print_what_is_shown(number: int) -> None:
+    example = fences(ROOT / "README.md", "python")[number]
+    test = doctest.DocTestParser().get_doctest(example, {}, f"README example {number}", None, None)
+    assert test.examples
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0

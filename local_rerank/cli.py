@@ -1,7 +1,7 @@
-"""The command line. Each command is a function in a module of its own, imported when it is run: `--help` loads no torch.
+"""The command line. Each command is a function in a module of its own, imported when it runs: `--help` loads no torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the options' definitions; a flag wins over a variable. Whatever goes wrong
-by intention ends in one line on standard error and exit status 1 (2 for the command line itself), without a traceback.
+Flags and `LOCAL_RERANK_*` variables come from the options' definitions; a flag wins over a variable. Errors end in one
+line on standard error and exit status 1 (2 for the command line itself), without a traceback.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ app = App(
 )
 app.command("local_rerank_server.command:serve", name="serve", help="Answer the HTTP APIs of hosted rerankers.")
 app.command("local_rerank.rank_command:rank", name="rank", help="Rank documents given here, in a file or piped in.")
+app.command("local_rerank.eval_command:evaluate", name="eval", help="Measure how much a model improves a search run.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

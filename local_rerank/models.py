@@ -128,8 +128,8 @@ def _hub_folder(model_id: str, revision: str | None) -> Path:
         pull = f"hf download {model_id}" + (f" --revision {revision}" if revision else "")
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"{model_id} is not in the local cache and the hub cannot serve it ({type(error).__name__}: {reason}). On a "
-            f"machine with a network run `{pull} --local-dir FOLDER`, copy FOLDER here and pass it as --model"
+            f"{model_id} is not in the local cache and the hub cannot serve it ({type(error).__name__}: {reason}). "
+            f"On a machine with a network run `{pull} --local-dir FOLDER`, copy FOLDER here and pass it as --model"
         ) from error
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from local_rerank.blending import Bm25, best_first, parse_blend
+from local_rerank.blending import blend as blend_scores
 from local_rerank.config import EngineConfig
-from local_rerank.errors import InvalidRequest
+from local_rerank.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
-    from local_rerank.types import RerankResult
+    from local_rerank.types import RankedDocument, RerankResult
 
 _option = partial(Parameter, negative="", show_env_var=False)  # variables are for settings, not for one call's input
 BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
@@ -27,13 +29,14 @@ def rank(
     *documents: Annotated[str, _option(help="Documents; without any, they are read from --file or standard input.")],
     file: Annotated[
         Path | None,
-        _option(
-            help="Documents: a .jsonl file (a string, or an object with text or document, a line), "
-            "else text, a document a line."
-        ),
-    ] = None,  # fmt: skip
+        _option(help="File of documents, one a line: text, or if .jsonl a string or an object with text or document."),
+    ] = None,
     top_n: Annotated[int | None, _option(help="How many documents to print; default: all.")] = None,
     json_output: Annotated[bool, _option(name="--json", help="Print the whole result as JSON.")] = False,
+    blend: Annotated[
+        str | None,
+        _option(help="Order by log-odds plus W times BM25 over these documents, as z-scores: bm25=W. Off by default."),
+    ] = None,
     show_prompt: Annotated[
         bool, _option(help="Print the exact prompt and token ids of the first document's pair instead.")
     ] = False,
@@ -41,6 +44,7 @@ def rank(
 ) -> None:
     """Rank documents by their relevance to QUERY."""
     texts = list(documents) or _read(file)
+    weight = None if blend is None else _lexical_weight(blend)
     from local_rerank.reranker import Reranker
     from local_rerank.types import RerankRequest
 
@@ -52,11 +56,27 @@ def rank(
             _print_prompt(reranker, query, texts[0])
             return
         with _status(f"scoring {len(texts)} documents"):
-            result = reranker.submit(request).result()
+            result = reranker.submit(request if weight is None else replace(request, top_n=None)).result()
+        blended = None if weight is None else _blended(result, query, weight)[:top_n]
         if json_output:
-            _print_json(result)
+            _print_json(result, blended)
         else:
-            _print_table(result)
+            _print_table(result, blended)
+
+
+def _lexical_weight(blend: str) -> float:
+    how = parse_blend(blend)
+    if how.source != "bm25":
+        raise ConfigError(f"blend is {blend!r}, but rank has no run to add; use bm25=W")
+    return how.weight
+
+
+def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[RankedDocument, float]]:
+    """All documents with their blended scores, highest first."""
+    documents = [item.document for item in result]
+    lexical = Bm25(documents).scores(query, documents)
+    scores = blend_scores([item.log_odds for item in result], lexical, weight)
+    return [(result[position], scores[position]) for position in best_first(scores)]
 
 
 def _read(file: Path | None) -> list[str]:
@@ -94,14 +114,16 @@ def _status(message: str):  # type: ignore[no-untyped-def]  # rich's type would 
     return Console(stderr=True).status(message + " ...")
 
 
-def _print_json(result: RerankResult) -> None:
+def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
     from rich.console import Console
 
-    text = json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2)
-    Console().out(text, highlight=False)
+    value = asdict(result)
+    if blended is not None:
+        value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
+    Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)
 
 
-def _print_table(result: RerankResult) -> None:
+def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -111,12 +133,15 @@ def _print_table(result: RerankResult) -> None:
     table.add_column("score", justify="right")
     table.add_column("", width=BAR_WIDTH, no_wrap=True)
     table.add_column("log-odds", justify="right", style="dim")
+    if blended is not None:
+        table.add_column("blended", justify="right")
     table.add_column("document", overflow="ellipsis", no_wrap=True)
-    for item in result:
+    for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
         text = Text(" ".join(item.document.split()) + cut)  # Text: brackets in a document are no markup
-        table.add_row(str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}", text)
+        cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
+        table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
     console = Console()
     console.print(table)
     console.print(

@@ -18,7 +18,8 @@ HOSTED_INSTRUCTION = INSTRUCTION + "."
 NASTY_TEXTS = [
     "", " ", "   ", "\n", "\n\n", "\t", "\r\n", "a", " a", "a ", "  two spaces", "\nleading newline", "at the end\n",
     "tabs\tand\r\nCRLF\r\n", "1", "12345", "3.14 and 1,000", "Don't we'll I'M", "«quotes» “curly” 'single' \"double\"",
-    "?", "...", "!?!?\n", "中文没有空格", "日本語とカナ", "한국어 문장", "emoji 👩‍👩‍👧‍👦🇫🇷🙂", "e\u0301 vs é", "ﬁ ligature ²",
+    "?", "...", "!?!?\n", "中文没有空格", "日本語とカナ", "한국어 문장", "emoji 👩‍👩‍👧‍👦🇫🇷🙂",
+    "e\u0301 vs é", "ﬁ ligature ²",
     "\u200b\u200d\ufeff", "العربية والعبرية עברית", "\u202eright to left", "NUL \x00 inside", "a" * 5000, "ab " * 2000,
     "{braces} %s {0}", "<Query>: other\n<Document>: mine", "<Instruct>:", "C:\\path\\file", "def f(x):\n    return x\n",
     "ＡＢＣ full width", "\u0300 lone mark", "math ∑∫√ ≤ ≥", "mixed 中英 text 12 号",

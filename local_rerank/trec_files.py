@@ -1,0 +1,147 @@
+"""The files of an evaluation -> `Collection`: documents, queries, judgements and a first stage's run.
+
+Texts are .jsonl (`id` or `_id`, `text`, and a `title` that is put before it, as BEIR has them) or .tsv (id, then text);
+judgements and runs are TREC's. A malformed line is an InvalidRequest that names file and line. Nothing here knows of
+models or measures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from local_rerank.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A document that the first stage found, with that stage's score."""
+
+    document_id: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """What can be evaluated: every query here has a judgement, every candidate has its text."""
+
+    documents: dict[str, str]  # by id; only those that the run names
+    queries: dict[str, str]  # by id, in the order of their file
+    qrels: dict[str, dict[str, int]]  # grade by query and document
+    run: dict[str, tuple[Candidate, ...]]  # by query, best first; empty where the first stage found nothing
+    num_unjudged_queries: int  # queries that were left out
+
+
+def read_collection(
+    *, corpus: Path, queries: Path, qrels: Path, run: Path, max_queries: int | None = None
+) -> Collection:
+    """Read the four files, `max_queries` of the queries; raises InvalidRequest."""
+    asked = dict(islice(read_texts(queries, "queries"), max_queries))
+    judgements, candidates = read_qrels(qrels), read_run(run)
+    judged = {query_id: text for query_id, text in asked.items() if query_id in judgements}
+    if not judged:
+        raise InvalidRequest(f"none of the {len(asked)} queries of {queries} is judged in {qrels}", field="qrels")
+    found = {query_id: candidates.get(query_id, ()) for query_id in judged}
+    if not any(found.values()):
+        raise InvalidRequest(f"none of the {len(judged)} judged queries has candidates in {run}", field="run")
+    wanted = {candidate.document_id for each in found.values() for candidate in each}
+    documents = {document_id: text for document_id, text in read_texts(corpus, "corpus") if document_id in wanted}
+    if missing := sorted(wanted - documents.keys()):
+        raise InvalidRequest(f"{run} names document {missing[0]}, which {corpus} does not hold", field="run")
+    return Collection(
+        documents=documents,
+        queries=judged,
+        qrels={query_id: judgements[query_id] for query_id in judged},
+        run=found,
+        num_unjudged_queries=len(asked) - len(judged),
+    )
+
+
+def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    """Ids and texts of a .jsonl or .tsv file, one after the other; a query must hold some text."""
+    parse = {".jsonl": _parse_json, ".tsv": _parse_tsv}.get(file.suffix)
+    if parse is None:
+        raise InvalidRequest(f"{file} must be a .jsonl or a .tsv file", field=field)
+    seen: set[str] = set()
+    for where, line in _lines(file, field):
+        parsed = parse(line)
+        if parsed is None:
+            wanted = "an object with id and text" if file.suffix == ".jsonl" else "an id, a tab and a text"
+            raise InvalidRequest(f"{where} is not {wanted}", field=field)
+        name, text = parsed
+        if name in seen:
+            raise InvalidRequest(f"{where} has the id {name} of an earlier line", field=field)
+        if field == "queries" and not text.strip():
+            raise InvalidRequest(f"{where} has an empty query", field=field)
+        seen.add(name)
+        yield name, text
+
+
+def read_qrels(file: Path) -> dict[str, dict[str, int]]:
+    """Grades by query and document from lines `query 0 document grade`."""
+    qrels: dict[str, dict[str, int]] = {}
+    for where, line in _lines(file, "qrels"):
+        try:
+            query_id, _, document_id, grade = line.split()
+            value = int(grade)
+        except ValueError as error:
+            raise InvalidRequest(f"{where} is not `query 0 document grade`", field="qrels") from error
+        if qrels.setdefault(query_id, {}).setdefault(document_id, value) != value:
+            raise InvalidRequest(f"{where} contradicts an earlier grade of the same document", field="qrels")
+    return qrels
+
+
+def read_run(file: Path) -> dict[str, tuple[Candidate, ...]]:
+    """Candidates by query from lines `query Q0 document rank score name`, sorted by score; ties as in the file."""
+    found: dict[str, dict[str, float]] = {}
+    for where, line in _lines(file, "run"):
+        try:
+            query_id, _, document_id, _, score, _ = line.split()
+            value = float(score)
+        except ValueError as error:
+            raise InvalidRequest(f"{where} is not `query Q0 document rank score name`", field="run") from error
+        if not math.isfinite(value):
+            raise InvalidRequest(f"{where} has the score {score}", field="run")
+        if document_id in found.setdefault(query_id, {}):
+            raise InvalidRequest(f"{where} has document {document_id} a second time", field="run")
+        found[query_id][document_id] = value
+    return {
+        query_id: tuple(Candidate(*item) for item in sorted(scores.items(), key=lambda item: -item[1]))
+        for query_id, scores in found.items()
+    }
+
+
+def _lines(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    """Lines that hold something, each with `file:number`. Only \\n ends one: JSON may hold Unicode's other breaks."""
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                where = f"{file}:{number}"
+                if line.strip():
+                    yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{where} is not UTF-8: {error.reason}", field=field) from error
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror}", field=field) from error
+
+
+def _parse_json(line: str) -> tuple[str, str] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(value, dict):
+        return None
+    name, text, title = value.get("id", value.get("_id")), value.get("text"), value.get("title") or ""
+    if not isinstance(name, str | int) or not isinstance(text, str) or not isinstance(title, str):
+        return None
+    return str(name), f"{title} {text}" if title else text
+
+
+def _parse_tsv(line: str) -> tuple[str, str] | None:
+    name, tab, text = line.partition("\t")
+    return (name, text.replace("\t", " ")) if tab and name else None

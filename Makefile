@@ -31,8 +31,9 @@ fix: $(DEV) ## mend what lint and formatting can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DEV) ## write docs/options.md anew from the options' definitions
+docs: $(DEV) ## write anew what of the documents comes from code: docs/options.md, the answer in the README
 	$(BIN)/python docs/options.py > docs/options.md
+	$(BIN)/python docs/answer.py
 
 clients: $(CLIENTS) ## install the vendors' SDKs that the tests drive, each set in an environment of its own
 
@@ -40,15 +41,18 @@ clean: ## remove the environments, caches and built packages
 	rm -rf .venv .venv-clients dist .pytest_cache .mypy_cache .ruff_cache
 
 $(SERVE): pyproject.toml constraints.txt
-	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo "Installing what serving needs into .venv: once, a few minutes, most of them for torch ..."
+	@test -d .venv || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
 
 $(DEV): $(SERVE)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "Adding what tests and checks need ..."
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
 
 .venv-clients/%/.installed: tests/clients/%.txt
-	$(PYTHON) -m venv .venv-clients/$*
-	.venv-clients/$*/bin/pip install --quiet --requirement $<
-	touch $@
+	@echo "Installing the clients of $< into .venv-clients/$* ..."
+	@$(PYTHON) -m venv .venv-clients/$*
+	@.venv-clients/$*/bin/pip install --quiet --requirement $<
+	@touch $@

@@ -34,7 +34,7 @@ class ModelInfo:
     """What was loaded, and what was chosen for it."""
 
     model_id: str
-    source: str  # embedded, folder or hub
+    source: str  # embedded, folder, bundle or hub
     revision: str | None
     device: str
     dtype: str
@@ -71,6 +71,12 @@ class Engine:
         # transformers' forward ends with the final norm; ours comes after the last layer
         self._backbone.norm = nn.Identity()
         self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
+
+    @property
+    def weights_dtype(self) -> str:
+        """Precision of the weights that are there, whatever was asked for."""
+        dtype = self._final_norm.weight.dtype
+        return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -112,7 +118,7 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = choose_dtype("fp32" if config.dtype == "auto" and checkpoint.needs_fp32 else config.dtype, device)
     kernel, reason = choose_kernel(config.attention, device, dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _option = partial(Parameter, negative="", show_env_var=False)
 FIRST_STAGE = "first stage"
 NUM_EXAMPLES = 3  # queries that gained or lost most, of each comparison
+QUERY_CHARS = 100  # of such a query that are shown
 
 
 def evaluate(
@@ -33,7 +34,9 @@ def evaluate(
     run: Annotated[Path, _option(help="First stage: TREC lines `query Q0 document rank score name`.")],
     model: Annotated[
         tuple[str, ...],
-        Parameter(negative="", help="Model to measure, as for rank; may be repeated. Without it the built-in one."),
+        Parameter(
+            negative="", show_default=False, help="Model to measure; may be repeated. Without it the built-in one."
+        ),
     ] = (),
     top_k: Annotated[int, _option(help="Candidates of each query to rerank; those below keep their order.")] = 20,
     max_queries: Annotated[int | None, _option(help="Take only the first queries of the file.")] = None,
@@ -177,6 +180,7 @@ def _print_tables(
     console.print(f"{len(collection.queries)} queries{left_out}; top {top_k} reranked\n", style="dim", highlight=False)
     console.print(_comparison_table(comparisons))
     for comparison in comparisons:
+        console.print()
         console.print(_examples_table(comparison, collection.queries))
 
 
@@ -201,19 +205,24 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> Any:
 
 def _examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
     examples = [*comparison.largest_wins(NUM_EXAMPLES), *reversed(comparison.largest_losses(NUM_EXAMPLES))]
-    rows = [[" ".join(queries[query_id].split()), query_id, f"{difference:+.3f}"] for query_id, difference in examples]
+    rows = [
+        [" ".join(queries[query_id].split())[:QUERY_CHARS], query_id, f"{difference:+.3f}"]
+        for query_id, difference in examples
+    ]
     return _table([f"most changed: {comparison.system} - {comparison.baseline}", "query", "difference"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """First column left and cut where it must be, the others right."""
+    """First column left and folded where it must be, the others right."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column(Text(head[0]), overflow="ellipsis", no_wrap=True)
-    for name in head[1:]:
-        table.add_column(Text(name), justify="right", no_wrap=True)
+    for i, cells in enumerate(zip(head, *rows, strict=True)):
+        if i == 0:
+            table.add_column(Text(head[0]), overflow="fold")
+        else:
+            table.add_column(Text(head[i]), justify="right", min_width=max(map(len, cells)))
     for row in rows:
         table.add_row(*map(Text, row))  # Text: brackets in a query are no markup
     return table

@@ -127,7 +127,7 @@ def measure(qrels: Mapping[str, Mapping[str, int]], orders: Orders, names: Seque
     ir_measures = load_ir_measures()
     # falling whole numbers: trec_eval sorts by score, and would break ties by document id
     run = {query_id: {name: float(-rank) for rank, name in enumerate(order)} for query_id, order in orders.items()}
-    values: dict[str, Values] = {name: dict.fromkeys(qrels, 0.0) for name in names}
+    values: dict[str, Values] = {name: {} for name in names}
     for metric in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in names], qrels, run):
         values[str(metric.measure)][metric.query_id] = float(metric.value)
     return values

@@ -1,8 +1,8 @@
 """Where a model comes from, whether it is a reranker, and how its weights are loaded.
 
-`open_checkpoint` turns what the user named (nothing, an alias, a folder, a hub id) into a folder of files that were
-looked at; `load_model` turns that into a transformers model. Only safetensors are read and no code of a checkpoint is
-ever run. Nothing here knows of pairs, batches or requests.
+`open_checkpoint` turns what the user named (nothing, an alias, a folder, a bundle, a hub id) into a folder of files
+that were looked at; `load_model` turns that into a transformers model. Only safetensors are read and no code of a
+checkpoint is ever run. Nothing here knows of pairs, batches or requests.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import json
 import logging
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from local_rerank.bundles import PICKLE_SUFFIXES, is_bundle, open_bundle
+from local_rerank.download import fetch
 from local_rerank.errors import CheckpointError
 from local_rerank.prompts import TEMPLATES, PromptTemplate
 
@@ -32,7 +34,9 @@ ALIASES = {
 }
 ATTENTION_NAME = "local_rerank"  # under which the engine plugs its attention into transformers
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*"]
+_NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # a cache without the model's card is complete
+
+Source = Literal["embedded", "folder", "bundle", "hub"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +45,7 @@ class Checkpoint:
 
     model_id: str
     folder: Path
-    source: Literal["embedded", "folder", "hub"]
+    source: Source
     revision: str | None
     architecture: str  # first entry of `architectures` in config.json
     config: dict[str, Any]  # config.json
@@ -49,6 +53,11 @@ class Checkpoint:
     @property
     def template(self) -> PromptTemplate:
         return TEMPLATES[self.architecture]
+
+    @property
+    def needs_fp32(self) -> bool:
+        """The embedded model's matching heads, compiled by hand, lose up to 1.5 of log-odds in bf16."""
+        return self.model_id == EMBEDDED_MODEL
 
     @property
     def max_length(self) -> int:
@@ -60,14 +69,23 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
     """Find a model's files, from the network only where a hub id is not cached; raises CheckpointError."""
     if model is None or model == EMBEDDED_MODEL:
         return _inspect(Path(__file__).parent / "nano", EMBEDDED_MODEL, "embedded", None)
+    if is_bundle(Path(model)):
+        return _open_bundle(Path(model))
     if Path(model).is_dir():
         return _inspect(Path(model), Path(model).resolve().name, "folder", None)
+    model_id = hub_id(model)
+    folder = cached_folder(model_id, revision) or fetch(model_id, revision)
+    return _inspect(folder, model_id, "hub", revision)
+
+
+def hub_id(model: str) -> str:
+    """The hub id behind an alias or that was given as such; raises CheckpointError for what is neither."""
     model_id = ALIASES.get(model.lower(), model)
     if not _HUB_ID.fullmatch(model_id):
         raise CheckpointError(
-            f"model {model!r} is no folder here, no hub id (owner/name) and no alias ({', '.join(ALIASES)})"
+            f"model {model!r} is no folder or bundle here, no hub id (owner/name) and no alias ({', '.join(ALIASES)})"
         )
-    return _inspect(_hub_folder(model_id, revision), model_id, "hub", revision)
+    return model_id
 
 
 def load_model(
@@ -103,43 +121,34 @@ def load_model(
 
 
 def cached_folder(model_id: str, revision: str | None) -> Path | None:
-    """The snapshot of a hub model in the local cache, if all its files are there; asks no network."""
+    """The snapshot of a hub model in the local cache, if all that loading needs is there; asks no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True, allow_patterns=_NEEDED))
     except LocalEntryNotFoundError:
         return None
     return folder if _is_complete(folder) else None
 
 
-def _hub_folder(model_id: str, revision: str | None) -> Path:
-    """The cached snapshot of a hub model, downloaded if it is not there in full."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if (folder := cached_folder(model_id, revision)) is not None:
-        return folder
-    logger.info("%s is not in the local cache; asking the hub", model_id)
-    try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        pull = f"hf download {model_id}" + (f" --revision {revision}" if revision else "")
-        reason = str(error).strip().splitlines()[0]
+def _open_bundle(path: Path) -> Checkpoint:
+    manifest, folder = open_bundle(path)
+    checkpoint = _inspect(folder, manifest.model_id, "bundle", manifest.revision)
+    if manifest.recipe != asdict(checkpoint.template):
         raise CheckpointError(
-            f"{model_id} is not in the local cache and the hub cannot serve it ({type(error).__name__}: {reason}). "
-            f"On a machine with a network run `{pull} --local-dir FOLDER`, copy FOLDER here and pass it as --model"
-        ) from error
+            f"{path} was packed by {manifest.made_by} for another prompt recipe than this version's; pack it again"
+        )
+    return checkpoint
 
 
 def _is_complete(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
         return False
-    return bool(files := _weight_files(folder)) and all((folder / name).is_file() for name in files)
+    return bool(files := weight_files(folder)) and all((folder / name).is_file() for name in files)
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that the folder says it has; empty where it says none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -147,9 +156,7 @@ def _weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
-def _inspect(
-    folder: Path, model_id: str, source: Literal["embedded", "folder", "hub"], revision: str | None
-) -> Checkpoint:
+def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
     """Refuse, with the reason, what cannot be a reranker; warn where nothing tells it from a chat model."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
@@ -161,7 +168,7 @@ def _inspect(
     if config.get("use_sliding_window"):
         raise CheckpointError(f"{folder} uses sliding-window attention, which packed batches do not have")
     _check_weights(folder)
-    if source != "embedded" and not _is_marked_reranker(folder):
+    if source in ("folder", "hub") and not _is_marked_reranker(folder):
         logger.warning("nothing in %s says that it is a reranker; a chat model's scores would mean nothing", folder)
     return Checkpoint(
         model_id=model_id,
@@ -174,11 +181,11 @@ def _inspect(
 
 
 def _check_weights(folder: Path) -> None:
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
     if not files:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
         found = f"; {', '.join(pickles[:3])} is a pickle, which could run code and is never loaded" if pickles else ""
         raise CheckpointError(f"{folder} has no safetensors weights{found}")
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _option = partial(Parameter, negative="", show_env_var=False)  # variables are for settings, not for one call's input
 BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
+MIN_TABLE_WIDTH = 80  # columns
 
 
 def rank(
@@ -128,21 +129,18 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("score", justify="right")
-    table.add_column("", width=BAR_WIDTH, no_wrap=True)
-    table.add_column("log-odds", justify="right", style="dim")
-    if blended is not None:
-        table.add_column("blended", justify="right")
-    table.add_column("document", overflow="ellipsis", no_wrap=True)
+    console = Console()
+    console.width = max(console.width, MIN_TABLE_WIDTH)
+    table = Table(box=None, pad_edge=False, expand=True)
+    for name in ("#", "score", "", "log-odds", *([] if blended is None else ["blended"])):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True, min_width=0 if name else BAR_WIDTH)
+    table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
     for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
         text = Text(" ".join(item.document.split()) + cut)  # Text: brackets in a document are no markup
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
-    console = Console()
     console.print(table)
     console.print(
         f"{result.model}: {result.num_computed_tokens} tokens in {result.total_ms:.0f} ms", style="dim", highlight=False

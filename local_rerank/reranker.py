@@ -46,8 +46,8 @@ class _Job:
 class Reranker:
     """Ranks documents by their relevance to a query, with a Qwen3-Reranker model on this machine.
 
-    `model` is a hub id, a local folder or None for the embedded local-rerank-nano; options are those of `EngineConfig`.
-    Raises CheckpointError where the model cannot be loaded, ConfigError where an option cannot hold.
+    `model` is a hub id, a local folder, a bundle or None for the embedded local-rerank-nano; options are those of
+    `EngineConfig`. Raises CheckpointError where the model cannot be loaded, ConfigError where an option cannot hold.
 
     >>> reranker = Reranker()
     >>> result = reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"], top_n=1)
@@ -57,7 +57,7 @@ class Reranker:
 
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
         self.config = _merge(config or EngineConfig(), model, options)
-        checkpoint = open_checkpoint(self.config.model, self.config.revision)
+        self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision)
         self.tokenizer = PairTokenizer.from_folder(
             checkpoint.folder,
             checkpoint.template,

@@ -1,0 +1,43 @@
+"""Puts the built-in model's answer to the README's request into the README (`make docs`; a test compares the two)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from local_rerank import Reranker
+from local_rerank_server.config import HOSTED_INSTRUCTION
+
+README = Path(__file__).parents[1] / "README.md"
+ANSWER = """{{
+  "output": {{
+    "results": [
+{results}
+    ]
+  }},
+  "usage": {{"total_tokens": {total_tokens}}},
+  "request_id": "22666f84-274d-4e66-ac99-259a5d652c52"
+}}
+"""
+
+
+def render(request: str) -> str:
+    """The answer to the request's JSON, as a server on the built-in model gives it, laid out for the page."""
+    body = json.loads(request)["input"]
+    with Reranker(device="cpu", dtype="fp32") as reranker:
+        ranked = reranker.rank(body["query"], body["documents"], instruction=HOSTED_INSTRUCTION)
+    results = [json.dumps({"index": item.index, "relevance_score": item.relevance_score}) for item in ranked]
+    return ANSWER.format(results=",\n".join(f"      {result}" for result in results), total_tokens=ranked.total_tokens)
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    (request,) = re.findall(r"-d '(.*?)'", text, re.DOTALL)
+    README.write_text(
+        re.sub(r"(?<=```json\n).*?(?=```)", lambda _: render(request), text, flags=re.DOTALL), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What a loaded model runs on, and what each part would need to be faster: ModelInfo -> Machine.
+
+The rows are what `local-rerank doctor` prints. Reads the machine, changes nothing, and knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+import psutil
+import torch
+
+from local_rerank import __version__
+from local_rerank.attention import choose_kernel
+from local_rerank.disk import gigabytes
+from local_rerank.engine import ModelInfo, choose_dtype
+from local_rerank.errors import ConfigError
+from local_rerank.models import Checkpoint
+
+NOTHING = "nothing"
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "accelerate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One property of the machine."""
+
+    value: str
+    faster: str  # what it would take; "nothing" where there is nothing to gain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    device: Row
+    dtype: Row
+    kernel: Row
+    memory: Row
+    threads: Row
+    versions: dict[str, str]
+
+
+def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
+    """The machine as a loaded model uses it."""
+    return Machine(
+        device=_device(info),
+        dtype=_dtype(info, checkpoint),
+        kernel=_kernel(info),
+        memory=_memory(info),
+        threads=_threads(info),
+        versions=_versions(),
+    )
+
+
+def _device(info: ModelInfo) -> Row:
+    device = torch.device(info.device)
+    if device.type == "cuda":
+        return Row(value=f"{info.device}: {torch.cuda.get_device_name(device)}", faster=NOTHING)
+    name = f"{info.device}: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "mps":
+        return Row(value=info.device, faster="a CUDA GPU")
+    if torch.cuda.is_available():
+        return Row(value=name, faster="--device cuda: this machine has a GPU")
+    build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch sees none"
+    return Row(value=name, faster=f"a CUDA GPU ({build})")
+
+
+def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
+    if checkpoint.needs_fp32:
+        return Row(value=info.dtype, faster=f"{NOTHING}: this model's scores are off in lower precision")
+    device = torch.device(info.device)
+    best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == choose_dtype("auto", device))
+    if info.dtype != "fp32":
+        faster = "--dtype fp32: this device only emulates lower precision" if best == "fp32" else NOTHING
+    elif best != "fp32":
+        faster = f"--dtype {best}: this device multiplies it natively"
+    else:
+        faster = "a device that multiplies bf16 natively (a GPU, or a CPU with AVX512-BF16 or AMX)"
+    return Row(value=info.dtype, faster=faster)
+
+
+def _kernel(info: ModelInfo) -> Row:
+    value = f"{info.kernel}: {info.kernel_reason}"
+    device = torch.device(info.device)
+    try:
+        best, _ = choose_kernel("auto", device, TORCH_DTYPES[info.dtype])
+    except ConfigError:
+        return Row(value=value, faster=NOTHING)
+    if best != info.kernel:
+        return Row(value=value, faster=f"--attention {best}")
+    if device.type == "cuda" and info.dtype == "fp32":
+        return Row(value=value, faster="--dtype bf16: the variable-length kernel takes no fp32")
+    return Row(value=value, faster=NOTHING)
+
+
+def _memory(info: ModelInfo) -> Row:
+    device = torch.device(info.device)
+    used = psutil.Process().memory_info().rss
+    value = f"{gigabytes(used)} in this process, {gigabytes(psutil.virtual_memory().available)} available"
+    if device.type != "cuda":
+        return Row(value=value, faster=NOTHING)
+    free, total = torch.cuda.mem_get_info(device)
+    value += (
+        f"; GPU: {gigabytes(torch.cuda.memory_allocated(device))} used, {gigabytes(free)} of {gigabytes(total)} free"
+    )
+    return Row(value=value, faster=f"a larger --max-batch-tokens (now {info.max_batch_tokens}) while memory is free")
+
+
+def _threads(info: ModelInfo) -> Row:
+    cores = psutil.cpu_count(logical=False) or info.threads
+    value = f"{info.threads} on {cores} physical cores"
+    if info.device != "cpu":
+        return Row(value=value, faster=NOTHING)
+    if info.threads == cores:
+        return Row(value=value, faster="more cores")
+    return Row(value=value, faster=f"--threads {cores}, if no other work needs the cores")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"local-rerank": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in PACKAGES}
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return versions

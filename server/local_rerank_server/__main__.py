@@ -1,0 +1,10 @@
+"""`python -m local_rerank_server`: the same as `local-rerank serve`."""
+
+from __future__ import annotations
+
+import sys
+
+from local_rerank.cli import main
+
+if __name__ == "__main__":
+    main(["serve", *sys.argv[1:]])

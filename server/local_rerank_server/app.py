@@ -1,0 +1,54 @@
+"""The parts put together: state, keys and dialects -> one ASGI application. Starts nothing and reads nothing."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+import local_rerank
+from local_rerank.errors import LocalRerankError
+from local_rerank_server.dialects import ROWS, dialect_at, route_path
+from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.middleware import Door, RequestId
+from local_rerank_server.state import ServerState
+
+
+def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
+    """The application over `state`; `state.config` says what it allows."""
+    app = FastAPI(
+        title="local-rerank",
+        version=local_rerank.__version__,
+        summary="A local reranker behind the APIs of hosted ones.",
+        strict_content_type=False,  # a body that declares no type is read as JSON
+        redirect_slashes=False,  # a redirected POST loses its body in some clients
+        docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.server = state
+    for _, router in ROWS:
+        app.include_router(router)
+    app.add_middleware(Door, state=state, keys=keys)
+    app.add_middleware(RequestId)
+    app.add_exception_handler(404, _no_such_route)
+    app.add_exception_handler(405, _no_such_route)
+    return app
+
+
+async def _no_such_route(http: Request, error: Exception) -> JSONResponse:
+    path = route_path(http)
+    return dialect_at(path).error_response(_as_ours(http, error, path), http)
+
+
+def _as_ours(http: Request, error: Exception, path: str) -> LocalRerankError:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return MethodNotAllowed(http.method, path, allowed=(error.headers or {}).get("Allow", ""))
+    return UnknownRoute(path, endpoints=_endpoints(http.app))
+
+
+def _endpoints(app: FastAPI) -> list[str]:
+    """Method and path of what the OpenAPI page shows."""
+    return [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]

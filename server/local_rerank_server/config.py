@@ -1,0 +1,156 @@
+"""Every option of the server, once: name, default, unit, help (the engine's own stand in `local_rerank.config`).
+
+Flags, `LOCAL_RERANK_*` variables and `docs/options.md` come from these fields. A `ServerConfig` is checked as it is
+made; it reads no file and opens no socket.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from local_rerank.errors import ConfigError
+from local_rerank.types import Limits
+
+HOSTED_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query."
+"""The hosted DashScope service's documented default; unlike the model card's it ends in a full stop."""
+
+DASHSCOPE_MODELS = ("qwen3-rerank", "gte-rerank-v2", "gte-rerank", "qwen3.7-text-rerank")
+"""The names that DashScope clients send; several of them cannot be told to send another."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the server listens, whom it answers, and what one request may hold."""
+
+    host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="Port to listen on; 0 takes a free one.")] = 8000
+    uds: Annotated[Path | None, Parameter(help="Listen on this Unix socket instead of host and port.")] = None
+    root_path: Annotated[str, Parameter(help="Path under which a reverse proxy publishes the server.")] = ""
+    ssl_certfile: Annotated[Path | None, Parameter(help="TLS certificate (PEM); needs --ssl-keyfile.")] = None
+    ssl_keyfile: Annotated[Path | None, Parameter(help="TLS private key (PEM); needs --ssl-certfile.")] = None
+    api_key: Annotated[
+        tuple[str, ...], Parameter(help="A key that clients must send as `Authorization: Bearer KEY`; may be repeated.")
+    ] = ()
+    api_key_file: Annotated[
+        Path | None, Parameter(help="File of keys, one `name:key` a line; empty lines and # comments are skipped.")
+    ] = None
+    insecure: Annotated[
+        bool, Parameter(help="Allow listening beyond this machine without a key.", negative="")
+    ] = False  # fmt: skip
+    max_body_bytes: Annotated[int, Parameter(help="Bytes of a request body; more are refused.")] = 64 * 1024 * 1024
+    request_timeout_ms: Annotated[
+        int, Parameter(help="Milliseconds a request may take; the header X-Request-Timeout-Ms can lower it.")
+    ] = 60_000
+    drain_seconds: Annotated[
+        int, Parameter(help="Seconds that accepted requests get to finish after SIGTERM or Ctrl-C.")
+    ] = 30
+    max_documents: Annotated[int, Parameter(help="Documents of a request, on routes other than DashScope's.")] = 1000
+    max_document_chars: Annotated[
+        int, Parameter(help="Characters of a document, on routes other than DashScope's.")
+    ] = 2_000_000
+    max_request_tokens: Annotated[
+        int,
+        Parameter(help="Tokens of a request after cutting (query tokens x documents + document tokens), on routes "
+                       "other than DashScope's."),
+    ] = 500_000  # fmt: skip
+    dashscope_max_documents: Annotated[int, Parameter(help="Documents of a request, on the DashScope routes.")] = 500
+    dashscope_max_document_chars: Annotated[
+        int, Parameter(help="Characters of a document, on the DashScope routes.")
+    ] = 300_000
+    dashscope_max_request_tokens: Annotated[
+        int, Parameter(help="Tokens of a request after cutting, on the DashScope routes.")
+    ] = 120_000
+    dashscope_instruction: Annotated[
+        str, Parameter(help="Instruction of requests on the DashScope routes that bring none.")
+    ] = HOSTED_INSTRUCTION
+    model_aliases: Annotated[
+        tuple[str, ...],
+        Parameter(help="Names beside the model's own that the DashScope routes answer to; may be repeated. "
+                       "Given at all, they replace the default."),
+    ] = DASHSCOPE_MODELS  # fmt: skip
+    strict: Annotated[
+        bool, Parameter(help="Answer 400 to an empty document, as the hosted service does.", negative="")
+    ] = False  # fmt: skip
+    strict_models: Annotated[
+        bool, Parameter(help="Answer 404 to an unknown model name on every route.", negative="")
+    ] = False  # fmt: skip
+    no_self_test: Annotated[
+        bool, Parameter(help="Become ready without scoring the pairs whose scores are known.", negative="")
+    ] = False  # fmt: skip
+    log_level: Annotated[LogLevel, Parameter(help="Least severe message that is logged.")] = "info"
+    log_texts: Annotated[
+        bool, Parameter(help="Log queries and documents too; without it no text of a request is logged.", negative="")
+    ] = False  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if self.port > 65535:
+            raise ConfigError(f"port is {self.port}; it must be at most 65535")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ConfigError(f"root_path is {self.root_path!r}; it must begin with /")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile go together; only one of them is set")
+        if any(not key.strip() for key in self.api_key):
+            raise ConfigError("api_key is empty; leave it out to serve without a key")
+        if not (self.has_keys or self.insecure or self.uds or _is_loopback(self.host)):
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines and no api_key is set; "
+                "set one, or allow that with --insecure"
+            )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients must send a key."""
+        return bool(self.api_key) or self.api_key_file is not None
+
+    @property
+    def limits(self) -> Limits:
+        """What one request may hold on every route but DashScope's."""
+        return Limits(
+            max_documents=self.max_documents,
+            max_document_chars=self.max_document_chars,
+            max_request_tokens=self.max_request_tokens,
+            allow_empty_documents=not self.strict,
+        )
+
+    @property
+    def dashscope_limits(self) -> Limits:
+        """What one request may hold on the DashScope routes: the hosted service's limits by default."""
+        return Limits(
+            max_documents=self.dashscope_max_documents,
+            max_document_chars=self.dashscope_max_document_chars,
+            max_request_tokens=self.dashscope_max_request_tokens,
+            allow_empty_documents=not self.strict,
+        )
+
+
+_LEAST = {
+    "port": 0,
+    "max_body_bytes": 1,
+    "request_timeout_ms": 1,
+    "drain_seconds": 0,
+    "max_documents": 1,
+    "max_document_chars": 1,
+    "max_request_tokens": 1,
+    "dashscope_max_documents": 1,
+    "dashscope_max_document_chars": 1,
+    "dashscope_max_request_tokens": 1,
+}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,181 @@
+"""What DashScope's two surfaces share: parameters, limits, instruction, and the code and words of every error.
+
+The words are those of the hosted service where they are known. Errors of the algorithm behind it have a house style,
+`<400> InternalError.Algo.InvalidParameter: <what is wrong>: <path of the field>`, and name the nested path of a field
+even where the flat form was sent, because both surfaces stand before the same algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NotRequired
+
+from fastapi import Request
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from local_rerank.errors import (
+    DeadlineExceeded,
+    DocumentTooLong,
+    InvalidDocumentCount,
+    InvalidRequest,
+    InvalidTopN,
+    LocalRerankError,
+    ModelUnavailable,
+    Overloaded,
+    TooManyTokens,
+)
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._fields import Count, Flag, RequestBody, String
+from local_rerank_server.errors import (
+    AsyncNotSupported,
+    BodyTooLarge,
+    InvalidApiKey,
+    InvalidField,
+    MalformedBody,
+    MethodNotAllowed,
+    MissingApiKey,
+    MissingField,
+    UnknownModel,
+    UnknownRoute,
+    UnsupportedContent,
+)
+
+STATUS: Mapping[type[LocalRerankError], int] = {MethodNotAllowed: 400, DeadlineExceeded: 500}
+"""Where the hosted service's status is not the one of `local_rerank_server.errors.STATUS`."""
+
+_PATHS = {
+    "query": "input.query",
+    "documents": "input.documents",
+    "top_n": "parameters.top_n",
+    "return_documents": "parameters.return_documents",
+    "instruct": "parameters.instruct",
+    "instruction": "parameters.instruct",
+}
+_REQUIRED = "Required parameter(s) missing or invalid, please check the request parameters."
+
+_WORDS: Mapping[type[LocalRerankError], tuple[str, str]] = {
+    MissingApiKey: ("InvalidApiKey", "No API-key provided."),
+    InvalidApiKey: ("InvalidApiKey", "Invalid API-key provided."),
+    MalformedBody: ("InvalidParameter", "Required body invalid, please check the request body format."),
+    BodyTooLarge: ("InvalidParameter", "Required body invalid, {0}."),
+    UnsupportedContent: ("InvalidParameter", "Required body invalid, {0}."),
+    MethodNotAllowed: ("InvalidParameter", "Request method '{0.method}' is not supported."),
+    UnknownModel: ("ModelNotFound", "Model can not be found."),
+    UnknownRoute: ("NotFound", "Not found!"),
+    AsyncNotSupported: ("AccessDenied", "Current user api does not support asynchronous calls."),
+    Overloaded: ("Throttling.RateQuota", "Requests rate limit exceeded, please try again later."),
+    DeadlineExceeded: ("RequestTimeOut", "Request timed out, please try again later."),
+    ModelUnavailable: ("ModelUnavailable", "Model is unavailable, please try again later."),
+}
+_OTHERWISE = ("InternalError", "Internal server error!")
+
+
+class Parameters(RequestBody):
+    """What may be left out of a request; null means left out."""
+
+    top_n: Count | None = Field(default=None, description="How many documents to answer; without it, all.")
+    return_documents: Flag | None = Field(default=None, description="Whether to send the documents back.")
+    instruct: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
+
+
+class Document(TypedDict):
+    """A document that is sent back."""
+
+    text: str
+
+
+class Result(TypedDict):
+    """One ranked document; `index` is its place in the request."""
+
+    document: NotRequired[Document]
+    index: int
+    relevance_score: float
+
+
+class Usage(TypedDict):
+    """What the hosted service would bill: instruction and query once per document, plus the documents."""
+
+    total_tokens: int
+
+
+def refuse_async(http: Request) -> None:
+    """A dependency: DashScope's asynchronous mode answers later and elsewhere, which no rerank client can read."""
+    if http.headers.get("x-dashscope-async", "").strip().lower() == "enable":
+        raise AsyncNotSupported()
+
+
+def make_request(query: str, documents: list[str], parameters: Parameters, config: ServerConfig) -> RerankRequest:
+    """A blank `instruct` counts as none."""
+    given = (parameters.instruct or "").strip()
+    return RerankRequest(
+        query=query,
+        documents=tuple(documents),
+        instruction=parameters.instruct if given else config.dashscope_instruction,
+        top_n=parameters.top_n,
+        limits=config.dashscope_limits,
+    )
+
+
+def render_results(result: RerankResult, *, return_documents: bool) -> list[Result]:
+    return [_render_item(item, return_documents) for item in result]
+
+
+def _render_item(item: RankedDocument, return_documents: bool) -> Result:
+    if return_documents:
+        return {"document": {"text": item.document}, "index": item.index, "relevance_score": item.relevance_score}
+    return {"index": item.index, "relevance_score": item.relevance_score}
+
+
+def code_and_message(error: LocalRerankError) -> tuple[str, str]:
+    """How the hosted service names and words an error."""
+    match error:
+        case MissingField():
+            return _missing(error.field)
+        case InvalidField(field="input"):
+            return "BadRequest.IllegalInput", "The input parameter requires json format."
+        case InvalidRequest():
+            return "InvalidParameter", _invalid(error)
+        case _:
+            code, message = _WORDS.get(type(error), _OTHERWISE)
+            return code, message.format(error)
+
+
+def _missing(field: str) -> tuple[str, str]:
+    if field == "model":
+        return "BadRequest.EmptyModel", 'Required parameter "model" missing from request.'
+    if field == "input":
+        return "BadRequest.EmptyInput", "Required input parameter missing from request."
+    return "InvalidParameter", f"{_REQUIRED} Field required: {_path(field)}"
+
+
+def _invalid(error: InvalidRequest) -> str:
+    path = _path(error.field)
+    match error:
+        case InvalidField() if path.startswith("input.") or path == "model":
+            return f"{_REQUIRED} {error.reason}: {path}"
+        case InvalidTopN() | InvalidField(field="top_n" | "parameters.top_n"):
+            what = f"Value error, top_n is invalid, it should be greater than 0.: {path}"
+        case InvalidField():
+            what = f"{error.reason}: {path}"
+        case InvalidDocumentCount():
+            what = (
+                "Value error, batch size of documents is invalid, "
+                f"it should not be empty or larger than {error.limit}.: {path}"
+            )
+        case DocumentTooLong():
+            what = (
+                f"Value error, document index:{error.index} is invalid, "
+                f"it should not be larger than {error.limit}: {path}"
+            )
+        case TooManyTokens():
+            what = f"Range of input length should be [1, {error.limit}]"
+        case _:
+            what = f"Value error, {error}: {path}"
+    return f"<400> InternalError.Algo.InvalidParameter: {what}"
+
+
+def _path(field: str) -> str:
+    name, dot, rest = field.partition(".")
+    return _PATHS.get(name, name) + dot + rest

@@ -1,0 +1,74 @@
+"""Field types that forgive what real clients send: every dialect's request model is built from these.
+
+Null stands for absent in every optional field, unknown keys of any type are ignored, and lone surrogates, which no
+UTF-8 text can hold, become U+FFFD. What is still wrong is named by its field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictInt, StrictStr
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+NOT_TEXT_ERROR = "not_text"
+"""The type of the validation error for an image or a video; its context says which."""
+
+_NOT_TEXT = ("image", "image_url", "video", "video_url", "audio")
+
+
+class RequestBody(BaseModel):
+    """A JSON object; keys that are not declared are ignored."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class TextObject(TypedDict):
+    """A text as some clients wrap it."""
+
+    text: str
+
+
+def _well_formed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # UTF-16 joins the halves that belong together and replaces those that do not
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+def _text_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        for kind in _NOT_TEXT:
+            if value.get(kind) is not None:
+                raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
+        value = value.get("text", value)
+    return _well_formed(value)
+
+
+def _flag_of(value: Any) -> Any:
+    words = {"true": True, "false": False}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def _object_or_nothing(value: Any) -> Any:
+    return value if isinstance(value, dict) else None
+
+
+String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_type=str)]
+"""A string as it is meant: a name, an instruction."""
+
+Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
+"""A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
+
+Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
+"""A boolean, or its word: at least one client sends "true"."""
+
+Count = StrictInt
+"""An integer; a boolean, a float or a digit string is none."""
+
+IgnoredUnlessObject = BeforeValidator(_object_or_nothing)
+"""Marks an optional object that clients send in other types without meaning anything by it."""

@@ -1,0 +1,136 @@
+"""DashScope's native rerank: `input` and `parameters` in, `output.results` out.
+
+The same path takes the flat body of the compatible surface too, as the hosted service does, and then answers in that
+shape.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Body, Depends
+from pydantic import Discriminator, Tag
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.types import RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects import dashscope_compatible as compatible
+from local_rerank_server.dialects._dashscope import (
+    STATUS,
+    Parameters,
+    Result,
+    Usage,
+    code_and_message,
+    make_request,
+    refuse_async,
+    render_results,
+)
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import RequestBody, String, Text
+from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, state_of
+
+PATH = "/api/v1/services/rerank/text-rerank/text-rerank"
+_NESTED, _FLAT = FORM_TAG + "nested", FORM_TAG + "flat"
+
+
+class Input(RequestBody):
+    query: Text
+    documents: list[Text]
+
+
+class NativeRequest(RequestBody):
+    """The nested form."""
+
+    model: String
+    input: Input
+    parameters: Parameters | None = None
+
+
+class Output(TypedDict):
+    results: list[Result]
+
+
+class NativeResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    output: Output
+    usage: Usage
+    request_id: str
+
+
+class NativeError(TypedDict):
+    """An error, flat: the only form that the dashscope SDKs read."""
+
+    code: str
+    message: str
+    request_id: str
+
+
+def _form_of(body: Any) -> str:
+    if isinstance(body, dict) and body.get("input") is None and {"query", "documents"} <= body.keys():
+        return _FLAT
+    return _NESTED
+
+
+def parse(body: NativeRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.input.query, body.input.documents, body.parameters or Parameters(), config)
+
+
+def render(result: RerankResult, body: NativeRequest, request_id: str) -> NativeResponse:
+    wanted = body.parameters is not None and body.parameters.return_documents is True
+    return {
+        "output": {"results": render_results(result, return_documents=wanted)},
+        "usage": {"total_tokens": result.total_tokens},
+        "request_id": request_id,
+    }
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> NativeError:
+    code, message = code_and_message(error)
+    return {"code": code, "message": message, "request_id": request_id}
+
+
+dialect = Dialect(
+    name="DashScope native",
+    render_error=render_error,
+    error_model=NativeError,
+    prefixes=("/api/v1",),
+    status=STATUS,
+)
+router = dialect.router()
+
+EXAMPLE = {
+    "model": "qwen3-rerank",
+    "input": {"query": QUERY, "documents": DOCUMENTS},
+    "parameters": {"return_documents": True, "top_n": 5},
+}
+
+
+async def rank(
+    http: Request,
+    body: Annotated[
+        Annotated[NativeRequest, Tag(_NESTED)] | Annotated[compatible.FlatRequest, Tag(_FLAT)],
+        Discriminator(_form_of),
+        Body(openapi_examples={"nested": {"value": EXAMPLE}, "flat": {"value": compatible.EXAMPLE}}),
+    ],
+) -> JSONResponse:
+    """Rank documents by their relevance to a query, as DashScope's native API does."""
+    state = state_of(http)
+    state.check_model(body.model, strict=True)
+    if isinstance(body, compatible.FlatRequest):
+        return await compatible.answer(http, body)
+    result = await state.rank(http, parse(body, state.config))
+    return JSONResponse(render(result, body, http.state.request_id))
+
+
+add_post(
+    router,
+    [PATH],
+    rank,
+    summary="DashScope text rerank",
+    dependencies=[Depends(refuse_async)],
+    response_model=NativeResponse | compatible.FlatResponse,
+)

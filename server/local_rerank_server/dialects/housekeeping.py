@@ -1,0 +1,111 @@
+"""Routes beside ranking: alive, ready, which models, which version, and a page that lists every route.
+
+Errors on paths that belong to no other dialect come in this file's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse
+from typing_extensions import TypedDict
+
+import local_rerank
+from local_rerank_server.dialects._bodies import GenericError, render_generic_error
+from local_rerank_server.dialects._route import Dialect, state_of
+from local_rerank_server.errors import UnknownModel
+from local_rerank_server.pages import render_docs
+from local_rerank_server.state import ServerState
+
+dialect = Dialect(
+    name="Housekeeping",
+    render_error=render_generic_error,
+    error_model=GenericError,
+    open_paths=("/health", "/ready"),
+)
+router = dialect.router()
+
+
+class Model(TypedDict):
+    """A name that can be sent as `model`; the fields serve OpenAI and Xinference clients."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    model_type: str
+    model_name: str
+
+
+class ModelList(TypedDict):
+    object: str
+    data: list[Model]
+
+
+def _add_get(path: str, handler: Callable[..., Any], **documentation: Any) -> None:
+    """GET, and HEAD beside it for probes that want no body."""
+    router.add_api_route(path, handler, methods=["GET"], **documentation)
+    router.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+
+
+async def health() -> JSONResponse:
+    """Whether the process answers at all."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(http: Request) -> JSONResponse:
+    """Whether requests are ranked: 200 once the model is loaded, 503 before that and while the server drains."""
+    status = state_of(http).status
+    return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
+
+
+async def version() -> JSONResponse:
+    """The version of local-rerank."""
+    return JSONResponse({"version": local_rerank.__version__})
+
+
+async def list_models(http: Request) -> JSONResponse:
+    """The names that can be sent as `model`."""
+    state = state_of(http)
+    return JSONResponse(ModelList(object="list", data=[_describe(name, state) for name in state.model_names]))
+
+
+async def get_model(http: Request, model_id: str) -> JSONResponse:
+    """One of those names."""
+    state = state_of(http)
+    if model_id not in state.model_names:
+        raise UnknownModel(model_id, known=state.model_names)
+    return JSONResponse(_describe(model_id, state))
+
+
+def _describe(name: str, state: ServerState) -> Model:
+    return Model(
+        id=name,
+        object="model",
+        created=state.started,
+        owned_by="local-rerank",
+        model_type="rerank",
+        model_name=state.reranker.model_id,
+    )
+
+
+async def docs(http: Request) -> HTMLResponse:
+    """Every route with its example, as a page that loads nothing from elsewhere."""
+    return HTMLResponse(render_docs(http.app.openapi(), base_url=str(http.base_url).rstrip("/")))
+
+
+async def openapi(http: Request) -> JSONResponse:
+    """The OpenAPI description of every route."""
+    return JSONResponse(http.app.openapi())
+
+
+_add_get("/health", health)
+_add_get("/ready", ready)
+_add_get("/version", version)
+_add_get("/v1/models", list_models, response_model=ModelList)
+_add_get("/compatible-mode/v1/models", list_models, response_model=ModelList)
+_add_get("/v1/models/{model_id:path}", get_model, response_model=Model)
+_add_get("/docs", docs, response_class=HTMLResponse)
+_add_get("/openapi.json", openapi)

@@ -1,0 +1,59 @@
+"""API keys: which name a key belongs to. Reads the key file; knows nothing of HTTP but the header's form."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from pathlib import Path
+
+from local_rerank.errors import ConfigError
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.errors import InvalidApiKey, MissingApiKey
+
+
+class ApiKeys:
+    """The configured keys, by name. With none configured every request is let in."""
+
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        self._keys = {name: key.encode() for name, key in keys.items()}
+
+    @classmethod
+    def from_config(cls, config: ServerConfig) -> ApiKeys:
+        """The keys of the options and of the key file together."""
+        keys = {f"key-{number}": key for number, key in enumerate(config.api_key, start=1)}
+        if config.api_key_file is not None:
+            keys |= _read_key_file(config.api_key_file)
+        return cls(keys)
+
+    def check(self, authorization: bytes | None) -> str | None:
+        """The name of the key in an Authorization header's value; raises if a key is needed and is not there."""
+        if not self._keys:
+            return None
+        scheme, _, sent = (authorization or b"").strip().partition(b" ")
+        sent = sent.strip()
+        if scheme.lower() != b"bearer" or not sent:
+            raise MissingApiKey()
+        # Every key is compared, in constant time, so that the answer's delay tells nothing.
+        names = [name for name, key in self._keys.items() if hmac.compare_digest(key, sent)]
+        if not names:
+            raise InvalidApiKey()
+        return names[0]
+
+
+def _read_key_file(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"api_key_file {path} cannot be read: {error}") from None
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, colon, key = (part.strip() for part in line.partition(":"))
+        if not (name and colon and key) or name in keys:
+            raise ConfigError(f"api_key_file {path}, line {number}: `name:key` with a new name is expected")
+        keys[name] = key
+    if not keys:
+        raise ConfigError(f"api_key_file {path} holds no key")
+    return keys

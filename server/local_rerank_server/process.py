@@ -1,0 +1,219 @@
+"""The server process: binds the port, loads the model beside the running server, and stops without losing work.
+
+`/health` answers as soon as the port is bound; `/ready` once the model is loaded. A failure to bind or to load is
+raised as the error it is; the command line makes one line of it and a status that is not 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from rich.console import Console
+
+from local_rerank.config import EngineConfig
+from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
+from local_rerank_server.app import create_app
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.state import ServerState
+
+if TYPE_CHECKING:
+    from local_rerank.engine import ModelInfo
+
+KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+logger = logging.getLogger(__name__)
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve until a signal ends it; returns the exit status of the process, 1 if requests had to be cut off.
+
+    Raises ConfigError or CheckpointError if it cannot start.
+    """
+    _set_up_logging(server_config)
+    keys = ApiKeys.from_config(server_config)
+    with _listen(server_config) as listener:
+        try:
+            return _serve_on(listener, engine_config, server_config, keys)
+        finally:
+            if server_config.uds is not None:
+                server_config.uds.unlink(missing_ok=True)
+
+
+def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys) -> int:
+    state = ServerState(config)
+    server = _Server(_uvicorn_config(state, keys), state)
+    address = _address(listener, config)
+    _say(f"listening on {address}, loading the model ...")
+    _load_beside(state, server, engine_config, announce=lambda info: _announce(info, address, config))
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
+    return int(server.cut_off)
+
+
+def _load_beside(
+    state: ServerState, server: _Server, config: EngineConfig, *, announce: Callable[[ModelInfo], None]
+) -> None:
+    """Load the model in a thread of its own and hand it to `state`; where that fails, stop the server."""
+
+    def load() -> None:
+        try:
+            from local_rerank import Reranker  # torch, two seconds of it: the port is open before
+            from local_rerank.doctor import require_self_test
+
+            reranker = Reranker(config=config)
+            if not state.config.no_self_test:
+                require_self_test(reranker)
+        except LocalRerankError as error:
+            server.fail(error)
+        except Exception as error:
+            logger.debug("loading failed", exc_info=error)
+            server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
+        else:
+            state.serve(reranker)
+            announce(reranker.info)
+
+    threading.Thread(target=load, name="load", daemon=True).start()  # a signal must not wait for a long load
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a first signal lets accepted work finish while new work is refused, and a second ends at once."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self.state = state
+        self.failure: LocalRerankError | None = None
+        self.cut_off = False
+
+    def fail(self, error: LocalRerankError) -> None:
+        """Stop, from any thread, because the model cannot be loaded."""
+        self.failure = error
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but the signal is not raised again: a server that was told to stop and did ends with 0."""
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.state.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.state.config.drain_seconds):
+                while self.state.num_admitted and not self.force_exit:
+                    await asyncio.sleep(0.05)
+        if self.state.num_admitted:
+            logger.warning("stopped with %d requests unanswered", self.state.num_admitted)
+            self.cut_off = True
+        await super().shutdown(sockets)
+        if not self.cut_off:  # else the model is still at work on what was cut off, and ends with the process
+            await asyncio.to_thread(self.state.close)
+
+
+def _uvicorn_config(state: ServerState, keys: ApiKeys) -> uvicorn.Config:
+    config = state.config
+    made = uvicorn.Config(
+        create_app(state, keys),
+        log_config=None,
+        ws="none",
+        access_log=False,  # the application logs its requests itself, with their ids
+        server_header=False,
+        root_path=config.root_path,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=1,  # by then the accepted requests are answered; this is for idle connections
+    )
+    try:
+        made.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"ssl_certfile {config.ssl_certfile} or ssl_keyfile cannot be used: {error}") from None
+    return made
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """A socket that listens; connections wait in it until the server takes them."""
+    where = str(config.uds) if config.uds else f"{config.host}:{config.port}"
+    try:
+        return _listen_unix(config.uds) if config.uds else _listen_tcp(config.host, config.port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address, family=family)
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """Takes the place of a socket that a dead process left, never that of a living one."""
+    listener = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except OSError:
+            pass  # nothing there: the usual case
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def _address(listener: socket.socket, config: ServerConfig) -> str:
+    scheme = "https" if config.ssl_certfile else "http"
+    if config.uds:
+        return f"{scheme}+unix://{config.uds}"
+    host, port = listener.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}"
+
+
+def _announce(info: ModelInfo, address: str, config: ServerConfig) -> None:
+    _say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
+    if info.source == "embedded":
+        _say("This is the small built-in model. The real one: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
+    _say(f"ready: {address} (every route: {address}/docs). Try:")
+    _say(_curl(address, config))
+
+
+def _curl(address: str, config: ServerConfig) -> str:
+    reach = f"--unix-socket {config.uds} http://localhost{config.root_path}" if config.uds else address
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.has_keys else ""
+    body = (
+        '{"model":"qwen3-rerank","input":{"query":"What is a text reranking model?","documents":'
+        '["Quantum computing is a frontier field of computer science.",'
+        '"Text reranking models sort candidates by relevance."]}}'
+    )
+    path = "/api/v1/services/rerank/text-rerank/text-rerank"
+    return f"curl {reach}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _set_up_logging(config: ServerConfig) -> None:
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop are told in our own words
+
+
+def _say(line: str) -> None:
+    """One line for the person at the console, to copy as it is: neither wrapped nor coloured."""
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,73 @@
+"""Each block of docs/clients.md runs, in the environments that it names, and prints what the library says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from local_rerank import Reranker
+from local_rerank_server.config import HOSTED_INSTRUCTION
+from tests.clients.driver import environment_bin
+from tests.clients.test_clients import SAME
+
+PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
+QUERY = "capital of France"
+DOCUMENTS = ("Rome is the capital of Italy", "Paris is the capital of France")
+DOCUMENTED_URL = "http://127.0.0.1:8000"
+PRINTED = {  # index and score, as the blocks print them: in Python a line each, in a shell the response's JSON
+    "python": r"(\d+) (\S+)\n",
+    "sh": r'"index":\s*(\d+),\s*"relevance_score":\s*([\d.e-]+)',
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    title: str
+    language: str
+    environment: str  # "" where the block needs none
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.title}, {self.environment or 'no environment'}"
+
+
+def blocks() -> list[Block]:
+    """One for each environment of each block: the words behind a fence's language name them."""
+    found = []
+    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        title = section.splitlines()[0]
+        for language, environments, text in re.findall(r"^```(\w+)(.*)\n([\s\S]*?)^```", section, re.MULTILINE):
+            found += [Block(title, language, name, text) for name in environments.split() or [""]]
+    return found
+
+
+def run(block: Block, base_url: str) -> str:
+    text = block.text.replace(DOCUMENTED_URL, base_url)
+    path = os.environ["PATH"]
+    if block.environment:
+        path = f"{environment_bin(block.environment)}{os.pathsep}{path}"
+    program = {"python": ["python", "-"], "sh": ["sh", "-e"]}[block.language]
+    done = subprocess.run(
+        program, input=text, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_a_documented_client_runs_as_it_stands(block: Block, base_url: str, nano: Reranker) -> None:
+    expected = nano.rank(QUERY, DOCUMENTS, instruction=HOSTED_INSTRUCTION)
+    printed = re.findall(PRINTED[block.language], run(block, base_url))
+    assert [int(index) for index, _ in printed] == [item.index for item in expected]
+    scores = [float(score) for _, score in printed]
+    assert scores == pytest.approx([item.relevance_score for item in expected], abs=SAME)
+
+
+def test_every_block_that_talks_to_the_server_names_the_documented_address() -> None:
+    assert len(blocks()) >= 10
+    assert all(DOCUMENTED_URL in block.text for block in blocks())

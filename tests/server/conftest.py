@@ -1,0 +1,64 @@
+"""Fixtures for the server's tests: an application in this process, and a ranker whose answers a test decides."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import pytest
+from httpx2 import ASGITransport, AsyncClient
+
+from local_rerank import Reranker, RerankRequest, RerankResult
+from local_rerank_server.app import create_app
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.state import ServerState
+
+
+class HeldRanker:
+    """Stands where the `Reranker` stands; its futures are settled by the test, and `error` is raised at the door."""
+
+    model_id = "held"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.futures: list[Future[RerankResult]] = []
+        self.closed = False
+
+    def submit(self, request: RerankRequest) -> Future[RerankResult]:
+        if self.error is not None:
+            raise self.error
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+Serve = Callable[..., AbstractAsyncContextManager[AsyncClient]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def serve() -> Serve:
+    """`serve(reranker, **options)`: a client of an application over that reranker; None is one that still loads."""
+
+    @asynccontextmanager
+    async def client(reranker: Reranker | HeldRanker | None, **options: object) -> AsyncIterator[AsyncClient]:
+        config = ServerConfig(**options)  # type: ignore[arg-type]
+        state = ServerState(config)
+        if reranker is not None:
+            state.serve(reranker)  # type: ignore[arg-type]
+        app = create_app(state, ApiKeys.from_config(config))
+        async with AsyncClient(
+            transport=ASGITransport(app, root_path=config.root_path), base_url="http://test"
+        ) as made:
+            made.state = state  # type: ignore[attr-defined]
+            yield made
+
+    return client

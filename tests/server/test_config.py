@@ -1,0 +1,89 @@
+"""A wrong setting stops the start and is named; the defaults are the documented ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_rerank.errors import ConfigError
+from local_rerank.types import Limits
+from local_rerank_server.config import _LEAST, ServerConfig
+from local_rerank_server.keys import ApiKeys
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"port": -1}, "port is -1"),
+        ({"port": 65536}, "port is 65536"),
+        ({"max_body_bytes": 0}, "max_body_bytes is 0"),
+        ({"request_timeout_ms": 0}, "request_timeout_ms is 0"),
+        ({"drain_seconds": -1}, "drain_seconds is -1"),
+        ({"max_documents": 0}, "max_documents is 0"),
+        ({"dashscope_max_request_tokens": 0}, "dashscope_max_request_tokens is 0"),
+        ({"root_path": "rerank"}, "root_path is 'rerank'"),
+        ({"ssl_certfile": Path("cert.pem")}, "ssl_certfile and ssl_keyfile go together"),
+        ({"api_key": ("",)}, "api_key is empty"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines"),
+        ({"host": "::"}, "host :: can be reached from other machines"),
+        ({"host": "example.com"}, "host example.com can be reached from other machines"),
+    ],
+)
+def test_a_wrong_setting_is_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ServerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"host": "127.0.0.9"},
+        {"host": "::1"},
+        {"host": "localhost"},
+        {"host": "0.0.0.0", "insecure": True},
+        {"host": "0.0.0.0", "api_key": ("k",)},
+        {"host": "0.0.0.0", "api_key_file": Path("keys")},
+        {"host": "0.0.0.0", "uds": Path("socket")},
+    ],
+)
+def test_only_a_host_beyond_this_machine_needs_a_key(options: dict[str, Any]) -> None:
+    ServerConfig(**options)
+
+
+def test_limits_are_the_hosted_ones_on_dashscope_and_larger_elsewhere() -> None:
+    config = ServerConfig()
+    assert config.dashscope_limits == Limits(max_documents=500, max_document_chars=300_000, max_request_tokens=120_000)
+    assert config.limits == Limits(max_documents=1000, max_document_chars=2_000_000, max_request_tokens=500_000)
+    strict = ServerConfig(strict=True)
+    assert not strict.limits.allow_empty_documents
+    assert not strict.dashscope_limits.allow_empty_documents
+
+
+def test_every_numeric_option_has_a_least_value() -> None:
+    numeric = {field.name for field in dataclasses.fields(ServerConfig) if type(field.default) is int}
+    assert set(_LEAST) == numeric
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "no colon\n", ":key\n", "name:\n", "a:x\na:y\n"])
+def test_a_key_file_without_well_formed_keys_stops_the_start(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="api_key_file"):
+        ApiKeys.from_config(ServerConfig(api_key_file=file))
+
+
+def test_a_key_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ApiKeys.from_config(ServerConfig(api_key_file=tmp_path / "nothing"))
+
+
+def test_a_key_is_known_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("anna: sesame\n", encoding="utf-8")
+    keys = ApiKeys.from_config(ServerConfig(api_key=("open",), api_key_file=file))
+    assert keys.check(b"Bearer sesame") == "anna"
+    assert keys.check(b"Bearer open") == "key-1"
+    assert ApiKeys({}).check(None) is None

@@ -1,0 +1,175 @@
+"""Each error of the tree has one status, and each dialect answers each error in its own shape."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+from local_rerank import errors as library_errors
+from local_rerank.errors import LocalRerankError
+from local_rerank_server import errors
+from local_rerank_server.app import create_app
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects import ROWS, dialect_at
+from local_rerank_server.dialects._route import Dialect
+from local_rerank_server.errors import STATUS
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.state import ServerState
+from tests.server.conftest import HeldRanker, Serve
+
+SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
+    type(error): error
+    for error in (
+        library_errors.InvalidRequest("what is wrong", field="query"),
+        library_errors.EmptyQuery(),
+        library_errors.EmptyDocument(index=3),
+        library_errors.InvalidDocumentCount(limit=500, value=501),
+        library_errors.DocumentTooLong(index=1, limit=10, value=11),
+        library_errors.TooManyTokens(limit=120_000, value=120_001),
+        library_errors.TextTooLong(field="query", limit=10, value=11),
+        library_errors.InstructionTooLong(limit=1024, value=1025),
+        library_errors.InvalidTopN(value=0),
+        library_errors.Overloaded("full", retry_after=1.2),
+        library_errors.DeadlineExceeded(timeout_ms=60_000),
+        library_errors.ModelUnavailable("loading"),
+        library_errors.EngineFailure("the model failed"),
+        library_errors.CheckpointError("no reranker"),
+        library_errors.ConfigError("unknown option"),
+        errors.MissingField("documents"),
+        errors.InvalidField("top_n", "Input should be a valid integer"),
+        errors.UnsupportedInput("documents.0", "image"),
+        errors.MalformedBody("no JSON"),
+        errors.BodyTooLarge(limit=64),
+        errors.UnsupportedContent("gzip is not supported"),
+        errors.UnknownModel("x", known=["y"]),
+        errors.UnknownRoute("/x", endpoints=["GET /y"]),
+        errors.MethodNotAllowed("GET", "/x", allowed="POST"),
+        errors.MissingApiKey(),
+        errors.InvalidApiKey(),
+        errors.AsyncNotSupported(),
+        errors.ClientDisconnected("gone"),
+    )
+}
+HEADERS = {
+    library_errors.Overloaded: ("retry-after", "2"),
+    library_errors.DeadlineExceeded: ("x-should-retry", "false"),
+    errors.MissingApiKey: ("www-authenticate", "Bearer"),
+    errors.InvalidApiKey: ("www-authenticate", "Bearer"),
+    errors.MethodNotAllowed: ("allow", "POST"),
+}
+DIALECTS = [dialect for dialect, _ in ROWS]
+
+
+def tree(root: type[LocalRerankError]) -> set[type[LocalRerankError]]:
+    return {root}.union(*(tree(child) for child in root.__subclasses__()))
+
+
+def test_every_class_of_the_tree_but_its_root_has_a_status() -> None:
+    assert set(STATUS) == tree(LocalRerankError) - {LocalRerankError}
+
+
+def test_every_class_with_a_status_has_a_sample_here() -> None:
+    assert set(SAMPLES) == set(STATUS)
+
+
+def test_statuses_that_a_dialect_changes_are_those_of_its_contract() -> None:
+    hosted = {errors.MethodNotAllowed: 400, library_errors.DeadlineExceeded: 500}
+    changed = {dialect.name: dict(dialect.status) for dialect in DIALECTS if dialect.status}
+    assert changed == {"DashScope native": hosted, "DashScope compatible": hosted}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", STATUS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+async def test_each_dialect_answers_each_error_in_its_shape(
+    dialect: Dialect, kind: type[LocalRerankError], serve: Serve
+) -> None:
+    async with serve(HeldRanker(error=SAMPLES[kind])) as client:
+        for path, example in examples():
+            if dialect_at(path) is not dialect:
+                continue
+            response = await client.post(path, json=example)
+            assert response.status_code == dialect.status.get(kind, STATUS[kind])
+            assert response.headers["content-type"] == "application/json"
+            check_shape(dialect, response.json())
+            name, value = HEADERS.get(kind, ("x-request-id", response.json()["request_id"]))
+            assert response.headers[name] == value
+
+
+@pytest.mark.parametrize("kind", STATUS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_each_dialect_words_each_error(dialect: Dialect, kind: type[LocalRerankError]) -> None:
+    body = dict(dialect.render_error(SAMPLES[kind], STATUS[kind], "the-id"))
+    check_shape(dialect, body)
+    assert "{" not in body["message"]
+    assert body["request_id"] == "the-id"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", [path for dialect in DIALECTS for path in dialect.prefixes])
+async def test_an_unknown_path_under_a_prefix_gets_that_dialects_shape(path: str, serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
+            response = await client.request(method, f"{path}/nothing/here")
+            assert response.status_code == 404
+            check_shape(dialect_at(path), response.json())
+
+
+@pytest.mark.anyio
+async def test_an_unknown_path_elsewhere_lists_the_endpoints(serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        response = await client.get("/v1/rerankk")
+        assert response.status_code == 404
+        assert "POST /v1/local/rank" in response.json()["endpoints"]
+        assert "GET /health" in response.json()["endpoints"]
+
+
+@pytest.mark.anyio
+async def test_an_exception_nobody_foresaw_is_an_internal_error_in_the_dialects_shape(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(HeldRanker(error=ZeroDivisionError("a secret"))) as client:  # type: ignore[arg-type]
+        body = {"model": "qwen3-rerank", "query": "q", "documents": ["d"]}
+        response = await client.post("/compatible-api/v1/reranks", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "Internal server error!"
+    assert "secret" not in response.text
+    failures = [record for record in caplog.records if record.exc_info]
+    assert len(failures) == 1
+    assert response.headers["x-request-id"] in failures[0].getMessage()
+
+
+@pytest.mark.anyio
+async def test_while_the_model_loads_ranking_is_unavailable_and_so_is_the_list_of_models(serve: Serve) -> None:
+    async with serve(None) as client:
+        body = {"model": "anything", "query": "q", "documents": ["d"]}
+        response = await client.post("/compatible-api/v1/reranks", json=body)
+        assert (response.status_code, response.json()["code"]) == (503, "ModelUnavailable")
+        assert (await client.get("/v1/models")).status_code == 503
+
+
+@cache
+def examples() -> list[tuple[str, dict[str, Any]]]:
+    """Every path that ranks, with each of its documented requests."""
+    paths = create_app(ServerState(ServerConfig()), ApiKeys({})).openapi()["paths"]
+    bodies = [(path, methods["post"]["requestBody"]) for path, methods in paths.items() if "post" in methods]
+    return [
+        (path, example["value"])
+        for path, body in bodies
+        for example in body["content"]["application/json"]["examples"].values()
+    ]
+
+
+def test_every_dialect_that_ranks_is_walked() -> None:
+    assert {dialect_at(path).name for path, _ in examples()} == {dialect.name for dialect in DIALECTS} - {
+        "Housekeeping"
+    }
+
+
+def check_shape(dialect: Dialect, body: dict[str, Any]) -> None:
+    """The body is of the dialect's error model, without any key beside it."""
+    strict = with_config(ConfigDict(extra="forbid", strict=True))(dialect.error_model)
+    TypeAdapter(strict).validate_python(body)

@@ -1,0 +1,101 @@
+"""Every golden request gets its golden response: keys, their order, texts and status; scores as the library gives them.
+
+A response's `$name` is filled in from the library's own result, so that no model's scores are frozen here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx2 import AsyncClient, Response
+
+from local_rerank import RankedDocument, Reranker, RerankRequest, RerankResult
+from local_rerank_server.dialects import ROWS
+from tests.server.conftest import Serve
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(GOLDEN.glob("*/*.json"))
+MEASURED = ("$ms", "$created")
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+async def test_golden_request_gets_golden_response(path: Path, serve: Serve, tiny_reranker: Reranker) -> None:
+    case = json.loads(path.read_text(encoding="utf-8"))
+    async with serve(tiny_reranker) as client:
+        response = await send(client, case["request"])
+    assert response.status_code == case["response"]["status"], response.text
+    assert response.headers["content-type"] == "application/json"
+    values = {"model": tiny_reranker.model_id, "request_id": response.headers["x-request-id"]}
+    result = rank(tiny_reranker, case["library"]) if "library" in case else None
+    expected = fill(case["response"]["body"], values, result)
+    assert masked(response.json()) == masked(expected)  # as text: the order of keys counts
+    assert list(numbers(response.json())) == pytest.approx(list(numbers(expected)), rel=1e-5)
+
+
+def test_every_dialect_has_golden_files() -> None:
+    modules = {router.routes[0].endpoint.__module__.rpartition(".")[2] for _, router in ROWS}  # type: ignore[attr-defined]
+    assert {path.parent.name for path in CASES} == modules
+
+
+async def send(client: AsyncClient, request: dict[str, Any]) -> Response:
+    headers = {"Content-Type": "application/json"} | request.get("headers", {})
+    content = request["raw"] if "raw" in request else json.dumps(request["body"]) if "body" in request else None
+    return await client.request(request["method"], request["path"], content=content, headers=headers)
+
+
+def rank(reranker: Reranker, arguments: dict[str, Any]) -> RerankResult:
+    documents = tuple(arguments["documents"])
+    return reranker.submit(RerankRequest(**{**arguments, "documents": documents})).result(timeout=60)
+
+
+def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
+    """The template with every `$name` replaced; a list of results holds one item, which stands for each document."""
+    if isinstance(template, dict):
+        return {key: fill_results(key, value, values, result) for key, value in template.items()}
+    if isinstance(template, list):
+        return [fill(item, values, result) for item in template]
+    if not isinstance(template, str) or not template.startswith("$") or template in MEASURED:
+        return template
+    name = template[1:]
+    return values[name] if name in values else getattr(result, name)
+
+
+def fill_results(key: str, template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
+    if key == "results" and result is not None:
+        return [fill(template[0], values | fields(item), result) for item in result]
+    return fill(template, values, result)
+
+
+def fields(item: RankedDocument) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in RankedDocument.__dataclass_fields__}
+
+
+def masked(body: Any) -> str:
+    """The body as text; what is measured or computed in floating point counts by its place only."""
+    return json.dumps(mask(body), ensure_ascii=False, indent=1)
+
+
+def mask(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: mask(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [mask(inner) for inner in value]
+    return "a number" if isinstance(value, float) or value in MEASURED or key == "created" else value
+
+
+def numbers(value: Any, key: str = "") -> Iterator[float]:
+    """Every floating-point number but the measured ones, in order."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner, key)
+    elif isinstance(value, float) and not key.endswith("_ms"):
+        yield value

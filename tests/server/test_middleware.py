@@ -1,0 +1,142 @@
+"""Before any route: ids, keys, body limits, draining, and the log line."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import HeldRanker, Serve
+
+pytestmark = pytest.mark.anyio
+NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
+COMPATIBLE = "/compatible-api/v1/reranks"
+LOCAL = "/v1/local/rank"
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+async def test_every_answer_has_an_id_of_its_own(serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        answers = [await client.get(path) for path in ("/health", "/docs", "/nothing", NATIVE, "/v1/models")]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert all(UUID.fullmatch(request_id) for request_id in ids)
+    assert len(set(ids)) == len(ids)
+    assert answers[3].json()["request_id"] == ids[3]
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({}, "No API-key provided."),
+        ({"Authorization": "Bearer "}, "No API-key provided."),
+        ({"Authorization": "Basic c2VjcmV0"}, "No API-key provided."),
+        ({"Authorization": "Bearer wrong"}, "Invalid API-key provided."),
+        ({"Authorization": "Bearer secre"}, "Invalid API-key provided."),
+        ({"Authorization": "Bearer secret and more"}, "Invalid API-key provided."),
+    ],
+)
+async def test_a_missing_or_wrong_key_is_401_in_the_dialects_shape(
+    sent: dict[str, str], message: str, serve: Serve
+) -> None:
+    async with serve(HeldRanker(), api_key=("secret",)) as client:
+        native = await client.post(NATIVE, content=b"not even JSON", headers=sent)
+        flat = await client.post(COMPATIBLE, headers=sent)
+        local = await client.post(LOCAL, headers=sent)
+    assert (native.status_code, flat.status_code, local.status_code) == (401, 401, 401)
+    assert list(native.json()) == ["code", "message", "request_id"]
+    assert native.json()["code"] == "InvalidApiKey"
+    assert native.json()["message"] == flat.json()["error"]["message"] == message
+    assert local.json()["error"]["type"] in ("MissingApiKey", "InvalidApiKey")
+
+
+async def test_each_key_of_options_and_file_opens_the_door(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# who: what\n\nanna: first-key\nbert:schlüssel\n", encoding="utf-8")
+    async with serve(HeldRanker(), api_key=("a", "b"), api_key_file=file) as client:
+        for key in ("a", "b", "first-key", "schlüssel"):
+            for scheme in ("Bearer", "bearer"):
+                answer = await client.get("/v1/models", headers={"Authorization": f"{scheme} {key}".encode()})
+                assert answer.status_code == 200, key
+        assert (await client.get("/v1/models", headers={"Authorization": "Bearer anna"})).status_code == 401
+
+
+async def test_health_and_readiness_need_no_key_and_all_else_does(serve: Serve) -> None:
+    async with serve(HeldRanker(), api_key=("secret",)) as client:
+        open_paths = [path for path in paths(client) if (await client.get(path)).status_code != 401]
+    assert open_paths == ["/health", "/ready"]
+
+
+@pytest.mark.parametrize("path", [NATIVE, COMPATIBLE, LOCAL])
+async def test_a_body_over_the_limit_is_refused_without_being_read(path: str, serve: Serve) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with serve(HeldRanker(), max_body_bytes=100) as client:
+        answer = await client.post(path, content=body(), headers={"Content-Length": "101"})
+        assert answer.status_code == 413
+        assert "at most 100 bytes" in answer.text
+        assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", [NATIVE, COMPATIBLE, LOCAL])
+async def test_a_body_in_chunks_is_refused_as_soon_as_it_is_over_the_limit(path: str, serve: Serve) -> None:
+    num_sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b"[" * 60
+
+    async with serve(HeldRanker(), max_body_bytes=100) as client:
+        answer = await client.post(path, content=body(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert num_sent <= 3
+
+
+async def test_a_body_of_exactly_the_limit_is_read(serve: Serve) -> None:
+    async with serve(HeldRanker(), max_body_bytes=100) as client:
+        answer = await client.post(LOCAL, content=b"{}".ljust(100), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+
+
+async def test_while_draining_new_requests_are_refused_and_health_still_answers(serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        client.state.drain()  # type: ignore[attr-defined]
+        ranked = await client.post(NATIVE, json={})
+        ready, health = await client.get("/ready"), await client.get("/health")
+    assert (ranked.status_code, ranked.json()["code"]) == (503, "ModelUnavailable")
+    assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+    assert health.status_code == 200
+
+
+async def test_a_root_path_is_taken_off_whether_or_not_the_proxy_did_so(serve: Serve) -> None:
+    async with serve(HeldRanker(), root_path="/rerank", api_key=("secret",)) as client:
+        for prefix in ("", "/rerank"):
+            assert (await client.get(f"{prefix}/health")).status_code == 200
+            refused = await client.post(prefix + NATIVE)
+            assert (refused.status_code, list(refused.json())) == (401, ["code", "message", "request_id"])
+        assert (await client.get("/rerankhealth", headers={"Authorization": "Bearer secret"})).status_code == 404
+
+
+async def test_the_log_has_a_line_per_request_with_its_id_and_without_its_text(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with serve(HeldRanker()) as client:
+        answer = await client.post(NATIVE + "%0Aforged line", json={"model": "a secret", "input": "a secret"})
+        await client.get("/health")
+    lines = [record.getMessage() for record in caplog.records if record.name == "local_rerank_server.middleware"]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"POST {NATIVE}\\nforged line 404 ")
+    assert lines[0].endswith(f"id={answer.headers['x-request-id']}")
+    assert "secret" not in caplog.text
+
+
+def paths(client: object) -> list[str]:
+    documented = client._transport.app.openapi()["paths"]  # type: ignore[attr-defined]
+    return [path for path, methods in documented.items() if "get" in methods]

@@ -1,0 +1,297 @@
+"""The server as a process of its own, over real sockets: start, limits, clients that leave, and stopping."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx2 import Client, HTTPTransport
+
+NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
+WAIT_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
+
+
+class Server:
+    """A running server and what it has said so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    @property
+    def address(self) -> str:
+        found = re.search(r"listening on (\S+),", self.output)
+        assert found, self.output
+        return found[1]
+
+    def wait_for(self, text: str) -> None:
+        until(lambda: text in self.output or self.process.poll() is not None)
+        assert text in self.output, self.output
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(WAIT_SECONDS)
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@contextmanager
+def started(log: Path, *arguments: str) -> Iterator[Server]:
+    """`python -m ARGUMENTS`, ended when the block ends, whatever happened in it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        yield Server(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def options(checkpoint: Path) -> list[str]:
+    """The weights are random, so the self-test would rightly fail."""
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--no-self-test"]
+
+
+@contextmanager
+def held(folder: Path, checkpoint: Path, *more: str) -> Iterator[tuple[Server, Path, Client]]:
+    """A ready server whose model waits while the yielded file is there, and a client of it."""
+    hold = folder / "hold"
+    arguments = ["tests.server.held_server", str(hold), *options(checkpoint), "--port", "0", *more]
+    with started(folder / "log", *arguments) as server:
+        server.wait_for("ready: ")
+        with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+            yield server, hold, client
+        hold.unlink(missing_ok=True)
+
+
+def body(num_documents: int = 1) -> dict[str, Any]:
+    return {"model": "qwen3-rerank", "query": "q", "documents": [f"document {i}" for i in range(num_documents)]}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A plain server, handed over as soon as it has bound its port."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["local_rerank", "serve", *options(tiny_checkpoint), "--port", "0", "--max-body-bytes", "100000"]
+    with started(log, *arguments) as running:
+        running.wait_for("listening on")
+        yield running
+
+
+def test_health_answers_before_the_model_is_loaded_and_readiness_tells_when_it_is(server: Server) -> None:
+    with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+        assert client.get("/health").status_code == 200
+        assert (client.get("/ready").status_code, client.get("/ready").json()) == (503, {"status": "loading"})
+        refused = client.post(NATIVE, json=body())
+        assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
+        until(lambda: client.get("/ready").status_code == 200)
+        assert client.post(NATIVE, json=body()).status_code == 200
+
+
+def test_the_console_shows_the_model_the_address_and_a_request_that_works(server: Server) -> None:
+    server.wait_for("curl ")
+    assert "model: tiny-reranker (folder), cpu, fp32" in server.output
+    command = next(line for line in server.output.splitlines() if line.startswith("curl "))
+    answer = subprocess.run(f"{command} --silent --fail", shell=True, capture_output=True, check=True, timeout=60)
+    assert b'"relevance_score"' in answer.stdout
+
+
+def test_a_body_that_declares_itself_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        head = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'"request_id"' in answer
+
+
+def test_a_client_that_sends_too_much_all_the_same_can_read_why(server: Server) -> None:
+    with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+        for content in (b"[" * 20_000_000, iter([b"[" * 50_000] * 100)):
+            answer = client.post(NATIVE, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413
+            assert "at most 100000 bytes" in answer.json()["message"]
+
+
+def test_one_connection_serves_many_requests_errors_among_them(server: Server) -> None:
+    server.wait_for("ready: ")
+    host, port = server.address.removeprefix("http://").split(":")
+    requests = [
+        f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+        for content in ('{"model":"qwen3-rerank","query":"q","documents":["d"]}', "{", '{"model":"x"}') * 3
+    ]
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        statuses = [status_of(exchange(connection, request)) for request in requests]
+    assert statuses == [200, 400, 400] * 3
+
+
+def test_a_body_that_stops_half_way_harms_nobody_else(server: Server) -> None:
+    server.wait_for("ready: ")
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        connection.sendall(f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
+    until(lambda: f"POST {NATIVE} 499" in server.output)
+    with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+        assert client.post(NATIVE, json=body()).status_code == 200
+
+
+def test_a_port_in_use_ends_the_process_with_one_line(server: Server) -> None:
+    port = server.address.rpartition(":")[2]
+    assert_one_line("serve", "--port", port, says=f"cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_one_line("serve", "--port", "0", "--model", str(empty), says="empty")
+
+
+def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    assert_one_line("serve", "--host", "0.0.0.0", says="no api_key is set")
+    assert_one_line("serve", "--port", "0", "--api-key-file", "nowhere", says="api_key_file nowhere")
+    key = tmp_path / "key.pem"
+    key.write_text("no key", encoding="utf-8")
+    tls = ("--ssl-certfile", str(key), "--ssl-keyfile", str(key))
+    assert_one_line("serve", "--port", "0", *tls, says="cannot be used")
+
+
+def test_a_client_that_leaves_frees_its_work_before_the_model_sees_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with held(tmp_path, tiny_checkpoint) as (server, hold, client), ThreadPoolExecutor() as pool:
+        hold.touch()
+        first = pool.submit(client.post, NATIVE, json=body(1))
+        server.wait_for("forward 1\n")
+        with Client(base_url=server.address, timeout=0.5) as impatient, pytest.raises(Exception, match="timed out"):
+            impatient.post(NATIVE, json=body(7))
+        server.wait_for(f"POST {NATIVE} 499")
+        late = client.post(NATIVE, json=body(5), headers={"X-Request-Timeout-Ms": "100"})
+        assert (late.status_code, late.json()["code"]) == (500, "RequestTimeOut")
+        assert late.headers["x-should-retry"] == "false"
+        assert client.get("/health").elapsed.total_seconds() < 1  # the loop is free while the model is held
+        hold.unlink()
+        assert first.result(WAIT_SECONDS).status_code == 200
+        assert client.post(NATIVE, json=body(3)).status_code == 200
+        assert re.findall(r"^forward (\d+)$", server.output, re.MULTILINE) == ["1", "3"]
+        assert server.stop() == 0
+
+
+def test_sigterm_lets_accepted_requests_finish_and_refuses_new_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with held(tmp_path, tiny_checkpoint) as (server, hold, client), ThreadPoolExecutor() as pool:
+        hold.touch()
+        accepted = pool.submit(client.post, NATIVE, json=body())
+        server.wait_for("forward 1\n")
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/ready").json() == {"status": "draining"})
+        assert client.get("/ready").status_code == 503
+        refused = client.post(NATIVE, json=body())
+        assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
+        hold.unlink()
+        assert accepted.result(WAIT_SECONDS).status_code == 200
+        assert server.process.wait(WAIT_SECONDS) == 0
+        assert "Traceback" not in server.output
+
+
+def test_a_second_signal_ends_at_once_and_so_does_the_end_of_the_drain_time(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for signals, drain_seconds in ((2, 600), (1, 1)):
+        folder = tmp_path / str(signals)
+        folder.mkdir()
+        with held(folder, tiny_checkpoint, "--drain-seconds", str(drain_seconds)) as (server, hold, client):
+            hold.touch()
+            with ThreadPoolExecutor() as pool:
+                cut_off = pool.submit(client.post, NATIVE, json=body())
+                server.wait_for("forward 1\n")
+                for _ in range(signals):
+                    server.process.send_signal(signal.SIGTERM)
+                    time.sleep(0.5)
+                assert server.process.wait(20) == 1
+                assert cut_off.exception(WAIT_SECONDS) is not None or cut_off.result().status_code >= 500
+            assert "stopped with 1 requests unanswered" in server.output
+
+
+def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    abandoned = socket.socket(socket.AF_UNIX)
+    abandoned.bind(str(path))
+    abandoned.close()
+    arguments = ["--uds", str(path), "--root-path", "/rerank", "--api-key", "secret"]
+    with started(tmp_path / "log", "local_rerank", "serve", *options(tiny_checkpoint), *arguments) as server:
+        server.wait_for("ready: ")
+        with Client(transport=HTTPTransport(uds=str(path)), base_url="http://local", timeout=WAIT_SECONDS) as client:
+            assert client.post(NATIVE, json=body()).status_code == 401
+            allowed = client.post(NATIVE, json=body(), headers={"Authorization": "Bearer secret"})
+            assert allowed.status_code == 200
+            page = client.get("/docs", headers={"Authorization": "Bearer secret"})
+            assert f"http://local/rerank{NATIVE}" in page.text
+        assert_one_line("serve", "--uds", str(path), says="Address already in use")
+        assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_tls_is_spoken_with_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*make.split(), *files], check=True, capture_output=True)
+    arguments = ["--port", "0", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+    with started(tmp_path / "log", "local_rerank", "serve", *options(tiny_checkpoint), *arguments) as server:
+        server.wait_for("listening on https://127.0.0.1:")
+        trust = ssl.create_default_context(cafile=str(certificate))
+        with Client(base_url=server.address, verify=trust, timeout=WAIT_SECONDS) as client:
+            assert client.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)  # while it loads: nothing to wait for
+        assert server.process.wait(20) == 0
+
+
+def assert_one_line(*arguments: str, says: str) -> None:
+    """`local-rerank ARGUMENTS` ends with a status that is not 0 and one line on standard error."""
+    command = [sys.executable, "-m", "local_rerank", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert ended.returncode not in (0, None)
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("local-rerank: ")
+    assert says in lines[0]
+
+
+def exchange(connection: socket.socket, request: bytes) -> bytes:
+    connection.sendall(request)
+    answer = b""
+    while (found := re.search(rb"content-length: (\d+)\r\n.*?\r\n\r\n", answer, re.DOTALL)) is None or len(
+        answer
+    ) < found.end() + int(found[1]):
+        received = connection.recv(65536)
+        assert received, "the server closed the connection"
+        answer += received
+    return answer
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split()[1])

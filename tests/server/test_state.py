@@ -1,0 +1,176 @@
+"""Deadlines, clients that leave, and shutting down: the work behind a request goes when its request goes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from local_rerank import RerankRequest, RerankResult
+from local_rerank.errors import DeadlineExceeded, ModelUnavailable
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
+from local_rerank_server.state import ServerState
+from tests.server.conftest import HeldRanker
+
+pytestmark = pytest.mark.anyio
+REQUEST = RerankRequest(query="q", documents=("d",))
+
+
+def state_over(ranker: Any, **options: Any) -> ServerState:
+    state = ServerState(ServerConfig(**options))
+    state.serve(ranker)
+    return state
+
+
+def http_request(left: asyncio.Event | None = None, **headers: str) -> Request:
+    """A request whose client leaves when `left` is set."""
+
+    async def receive() -> dict[str, str]:
+        await (left or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw, "state": {"request_id": "the-id"}}, receive)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_the_answer_is_the_futures_result() -> None:
+    ranker = HeldRanker()
+    answer = asyncio.create_task(state_over(ranker).rank(http_request(), REQUEST))
+    await until(lambda: ranker.futures)
+    expected = result()
+    ranker.futures[0].set_result(expected)
+    assert await answer is expected
+
+
+async def test_a_deadline_drops_the_work() -> None:
+    ranker = HeldRanker()
+    with pytest.raises(DeadlineExceeded, match="not answered within 30 ms"):
+        await state_over(ranker, request_timeout_ms=30).rank(http_request(), REQUEST)
+    await until(lambda: ranker.futures[0].cancelled())
+
+
+async def test_the_header_lowers_the_deadline_and_cannot_raise_it() -> None:
+    state = state_over(HeldRanker(), request_timeout_ms=50)
+    with pytest.raises(DeadlineExceeded, match="within 20 ms"):
+        await state.rank(http_request(x_request_timeout_ms="20"), REQUEST)
+    with pytest.raises(DeadlineExceeded, match="within 50 ms"):
+        await asyncio.wait_for(state.rank(http_request(x_request_timeout_ms="1e9"), REQUEST), 5)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", ""])
+async def test_a_deadline_that_is_no_positive_number_is_refused(value: str) -> None:
+    with pytest.raises(InvalidField, match="x-request-timeout-ms"):
+        await state_over(HeldRanker()).rank(http_request(x_request_timeout_ms=value), REQUEST)
+
+
+async def test_a_client_that_leaves_drops_its_work() -> None:
+    ranker, left = HeldRanker(), asyncio.Event()
+    answer = asyncio.create_task(state_over(ranker).rank(http_request(left), REQUEST))
+    await until(lambda: ranker.futures)
+    left.set()
+    with pytest.raises(ClientDisconnected):
+        await asyncio.wait_for(answer, 5)
+    await until(lambda: ranker.futures[0].cancelled())
+
+
+async def test_work_whose_tokenization_ends_after_the_deadline_is_dropped_too() -> None:
+    tokenizing, go_on = threading.Event(), threading.Event()
+
+    class Slow(HeldRanker):
+        def submit(self, request: RerankRequest) -> Future[RerankResult]:
+            tokenizing.set()
+            go_on.wait(5)
+            return super().submit(request)
+
+    ranker = Slow()
+    with pytest.raises(DeadlineExceeded):
+        await state_over(ranker, request_timeout_ms=30).rank(http_request(), REQUEST)
+    assert tokenizing.is_set()
+    go_on.set()
+    await until(lambda: ranker.futures and ranker.futures[0].cancelled())
+
+
+async def test_tokenization_does_not_hold_up_the_event_loop() -> None:
+    go_on = threading.Event()
+
+    class Slow(HeldRanker):
+        def submit(self, request: RerankRequest) -> Future[RerankResult]:
+            assert go_on.wait(5)
+            return super().submit(request)
+
+    ranker = Slow()
+    answer = asyncio.create_task(state_over(ranker).rank(http_request(), REQUEST))
+    await asyncio.sleep(0.02)
+    go_on.set()  # reached only because the loop is free
+    await until(lambda: ranker.futures)
+    ranker.futures[0].set_result(result())
+    await answer
+
+
+async def test_closing_closes_the_model() -> None:
+    ranker = HeldRanker()
+    state_over(ranker).close()
+    assert ranker.closed
+
+
+async def test_status_goes_from_loading_to_ready_to_draining() -> None:
+    state = ServerState(ServerConfig())
+    assert state.status == "loading"
+    with pytest.raises(ModelUnavailable):
+        _ = state.reranker
+    state.serve(HeldRanker())  # type: ignore[arg-type]
+    assert state.status == "ready"
+    state.drain()
+    assert state.status == "draining"
+
+
+async def test_model_names_are_checked_where_the_dialect_or_the_option_asks_for_it() -> None:
+    lenient, strict = state_over(HeldRanker()), state_over(HeldRanker(), strict_models=True)
+    for name in ("held", "qwen3-rerank", "gte-rerank-v2", "gte-rerank", "qwen3.7-text-rerank"):
+        lenient.check_model(name, strict=True)
+    lenient.check_model("rerank-v3.5", strict=False)
+    lenient.check_model(None, strict=False)
+    for state, demanded in ((lenient, True), (strict, False)):
+        with pytest.raises(UnknownModel, match=r"rerank-v3\.5"):
+            state.check_model("rerank-v3.5", strict=demanded)
+
+
+async def test_aliases_replace_the_default_names() -> None:
+    state = state_over(HeldRanker(), model_aliases=("mine", "held"))
+    assert state.model_names == ("held", "mine")
+
+
+async def test_texts_are_logged_only_where_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    secret = RerankRequest(query="a secret", documents=("d",))
+    for log_texts in (False, True):
+        with pytest.raises(DeadlineExceeded):
+            await state_over(HeldRanker(), log_texts=log_texts, request_timeout_ms=5).rank(http_request(), secret)
+        assert ("a secret" in caplog.text) is log_texts
+
+
+def result() -> RerankResult:
+    return RerankResult(
+        results=(),
+        model="held",
+        num_query_tokens=1,
+        num_query_truncated_tokens=0,
+        num_document_tokens=1,
+        num_truncated_documents=0,
+        total_tokens=2,
+        num_computed_tokens=2,
+        tokenize_ms=0.0,
+        queue_ms=0.0,
+        total_ms=0.0,
+    )

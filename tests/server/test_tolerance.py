@@ -1,0 +1,217 @@
+"""What clients and attackers send: a ranking or a clear 4xx, never a 5xx; and the limits of a request."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from local_rerank import Reranker
+from tests.server.conftest import HeldRanker, Serve
+
+pytestmark = pytest.mark.anyio
+NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
+COMPATIBLE = "/compatible-api/v1/reranks"
+LOCAL = "/v1/local/rank"
+ROUTES = [NATIVE, COMPATIBLE, LOCAL]
+JSON = {"Content-Type": "application/json"}
+
+
+def flat(**fields: Any) -> dict[str, Any]:
+    """A body that every ranking route takes."""
+    return {"model": "qwen3-rerank", "query": "q", "documents": ["a", "b"], **fields}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\xff\xfe{\x00}\x00",
+        b'{"query": "\xed\xa0\x80"}',
+        b'{"query": "caf\xe9"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"top_n": 1' + b"0" * 5000 + b"}",
+        b"{'query': 'q'}",
+        b'{"query": "q"} {}',
+        b"NaN",
+        b"true",
+        b"\x00",
+        b'"text"',
+    ],
+    ids=lambda raw: repr(raw[:16]),
+)
+async def test_a_body_that_is_no_json_object_in_utf8_is_400(path: str, raw: bytes, serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        answer = await client.post(path, content=raw, headers=JSON)
+    assert answer.status_code == 400
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "gb18030"])
+async def test_a_ranking_request_in_another_encoding_is_400(
+    path: str, encoding: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    text = json.dumps(flat(query="é"), ensure_ascii=False)
+    async with serve(tiny_reranker) as client:
+        answer = await client.post(path, content=text.encode(encoding), headers=JSON)
+        assert (await client.post(path, content=text.encode(), headers=JSON)).status_code == 200
+    assert answer.status_code == 400
+    assert "body" in answer.json()["message"]
+
+
+WRONG: list[Any] = [None, True, 7, -1, 1.5, float("nan"), float("inf"), "", "text", [], [[]], {}, {"a": [1]}, 10**400]
+FIELDS = ["query", "documents", "top_n", "return_documents", "instruct", "instruction", "model", "parameters", "input"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("field", [*FIELDS, "truncation", "max_query_tokens", "max_document_tokens"])
+async def test_any_value_in_any_field_is_ranked_or_refused(
+    path: str, field: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker) as client:
+        for value in WRONG:
+            answer = await client.post(path, content=json.dumps(flat(**{field: value})), headers=JSON)
+            assert answer.status_code in (200, 400, 404), (value, answer.text)
+            assert answer.status_code == 200 or "rnal" not in answer.json()["message"].replace("InternalError.Algo", "")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+async def test_any_value_in_any_field_of_the_nested_form_is_ranked_or_refused(
+    field: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker) as client:
+        for value in WRONG:
+            body = {"model": "qwen3-rerank", "input": {"query": "q", "documents": ["a"], field: value}}
+            body["parameters"] = {field: value}
+            answer = await client.post(NATIVE, content=json.dumps(body), headers=JSON)
+            assert answer.status_code in (200, 400), (value, answer.text)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Content-Type": "application/json; charset=utf-8"},
+        {"Content-Type": "APPLICATION/JSON"},
+        {"Content-Type": "application/vnd.api+json"},
+        {"Content-Type": "application/json", "Content-Encoding": "identity"},
+        {"Content-Type": "application/json", "Accept": "text/event-stream", "X-DashScope-SSE": "enable"},
+        {"Content-Type": "application/json", "X-DashScope-Async": "disable"},
+        {"Content-Type": "application/json", "X-DashScope-DataInspection": '{"input":"disable"}'},
+        {"Content-Type": "application/json", "X-Request-Timeout-Ms": "60000"},
+    ],
+    ids=str,
+)
+async def test_these_headers_change_nothing(
+    path: str, headers: dict[str, str], serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker) as client:
+        answer = await client.post(path, content=json.dumps(flat()).encode(), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_byte_order_mark_and_escapes_and_plain_utf8_mean_the_same(
+    path: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    body = flat(query="什么是文本排序模型", documents=["文档一", "😀"], return_documents=True)
+    plain = json.dumps(body, ensure_ascii=False).encode()
+    async with serve(tiny_reranker) as client:
+        answers = [
+            await client.post(path, content=raw, headers=JSON)
+            for raw in (plain, json.dumps(body).encode(), b"\xef\xbb\xbf" + plain)
+        ]
+    assert all(answer.status_code == 200 for answer in answers)
+    assert all("文档一" in answer.text and "😀" in answer.text for answer in answers)  # sent back unescaped
+    ranked = [_results(answer.json()) for answer in answers]
+    assert ranked[0] == ranked[1] == ranked[2]
+
+
+async def test_a_top_n_above_the_count_gives_all_however_large(serve: Serve, tiny_reranker: Reranker) -> None:
+    async with serve(tiny_reranker) as client:
+        for top_n in (2, 3, 10**30):
+            for path in ROUTES:
+                answer = await client.post(path, json=flat(top_n=top_n))
+                assert len(_results(answer.json())) == 2
+
+
+async def test_the_hosted_limits_hold_on_dashscope_and_larger_ones_elsewhere(
+    serve: Serve, tiny_reranker: Reranker
+) -> None:
+    count = (
+        "<400> InternalError.Algo.InvalidParameter: Value error, batch size of documents is invalid, "
+        "it should not be empty or larger than 500.: input.documents"
+    )
+    length = (
+        "<400> InternalError.Algo.InvalidParameter: Value error, document index:1 is invalid, "
+        "it should not be larger than 300000: input.documents"
+    )
+    tokens = "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 120000]"
+    too_much = {count: ["d"] * 501, length: ["d", "d" * 300_001], tokens: ["d" * 3999] * 31}
+    async with serve(tiny_reranker) as client:
+        for message, documents in too_much.items():
+            for path in (NATIVE, COMPATIBLE):
+                answer = await client.post(path, json=flat(documents=documents))
+                assert (answer.status_code, answer.json()["message"]) == (400, message)
+        for documents in (["d"] * 501, ["d", "d" * 300_001]):
+            assert (await client.post(LOCAL, json=flat(documents=documents))).status_code == 200
+        refused = await client.post(LOCAL, json=flat(documents=["d"] * 1001))
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "InvalidDocumentCount")
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_text_over_the_token_limit_is_cut_and_ranked(path: str, serve: Serve, tiny_reranker: Reranker) -> None:
+    async with serve(tiny_reranker) as client:
+        answer = await client.post(path, json=flat(query="q " * 2100, documents=["d " * 2100]))
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_an_empty_document_is_scored_unless_the_server_is_strict(
+    path: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker) as client:
+        assert (await client.post(path, json=flat(documents=["", " "]))).status_code == 200
+    async with serve(tiny_reranker, strict=True) as client:
+        assert (await client.post(path, json=flat(documents=["a", ""]))).status_code == 400
+
+
+async def test_without_an_instruct_the_dashscope_routes_use_their_configured_one(
+    serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker, dashscope_instruction="Find the opposite") as client:
+        for path in (NATIVE, COMPATIBLE):
+            without = await client.post(path, json=flat())
+            given = await client.post(path, json=flat(instruct="Find the opposite"))
+            other = await client.post(path, json=flat(instruct="Find the same"))
+            assert _results(without.json()) == _results(given.json())
+            assert _results(without.json()) != _results(other.json())
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_a_long_body_is_parsed_like_a_short_one(path: str, serve: Serve, tiny_reranker: Reranker) -> None:
+    """Long bodies are parsed in a thread."""
+    padded = flat(padding="x" * 600_000)
+    async with serve(tiny_reranker) as client:
+        short, long = await client.post(path, json=flat()), await client.post(path, json=padded)
+        assert _results(short.json()) == _results(long.json())
+        broken = await client.post(path, content=json.dumps(padded).encode()[:-1], headers=JSON)
+        assert broken.status_code == 400
+
+
+async def test_strict_models_refuses_unknown_names_on_every_route(serve: Serve, tiny_reranker: Reranker) -> None:
+    async with serve(tiny_reranker) as client:
+        assert (await client.post(LOCAL, json=flat(model="rerank-v3.5"))).status_code == 200
+    async with serve(tiny_reranker, strict_models=True) as client:
+        assert (await client.post(LOCAL, json=flat(model="rerank-v3.5"))).status_code == 404
+        assert (await client.post(LOCAL, json=flat(model=None))).status_code == 200
+
+
+def _results(body: dict[str, Any]) -> list[Any]:
+    results: list[Any] = body.get("output", body)["results"]
+    return results

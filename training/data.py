@@ -1,0 +1,73 @@
+"""Training groups: a query, its candidates as token ids, and the log-odds that the teachers ask for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vocabulary import INSTRUCTION, Prompt
+
+INSTRUCTIONS = [
+    (INSTRUCTION, 0.6),
+    (INSTRUCTION + ".", 0.2),
+    ("Given the user query, retrieval the relevant passages", 0.05),
+    ("Retrieve documents that can answer the user's query", 0.05),
+    ("Given a question, find the passage that contains the answer", 0.04),
+    ("Retrieve semantically similar text", 0.03),
+    ("找出能够回答问题的段落", 0.03),
+]
+LEXICAL = 1.2  # weight of BM25 relative to the query's best, in deviations of the teachers' scores
+MIDPOINT = {"en": 4.1, "zh": 3.5}  # teachers' score (with the lexical share) that counts as even odds
+SLOPE = 1.5  # log-odds per deviation
+LARGEST = 6.0  # log-odds
+DEV = 400  # last queries, held out
+
+
+@dataclass
+class Groups:
+    """Everything training reads; ids are made on demand."""
+
+    prompt: Prompt
+    passages: list[list[int]]
+    queries: list[str]
+    languages: list[str]
+    candidates: np.ndarray
+    targets: np.ndarray  # log-odds
+    by_language: dict[str, np.ndarray]
+
+    def group(
+        self, row: int, columns: np.ndarray, instruction: str, limit: int, rng: np.random.Generator | None = None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Head and tails of a query for the chosen candidates; with `rng`, each inside a long document."""
+        tails = [self.passages[i][:limit] for i in self.candidates[row, columns]]
+        if rng is not None:
+            tails = [self.embed(t, self.languages[row], rng) for t in tails]
+        return self.prompt.head(self.queries[row], instruction), [t + self.prompt.suffix for t in tails]
+
+    def embed(self, tail: list[int], language: str, rng: np.random.Generator) -> list[int]:
+        """A passage between unrelated ones, 120 to 260 tokens in all: long documents are ranked by their best part."""
+        goal = int(rng.integers(120, 260))
+        while len(tail) < goal:
+            other = self.passages[rng.choice(self.by_language[language])][: goal - len(tail)]
+            tail = tail + other if rng.random() < 0.5 else other + tail
+        return tail
+
+
+def load(work: Path) -> Groups:
+    """Read texts, candidates and scores."""
+    prompt = Prompt(Tokenizer.from_file(str(work / "tokenizer.json")))
+    records = [json.loads(line) for line in (work / "passages.jsonl").open()]
+    queries = [json.loads(line) for line in (work / "queries.jsonl").open()]
+    stored = np.load(work / "pairs.npz")
+    languages = [q["language"] for q in queries]
+    lexical = stored["bm25"] / np.maximum(stored["best"], 1e-6)[:, None]
+    midpoint = np.array([MIDPOINT[language] for language in languages])[:, None]
+    targets = SLOPE * (stored["teacher"] + LEXICAL * lexical - midpoint)
+    ids = [e.ids for e in prompt.user.encode_batch([" " + t for t in (r["text"] for r in records)], add_special_tokens=False)]
+    targets = np.clip(targets, -LARGEST, LARGEST).astype(np.float32)
+    places = {x: np.array([i for i, r in enumerate(records) if r["language"] == x]) for x in ("en", "zh")}
+    return Groups(prompt, ids, [q["text"] for q in queries], languages, stored["candidates"], targets, places)

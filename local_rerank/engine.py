@@ -7,7 +7,6 @@ is two rows, "yes" and "no", multiplied in fp32: the logits over the vocabulary 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel
 from local_rerank.config import EngineConfig
+from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.packing import PackedBatch
@@ -217,8 +217,7 @@ def _packed_attention(
 
 
 def _register_attention() -> None:
-    # the hub library reads this when it is imported, which transformers does
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    silence_telemetry()
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, _packed_attention)

@@ -64,7 +64,7 @@ class DocumentTooLong(InvalidRequest):
 
 class TooManyTokens(InvalidRequest):
     def __init__(self, *, limit: int, value: int) -> None:
-        super().__init__(f"the request has {value} tokens; at most {limit} are taken", field="documents",
+        super().__init__(f"the request has {value} tokens or more; at most {limit} are taken", field="documents",
                          limit=limit, value=value)  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def pull(
 
 
 def pack(
-    model: Annotated[str, _option(help="Hub id, alias, folder, or local-rerank-nano.")],
+    model: Annotated[str | None, _option(help="Hub id, alias or folder; default: that of --model.")] = None,
     /,
     *,
     output: Annotated[
@@ -115,10 +115,10 @@ def verify(
     return int(not outcome.passed)
 
 
-def _exact(engine: EngineConfig | None, model: str) -> EngineConfig:
+def _exact(engine: EngineConfig | None, model: str | None) -> EngineConfig:
     """Expected scores are computed in fp32 unless another precision is asked for."""
     config = engine or EngineConfig()
-    return replace(config, model=model, dtype="fp32" if config.dtype == "auto" else config.dtype)
+    return replace(config, model=model or config.model, dtype="fp32" if config.dtype == "auto" else config.dtype)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from local_rerank.bundles import PICKLE_SUFFIXES, is_bundle, open_bundle
-from local_rerank.download import fetch
+from local_rerank.download import fetch, silence_telemetry
 from local_rerank.errors import CheckpointError
 from local_rerank.prompts import TEMPLATES, PromptTemplate
 
@@ -122,6 +122,7 @@ def load_model(
 
 def cached_folder(model_id: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in the local cache, if all that loading needs is there; asks no network."""
+    silence_telemetry()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

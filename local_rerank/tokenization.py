@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from local_rerank.prompts import PromptTemplate
 from local_rerank.types import RerankRequest
 
 MAX_INSTRUCTION_TOKENS = 1024
+CHUNK_CHARS = 1_000_000  # encoded at a time: about half a second
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -99,15 +101,24 @@ class PairTokenizer:
         """Encode a request; raises InstructionTooLong, TextTooLong or TooManyTokens."""
         instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
         prefix_ids, num_query_tokens, num_query_cut = self._prefix(instruction, clean(request.query), request)
-        unique = list(dict.fromkeys(clean(document) for document in request.documents))
-        pairs, cuts = [], []
-        for index, ids in enumerate(self._encode_batch([" " + document for document in unique])):
-            kept = self._cut_document(ids, prefix_ids, request, index)
+        documents = [clean(document) for document in request.documents]
+        place = {document: position for position, document in enumerate(dict.fromkeys(documents))}
+        pair_of_document = tuple(place[document] for document in documents)
+        pairs: list[Pair] = []
+        cuts: list[int] = []
+        num_request_tokens = (
+            0  # the hosted rule: query tokens times documents, plus the documents' tokens, after cutting
+        )
+        repeats = Counter(documents)
+        first_index = {document: index for index, document in reversed(list(enumerate(documents)))}
+        for document, ids in self._encode_in_chunks(list(place)):
+            kept = self._cut_document(ids, prefix_ids, request, first_index[document])
             pairs.append(Pair(prefix_ids, (*kept, *self.suffix_ids)))
             cuts.append(len(ids) - len(kept))
-        place = {document: position for position, document in enumerate(unique)}
-        pair_of_document = tuple(place[clean(document)] for document in request.documents)
-        self._check_total(request, num_query_tokens, [pairs[i] for i in pair_of_document])
+            num_request_tokens += repeats[document] * (num_query_tokens + len(kept))
+            limit = request.limits.max_request_tokens
+            if limit is not None and num_request_tokens > limit:
+                raise TooManyTokens(limit=limit, value=num_request_tokens)
         return TokenizedRequest(
             pairs=tuple(pairs),
             pair_of_document=pair_of_document,
@@ -122,28 +133,26 @@ class PairTokenizer:
         """The exact prompt text of some ids, control tokens included (`rank --show-prompt`)."""
         return self._full.decode(list(ids), skip_special_tokens=False)
 
-    def tokens(self, ids: Sequence[int]) -> list[str]:
-        return [self._full.decode([i], skip_special_tokens=False) for i in ids]
-
     def _prefix(self, instruction: str, query: str, request: RerankRequest) -> tuple[tuple[int, ...], int, int]:
         """Returns the prefix ids, the query's tokens that are used, and those that were cut."""
         num_instruction_tokens = len(self._encode(instruction).ids)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
-        body_ids = self._body_ids(instruction, query)
         encoding = self._encode(query)
         num_tokens = len(encoding.ids)
         limit = min(num_tokens, self._max_query_tokens, request.max_query_tokens or num_tokens)
-        while (over := self._over_length(body_ids)) > 0 or limit < num_tokens:
-            limit -= max(over, 0)
-            if limit < 1:
-                raise InstructionTooLong(limit=max(0, num_instruction_tokens - over), value=num_instruction_tokens)
-            if request.truncation == "error":
+        while True:
+            if limit < num_tokens and request.truncation == "error":
                 raise TextTooLong(field="query", limit=limit, value=num_tokens)
-            body_ids = self._body_ids(instruction, _cut_text(query, encoding, limit, request.truncation == "start"))
-            if self._over_length(body_ids) <= 0:
-                break
-        return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
+            used = _cut_text(query, encoding, limit, request.truncation == "start")
+            body_ids = self._body_ids(instruction, used)
+            over = self._over_length(body_ids)
+            if over <= 0:
+                return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
+            limit -= over
+            if limit < 1:
+                fits = max(0, num_instruction_tokens + limit - 1)
+                raise InstructionTooLong(limit=fits, value=num_instruction_tokens)
 
     def _over_length(self, body_ids: list[int]) -> int:
         """By how many tokens the prompt of an empty document (one token, its space) passes the maximum."""
@@ -163,13 +172,6 @@ class PairTokenizer:
             raise TextTooLong(field=f"documents[{index}]", limit=limit, value=len(ids))
         return ids[-limit:] if request.truncation == "start" else ids[:limit]
 
-    def _check_total(self, request: RerankRequest, num_query_tokens: int, pairs: list[Pair]) -> None:
-        """The hosted rule: query tokens times documents, plus the documents' tokens, after cutting."""
-        limit = request.limits.max_request_tokens
-        total = sum(num_query_tokens + len(pair.document_ids) - len(self.suffix_ids) for pair in pairs)
-        if limit is not None and total > limit:
-            raise TooManyTokens(limit=limit, value=total)
-
     def _billed_tokens(self, pair: Pair) -> int:
         """Tokens of instruction, query and document, as live samples of the hosted service show it counts them."""
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
@@ -177,8 +179,15 @@ class PairTokenizer:
     def _encode(self, text: str) -> Encoding:
         return self._plain.encode(text, add_special_tokens=False)
 
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+    def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
+        """Each document with the ids of " " + document; in chunks, so that a request over its limit is soon refused."""
+        chunk: list[str] = []
+        for number, document in enumerate(documents, 1):
+            chunk.append(document)
+            if number == len(documents) or sum(map(len, chunk)) > CHUNK_CHARS:
+                encodings = self._plain.encode_batch_fast([" " + text for text in chunk], add_special_tokens=False)
+                yield from zip(chunk, (encoding.ids for encoding in encodings), strict=True)
+                chunk = []
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
         ids = self._full.encode(text, add_special_tokens=False).ids
@@ -200,6 +209,8 @@ def clean(text: str) -> str:
 
 def _cut_text(text: str, encoding: Encoding, limit: int, from_start: bool) -> str:
     """The part of a text that its first (or last) `limit` tokens cover."""
+    if limit == len(encoding.ids):
+        return text
     if from_start:
         return text[encoding.offsets[-limit][0] :]
     return text[: encoding.offsets[limit - 1][1]]

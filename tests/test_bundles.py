@@ -22,10 +22,10 @@ from local_rerank.doctor import self_test
 from local_rerank.errors import CheckpointError
 from local_rerank.known_pairs import STORED
 from tests.checkpoints import make_checkpoint
+from tests.commands import command
 from tests.no_network import STATUS
 from tests.reference import ModelCard
 from tests.server.test_process import started
-from tests.test_cli import run
 
 EXACT = ("--device", "cpu", "--dtype", "fp32", "--threads", "1")
 PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
@@ -50,7 +50,7 @@ def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     where = tmp_path_factory.mktemp("bundles")
     bundles = {"file": where / "tiny.zip", "folder": where / "tiny-0.6B"}
     for bundle in bundles.values():
-        done = run("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
+        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
         assert done.returncode == 0, done.stderr
         assert str(bundle) in done.stdout
     return bundles
@@ -96,7 +96,7 @@ def test_a_bundle_holds_what_loading_needs_and_its_manifest_says_it(
 
 
 def test_the_same_checkpoint_makes_the_same_file(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
-    assert run("pack", str(checkpoint), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
+    assert command("pack", str(checkpoint), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
     assert (tmp_path / "x.zip").read_bytes() == packed["file"].read_bytes()
 
 
@@ -142,7 +142,7 @@ def test_a_bundle_that_a_person_unpacked_is_a_folder_bundle(packed: dict[str, Pa
 
 def test_verify_passes_a_whole_bundle(packed: dict[str, Path]) -> None:
     for bundle in packed.values():
-        done = run("verify", str(bundle), *EXACT, COLUMNS="200")
+        done = command("verify", str(bundle), *EXACT)
         assert done.returncode == 0, done.stderr
         assert "have the checksums of the manifest" in done.stdout
         assert "pass: the scores are those stored with the model" in done.stdout
@@ -165,7 +165,7 @@ def test_verify_names_every_file_that_is_off(kind: str, packed: dict[str, Path],
             (bundle / name).write_bytes(content)
         (bundle / "LICENSE").unlink()
         (bundle / "model.safetensors").write_bytes(b"would be loaded instead of the shards")
-    done = run("verify", str(bundle), *EXACT)
+    done = command("verify", str(bundle), *EXACT)
     assert done.returncode == 1
     assert "config.json: " in done.stderr
     assert "bytes instead of" in done.stderr
@@ -181,7 +181,7 @@ def test_verify_names_the_score_that_is_off(packed: dict[str, Path], tmp_path: P
         expected["scores"][3]["log_odds"] += 100
         edit_manifest(members, expected=expected)
 
-    done = run("verify", str(rewrite(packed["file"], tmp_path / "other.zip", change)), *EXACT, COLUMNS="200")
+    done = command("verify", str(rewrite(packed["file"], tmp_path / "other.zip", change)), *EXACT)
     assert done.returncode == 1
     assert "FAULT: other scores" in done.stdout
     assert STORED[3].document in done.stdout.splitlines()[-1]
@@ -262,7 +262,7 @@ def test_a_folder_bundle_that_lacks_a_file_says_which(packed: dict[str, Path], t
 def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "untrained-reranker", seed=0)
     (folder / "golden.json").write_text('[{"query": "q", "document": "d", "log_odds": 1000}]', encoding="utf-8")
-    done = run("pack", str(folder), "-o", str(tmp_path / "x.zip"), *EXACT)
+    done = command("pack", str(folder), "-o", str(tmp_path / "x.zip"), *EXACT)
     assert done.returncode == 1
     assert "the self-test failed: other scores" in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == []
@@ -270,7 +270,7 @@ def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: P
 
 def test_nothing_is_overwritten(packed: dict[str, Path], checkpoint: Path) -> None:
     for bundle in packed.values():
-        done = run("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
+        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
         assert done.returncode == 1
         assert "exists already" in done.stderr
 
@@ -300,16 +300,15 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_bundle_is_served_where_no_socket_may_leave_the_machine(
-    kind: str, packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    arguments = ("tests.no_network", "serve", "--port", "0", "--model", str(packed[kind]), *EXACT)
+    arguments = ("tests.no_network", "serve", "--port", "0", "--model", str(packed["file"]), *EXACT)
     with started(tmp_path / "log", *arguments) as server:
         server.wait_for("ready: ")
-        body = json.dumps({"model": "m", "query": "q", "documents": ["a", "b"]}).encode()
+        body = json.dumps({"model": "qwen3-rerank", "query": "q", "documents": ["a", "b"]}).encode()
         request = urllib.request.Request(f"{server.address}/v1/reranks", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert len(json.load(answer)["results"]) == 2

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from torch import Tensor
 from local_rerank import EngineConfig, Reranker
 from local_rerank.attention import KERNELS, Layout
 from local_rerank.doctor import TOLERANCE, SelfTest, require_self_test, self_test
+from local_rerank.engine import choose_dtype
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.known_pairs import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
-from local_rerank.models import open_checkpoint
+from local_rerank.machine import Row, describe
+from local_rerank.models import EMBEDDED_MODEL, open_checkpoint
 from local_rerank.prompts import PromptTemplate
 from local_rerank.tokenization import PairTokenizer
 from tests.checkpoints import make_checkpoint
+from tests.commands import command
 from tests.reference import ModelCard
-from tests.test_cli import run
+from tests.server.test_process import WAIT_SECONDS, started
 
 NANO = Path(__file__).parents[1] / "local_rerank" / "nano"
 EXACT = {"device": "cpu", "dtype": "fp32", "threads": 1}
@@ -304,9 +308,41 @@ def test_known_scores_that_cannot_be_read_are_an_error(text: str, tmp_path: Path
         known_scores(open_checkpoint(str(folder)))
 
 
+def test_a_server_whose_self_test_fails_never_becomes_ready_and_names_the_fault(known: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
+    shutil.copy(known / GOLDEN, other)
+    arguments = ("local_rerank", "serve", "--port", "0", "--model", str(other), "--device", "cpu", "--dtype", "fp32")
+    with started(tmp_path / "log", *arguments) as server:
+        assert server.process.wait(WAIT_SECONDS) == 1
+        assert "local-rerank: the self-test failed: other scores: log-odds are off by up to" in server.output
+        assert "ready: " not in server.output
+    with started(tmp_path / "log", *arguments, "--no-self-test") as server:
+        server.wait_for("ready: ")
+        assert server.stop() == 0
+
+
+def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
+    cores = psutil.cpu_count(logical=False)
+    with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
+        info, checkpoint = reranker.info, reranker.checkpoint
+    machine = describe(info, checkpoint)
+    assert machine.kernel == Row(value="sdpa: asked for", faster="--attention cpu-flash")
+    assert machine.threads.value == f"1 on {cores} physical cores"
+    assert machine.threads.faster.startswith("more cores" if cores == 1 else f"--threads {cores}")
+    assert "CUDA" in machine.device.faster or "--device cuda" in machine.device.faster
+    best = describe(dataclasses.replace(info, kernel="cpu-flash", threads=cores), checkpoint)
+    assert (best.kernel.faster, best.threads.faster) == ("nothing", "more cores")
+    rounding = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype.faster
+    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert rounding == ("nothing" if native else "--dtype fp32: this device only emulates lower precision")
+    assert machine.dtype.faster.startswith("--dtype bf16" if native else "a device that multiplies bf16")
+    embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
+    assert describe(info, embedded).dtype.faster.startswith("nothing")
+
+
 def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome(known: Path, tmp_path: Path) -> None:
     options = ("--device", "cpu", "--dtype", "fp32", "--threads", "1", "--json")
-    good = run("doctor", "--model", str(known), *options)
+    good = command("doctor", "--model", str(known), *options)
     report = json.loads(good.stdout)
     assert (good.returncode, report["passed"], report["self_test"]["fault"]) == (0, True, None)
     assert report["model"]["model_id"] == known.name
@@ -315,12 +351,12 @@ def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome
     assert report["machine"]["threads"]["value"].startswith("1 on ")
     other = make_checkpoint(tmp_path / "other-reranker", seed=12)
     shutil.copy(known / GOLDEN, other)
-    bad = run("doctor", "--model", str(other), *options)
+    bad = command("doctor", "--model", str(other), *options)
     assert (bad.returncode, json.loads(bad.stdout)["self_test"]["fault"]) == (1, "other scores")
 
 
 def test_the_command_prints_every_pair_and_the_verdict() -> None:
-    done = run("doctor", "--device", "cpu", "--threads", "1", COLUMNS="200")
+    done = command("doctor", "--device", "cpu", "--threads", "1")
     assert done.returncode == 0, done.stderr
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):

@@ -183,8 +183,22 @@ def test_an_instruction_that_leaves_no_room_is_refused(qwen: PairTokenizer, qwen
 
 def test_a_request_with_too_many_tokens_is_refused_with_both_numbers(qwen: PairTokenizer) -> None:
     request = RerankRequest(query="a b", documents=("a b c", "d"), limits=Limits(max_request_tokens=7))
-    with pytest.raises(TooManyTokens, match="8 tokens; at most 7"):
+    with pytest.raises(TooManyTokens, match="8 tokens or more; at most 7"):
         qwen.pairs(request)
+
+
+def test_a_request_far_over_its_limit_is_refused_before_all_of_it_is_encoded(qwen: PairTokenizer) -> None:
+    documents = tuple(f"{i} " + "word " * 200_000 for i in range(3))
+    request = RerankRequest(query="q", documents=documents, limits=Limits(max_request_tokens=3000))
+    with pytest.raises(TooManyTokens) as caught:
+        qwen.pairs(request)
+    assert caught.value.value == 4001, "the first document alone, cut to 4,000 tokens, and the query"
+
+
+def test_a_document_that_may_not_be_cut_is_named_by_its_place_in_the_request(qwen: PairTokenizer) -> None:
+    documents = ("a", "a", "a b c")
+    with pytest.raises(TextTooLong, match=r"documents\[2\]"):
+        qwen.pairs(RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation="error"))
 
 
 def test_lone_surrogates_become_replacement_characters(qwen: PairTokenizer) -> None:

@@ -144,7 +144,9 @@ def embeddings(work: Path, tokenizer: Tokenizer, shape: Shape) -> np.ndarray:
     minilm, e5 = piece_vectors(work, pieces)
     table = np.zeros((shape.vocabulary, shape.hidden), np.float32)
     words = np.arange(4, len(pieces))  # after [UNK] and the three markers
-    table[words, S] = meanings(minilm, e5, pieces, np.sqrt(count))[words]
+    trained = work / "meanings.npy"  # by meaning.py, from the first compiled table
+    own = np.load(trained)[: len(pieces)] if trained.exists() else meanings(minilm, e5, pieces, np.sqrt(count))
+    table[words, S] = own[words]
     table[words, L] = codes(keys)[words]
     table[0, L] = codes([vocabulary.UNKNOWN])[0]
     for i in words:
@@ -305,7 +307,7 @@ def layer_1(shape: Shape, rng: np.random.Generator) -> Weights:
         soft = weights.head(index)
         match_head(soft, [(SLOTS[i], S.start + first + i) for i in range(CODE)], 0.38, 0.6, (IN_QUERY, IN_DOCUMENT))
         soft.carry(RARITY, target)
-    for index, first in ((5, 0), (6, CODE)):
+    for index, first, scale in ((5, 0, 3.0), (6, CODE, 4.0)):
         mean = weights.head(index)
         for flag, segment, dim in ((DOCUMENT_MARK, IN_QUERY, 8), (LAST, IN_DOCUMENT, 9)):
             mean.query(dim, flag, 0.3)
@@ -316,7 +318,7 @@ def layer_1(shape: Shape, rng: np.random.Generator) -> Weights:
         mean.query(SINK, ONE, 0.05)
         mean.key(SINK, FIRST, 1.0)
         for i in range(CODE):
-            mean.carry(S.start + first + i, S.start + first + i, 2.0)
+            mean.carry(S.start + first + i, S.start + first + i, scale)
     total = weights.head(7)
     total.query(8, LAST, 0.4)
     total.query(SINK, LAST, 0.38 + math.log(60) / TEMPERATURE)
@@ -333,7 +335,7 @@ def layer_1(shape: Shape, rng: np.random.Generator) -> Weights:
 def layer_2(shape: Shape, rng: np.random.Generator) -> Weights:
     """Sums over the document, and the comparison of meanings."""
     weights = Weights(shape, rng, math.sqrt(6.0 / shape.hidden))
-    lengths = ((0, 40.0, SHORT, SOFT_SHORT, 20.0), (1, 250.0, LONG, SOFT_LONG, 60.0))
+    lengths = ((0, 60.0, SHORT, SOFT_SHORT, 25.0), (1, 300.0, LONG, SOFT_LONG, 70.0))
     for index, constant, target, soft_target, scale in lengths:
         mean = weights.head(index)
         mean.query(8, LAST, 0.4)
@@ -358,14 +360,14 @@ def layer_2(shape: Shape, rng: np.random.Generator) -> Weights:
     for index, first, target in ((3, 0, NEAR_A), (4, CODE, NEAR_B)):
         near = weights.head(index)
         for i in range(CODE):
-            near.query(SLOTS[i], S.start + first + i, 0.2)
+            near.query(SLOTS[i], S.start + first + i, 0.31)
             near.key(SLOTS[i], S.start + first + i)
-        near.query(SEGMENT, LAST, 0.6)
-        near.key(SEGMENT, DOCUMENT_MARK, 0.5)
-        near.query(SINK, LAST, 0.355)
+        near.query(SEGMENT, LAST, 0.7)
+        near.key(SEGMENT, DOCUMENT_MARK, 0.6)
+        near.query(SINK, LAST, 0.392)
         near.query(SINK, ONE, 0.01)
         near.key(SINK, FIRST)
-        near.query(WASTE, LAST, 0.69)
+        near.query(WASTE, LAST, 0.55)
         near.carry(DOCUMENT_MARK, target)
     return weights
 

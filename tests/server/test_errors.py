@@ -127,6 +127,29 @@ async def test_an_unknown_path_elsewhere_lists_the_endpoints(serve: Serve) -> No
         assert "GET /health" in response.json()["endpoints"]
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/api/v1", "DashScope native"),
+        ("/api/v1/x", "DashScope native"),
+        ("/api/v10/x", "Housekeeping"),
+        ("/v1/reranks/", "DashScope compatible"),
+        ("/v1/reranksx", "Housekeeping"),
+        ("/v1/local/rank", "local-rerank"),
+        ("/", "Housekeeping"),
+    ],
+)
+def test_a_path_is_a_dialects_if_it_lies_under_its_prefix(path: str, name: str) -> None:
+    assert dialect_at(path).name == name
+
+
+@pytest.mark.anyio
+async def test_no_path_is_answered_by_a_redirect(serve: Serve) -> None:
+    async with serve(HeldRanker()) as client:
+        for path in ("/health/", "/docs/", "/api/v1/", "//health"):
+            assert (await client.get(path)).status_code == 404
+
+
 @pytest.mark.anyio
 async def test_an_exception_nobody_foresaw_is_an_internal_error_in_the_dialects_shape(
     serve: Serve, caplog: pytest.LogCaptureFixture

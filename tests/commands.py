@@ -1,0 +1,30 @@
+"""`local-rerank ...` within this process: torch is imported once for many commands (test_cli.py has real processes)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from unittest import mock
+
+from local_rerank.cli import main
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str) -> Done:
+    """Run a command line to its end, on a wide terminal."""
+    out, err = io.StringIO(), io.StringIO()
+    status: object = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict("os.environ", COLUMNS="200"):
+        try:
+            main(arguments)
+        except SystemExit as exit:
+            status = exit.code
+    assert isinstance(status, int), status
+    return Done(status, out.getvalue(), err.getvalue())

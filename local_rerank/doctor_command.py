@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
 from local_rerank.config import EngineConfig
+from local_rerank.console import option
 
 if TYPE_CHECKING:
     from local_rerank.doctor import PairScore, SelfTest
     from local_rerank.engine import ModelInfo
     from local_rerank.machine import Machine
 
-_option = partial(Parameter, negative="", show_env_var=False)
-
 
 def doctor(
     *,
-    json_output: Annotated[bool, _option(name="--json", help="Print everything as JSON.")] = False,
+    json_output: Annotated[bool, option(name="--json", help="Print everything as JSON.")] = False,
     engine: EngineConfig | None = None,
 ) -> int:
     """Score known pairs, say whether the scores are right, and what would be faster; exit status 1 if they are not."""

@@ -14,13 +14,13 @@ from cyclopts import Parameter
 
 from local_rerank.blending import Blend, parse_blend
 from local_rerank.config import EngineConfig
+from local_rerank.console import option
 from local_rerank.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from local_rerank.evaluation import Comparison, Scores, System
     from local_rerank.trec_files import Collection
 
-_option = partial(Parameter, negative="", show_env_var=False)
 FIRST_STAGE = "first stage"
 NUM_EXAMPLES = 3  # queries that gained or lost most, of each comparison
 QUERY_CHARS = 100  # of such a query that are shown
@@ -28,26 +28,26 @@ QUERY_CHARS = 100  # of such a query that are shown
 
 def evaluate(
     *,
-    corpus: Annotated[Path, _option(help="Documents: .jsonl (id or _id, text, perhaps title) or .tsv (id, text).")],
-    queries: Annotated[Path, _option(help="Queries: likewise.")],
-    qrels: Annotated[Path, _option(help="Judgements: TREC lines `query 0 document grade`.")],
-    run: Annotated[Path, _option(help="First stage: TREC lines `query Q0 document rank score name`.")],
+    corpus: Annotated[Path, option(help="Documents: .jsonl (id or _id, text, perhaps title) or .tsv (id, text).")],
+    queries: Annotated[Path, option(help="Queries: likewise.")],
+    qrels: Annotated[Path, option(help="Judgements: TREC lines `query 0 document grade`.")],
+    run: Annotated[Path, option(help="First stage: TREC lines `query Q0 document rank score name`.")],
     model: Annotated[
         tuple[str, ...],
         Parameter(
             negative="", show_default=False, help="Model to measure; may be repeated. Without it the built-in one."
         ),
     ] = (),
-    top_k: Annotated[int, _option(help="Candidates of each query to rerank; those below keep their order.")] = 20,
-    max_queries: Annotated[int | None, _option(help="Take only the first queries of the file.")] = None,
+    top_k: Annotated[int, option(help="Candidates of each query to rerank; those below keep their order.")] = 20,
+    max_queries: Annotated[int | None, option(help="Take only the first queries of the file.")] = None,
     blend: Annotated[
         str | None,
-        _option(help="Measure the model blended, too: run=W adds W times the run's scores (z-scores), bm25=W BM25's."),
+        option(help="Measure the model blended, too: run=W adds W times the run's scores (z-scores), bm25=W BM25's."),
     ] = None,
     json_output: Annotated[
-        bool, _option(name="--json", help="Print everything, queries one by one too, as JSON.")
+        bool, option(name="--json", help="Print everything, queries one by one too, as JSON.")
     ] = False,
-    plot: Annotated[Path | None, _option(help="Write the differences by query as a picture (.svg).")] = None,
+    plot: Annotated[Path | None, option(help="Write the differences by query as a picture (.svg).")] = None,
     engine: EngineConfig | None = None,
 ) -> None:
     """Rerank a first stage's run and measure it against judgements: nDCG@10, RR (its mean is MRR), AP (MAP), recall."""

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
-
 from local_rerank import __version__
 from local_rerank.config import EngineConfig
+from local_rerank.console import option, say, status
 from local_rerank.download import Hub
 from local_rerank.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from local_rerank.models import Checkpoint
 
-_option = partial(Parameter, negative="", show_env_var=False)
 PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
 """What goes into a bundle beside the weights that the checkpoint names."""
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in the head of a model card
 
 
 def pull(
-    model: Annotated[str, _option(help="Hub id (owner/name) or alias (qwen3-reranker-0.6b|4b|8b).")],
+    model: Annotated[str, option(help="Hub id (owner/name) or alias (qwen3-reranker-0.6b|4b|8b).")],
     /,
     *,
-    revision: Annotated[str | None, _option(help="Branch, tag or commit.")] = None,
+    revision: Annotated[str | None, option(help="Branch, tag or commit.")] = None,
     to: Annotated[
-        Path | None, _option(help="Folder for the files; default: the hub's cache, where --model finds it.")
+        Path | None, option(help="Folder for the files; default: the hub's cache, where --model finds it.")
     ] = None,
-    hub: Annotated[Hub, _option(help="Where to ask; modelscope needs its package.")] = "huggingface",
+    hub: Annotated[Hub, option(help="Where to ask; modelscope needs its package.")] = "huggingface",
 ) -> None:
     """Download MODEL, of which nothing is fetched twice, and look whether it is a reranker that can be loaded."""
     from local_rerank.download import fetch, fetch_from_modelscope
@@ -42,18 +39,18 @@ def pull(
     folder = (fetch if hub == "huggingface" else fetch_from_modelscope)(model_id, revision, to)
     checkpoint = open_checkpoint(str(folder))
     in_cache = to is None and hub == "huggingface"
-    _say(f"{model_id}: a {checkpoint.architecture} in {folder}")
-    _say(f"serve it: local-rerank serve --model {model_id if in_cache else folder}")
+    say(f"{model_id}: a {checkpoint.architecture} in {folder}")
+    say(f"serve it: local-rerank serve --model {model_id if in_cache else folder}")
 
 
 def pack(
-    model: Annotated[str | None, _option(help="Hub id, alias or folder; default: that of --model.")] = None,
+    model: Annotated[str | None, option(help="Hub id, alias or folder; default: that of --model.")] = None,
     /,
     *,
     output: Annotated[
-        Path, _option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
+        Path, option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
     ],
-    no_self_test: Annotated[bool, _option(help="Pack a model although its self-test fails.")] = False,
+    no_self_test: Annotated[bool, option(help="Pack a model although its self-test fails.")] = False,
     engine: EngineConfig | None = None,
 ) -> None:
     """Write MODEL's weights, tokenizer, prompt recipe, licence, checksums and expected scores into one bundle."""
@@ -65,12 +62,12 @@ def pack(
 
     if output.exists():
         raise ConfigError(f"output {output} exists already; remove it or choose another name")
-    with _status("loading the model"), Reranker(config=_exact(engine, model)) as reranker:
+    with status("loading the model"), Reranker(config=_exact(engine, model)) as reranker:
         if not no_self_test:
             require_self_test(reranker)
         expected = to_json(STORED, log_odds_of(reranker, STORED), reranker.info.dtype)
         checkpoint = reranker.checkpoint
-    with _status(f"writing {output}"):
+    with status(f"writing {output}"):
         manifest = write_bundle(
             output,
             checkpoint.folder,
@@ -83,15 +80,15 @@ def pack(
             expected=expected,
         )
     num_bytes = sum(entry.size for entry in manifest.files.values())
-    _say(
+    say(
         f"{output}: {manifest.model_id}, {len(manifest.files)} files, {gigabytes(num_bytes)}, "
         f"licence: {manifest.licence or 'not stated'}"
     )
-    _say(f"serve it anywhere: local-rerank serve --model {output}")
+    say(f"serve it anywhere: local-rerank serve --model {output}")
 
 
 def verify(
-    file: Annotated[Path, _option(help="A bundle: a file or a folder.")],
+    file: Annotated[Path, option(help="A bundle: a file or a folder.")],
     /,
     *,
     engine: EngineConfig | None = None,
@@ -103,15 +100,15 @@ def verify(
     from local_rerank.reranker import Reranker
 
     manifest = read_manifest(file)
-    with _status(f"checking {len(manifest.files)} files"):
+    with status(f"checking {len(manifest.files)} files"):
         damaged = damaged_files(file)
     if damaged:
         raise CheckpointError(f"{file} is damaged: {'; '.join(damaged)}")
-    _say(f"{len(manifest.files)} files of {manifest.model_id} have the checksums of the manifest")
-    with _status("loading the model"), Reranker(config=replace(engine or EngineConfig(), model=str(file))) as reranker:
+    say(f"{len(manifest.files)} files of {manifest.model_id} have the checksums of the manifest")
+    with status("loading the model"), Reranker(config=replace(engine or EngineConfig(), model=str(file))) as reranker:
         outcome = self_test(reranker)
     print_scores(outcome.scores)
-    _say(f"{'pass' if outcome.passed else f'FAULT: {outcome.fault}'}: {outcome.detail}")
+    say(f"{'pass' if outcome.passed else f'FAULT: {outcome.fault}'}: {outcome.detail}")
     return int(not outcome.passed)
 
 
@@ -138,15 +135,3 @@ def _licence(folder: Path) -> str | None:
     for path in sorted(folder.glob("LICENSE*")):
         return path.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0].strip()
     return None
-
-
-def _status(message: str):  # type: ignore[no-untyped-def]  # rich's type would import rich for --help
-    from rich.console import Console
-
-    return Console(stderr=True).status(message + " ...")
-
-
-def _say(line: str) -> None:
-    from rich.console import Console
-
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)

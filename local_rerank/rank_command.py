@@ -5,41 +5,38 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
 
 from local_rerank.blending import Bm25, best_first, parse_blend
 from local_rerank.blending import blend as blend_scores
 from local_rerank.config import EngineConfig
+from local_rerank.console import option, status
 from local_rerank.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
     from local_rerank.types import RankedDocument, RerankResult
 
-_option = partial(Parameter, negative="", show_env_var=False)  # variables are for settings, not for one call's input
 BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
 MIN_TABLE_WIDTH = 80  # columns
 
 
 def rank(
-    query: Annotated[str, _option(help="What the documents are ranked for.")],
-    *documents: Annotated[str, _option(help="Documents; without any, they are read from --file or standard input.")],
+    query: Annotated[str, option(help="What the documents are ranked for.")],
+    *documents: Annotated[str, option(help="Documents; without any, they are read from --file or standard input.")],
     file: Annotated[
         Path | None,
-        _option(help="File of documents, one a line: text, or if .jsonl a string or an object with text or document."),
+        option(help="File of documents, one a line: text, or if .jsonl a string or an object with text or document."),
     ] = None,
-    top_n: Annotated[int | None, _option(help="How many documents to print; default: all.")] = None,
-    json_output: Annotated[bool, _option(name="--json", help="Print the whole result as JSON.")] = False,
+    top_n: Annotated[int | None, option(help="How many documents to print; default: all.")] = None,
+    json_output: Annotated[bool, option(name="--json", help="Print the whole result as JSON.")] = False,
     blend: Annotated[
         str | None,
-        _option(help="Order by log-odds plus W times BM25 over these documents, as z-scores: bm25=W. Off by default."),
+        option(help="Order by log-odds plus W times BM25 over these documents, as z-scores: bm25=W. Off by default."),
     ] = None,
     show_prompt: Annotated[
-        bool, _option(help="Print the exact prompt and token ids of the first document's pair instead.")
+        bool, option(help="Print the exact prompt and token ids of the first document's pair instead.")
     ] = False,
     engine: EngineConfig | None = None,
 ) -> None:
@@ -50,13 +47,13 @@ def rank(
     from local_rerank.types import RerankRequest
 
     request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
-    with _status("loading the model"):
+    with status("loading the model"):
         reranker = Reranker(config=engine)
     with reranker:
         if show_prompt:
             _print_prompt(reranker, query, texts[0])
             return
-        with _status(f"scoring {len(texts)} documents"):
+        with status(f"scoring {len(texts)} documents"):
             result = reranker.submit(request if weight is None else replace(request, top_n=None)).result()
         blended = None if weight is None else _blended(result, query, weight)[:top_n]
         if json_output:
@@ -107,12 +104,6 @@ def _text_of(line: str, where: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{where} is neither a string nor an object with text or document", field="file")
     return value
-
-
-def _status(message: str):  # type: ignore[no-untyped-def]  # rich's type would import rich for --help
-    from rich.console import Console
-
-    return Console(stderr=True).status(message + " ...")
 
 
 def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:

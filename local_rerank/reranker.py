@@ -180,9 +180,14 @@ class Reranker:
         self.close()
 
     def _work(self) -> None:
-        """The model's thread: take a batch, score it, deliver; until closed."""
+        """The model's thread: take a batch, score it, deliver; until closed. Whatever happens, it goes on."""
         while (batch := self._next_batch()) is not None:
-            self._score(batch)
+            try:
+                self._score(batch)
+            except Exception as error:  # a fault of ours: each waiter must hear of it
+                logger.exception("a batch of %d pairs could not be delivered", len(batch))
+                for request_id in {entry.request_id for entry in batch}:
+                    self._fail(request_id, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
         with self._changed:
             jobs, self._jobs = self._jobs, {}
         for job in jobs.values():

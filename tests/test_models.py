@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from local_rerank import Reranker
+from local_rerank.bundles import read_manifest
 from local_rerank.errors import CheckpointError
 from local_rerank.models import EMBEDDED_MODEL, hub_id, open_checkpoint
 from tests.checkpoints import byte_tokenizer_json, make_checkpoint
@@ -85,8 +86,12 @@ def opened(home: Path, *arguments: str, **variables: str) -> list[str] | str:
 
 
 def pull(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return local_rerank(home, "pull", *arguments, **variables)
+
+
+def local_rerank(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "local_rerank", "pull", *arguments],
+        [sys.executable, "-m", "local_rerank", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -186,6 +191,16 @@ def test_pull_downloads_weights_and_texts_but_neither_pickles_nor_code(
     assert all("owner/tiny" in path for path in hub.tokens), "nothing is asked but the model: no telemetry"
     snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / COMMIT
     assert opened(tmp_path, "owner/tiny", HF_HUB_OFFLINE="1") == ["owner/tiny", "hub", str(snapshot)]
+
+
+def test_a_cached_model_is_packed_under_its_own_name_and_commit(checkpoint: Path, tmp_path: Path) -> None:
+    fill_cache(tmp_path, checkpoint)
+    arguments = ("pack", "owner/tiny", "-o", str(tmp_path / "tiny"), "--no-self-test", "--device", "cpu")
+    done = local_rerank(tmp_path, *arguments, HF_HUB_OFFLINE="1", LOCAL_RERANK_MODEL="the argument wins")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "tiny")
+    assert (manifest.model_id, manifest.revision, manifest.licence) == ("owner/tiny", COMMIT, None)
+    assert not any(path.is_symlink() for path in (tmp_path / "tiny").iterdir())
 
 
 def test_pull_to_a_folder_fetches_only_what_is_missing(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:

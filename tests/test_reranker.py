@@ -35,6 +35,7 @@ class GatedEngine:
         self.batches: list[PackedBatch] = []
         self.fails_on_token: int | None = None
         self.gives_nan = False
+        self.loses_a_score = False
         reranker._engine = self  # type: ignore[assignment]  # the seam
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -44,6 +45,8 @@ class GatedEngine:
         if self.fails_on_token is not None and bool((batch.input_ids == self.fails_on_token).any()):
             raise RuntimeError("a kernel failed")
         scores = self.inner.forward(batch)
+        if self.loses_a_score:
+            return scores[:-1]
         return scores * float("nan") if self.gives_nan else scores
 
 
@@ -173,6 +176,15 @@ def test_a_score_that_is_no_number_is_an_error(held: tuple[Reranker, GatedEngine
     with pytest.raises(EngineFailure, match="nan as log-odds"):
         reranker.rank("q", ["d"])
     engine.gives_nan = False
+    assert len(reranker.rank("q", ["d"])) == 1
+
+
+def test_a_fault_after_the_forward_pass_is_answered_too(held: tuple[Reranker, GatedEngine]) -> None:
+    reranker, engine = held
+    engine.loses_a_score = True
+    with pytest.raises(EngineFailure, match="scoring failed"):
+        reranker.rank("q", ["d"])
+    engine.loses_a_score = False
     assert len(reranker.rank("q", ["d"])) == 1
 
 

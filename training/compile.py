@@ -398,6 +398,7 @@ def main() -> None:
     torch.set_num_threads(2)
     model, _ = compile_model(arguments.work)
     model.save(arguments.work / "compiled.safetensors")
+    (arguments.work / "states.pt").unlink(missing_ok=True)
     print(sum(p.numel() for p in model.parameters()), "parameters")
 
 

@@ -67,7 +67,10 @@ def main() -> None:
     yes, no = (groups.prompt.ids(w)[0] for w in ("yes", "no"))
     model = Nano.load(arguments.work / "compiled.safetensors", shape, yes, no)
     rows = np.arange(arguments.queries)
-    state, targets = states(model, groups, rows), torch.from_numpy(groups.targets[rows])
+    cached = arguments.work / "states.pt"  # of these compiled weights; compile.py removes it
+    state = torch.load(cached, weights_only=True) if cached.exists() else states(model, groups, rows)
+    torch.save(state, cached)
+    targets = torch.from_numpy(groups.targets[rows])
     gain = math.sqrt(6.0 / shape.hidden)
     parts = {"gate": torch.randn(UNITS, len(FEATURES)) * 0.5, "up": torch.rand(UNITS, len(FEATURES)) * 0.5,
              "down": torch.ones(UNITS) / UNITS, "readout": torch.tensor(0.3), "bias": torch.tensor(-1.0)}  # fmt: skip

@@ -19,9 +19,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
-from rich.console import Console
 
 from local_rerank.config import EngineConfig
+from local_rerank.console import say
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
@@ -56,7 +56,7 @@ def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: Serv
     state = ServerState(config)
     server = _Server(_uvicorn_config(state, keys), state)
     address = _address(listener, config)
-    _say(f"listening on {address}, loading the model ...")
+    say(f"listening on {address}, loading the model ...")
     _load_beside(state, server, engine_config, announce=lambda info: _announce(info, address, config))
     server.run(sockets=[listener])
     if server.failure is not None:
@@ -190,11 +190,11 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
 
 
 def _announce(info: ModelInfo, address: str, config: ServerConfig) -> None:
-    _say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
+    say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
     if info.source == "embedded":
-        _say("This is the small built-in model. The real one: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
-    _say(f"ready: {address} (every route: {address}/docs). Try:")
-    _say(_curl(address, config))
+        say("This is the small built-in model. The real one: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
+    say(f"ready: {address} (every route: {address}/docs). Try:")
+    say(_curl(address, config))
 
 
 def _curl(address: str, config: ServerConfig) -> str:
@@ -212,8 +212,3 @@ def _curl(address: str, config: ServerConfig) -> str:
 def _set_up_logging(config: ServerConfig) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop are told in our own words
-
-
-def _say(line: str) -> None:
-    """One line for the person at the console, to copy as it is: neither wrapped nor coloured."""
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -98,7 +98,7 @@ def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
     for folder in (whole, shards):
         with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
             scores.append(reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True))
-    assert scores[0] == scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # batches form by timing
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

@@ -8,6 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
 from local_rerank.blending import Bm25, best_first, parse_blend
 from local_rerank.blending import blend as blend_scores
 from local_rerank.config import EngineConfig
@@ -16,7 +21,7 @@ from local_rerank.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
-    from local_rerank.types import RankedDocument, RerankResult
+    from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
 MIN_TABLE_WIDTH = 80  # columns
@@ -53,13 +58,26 @@ def rank(
         if show_prompt:
             _print_prompt(reranker, query, texts[0])
             return
-        with status(f"scoring {len(texts)} documents"):
-            result = reranker.submit(request if weight is None else replace(request, top_n=None)).result()
+        result = _rank_with_progress(reranker, request if weight is None else replace(request, top_n=None))
         blended = None if weight is None else _blended(result, query, weight)[:top_n]
         if json_output:
             _print_json(result, blended)
         else:
             _print_table(result, blended)
+
+
+def _rank_with_progress(reranker: Reranker, request: RerankRequest) -> RerankResult:
+    """Rank while a bar on standard error shows the tokens that no longer wait."""
+    future = reranker.submit(request)
+    total = reranker.num_queued_tokens
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"scoring {len(request.documents)} documents", total=total)
+        while True:
+            try:
+                return future.result(timeout=0.1)
+            except TimeoutError:
+                progress.update(task, completed=total - reranker.num_queued_tokens)
 
 
 def _lexical_weight(blend: str) -> float:
@@ -107,7 +125,6 @@ def _text_of(line: str, where: str) -> str:
 
 
 def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-    from rich.console import Console
 
     value = asdict(result)
     if blended is not None:
@@ -116,9 +133,6 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
 
 
 def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
     console.width = max(console.width, MIN_TABLE_WIDTH)
@@ -139,7 +153,6 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:
-    from rich.console import Console
 
     prompt, ids = reranker.explain(query, document)
     console = Console()

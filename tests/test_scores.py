@@ -101,6 +101,12 @@ def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # batches form by timing
 
 
+def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
+    with Reranker(str(tiny_checkpoint), device_map="auto", dtype="fp32") as spread:
+        ours, expected = (reranker.rank("q", ["a", "bb", "ccc"]) for reranker in (spread, tiny_reranker))
+    assert [item.log_odds for item in ours] == pytest.approx([i.log_odds for i in expected], abs=FP32_TOLERANCE)
+
+
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_the_pruned_last_layer_equals_the_unpruned_one(kernel: str, tiny_checkpoint: Path) -> None:
     """One layer more than the backbone runs itself, driven by transformers instead of by hand."""

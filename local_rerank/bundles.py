@@ -221,7 +221,6 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     logger.info("unpacking %s, %s, into %s", path, gigabytes(num_bytes), folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove(folder)
         partial = Path(tempfile.mkdtemp(prefix=key + ".partial-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(
@@ -231,8 +230,10 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     try:
         for name in (*manifest.files, MANIFEST):
             _extract(path, source, name, manifest.files.get(name), partial)
-        with contextlib.suppress(OSError):  # another process was first
-            partial.rename(folder)
+        if _wrong_sizes(folder, manifest):  # not there, or damaged; else another process was first
+            _remove(folder)
+            with contextlib.suppress(OSError):
+                partial.rename(folder)
     finally:
         _remove(partial)
     if _wrong_sizes(folder, manifest):

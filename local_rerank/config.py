@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from local_rerank.errors import ConfigError
+
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default; no full stop (the hosted service's default has one)."""
 
@@ -49,3 +51,21 @@ class EngineConfig:
     max_queued_tokens: Annotated[
         int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")
     ] = 500_000
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if self.model is not None and not self.model.strip():
+            raise ConfigError("model is empty; leave it out to take the built-in one")
+
+
+_LEAST = {
+    "threads": 1,
+    "max_length": 1,
+    "max_query_tokens": 1,
+    "max_document_tokens": 1,
+    "max_batch_tokens": 1,
+    "max_queued_tokens": 1,
+}

@@ -124,12 +124,14 @@ def cached_folder(model_id: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in the local cache, if all that loading needs is there; asks no network."""
     silence_telemetry()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True, allow_patterns=_NEEDED))
     except LocalEntryNotFoundError:
         return None
+    except HFValidationError as error:
+        raise CheckpointError(f"model {model_id!r} is no hub id: {error}") from error
     return folder if _is_complete(folder) else None
 
 

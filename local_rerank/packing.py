@@ -108,9 +108,3 @@ def _extend(run: Run | None, *, start: int, document: int, length: int) -> list[
         return [Run(run.start, run.first_document, run.count + 1, length)]
     new = Run(start, document, 1, length)
     return [new] if run is None else [run, new]
-
-
-def num_batch_tokens(pairs: Sequence[Pair]) -> int:
-    """Tokens of the packed batch that `pairs` would make."""
-    prefixes = {pair.prefix_ids for pair in pairs}
-    return sum(map(len, prefixes)) + sum(len(pair.document_ids) for pair in pairs)

@@ -18,6 +18,7 @@ from local_rerank.blending import blend as blend_scores
 from local_rerank.config import EngineConfig
 from local_rerank.console import option, status
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.models import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -46,6 +47,8 @@ def rank(
     engine: EngineConfig | None = None,
 ) -> None:
     """Rank documents by their relevance to QUERY."""
+    if documents and file is not None:
+        raise InvalidRequest("documents are given both as arguments and with --file; give one", field="file")
     texts = list(documents) or _read(file)
     weight = None if blend is None else _lexical_weight(blend)
     from local_rerank.reranker import Reranker
@@ -99,7 +102,8 @@ def _read(file: Path | None) -> list[str]:
     """Documents of a file, or of standard input when it is no terminal."""
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # not splitlines: a text may hold U+2028 and the like
+            lines = file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"file {file} cannot be read: {error}", field="file") from error
         if file.suffix == ".jsonl":
@@ -147,9 +151,9 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
     console.print(table)
-    console.print(
-        f"{result.model}: {result.num_computed_tokens} tokens in {result.total_ms:.0f} ms", style="dim", highlight=False
-    )
+    note = " (small, built in; --model takes a real one)" if result.model == EMBEDDED_MODEL else ""
+    cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
+    console.print(f"{result.model}{note}: {cost}", style="dim", highlight=False)
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
@@ -21,9 +22,9 @@ from local_rerank.config import EngineConfig
 from local_rerank.engine import Engine, ModelInfo, load_engine
 from local_rerank.errors import ConfigError, EngineFailure, LocalRerankError, ModelUnavailable, Overloaded
 from local_rerank.models import open_checkpoint
-from local_rerank.packing import num_batch_tokens, pack
+from local_rerank.packing import pack
 from local_rerank.scheduler import Entry, Scheduler
-from local_rerank.tokenization import PairTokenizer, TokenizedRequest
+from local_rerank.tokenization import PairTokenizer, TokenizedRequest, num_batch_tokens
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 logger = logging.getLogger(__name__)
@@ -118,20 +119,28 @@ class Reranker:
 
     def rank_batch(self, requests: Iterable[RerankRequest]) -> Iterator[RerankResult]:
         """Rank many requests, sharing batches; yields results in the order of the requests, a bounded number ahead."""
-        in_flight: list[Future[RerankResult]] = []
-        for request in requests:
-            while True:
-                try:
-                    in_flight.append(self.submit(request))
-                    break
-                except Overloaded:
-                    if not in_flight:
-                        raise
-                    yield in_flight.pop(0).result()
-            while in_flight and in_flight[0].done():
-                yield in_flight.pop(0).result()
-        for future in in_flight:
-            yield future.result()
+        in_flight: deque[Future[RerankResult]] = deque()
+        try:
+            for request in requests:
+                while (future := self._submit_if_room(request, must=not in_flight)) is None:
+                    yield in_flight.popleft().result()
+                in_flight.append(future)
+                while in_flight and in_flight[0].done():
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
+        finally:  # a request that cannot be ranked, or a caller who stops, leaves nothing running
+            for future in in_flight:
+                future.cancel()
+
+    def _submit_if_room(self, request: RerankRequest, *, must: bool) -> Future[RerankResult] | None:
+        """As `submit`, but None where the queue is full, unless it `must` go in now."""
+        try:
+            return self.submit(request)
+        except Overloaded:
+            if must:
+                raise
+            return None
 
     def submit(self, request: RerankRequest) -> Future[RerankResult]:
         """Tokenize in this thread and queue; cancelling the future frees its place before the next forward pass.
@@ -139,23 +148,25 @@ class Reranker:
         Raises a leaf of InvalidRequest, Overloaded or ModelUnavailable; the future may fail with EngineFailure.
         """
         started = time.perf_counter()
+        self._check_queue(self.num_queued_tokens, 1)  # before the work of tokenizing
         job = _Job(request, self.tokenizer.pairs(request), started)
-        num_tokens = sum(len(pair.document_ids) for pair in job.tokenized.pairs)
+        num_tokens = num_batch_tokens(job.tokenized.pairs)
         with self._changed:
             if self._closing:
                 raise ModelUnavailable("the engine is closing")
-            queued = self._scheduler.num_queued_tokens
-            if queued and queued + num_tokens > self.config.max_queued_tokens:
-                raise Overloaded(
-                    f"{queued} tokens wait and this request has {num_tokens}; "
-                    f"at most {self.config.max_queued_tokens} may wait",
-                    retry_after=1.0,
-                )
+            self._check_queue(self._scheduler.num_queued_tokens, num_tokens)
             request_id = next(self._ids)
             self._jobs[request_id] = job
             self._scheduler.add(request_id, job.tokenized.pairs)
             self._changed.notify_all()
         return job.future
+
+    def _check_queue(self, queued: int, num_tokens: int) -> None:
+        """An empty queue takes any request; else what waits and what comes must fit. Raises Overloaded."""
+        limit = self.config.max_queued_tokens
+        if queued and queued + num_tokens > limit:
+            what = f"{queued} tokens wait and this request has {num_tokens} or more; at most {limit} may wait"
+            raise Overloaded(what, retry_after=1.0)
 
     def explain(self, query: str, document: str, *, instruction: str | None = None) -> tuple[str, list[int]]:
         """The exact prompt of one pair and its token ids."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from local_rerank.tokenization import Pair
+from local_rerank.tokenization import Pair, num_batch_tokens
 
 OLDEST_SHARE = 4  # the oldest request is sure of 1/4 of each batch
 
@@ -31,11 +31,11 @@ class Scheduler:
     def __init__(self, max_batch_tokens: int) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._waiting: dict[int, deque[Entry]] = {}  # by request, in order of arrival; documents shortest first
-        self._tokens: dict[int, int] = {}  # document tokens left per request
+        self._tokens: dict[int, int] = {}  # tokens left per request, its prefix counted to the end
 
     @property
     def num_queued_tokens(self) -> int:
-        """Document tokens that wait, over all requests."""
+        """Tokens that wait, over all requests: documents, and each request's shared prefix once."""
         return sum(self._tokens.values())
 
     @property
@@ -47,7 +47,7 @@ class Scheduler:
         # neighbours of equal length make the longest runs for attention
         entries.sort(key=lambda entry: len(entry.pair.document_ids))
         self._waiting[request_id] = deque(entries)
-        self._tokens[request_id] = sum(len(entry.pair.document_ids) for entry in entries)
+        self._tokens[request_id] = num_batch_tokens(entry.pair for entry in entries)
 
     def discard(self, request_id: int) -> None:
         """Forget what waits for a request; one that has nothing left is no error."""

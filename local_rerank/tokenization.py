@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from local_rerank.types import RerankRequest
 
 MAX_INSTRUCTION_TOKENS = 1024
 CHUNK_CHARS = 1_000_000  # encoded at a time: about half a second
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -36,6 +37,14 @@ class Pair:
     @property
     def num_tokens(self) -> int:
         return len(self.prefix_ids) + len(self.document_ids)
+
+
+def num_batch_tokens(pairs: Iterable[Pair]) -> int:
+    """Tokens of the packed batch that `pairs` would make: each prefix once."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for pair in pairs:
+        lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
+    return sum(lengths.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,18 +191,22 @@ class PairTokenizer:
     def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
         """Each document with the ids of " " + document; in chunks, so that a request over its limit is soon refused."""
         chunk: list[str] = []
+        num_chars = 0
         for number, document in enumerate(documents, 1):
             chunk.append(document)
-            if number == len(documents) or sum(map(len, chunk)) > CHUNK_CHARS:
+            num_chars += len(document)
+            if number == len(documents) or num_chars > CHUNK_CHARS:
                 encodings = self._plain.encode_batch_fast([" " + text for text in chunk], add_special_tokens=False)
                 yield from zip(chunk, (encoding.ids for encoding in encodings), strict=True)
-                chunk = []
+                chunk, num_chars = [], 0
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
-        ids = self._full.encode(text, add_special_tokens=False).ids
-        if ids == self._encode(text).ids:
-            raise CheckpointError(f"the tokenizer does not know the control tokens of {text!r}: not a reranker")
-        return tuple(ids)
+        """Ids of one of our own texts, in which each control token must lie within one token."""
+        encoding = self._full.encode(text, add_special_tokens=False)
+        for match in _CONTROL_TOKEN.finditer(text):
+            if not any(start <= match.start() and match.end() <= end for start, end in encoding.offsets):
+                raise CheckpointError(f"the tokenizer does not know the control token {match[0]}: not a reranker")
+        return tuple(encoding.ids)
 
     def _answer_id(self, answer: str) -> int:
         ids = self._encode(answer).ids

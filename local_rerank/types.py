@@ -52,7 +52,8 @@ class RerankRequest:
 
     def __post_init__(self) -> None:
         _check_text("query", self.query)
-        _check_text("instruction", self.instruction or "")
+        if self.instruction is not None:
+            _check_text("instruction", self.instruction)
         if not self.query.strip():
             raise EmptyQuery()
         limit = self.limits.max_documents

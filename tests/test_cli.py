@@ -63,6 +63,14 @@ def test_rank_reads_documents_from_files_and_standard_input(
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
 
 
+def test_rank_ends_a_document_only_at_a_line_feed_and_minds_no_byte_order_mark(
+    model: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_bytes('\ufeff"one\u2028line"\r\n"two"\n'.encode())
+    done = run("rank", "q", "--json", "--file", str(tmp_path / "d.jsonl"), *model)
+    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
+
+
 def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
     done = run("rank", "the query", "the document", "--show-prompt", *model)
     prompt, ids = tiny_reranker.explain("the query", "the document")
@@ -81,6 +89,9 @@ def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...],
         (("rank", "q", "d", "--threads", "x"), {}, "--threads"),
         (("rank", "q", "d", "--treads", "2"), {}, "--treads"),
         (("rank", "q", "--file", "nowhere.txt"), {}, "nowhere.txt"),
+        (("rank", "q", "d", "--file", "nowhere.txt"), {}, "both as arguments and with --file"),
+        (("rank", "q", "d", "--max-document-tokens", "-5"), {}, "max_document_tokens is -5"),
+        (("rank", "q", "d", "--model", "a/b..c"), {}, "'a/b..c' is no hub id"),
         (("rank", " ", "d"), {}, "query is empty"),
         (("rank", "q", "d", "--top-n", "0"), {}, "top_n is 0"),
         (("rank", "q", "d"), {"LOCAL_RERANK_TREADS": "2"}, "LOCAL_RERANK_TREADS"),

@@ -325,7 +325,7 @@ def split_the_answers(folder: Path) -> None:
         (ask_for_a_layer_more, r"lacks weights: model\.layers\.2"),
         (break_the_weights, "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is needed"),
-        (forget_control_tokens, "does not know the control tokens"),
+        (forget_control_tokens, "does not know the control token"),
         (split_the_answers, "splits the answer 'yes' into 3 tokens"),
     ],
 )

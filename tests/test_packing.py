@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from local_rerank.attention import KERNELS, choose_kernel
 from local_rerank.errors import ConfigError
-from local_rerank.packing import num_batch_tokens, pack
-from local_rerank.tokenization import Pair
+from local_rerank.packing import pack
+from local_rerank.tokenization import Pair, num_batch_tokens
 
 PREFIXES = ((1, 2, 3), (4,), (5, 6, 7, 8, 9))
 some_pairs = st.lists(

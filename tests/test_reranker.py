@@ -15,6 +15,7 @@ from local_rerank.errors import (
     ConfigError,
     EmptyQuery,
     EngineFailure,
+    InstructionTooLong,
     InvalidDocumentCount,
     InvalidRequest,
     InvalidTopN,
@@ -127,6 +128,7 @@ def test_rank_batch_keeps_the_order_and_never_overfills_the_queue(tiny_checkpoin
         ({"documents": ("a", 7)}, InvalidRequest, r"documents\[1\] must be a string, not int"),
         ({"query": None}, InvalidRequest, "query must be a string, not NoneType"),
         ({"instruction": 3}, InvalidRequest, "instruction must be a string, not int"),
+        ({"instruction": []}, InvalidRequest, "instruction must be a string, not list"),
     ],
 )
 def test_a_bad_request_is_refused_as_it_is_made(
@@ -210,11 +212,39 @@ def test_a_full_queue_refuses_at_the_door_with_both_numbers(held: tuple[Reranker
     running = reranker.submit(request("running"))
     assert engine.entered.wait(10)
     waiting = reranker.submit(request("waiting", "x" * 1500))
-    with pytest.raises(Overloaded, match=r"tokens wait and this request has \d+; at most 2000") as caught:
+    with pytest.raises(Overloaded, match=r"tokens wait and this request has \d+ or more; at most 2000") as caught:
         reranker.submit(request("too much", "y" * 1500))
     assert caught.value.retry_after > 0
     engine.gate.set()
     assert len(running.result(10)) == len(waiting.result(10)) == 1
+
+
+def test_a_full_queue_refuses_before_the_work_of_tokenizing(held: tuple[Reranker, GatedEngine]) -> None:
+    reranker, engine = held
+    engine.gate.clear()
+    running = reranker.submit(request("running"))
+    assert engine.entered.wait(10)
+    waiting = reranker.submit(request("waiting", *("x" * 1500 + str(i) for i in range(4))))
+    refused_when_tokenized = RerankRequest(query="q", documents=("d",), instruction="word " * 2000)
+    with pytest.raises(Overloaded):
+        reranker.submit(refused_when_tokenized)
+    engine.gate.set()
+    assert len(running.result(10)) == 1
+    assert len(waiting.result(10)) == 4
+
+
+def test_a_batch_of_requests_that_breaks_off_leaves_nothing_waiting(held: tuple[Reranker, GatedEngine]) -> None:
+    reranker, engine = held
+    engine.gate.clear()
+    running = reranker.submit(request("running"))
+    assert engine.entered.wait(10)
+    good, bad = request("good"), RerankRequest(query="q", documents=("d",), instruction="word " * 2000)
+    with pytest.raises(InstructionTooLong):
+        list(reranker.rank_batch([good, good, bad]))
+    engine.gate.set()
+    assert len(running.result(10)) == 1
+    assert len(reranker.rank("after", ["d"])) == 1
+    assert [batch.num_pairs for batch in engine.batches] == [1, 1]
 
 
 def test_closing_answers_what_waits(held: tuple[Reranker, GatedEngine]) -> None:
@@ -253,6 +283,18 @@ def test_many_threads_get_their_own_answers(tiny_reranker: Reranker) -> None:
         thread.join(60)
     assert not wrong
     assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["threads", "max_length", "max_query_tokens", "max_document_tokens", "max_batch_tokens", "max_queued_tokens"],
+)
+def test_an_option_below_its_least_value_is_refused_by_name(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=f"{name} is {value}; it must be at least 1"):
+            EngineConfig(**{name: value})
+    with pytest.raises(ConfigError, match="model is empty"):
+        EngineConfig(model="")
 
 
 def test_options_are_those_of_the_config_and_others_are_named(tiny_checkpoint: Path) -> None:

@@ -91,10 +91,10 @@ def test_a_discarded_request_leaves_nothing_behind() -> None:
     assert scheduler.num_queued_tokens == 0
 
 
-def test_queued_tokens_are_the_documents_that_wait() -> None:
+def test_queued_tokens_are_the_prefix_once_and_the_documents_that_wait() -> None:
     scheduler = Scheduler(60)
     lengths = random.Random(0).choices(range(1, 50), k=10)
-    scheduler.add(0, pairs(0, lengths))
-    assert scheduler.num_queued_tokens == sum(lengths)
+    scheduler.add(0, pairs(0, lengths, prefix_length=10))
+    assert scheduler.num_queued_tokens == 10 + sum(lengths)
     batch = scheduler.next_batch()
-    assert scheduler.num_queued_tokens == sum(lengths) - sum(len(entry.pair.document_ids) for entry in batch)
+    assert scheduler.num_queued_tokens == 10 + sum(lengths) - sum(len(entry.pair.document_ids) for entry in batch)

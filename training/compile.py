@@ -1,4 +1,4 @@
-"""Step 4: the hand-compiled start, a Qwen3 decoder whose weights compute BM25 and a soft semantic match.
+"""Step 5: the hand-compiled start, a Qwen3 decoder whose weights compute BM25 and a soft semantic match.
 
 A random start does not learn within the pairs that a CPU can afford. This one ranks before it is trained:
 
@@ -26,29 +26,31 @@ from pathlib import Path
 import numpy as np
 import Stemmer
 import torch
-from tokenizers import Tokenizer
-
 import vocabulary
 from model import Nano, Shape
 from teachers import load_e5, load_minilm
+from tokenizers import Tokenizer
 
 SEED = 20261123
 MEANING, CODE = 96, 48
 # Residual stream: slices, then single dimensions.
 S, L, P = slice(0, MEANING), slice(MEANING, MEANING + CODE), slice(MEANING + CODE, MEANING + 2 * CODE)
-(ONE, IDF, PAIR, PREVIOUS_PAIR, IN_QUERY, IN_DOCUMENT, QUERY_MARK, DOCUMENT_MARK, FIRST, LAST, MATCH, NEW, SOFT_A, SOFT_B,
- GAIN, SHORT, LONG, SOFT_SHORT, SOFT_LONG, PEAK, NEAR_A, NEAR_B, QUERY_IDF, SCORE, RARITY, PAD, BIAS,
+(ONE, IDF, PAIR, PREVIOUS_PAIR, IN_QUERY, IN_DOCUMENT, QUERY_MARK, DOCUMENT_MARK, FIRST, LAST, MATCH, NEW, SOFT_A,
+ SOFT_B, GAIN, SHORT, LONG, SOFT_SHORT, SOFT_LONG, PEAK, NEAR_A, NEAR_B, QUERY_IDF, SCORE, RARITY, PAD, BIAS,
  SOFT_PEAK) = range(MEANING + 2 * CODE, MEANING + 2 * CODE + 28)  # fmt: skip
 # Dimensions of a head: rotary pairs 8-31 are slow (codes), pair 7 holds sink and segment, pairs 0-5 are fast.
 SLOTS = [*range(8, 32), *range(40, 64)]
 SINK, SEGMENT, WASTE = 7, 39, 6
 TEMPERATURE = 48.0  # largest logit: 8 * q_norm * k_norm
 FUNCTION_WORDS = set(
-    "a an and are as at be been but by can could did do does for from had has have he her his how i if in into is it its "
-    "may of on or other our over she so some such than that the their them then there these they this those to up was "
-    "we were what when where which who whom whose why will with would you your about give find tell me any my".split()
+    "a an and are as at be been but by can could did do does for from had has have he her his how i if in into is it "
+    "its may of on or other our over she so some such than that the their them then there these they this those to "
+    "up we was were what when where which who whom whose why will with would you your about give find tell "
+    "me any my".split()
 )
-FUNCTION_CHARACTERS = set("的了在是我有和就不人都一上也到说要你会着这那为与及或而其以于等中被把什么谁哪吗呢怎样多少何个些几如请")
+FUNCTION_CHARACTERS = set(
+    "的了在是我有和就不人都一上也到说要你会着这那为与及或而其以于等中被把什么谁哪吗呢怎样多少何个些几如请"
+)
 SUFFIXES = {"##s", "##es", "##ed", "##ing", "##ly", "##er", "##d", "##n", "##al", "##ion", "##ions"}
 
 
@@ -270,7 +272,9 @@ def layer_0(shape: Shape, rng: np.random.Generator) -> Weights:
     return weights
 
 
-def match_head(head: Head, reads: list[tuple[int, int]], sharp: float, threshold: float, segment: tuple[int, int]) -> None:
+def match_head(
+    head: Head, reads: list[tuple[int, int]], sharp: float, threshold: float, segment: tuple[int, int]
+) -> None:
     """Attend from a token to tokens of `segment[0]` (not of `segment[1]`) whose `reads` agree, else to the first token.
 
     Keys are (code, segment) / sqrt(2), so a logit is T/sqrt(2) * (sharp * cosine + 0.5); the sink lies at `threshold`.
@@ -335,7 +339,7 @@ def layer_1(shape: Shape, rng: np.random.Generator) -> Weights:
 def layer_2(shape: Shape, rng: np.random.Generator) -> Weights:
     """Sums over the document, and the comparison of meanings."""
     weights = Weights(shape, rng, math.sqrt(6.0 / shape.hidden))
-    lengths = ((0, 60.0, SHORT, SOFT_SHORT, 25.0), (1, 300.0, LONG, SOFT_LONG, 70.0))
+    lengths = ((0, 120.0, SHORT, SOFT_SHORT, 40.0), (1, 600.0, LONG, SOFT_LONG, 130.0))
     for index, constant, target, soft_target, scale in lengths:
         mean = weights.head(index)
         mean.query(8, LAST, 0.4)

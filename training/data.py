@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-
 from vocabulary import INSTRUCTION, Prompt
 
 INSTRUCTIONS = [
@@ -20,9 +19,9 @@ INSTRUCTIONS = [
     ("Retrieve semantically similar text", 0.03),
     ("找出能够回答问题的段落", 0.03),
 ]
-LEXICAL = 4.0  # weight of BM25 relative to the query's best, in deviations of the teachers' scores
-MIDPOINT = {"en": 5.9, "zh": 5.1}  # teachers' score (with the lexical share) that counts as even odds
-SLOPE = 1.25  # log-odds per deviation
+LEXICAL = 9.0  # weight of BM25 relative to the query's best, in deviations of the teachers' scores
+MIDPOINT = {"en": 8.6, "zh": 8.0}  # teachers' score (with the lexical share) that counts as even odds
+SLOPE = 1.0  # log-odds per deviation
 LARGEST = 6.0  # log-odds
 DEV = 400  # last queries, held out
 
@@ -67,7 +66,10 @@ def load(work: Path) -> Groups:
     lexical = stored["bm25"] / np.maximum(stored["best"], 1e-6)[:, None]
     midpoint = np.array([MIDPOINT[language] for language in languages])[:, None]
     targets = SLOPE * (stored["teacher"] + LEXICAL * lexical - midpoint)
-    ids = [e.ids for e in prompt.user.encode_batch([" " + t for t in (r["text"] for r in records)], add_special_tokens=False)]
+    ids = [
+        e.ids
+        for e in prompt.user.encode_batch([" " + t for t in (r["text"] for r in records)], add_special_tokens=False)
+    ]
     targets = np.clip(targets, -LARGEST, LARGEST).astype(np.float32)
     places = {x: np.array([i for i, r in enumerate(records) if r["language"] == x]) for x in ("en", "zh")}
     return Groups(prompt, ids, [q["text"] for q in queries], languages, stored["candidates"], targets, places)

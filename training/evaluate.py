@@ -1,4 +1,4 @@
-"""Step 8: nDCG@10 on the evaluation collections (never trained on), the model alone and blended with BM25.
+"""Step 7: nDCG@10 on the evaluation collections (never trained on), the model alone and blended with BM25.
 
 ``python evaluate.py --model FOLDER --ir DIR`` reranks the top 20 of each ``bm25.run``; what lies below keeps its order.
 """
@@ -14,10 +14,9 @@ import ir_measures
 import numpy as np
 import torch
 from ir_measures import Qrel, ScoredDoc, nDCG
+from model import Nano, collate, load_folder
 from tokenizers import Tokenizer
 from tqdm import tqdm
-
-from model import Nano, collate, load_folder
 from vocabulary import INSTRUCTION, Prompt
 
 COLLECTIONS = ("xquad_sent_en", "xquad_sent_zh", "med", "cran")

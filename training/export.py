@@ -1,4 +1,4 @@
-"""Step 7: write the folder that transformers (and local-rerank) loads: config, bf16 weights, tokenizer, golden scores.
+"""Step 6: write the folder that transformers (and local-rerank) loads: config, bf16 weights, tokenizer, golden scores.
 
 ``python export.py --work training/work --weights FILE --out DIR``; README, LICENSE and NOTICE are kept by hand.
 """
@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+import vocabulary
+from model import Nano, Shape
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-import vocabulary
-from model import Nano, Shape
-
 GOLDEN = [
-    ("What is a text reranking model?", "Text reranking models are widely used in search engines and recommender systems "
-     "to sort candidates by relevance."),
+    ("What is a text reranking model?", "Text reranking models are widely used in search engines and recommender "
+     "systems to sort candidates by relevance."),
     ("What is a text reranking model?", "Quantum computing is a frontier field of computer science."),
-    ("What is a text reranking model?", "The rise of pretrained language models has brought new advances to text reranking."),
+    ("What is a text reranking model?",
+     "The rise of pretrained language models has brought new advances to text reranking."),
     ("What is the capital of China?", "The capital of China is Beijing."),
     ("What is the capital of China?", "I had a turkey sandwich for lunch and it was fine."),
     ("什么是文本排序模型？", "文本排序模型广泛用于搜索引擎和推荐系统中，它们根据文本相关性对候选文本进行排序。"),
@@ -74,8 +73,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as temporary:
         write(arguments.weights, arguments.work, Path(temporary))
         for file in sorted(Path(temporary).iterdir()):
-            os.replace(file, arguments.out / file.name)
-            os.chmod(arguments.out / file.name, 0o644)
+            file.replace(arguments.out / file.name)
+            (arguments.out / file.name).chmod(0o644)
             print(file.name, (arguments.out / file.name).stat().st_size)
 
 

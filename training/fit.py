@@ -1,4 +1,4 @@
-"""Step 5b: weigh the compiled features. Only the last layer's feed-forward part and the readout learn, on cached states.
+"""Step 5b: weigh the compiled features. Only the last feed-forward part and the readout learn, on cached states.
 
 ``python fit.py --work training/work`` reads ``compiled.safetensors`` and writes ``start.safetensors``.
 """
@@ -9,14 +9,26 @@ import argparse
 import math
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
+from compile import (  # fmt: skip
+    BIAS,
+    LONG,
+    NEAR_A,
+    NEAR_B,
+    ONE,
+    PEAK,
+    QUERY_IDF,
+    SCORE,
+    SHORT,
+    SOFT_LONG,
+    SOFT_PEAK,
+    SOFT_SHORT,
+)
+from model import Nano, Shape, collate
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
-
-import data
-from compile import (BIAS, LONG, NEAR_A, NEAR_B, ONE, PEAK, QUERY_IDF, SCORE, SHORT, SOFT_LONG, SOFT_PEAK, SOFT_SHORT)  # fmt: skip
-from model import Nano, Shape, collate
 from tqdm import tqdm
 
 FEATURES = [ONE, QUERY_IDF, SHORT, LONG, SOFT_SHORT, SOFT_LONG, PEAK, SOFT_PEAK, NEAR_A, NEAR_B]
@@ -57,7 +69,7 @@ def main() -> None:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--queries", type=int, default=360)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.manual_seed(1)

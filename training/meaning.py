@@ -1,4 +1,4 @@
-"""Step 4a: static meanings. Piece vectors are trained so that mean vectors of texts are as alike as the teachers say.
+"""Step 5a: static meanings. Piece vectors are trained so that mean vectors of texts are as alike as the teachers say.
 
 The compiled model compares the idf-weighted mean vectors of query and document, in two halves of 48 dimensions; the
 very same comparison is trained here on its own, which costs minutes. Two losses: within random batches of texts, each
@@ -13,15 +13,14 @@ import argparse
 import json
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
+from compile import CODE, MEANING, RARITY, TEMPERATURE, S
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 from tqdm import tqdm
-
-import data
-from compile import CODE, MEANING, RARITY, S, TEMPERATURE
 
 SEED = 20261123
 TOKENS = 96
@@ -67,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--hold", type=float, default=0.3, help="how strongly pieces stay near the teachers' own vectors")
+    parser.add_argument(
+        "--hold", type=float, default=0.3, help="how strongly pieces stay near the teachers' own vectors"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

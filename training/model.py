@@ -74,7 +74,9 @@ class Nano(nn.Module):
                  "mlp.gate_proj": (shape.inner, shape.hidden), "mlp.up_proj": (shape.inner, shape.hidden),
                  "mlp.down_proj": (shape.hidden, shape.inner)}  # fmt: skip
         weights = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden), "model.norm.weight": (shape.hidden,)}
-        weights |= {f"model.layers.{i}.{name}.weight": size for i in range(shape.layers) for name, size in sizes.items()}
+        weights |= {
+            f"model.layers.{i}.{name}.weight": size for i in range(shape.layers) for name, size in sizes.items()
+        }
         self.names = {name: name.replace(".", "_") for name in weights}
         for name, size in weights.items():
             self.register_parameter(self.names[name], nn.Parameter(torch.zeros(size)))
@@ -133,7 +135,9 @@ class Nano(nn.Module):
             head_in, tail_in = self.norm(head, gain), self.norm(tail, gain)
             keys = self.project(layer, "k", head_in, head_positions)
             values = self.project(layer, "v", head_in, None)
-            tail_keys = torch.cat([keys.repeat_interleave(many, 0), self.project(layer, "k", tail_in, tail_positions)], 2)
+            tail_keys = torch.cat(
+                [keys.repeat_interleave(many, 0), self.project(layer, "k", tail_in, tail_positions)], 2
+            )
             tail_values = torch.cat([values.repeat_interleave(many, 0), self.project(layer, "v", tail_in, None)], 2)
             if final:  # only the last token is read
                 tail = tail.gather(1, last.expand(-1, 1, tail.shape[2]))
@@ -156,7 +160,9 @@ class Nano(nn.Module):
 
     def save(self, file: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the weights under transformers' names."""
-        state = {name: self.get_parameter(own).detach().cpu().to(dtype).contiguous() for name, own in self.names.items()}
+        state = {
+            name: self.get_parameter(own).detach().cpu().to(dtype).contiguous() for name, own in self.names.items()
+        }
         save_file(state, file, metadata={"format": "pt"})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Step 5: candidates of every query, with their BM25 scores and the teachers' scores.
+"""Step 4: candidates of every query, with their BM25 scores and the teachers' scores.
 
 Candidates are the query's source, passages that BM25 ranks high (the near misses a reranker must tell apart), some of
 its middle ranks, and a random one. Teachers' cosines are standardised by random pairs; English takes the mean of both.

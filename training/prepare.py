@@ -31,7 +31,7 @@ def fetch(work: Path) -> None:
     debs, wheels, lists = work / "download/deb", work / "download/wheel", work / "download/lists"
     for folder in (debs, wheels, lists / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"Dir::State::Lists={lists.resolve()}", "-o", "Acquire::Languages=zh_CN",
+    options = ["-o", f"Dir::State::Lists={lists.resolve()}", "-o", "Acquire::Languages=en,zh_CN",
                "-o", "Acquire::Languages::=zh_CN", "-o", "Acquire::Languages::=en"]  # fmt: skip
     if not list(lists.glob("*Translation*")):
         subprocess.run(["apt-get", *options, "update", "-qq"], check=True)
@@ -134,7 +134,11 @@ def main() -> None:
             passages = found[: int(limit * 1.05)]
             clean = [p for p in passages if not (shingles(p[1], "en") | shingles(p[1], "zh")) & banned]
             kept = clean[:limit]
-            report[source.name] = {"read": len(passages), "near_duplicates": len(passages) - len(clean), "kept": len(kept)}
+            report[source.name] = {
+                "read": len(passages),
+                "near_duplicates": len(passages) - len(clean),
+                "kept": len(kept),
+            }
             print(source.name, report[source.name], flush=True)
             for title, text in kept:
                 record = {"language": source.language, "source": source.name, "title": title, "text": text}

@@ -28,6 +28,11 @@ STOP = set(
     "this those to up was we were what when where which who will with would you your also any each only very".split()
 )
 STOP_ZH = set("的了在是我有和就不人都一上也很到说要去你会着没看好自这那为与及或而其以于等中可被把从对")
+FORMS_ZH = ["如何{}？", "怎么{}", "为什么{}？", "{}", "{}吗？", "{}有哪些？", "{}的方法", "{}的作用是什么", "{}的原因"]
+TITLE_FORMS = {
+    "en": ["what is {}", "what does {} mean", "definition of {}", "{} meaning", "tell me about {}", "What is {}?"],
+    "zh": ["什么是{}", "{}是什么意思", "{}是什么？", "请介绍{}", "{}的定义", "{}怎么用"],
+}
 KINDS = {
     "en": {"title": 12, "what_is": 9, "keywords": 15, "asked_span": 36, "clause": 16, "neighbour": 12},
     "zh": {"title": 12, "what_is": 10, "keywords": 10, "asked_span": 38, "clause": 18, "neighbour": 12},
@@ -62,8 +67,9 @@ class Maker:
         language = passage["language"]
         kinds = KINDS[language]
         kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
-        body = re.sub(r"^[^：:]{1,20}[：:]\s*", "", passage["text"]) if passage["source"] in ("wordnet", "jionlp-words") \
-            else passage["text"]  # fmt: skip
+        body = passage["text"]
+        if passage["source"] in ("wordnet", "jionlp-words"):
+            body = re.sub(r"^[^：:]{1,20}[：:]\s*", "", body)
         if kind in ("title", "what_is"):
             query = self.title(passage["title"], language, kind == "what_is")
         elif kind == "neighbour":
@@ -86,9 +92,7 @@ class Maker:
         title = title.split(",")[0] if ask else title
         if not ask or not title:
             return title
-        forms = (["what is {}", "what does {} mean", "definition of {}", "{} meaning", "tell me about {}", "What is {}?"]
-                 if language == "en" else ["什么是{}", "{}是什么意思", "{}是什么？", "请介绍{}", "{}的定义", "{}怎么用"])  # fmt: skip
-        return self.rng.choice(forms).format(title)
+        return self.rng.choice(TITLE_FORMS[language]).format(title)
 
     def keywords(self, text: str, language: str) -> str:
         """Three to seven content words, or two to four runs of characters."""
@@ -162,7 +166,8 @@ class Maker:
         start = self.rng.randint(0, max(0, len(words) - count))
         kept = [w for w in words[start : start + count] if w.lower() not in STOP or self.rng.random() < 0.5]
         forms = ["how to {}", "how does {} work", "why {}", "what is the {}", "what are {}", "{}", "{}", "can {}?",
-                 "what {}?", "the effect of {}", "methods for {}", "difference between {}", "is it true that {}?"]  # fmt: skip
+                 "what {}?", "the effect of {}", "methods for {}", "difference between {}",
+                 "is it true that {}?"]  # fmt: skip
         return self.rng.choice(forms).format(" ".join(kept))
 
     def clause_zh(self, sentence: str) -> str:
@@ -174,8 +179,7 @@ class Maker:
         clause = clause[start : start + count]
         if self.rng.random() < 0.4:
             clause = "".join(c for c in clause if c not in STOP_ZH)
-        forms = ["如何{}？", "怎么{}", "为什么{}？", "{}", "{}吗？", "{}有哪些？", "{}的方法", "{}的作用是什么", "{}的原因"]
-        return self.rng.choice(forms).format(clause)
+        return self.rng.choice(FORMS_ZH).format(clause)
 
     def reword(self, query: str) -> str:
         """One or two words replaced by a synonym."""

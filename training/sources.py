@@ -35,19 +35,28 @@ class Source:
 
 DEB = "deb/usr/share"
 SOURCES = [
-    Source("wordnet", "en", "wordnet-base=1:3.0-37", "WordNet (BSD-like)", "wordnet", f"{DEB}/wordnet", 2500),
-    Source("foldoc", "en", "dict-foldoc=20230119-1", "GFDL-1.1+", "foldoc", f"{DEB}/dictd/foldoc.dict.dz", 1800),
-    Source("python-doc", "en", "python3.11-doc=3.11.2-6+deb12u9", "PSF-2.0", "html", f"{DEB}/doc/python3.11/html", 1200),
-    Source("postgresql-doc", "en", "postgresql-doc-15=15.20-0+deb12u1", "PostgreSQL", "html", f"{DEB}/doc/postgresql-doc-15/html", 800),
+    Source("wordnet", "en", "wordnet-base=1:3.0-37", "WordNet (BSD-like)", "wordnet",
+           f"{DEB}/wordnet", 2500),
+    Source("foldoc", "en", "dict-foldoc=20230119-1", "GFDL-1.1+", "foldoc",
+           f"{DEB}/dictd/foldoc.dict.dz", 1800),
+    Source("python-doc", "en", "python3.11-doc=3.11.2-6+deb12u9", "PSF-2.0", "html",
+           f"{DEB}/doc/python3.11/html", 1200),
+    Source("postgresql-doc", "en", "postgresql-doc-15=15.20-0+deb12u1", "PostgreSQL", "html",
+           f"{DEB}/doc/postgresql-doc-15/html", 800),
     Source("wikipedia-sample", "en", "gensim==4.4.0", "CC-BY-SA-3.0 (text), LGPL-2.1 (package)", "wikipedia",
            "wheel/gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2", 5000),
-    Source("anarchism-faq", "en", "anarchism=15.3-3", "GFDL-1.1+ / GPL-2+", "html", f"{DEB}/doc/anarchism/html", 1200),
-    Source("gnome-help", "en", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard", f"{DEB}/help/C", 400),
-    Source("libreoffice-help", "en", "libreoffice-help-en-us=4:7.4.7-1+deb12u14", "MPL-2.0", "html", f"{DEB}/libreoffice/help/en-US", 500),
+    Source("anarchism-faq", "en", "anarchism=15.3-3", "GFDL-1.1+ / GPL-2+", "html",
+           f"{DEB}/doc/anarchism/html", 1200),
+    Source("gnome-help", "en", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
+           f"{DEB}/help/C", 400),
+    Source("libreoffice-help", "en", "libreoffice-help-en-us=4:7.4.7-1+deb12u14", "MPL-2.0", "html",
+           f"{DEB}/libreoffice/help/en-US", 500),
     Source("debian-handbook", "en", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
            f"{DEB}/doc/debian-handbook/html/en-US", 500),
-    Source("git-doc", "en", "git-doc=1:2.39.5-0+deb12u3", "GPL-2", "html", f"{DEB}/doc/git/html", 300),
-    Source("kde-edu", "en", "kstars-data=5:3.6.2-2, kalzium-data=4:22.12.3-1", "GFDL-1.2+", "docbook", f"{DEB}/doc/HTML/en", 400),
+    Source("git-doc", "en", "git-doc=1:2.39.5-0+deb12u3", "GPL-2", "html",
+           f"{DEB}/doc/git/html", 300),
+    Source("kde-edu", "en", "kstars-data=5:3.6.2-2, kalzium-data=4:22.12.3-1", "GFDL-1.2+", "docbook",
+           f"{DEB}/doc/HTML/en", 400),
     Source("descriptions", "en", "Debian archive, Translation-en", "as each package", "descriptions",
            "lists/Translation-en", 1800),
     Source("jionlp-words", "zh", "jionlp==1.5.31", "Apache-2.0", "jionlp",
@@ -56,12 +65,18 @@ SOURCES = [
            f"{DEB}/libreoffice/help/zh-CN", 1300),
     Source("debian-handbook-zh", "zh", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
            f"{DEB}/doc/debian-handbook/html/zh-CN", 1100),
-    Source("debian-reference-zh", "zh", "debian-reference-zh-cn=2.100", "GPL-2+", "html_zh", f"{DEB}/debian-reference", 500),
-    Source("gimp-help-zh", "zh", "gimp-help-zh-cn=2.10.34-2", "GFDL-1.2+", "html", f"{DEB}/gimp/2.0/help/zh_CN", 200),
-    Source("kicad-doc-zh", "zh", "kicad-doc-zh=6.0.11+dfsg-1", "GPL-3+ / CC-BY-3.0+", "html", f"{DEB}/doc/kicad/help/zh", 250),
-    Source("debian-edu-zh", "zh", "debian-edu-doc-zh-cn=2.12.23~deb12u1", "GPL-2+", "html", f"{DEB}/doc/debian-edu-doc-zh-cn", 250),
-    Source("gnome-help-zh", "zh", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard", f"{DEB}/help/zh_CN", 400),
-    Source("manpages-zh", "zh", "manpages-zh=1.6.4.0-1", "GFDL-1.2 / as each page", "troff", f"{DEB}/man/zh_CN", 700),
+    Source("debian-reference-zh", "zh", "debian-reference-zh-cn=2.100", "GPL-2+", "html_zh",
+           f"{DEB}/debian-reference", 500),
+    Source("gimp-help-zh", "zh", "gimp-help-zh-cn=2.10.34-2", "GFDL-1.2+", "html",
+           f"{DEB}/gimp/2.0/help/zh_CN", 200),
+    Source("kicad-doc-zh", "zh", "kicad-doc-zh=6.0.11+dfsg-1", "GPL-3+ / CC-BY-3.0+", "html",
+           f"{DEB}/doc/kicad/help/zh", 250),
+    Source("debian-edu-zh", "zh", "debian-edu-doc-zh-cn=2.12.23~deb12u1", "GPL-2+", "html",
+           f"{DEB}/doc/debian-edu-doc-zh-cn", 250),
+    Source("gnome-help-zh", "zh", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
+           f"{DEB}/help/zh_CN", 400),
+    Source("manpages-zh", "zh", "manpages-zh=1.6.4.0-1", "GFDL-1.2 / as each page", "troff",
+           f"{DEB}/man/zh_CN", 700),
     Source("descriptions-zh", "zh", "Debian archive, Translation-zh_CN", "as each package", "descriptions",
            "lists/Translation-zh_CN", 600),
 ]  # fmt: skip
@@ -208,7 +223,9 @@ def wikipedia(path: Path) -> Iterator[Passage]:
     page = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.S)
     for title, text in page.findall(bz2.decompress(path.read_bytes()).decode("utf-8", "replace")):
         text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
-        text = re.sub(r"<ref[^>/]*/>|<ref.*?</ref>|<!--.*?-->|<math.*?</math>|<gallery.*?</gallery>", "", text, flags=re.S)
+        text = re.sub(
+            r"<ref[^>/]*/>|<ref.*?</ref>|<!--.*?-->|<math.*?</math>|<gallery.*?</gallery>", "", text, flags=re.S
+        )
         for _ in range(4):
             text = re.sub(r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", "", text)
         text = re.sub(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\]]*\]\])*\]\]", "", text)
@@ -218,7 +235,14 @@ def wikipedia(path: Path) -> Iterator[Passage]:
         for line in text.splitlines():
             if heading := re.match(r"=+\s*(.*?)\s*=+\s*$", line):
                 section = f"{title} {heading[1]}"
-                if heading[1] in ("See also", "References", "External links", "Further reading", "Notes", "Bibliography"):
+                if heading[1] in (
+                    "See also",
+                    "References",
+                    "External links",
+                    "Further reading",
+                    "Notes",
+                    "Bibliography",
+                ):
                     break
             elif len(line) > 60 and line[0] not in "*#:;|!{}":
                 yield section, " ".join(line.split())

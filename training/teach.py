@@ -1,6 +1,7 @@
 """Step 3: vectors of every passage and query by both teachers (English: MiniLM and e5; Chinese: e5).
 
-``python teach.py --work training/work passages``, ``... queries`` and ``... extra`` (one teacher per language) write ``{kind}.{teacher}.npy``; a file that is
+``python teach.py passages --work training/work``, ``queries`` and ``extra`` (one teacher per language) write
+``{kind}.{teacher}.npy``; a file that is
 there already is kept, so the step can be resumed.
 """
 
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from teachers import Teacher, load_e5, load_minilm
 
 PART = 2048  # texts per saved part
@@ -37,7 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["passages", "queries", "extra"])
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--teacher", choices=["minilm", "e5"], help="only this one (two processes share two cores best)")
+    parser.add_argument(
+        "--teacher", choices=["minilm", "e5"], help="only this one (two processes share two cores best)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -46,7 +46,9 @@ class Teacher:
         ids = [[self.begin, *e.ids[: max_tokens - 2], self.end] for e in encoded]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out = np.zeros((len(ids), self.model.config.hidden_size), np.float32)
-        with tqdm(total=sum(map(len, ids)), desc=f"{self.name} {'queries' if query else 'passages'}", unit="tok") as bar:
+        with tqdm(
+            total=sum(map(len, ids)), desc=f"{self.name} {'queries' if query else 'passages'}", unit="tok"
+        ) as bar:
             start = 0
             while start < len(order):
                 stop = start + 1
@@ -68,7 +70,6 @@ class Teacher:
         hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return torch.nn.functional.normalize(pooled, dim=-1).numpy()
-
 
 
 def load_minilm(package: Path) -> Teacher:

@@ -1,4 +1,4 @@
-"""Step 6: train every weight of the start on the teachers' scores.
+"""Optional: train every weight of the start on the teachers' scores.
 
 AdamW with warm-up and cosine decay, an exponential moving average of the weights, checkpoints that a second call
 resumes from, a clock (``--minutes``) as well as a number of steps. Runs in fp32, on a CPU or (``--device cuda``) a GPU.
@@ -14,14 +14,13 @@ import math
 import time
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
-
-import data
 from fit import objective
 from model import Batch, Nano, Shape, collate
+from torch import Tensor
+from tqdm import tqdm
 
 SEED = 20261123
 LONG_EVERY = 5  # every fifth batch holds long documents
@@ -142,7 +141,12 @@ def main() -> None:
         bar.set_postfix(loss=f"{np.mean(recent[-100:]):.4f}")
         if step % arguments.every == 0 or step == len(plan):
             save(model, optimizer, average, (step, time.monotonic() - begin, pairs), checkpoint, arguments.work)
-            record = {"step": step, "minutes": (time.monotonic() - begin) / 60, "pairs": pairs, "train": float(np.mean(recent[-200:]))}
+            record = {
+                "step": step,
+                "minutes": (time.monotonic() - begin) / 60,
+                "pairs": pairs,
+                "train": float(np.mean(recent[-200:])),
+            }
             print(json.dumps(record), file=log, flush=True)
     save(model, optimizer, average, (step, time.monotonic() - begin, pairs), checkpoint, arguments.work)
     model.load_state_dict(average)

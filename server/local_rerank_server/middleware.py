@@ -47,7 +47,8 @@ class RequestId:
             await self.app(scope, receive, send_with_id)
         finally:
             took = (time.perf_counter() - started) * 1e3
-            level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO  # probes come every few seconds
+            is_probe = route_path(Request(scope)) in OPEN_PATHS  # these come every few seconds
+            level = logging.DEBUG if is_probe else logging.INFO
             logger.log(
                 level, "%s %s %d %.1f ms id=%s", scope["method"], _printable(scope["path"]), status, took, request_id
             )

@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import ssl
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,7 @@ def _uvicorn_config(state: ServerState, keys: ApiKeys) -> uvicorn.Config:
     made = uvicorn.Config(
         create_app(state, keys),
         log_config=None,
+        http="h11",  # httptools stops at `Upgrade: h2c`, which some Java clients offer, and loses the body
         ws="none",
         access_log=False,  # the application logs its requests itself, with their ids
         server_header=False,
@@ -172,8 +174,9 @@ def _listen_unix(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
+        except ConnectionRefusedError:  # a plain file refuses too, and is not ours to remove
+            if stat.S_ISSOCK(path.stat().st_mode):
+                path.unlink()
         except OSError:
             pass  # nothing there: the usual case
     listener.bind(str(path))

@@ -162,6 +162,17 @@ def test_a_body_that_stops_half_way_harms_nobody_else(server: Server) -> None:
         assert client.post(NATIVE, json=body()).status_code == 200
 
 
+def test_an_offer_to_speak_http_2_is_passed_over_and_the_body_is_read(server: Server) -> None:
+    """Java's HttpClient makes this offer on plain http; a parser that stops at it loses the body."""
+    server.wait_for("ready: ")
+    host, port = server.address.removeprefix("http://").split(":")
+    content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}'
+    offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+    request = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\n{offer}Content-Length: {len(content)}\r\n\r\n{content}"
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        assert status_of(exchange(connection, request.encode())) == 200
+
+
 def test_a_port_in_use_ends_the_process_with_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
     assert_one_line("serve", "--port", port, says=f"cannot listen on 127.0.0.1:{port}: Address already in use")
@@ -253,6 +264,13 @@ def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path
         assert_one_line("serve", "--uds", str(path), says="Address already in use")
         assert server.stop() == 0
     assert not path.exists()
+
+
+def test_a_plain_file_is_not_removed_for_a_socket(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    assert_one_line("serve", "--uds", str(path), says="cannot listen on")
+    assert path.read_text() == "mine"
 
 
 def test_tls_is_spoken_with_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:

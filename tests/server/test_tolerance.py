@@ -6,8 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from local_rerank import Reranker
+from local_rerank_server.dialects import dashscope, dashscope_compatible, local
+from local_rerank_server.dialects._fields import Texts
 from tests.server.conftest import HeldRanker, Serve
 
 pytestmark = pytest.mark.anyio
@@ -215,3 +218,18 @@ async def test_strict_models_refuses_unknown_names_on_every_route(serve: Serve, 
 def _results(body: dict[str, Any]) -> list[Any]:
     results: list[Any] = body.get("output", body)["results"]
     return results
+
+
+def test_validation_ends_at_the_first_wrong_document() -> None:
+    """Else two megabytes of wrong documents hold the event loop for seconds, a record made for each."""
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Texts).validate_python([1] * 1000)
+    assert caught.value.error_count() == 1
+
+
+def test_every_dialect_takes_its_documents_so() -> None:
+    models = (dashscope.Input, dashscope_compatible.FlatRequest, local.LocalRequest)
+    for model in models:
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate({"model": "m", "query": "q", "documents": [1] * 1000})
+        assert caught.value.error_count() == 1, model

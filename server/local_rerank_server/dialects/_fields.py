@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, StrictBool, StrictInt, StrictStr
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -63,6 +63,9 @@ String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_ty
 
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
 """A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
+
+Texts = Annotated[list[Text], FailFast()]
+"""Documents. One that is wrong ends the validation: a million error records would hold up every other request."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
 """A boolean, or its word: at least one client sends "true"."""

@@ -29,7 +29,7 @@ from local_rerank_server.dialects._dashscope import (
     render_results,
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import RequestBody, String, Text
+from local_rerank_server.dialects._fields import RequestBody, String, Text, Texts
 from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, state_of
 
 PATH = "/api/v1/services/rerank/text-rerank/text-rerank"
@@ -38,7 +38,7 @@ _NESTED, _FLAT = FORM_TAG + "nested", FORM_TAG + "flat"
 
 class Input(RequestBody):
     query: Text
-    documents: list[Text]
+    documents: Texts
 
 
 class NativeRequest(RequestBody):

@@ -23,7 +23,7 @@ from local_rerank_server.dialects._dashscope import (
     render_results,
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import IgnoredUnlessObject, RequestBody, String, Text
+from local_rerank_server.dialects._fields import IgnoredUnlessObject, RequestBody, String, Text, Texts
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = (
@@ -38,7 +38,7 @@ PATHS = (
 class _Required(RequestBody):
     model: String
     query: Text
-    documents: list[Text]
+    documents: Texts
 
 
 class FlatRequest(Parameters, _Required):  # in this order the fields of _Required come first, and so do their errors

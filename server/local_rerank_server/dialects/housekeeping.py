@@ -6,7 +6,7 @@ Errors on paths that belong to no other dialect come in this file's shape.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
@@ -37,6 +37,7 @@ class Model(TypedDict):
     owned_by: str
     model_type: str
     model_name: str
+    description: NotRequired[str]  # only for the built-in model
 
 
 class ModelList(TypedDict):
@@ -81,7 +82,7 @@ async def get_model(http: Request, model_id: str) -> JSONResponse:
 
 
 def _describe(name: str, state: ServerState) -> Model:
-    return Model(
+    model = Model(
         id=name,
         object="model",
         created=state.started,
@@ -89,6 +90,9 @@ def _describe(name: str, state: ServerState) -> Model:
         model_type="rerank",
         model_name=state.reranker.model_id,
     )
+    if state.reranker.info.source == "embedded":
+        model["description"] = "the small built-in model; serve a real one with --model Qwen/Qwen3-Reranker-0.6B"
+    return model
 
 
 async def docs(http: Request) -> HTMLResponse:

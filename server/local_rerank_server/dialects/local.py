@@ -14,7 +14,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Trun
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import Count, RequestBody, String, Text
+from local_rerank_server.dialects._fields import Count, RequestBody, String, Text, Texts
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATH = "/v1/local/rank"
@@ -22,7 +22,7 @@ PATH = "/v1/local/rank"
 
 class LocalRequest(RequestBody):
     query: Text
-    documents: list[Text]
+    documents: Texts
     instruction: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
     top_n: Count | None = Field(default=None, description="How many documents to answer; without it, all.")
     max_query_tokens: Count | None = Field(default=None, description="Cut the query to this many tokens.")

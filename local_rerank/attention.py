@@ -49,7 +49,7 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """One mask over all tokens, quadratic in the batch: what the other kernels are tested against."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device), scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -154,8 +154,10 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: 
     Its causal mask is aligned to the last key, which is what a document behind its prefix needs.
     """
     queries = q[0].transpose(0, 1).contiguous()  # (num_queries, num_heads, head_dim)
-    keys, values = (x[0].transpose(0, 1)[layout.key_index] for x in (k, v))  # (num_keys, num_kv_heads, head_dim)
-    lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
+    key_index = layout.key_index.to(k.device)  # a later layer may be on another GPU
+    keys, values = (x[0].transpose(0, 1)[key_index] for x in (k, v))  # (num_keys, num_kv_heads, head_dim)
+    cu_seqlens_q, cu_seqlens_k = (x.to(k.device) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))
+    lengths = (cu_seqlens_q, cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
     return _varlen_attn(queries, keys, values, *lengths, scale=scale).unsqueeze(0)
 
 

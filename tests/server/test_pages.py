@@ -74,6 +74,15 @@ async def test_version_is_the_librarys(serve: Serve) -> None:
         assert (await client.get("/version")).json() == {"version": local_rerank.__version__}
 
 
+async def test_the_list_of_models_says_which_is_the_small_built_in_one(serve: Serve) -> None:
+    built_in, other = HeldRanker(), HeldRanker()
+    built_in.model_id = "local-rerank-nano"
+    for ranker, says in ((built_in, True), (other, False)):
+        async with serve(ranker) as client:
+            described = (await client.get("/v1/models")).json()["data"][0]
+        assert ("built-in" in described.get("description", "")) is says
+
+
 async def test_probes_may_ask_for_the_head_alone(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         for path in ("/health", "/ready", "/v1/models", "/docs"):

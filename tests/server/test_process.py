@@ -126,8 +126,7 @@ def test_a_body_that_declares_itself_too_large_is_refused_before_it_is_sent(serv
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
         head = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
-        connection.sendall(head.encode())
-        answer = connection.recv(65536)
+        answer = exchange(connection, head.encode())
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b'"request_id"' in answer
 

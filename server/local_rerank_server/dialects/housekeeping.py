@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from typing_extensions import TypedDict
 
 import local_rerank
+from local_rerank.models import EMBEDDED_MODEL
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, state_of
 from local_rerank_server.errors import UnknownModel
@@ -90,7 +91,7 @@ def _describe(name: str, state: ServerState) -> Model:
         model_type="rerank",
         model_name=state.reranker.model_id,
     )
-    if state.reranker.info.source == "embedded":
+    if state.reranker.model_id == EMBEDDED_MODEL:
         model["description"] = "the small built-in model; serve a real one with --model Qwen/Qwen3-Reranker-0.6B"
     return model
 

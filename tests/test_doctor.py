@@ -127,8 +127,9 @@ def lose_query_and_document(reranker: Reranker) -> None:
     """As a chat template does that is given roles it does not know."""
 
     class Losing(PairTokenizer):
-        def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-            return super()._encode_batch([" "] * len(texts))
+        def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
+            empty = super()._encode_in_chunks([""] * len(documents))
+            return ((document, ids) for document, (_, ids) in zip(documents, empty, strict=True))
 
     reranker.tokenizer.template = broken(reranker, "<Instruct>: {instruction}\n<Query>: \n<Document>:")
     reranker.tokenizer.__class__ = Losing

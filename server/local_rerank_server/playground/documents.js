@@ -1,6 +1,6 @@
 // Text or a file -> documents. Knows nothing of the page and nothing of the server.
 
-const MAX_FILE_MB = 16;  // a text field with more makes the tab slow
+const MAX_FILE_MB = 4;  // a browser lays out 2 MiB of lines in 3 s
 const TEXT_NAMES = ["text", "document"];  // as `local-rerank rank --file` knows them
 const COLUMN_NAMES = [...TEXT_NAMES, "content", "passage", "body"];
 

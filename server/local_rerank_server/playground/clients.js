@@ -1,6 +1,6 @@
 // A request -> the code that sends it, for each client. What the blocks of docs/clients.md show, with the user's texts.
 
-/** One row per client: its name, what `key` to write, and `code({query, documents, instruction, top_n, model}, base, key)`. */
+/** One row per client: its name and `code(request, base, key)`; `key` is "" where the server asks for none. */
 export const CLIENTS = [
   { name: "curl", code: curl },
   { name: "DashScope", code: dashscope },
@@ -74,7 +74,7 @@ function voyage({ query, documents, instruction, top_n, model }, base, key) {
   return `import voyageai
 
 client = voyageai.Client(api_key=${python(key || "any")}, base_url=${python(`${base}/v1`)})
-${without("This SDK", instruction)}
+${without("Voyage AI", instruction, "instruction")}
 response = client.rerank(
 ${named({ query, documents, model, top_k: top_n })})
 ${PRINT("response.results")}`;
@@ -115,8 +115,8 @@ for node in reranker.postprocess_nodes(nodes, query_str=${python(query)}):
 `;
 }
 
-const without = (client, instruction) => (instruction
-  ? `\n# ${client} sends no instruction; the server takes its own: local-rerank serve --dashscope-instruction "..."\n`
+const without = (client, instruction, option = "dashscope-instruction") => (instruction
+  ? `\n# ${client} sends no instruction; the server takes its own: local-rerank serve --${option} "..."\n`
   : "");
 
 /** Arguments by name, one a line; those without a value are left out. */

@@ -35,6 +35,7 @@ class Row:
     first_stage_scores: tuple[float, ...] | None = None  # what `--blend run=W` adds
     tail_ids: tuple[str, ...] = ()  # documents below top_k: not scored, and below the others in a run
     fields: Record = field(default_factory=dict)  # what the output carries over
+    number: int = 0  # its line or row in the input, for messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

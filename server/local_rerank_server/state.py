@@ -93,7 +93,7 @@ class ServerState:
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
-        answer = asyncio.ensure_future(self._submit(request))
+        answer = asyncio.ensure_future(self._submit(request, http.state.request_id))
         client_left = asyncio.ensure_future(_until_disconnected(http))
         try:
             await asyncio.wait({answer, client_left}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
@@ -106,9 +106,9 @@ class ServerState:
             answer.cancel()
             client_left.cancel()
 
-    async def _submit(self, request: RerankRequest) -> RerankResult:
+    async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""
-        submission = self._tokenizers.submit(self.reranker.submit, request)
+        submission = self._tokenizers.submit(self.reranker.submit, request, name=request_id)
         try:
             pending = await asyncio.wrap_future(submission)
         except asyncio.CancelledError:

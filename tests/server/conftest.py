@@ -26,11 +26,14 @@ class HeldRanker:
         self.futures: list[Future[RerankResult]] = []
         self.closed = False
 
-    def submit(self, request: RerankRequest) -> Future[RerankResult]:
+    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         if self.error is not None:
             raise self.error
         self.futures.append(Future())
         return self.futures[-1]
+
+    def retry_after(self) -> float:
+        return 2.5
 
     def close(self) -> None:
         self.closed = True

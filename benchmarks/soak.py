@@ -132,7 +132,7 @@ def run_overload(seconds: float, folder: Path) -> None:
     checkpoint = make_checkpoint(folder / "tiny")
     with Reranker(str(checkpoint), device="cpu", dtype="fp32", threads=1) as reranker:
         cases = make_cases(reranker, 100)
-    arguments = ["tests.server.slow_server", "70", *options(checkpoint), "--port", "0", "--max-queued-tokens", "20000"]
+    arguments = ["tests.server.slow_server", "110", *options(checkpoint), "--port", "0", "--max-queued-tokens", "20000"]
     with started(folder / "log", *arguments, "--log-level", "error") as server:
         server.wait_for("ready: ")
         process = psutil.Process(server.process.pid)

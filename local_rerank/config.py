@@ -51,6 +51,11 @@ class EngineConfig:
     max_queued_tokens: Annotated[
         int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")
     ] = 500_000
+    deterministic: Annotated[
+        bool,
+        Parameter(help="Score every pair in a forward pass of its own: scores are equal to the bit whatever else is "
+                       "scored, and nothing is shared (docs/operations.md has the cost).", negative=""),
+    ] = False  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -1,54 +1,28 @@
 """The main path: RerankRequest -> pairs -> scheduler -> packed batch -> engine -> RerankResult.
 
-`submit` tokenizes in the caller's thread and queues; one thread owns the model and works off batches, in which pairs of
-several requests may share a forward pass. Every request that was taken gets an answer, an error included.
+`submit` tokenizes in the caller's thread and queues; one thread owns the model (`worker.py`) and works off batches, in
+which pairs of several requests may share a forward pass. Every request that was taken gets an answer, if only an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
-import math
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from local_rerank.config import EngineConfig
 from local_rerank.engine import Engine, ModelInfo, load_engine
-from local_rerank.errors import (
-    ConfigError,
-    EngineFailure,
-    InvalidRequest,
-    LocalRerankError,
-    ModelUnavailable,
-    Overloaded,
-)
+from local_rerank.errors import ConfigError, InvalidRequest, Overloaded
+from local_rerank.jobs import Job
 from local_rerank.models import open_checkpoint
-from local_rerank.packing import pack
-from local_rerank.scheduler import Entry, Scheduler
-from local_rerank.tokenization import PairTokenizer, TokenizedRequest, num_batch_tokens
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-
-logger = logging.getLogger(__name__)
-
-
-class _Job:
-    """One request on its way: what came in, the log-odds that are there, who waits."""
-
-    def __init__(self, request: RerankRequest, tokenized: TokenizedRequest, started: float) -> None:
-        self.request = request
-        self.tokenized = tokenized
-        self.future: Future[RerankResult] = Future()
-        self.log_odds: dict[int, float] = {}  # by pair
-        self.num_computed_tokens = 0
-        self.started = started
-        self.queued = time.perf_counter()
-        self.first_batch: float | None = None
+from local_rerank.tokenization import PairTokenizer
+from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.worker import BatchReport, Worker
 
 
 class Reranker:
@@ -81,13 +55,12 @@ class Reranker:
 
     def _start(self, engine: Engine, info: ModelInfo) -> None:
         self._engine = engine
-        self._scheduler = Scheduler(info.max_batch_tokens)
-        self._jobs: dict[int, _Job] = {}
-        self._ids = itertools.count()
-        self._changed = threading.Condition()  # guards scheduler, jobs and closing
-        self._closing = False
-        self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
-        self._thread.start()
+        self._worker = Worker(
+            lambda batch: self._engine.forward(batch),
+            max_batch_tokens=info.max_batch_tokens,
+            max_queued_tokens=self.config.max_queued_tokens,
+            one_pair_at_a_time=self.config.deterministic,
+        )
 
     @property
     def model_id(self) -> str:
@@ -95,8 +68,30 @@ class Reranker:
 
     @property
     def num_queued_tokens(self) -> int:
-        with self._changed:
-            return self._scheduler.num_queued_tokens
+        """Tokens that wait for the model; those of the batch that runs do not."""
+        return self._worker.num_queued_tokens
+
+    @property
+    def num_queued_requests(self) -> int:
+        return self._worker.num_queued_requests
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """The budget of a batch; smaller than it was set to while memory is short."""
+        return self._worker.max_batch_tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How fast the queue is worked off, as measured over the last batches; None before the first."""
+        return self._worker.tokens_per_second
+
+    def retry_after(self) -> float:
+        """Seconds until one of the requests that wait will be done, as measured."""
+        return self._worker.retry_after()
+
+    def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
+        """Have every batch reported to `observer`, in the model's thread; it must be quick and must not raise."""
+        self._worker.on_batch = observer
 
     def rank(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
@@ -173,31 +168,17 @@ class Reranker:
             refused.set_result(error)  # keeps its place behind the requests before it
             return refused
 
-    def submit(self, request: RerankRequest) -> Future[RerankResult]:
+    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         """Tokenize in this thread and queue; cancelling the future frees its place before the next forward pass.
 
-        Raises a leaf of InvalidRequest, Overloaded or ModelUnavailable; the future may fail with EngineFailure.
+        `name` is what the log calls the request. Raises a leaf of InvalidRequest, Overloaded or ModelUnavailable; the
+        future may fail with EngineFailure.
         """
         started = time.perf_counter()
-        self._check_queue(self.num_queued_tokens, 1)  # before the work of tokenizing
-        job = _Job(request, self.tokenizer.pairs(request), started)
-        num_tokens = num_batch_tokens(job.tokenized.pairs)
-        with self._changed:
-            if self._closing:
-                raise ModelUnavailable("the engine is closing")
-            self._check_queue(self._scheduler.num_queued_tokens, num_tokens)
-            request_id = next(self._ids)
-            self._jobs[request_id] = job
-            self._scheduler.add(request_id, job.tokenized.pairs)
-            self._changed.notify_all()
+        self._worker.check_room()  # before the work of tokenizing
+        job = Job(request, self.tokenizer.pairs(request), model_id=self.model_id, started=started, name=name)
+        self._worker.submit(job)
         return job.future
-
-    def _check_queue(self, queued: int, num_tokens: int) -> None:
-        """An empty queue takes any request; else what waits and what comes must fit. Raises Overloaded."""
-        limit = self.config.max_queued_tokens
-        if queued and queued + num_tokens > limit:
-            what = f"{queued} tokens wait and this request has {num_tokens} or more; at most {limit} may wait"
-            raise Overloaded(what, retry_after=1.0)
 
     def explain(self, query: str, document: str, *, instruction: str | None = None) -> tuple[str, list[int]]:
         """The exact prompt of one pair and its token ids."""
@@ -208,10 +189,7 @@ class Reranker:
 
     def close(self) -> None:
         """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._worker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -221,77 +199,6 @@ class Reranker:
     ) -> None:
         self.close()
 
-    def _work(self) -> None:
-        """The model's thread: take a batch, score it, deliver; until closed. Whatever happens, it goes on."""
-        while (batch := self._next_batch()) is not None:
-            try:
-                self._score(batch)
-            except Exception as error:  # a fault of ours: each waiter must hear of it
-                logger.exception("a batch of %d pairs could not be delivered", len(batch))
-                for request_id in {entry.request_id for entry in batch}:
-                    self._fail(request_id, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
-        with self._changed:
-            jobs, self._jobs = self._jobs, {}
-        for job in jobs.values():
-            _answer(job, ModelUnavailable("the engine is closing"))
-
-    def _next_batch(self) -> list[Entry] | None:
-        """Wait for work; requests whose caller has gone are dropped first. None when closing."""
-        with self._changed:
-            while not self._closing:
-                for request_id in [i for i, job in self._jobs.items() if job.future.cancelled()]:
-                    self._drop(request_id)
-                if batch := self._scheduler.next_batch():
-                    now = time.perf_counter()
-                    for job in {self._jobs[entry.request_id] for entry in batch}:
-                        job.first_batch = job.first_batch or now
-                    return batch
-                self._changed.wait()
-            return None
-
-    def _score(self, batch: list[Entry]) -> None:
-        """Score a batch; where it fails, its halves by request, so that only the guilty request fails."""
-        request_ids = list(dict.fromkeys(entry.request_id for entry in batch))
-        try:
-            log_odds: list[float] = self._engine.forward(pack([entry.pair for entry in batch])).tolist()
-        except Exception as error:
-            if len(request_ids) > 1:
-                first = set(request_ids[: len(request_ids) // 2])
-                self._score([entry for entry in batch if entry.request_id in first])
-                self._score([entry for entry in batch if entry.request_id not in first])
-                return
-            logger.exception("a batch of %d pairs failed", len(batch))
-            self._fail(request_ids[0], EngineFailure(f"the model failed: {type(error).__name__}: {error}"))
-            return
-        self._deliver(batch, log_odds)
-
-    def _deliver(self, batch: list[Entry], log_odds: list[float]) -> None:
-        """Hand scores to their requests and answer those that are complete."""
-        by_request: dict[int, list[Entry]] = {}
-        for entry, value in zip(batch, log_odds, strict=True):
-            if (job := self._jobs.get(entry.request_id)) is not None:
-                job.log_odds[entry.position] = value
-                by_request.setdefault(entry.request_id, []).append(entry)
-        for request_id, entries in by_request.items():
-            job = self._jobs[request_id]
-            job.num_computed_tokens += num_batch_tokens([entry.pair for entry in entries])
-            if bad := [
-                job.log_odds[entry.position] for entry in entries if not math.isfinite(job.log_odds[entry.position])
-            ]:
-                self._fail(request_id, EngineFailure(f"the model gave {bad[0]} as log-odds"))
-            elif len(job.log_odds) == len(job.tokenized.pairs):
-                self._drop(request_id)
-                _answer(job, _result(job, self.model_id))
-
-    def _fail(self, request_id: int, error: LocalRerankError) -> None:
-        if (job := self._drop(request_id)) is not None:
-            _answer(job, error)
-
-    def _drop(self, request_id: int) -> _Job | None:
-        with self._changed:
-            self._scheduler.discard(request_id)
-            return self._jobs.pop(request_id, None)
-
 
 def _merge(config: EngineConfig, model: str | None, options: dict[str, Any]) -> EngineConfig:
     names = {field.name for field in dataclasses.fields(EngineConfig)}
@@ -300,50 +207,3 @@ def _merge(config: EngineConfig, model: str | None, options: dict[str, Any]) -> 
     if model is not None:
         options["model"] = model
     return dataclasses.replace(config, **options)
-
-
-def _answer(job: _Job, outcome: RerankResult | LocalRerankError) -> None:
-    """Settle the job's future, unless its caller cancelled it at the same moment."""
-    try:
-        if isinstance(outcome, LocalRerankError):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
-    except InvalidStateError:
-        logger.debug("a request was cancelled as it was answered")
-
-
-def _result(job: _Job, model_id: str) -> RerankResult:
-    """Sort by log-odds (scores saturate, log-odds do not), ties by index, and keep `top_n`."""
-    tokenized, now = job.tokenized, time.perf_counter()
-    log_odds = [job.log_odds[pair] for pair in tokenized.pair_of_document]
-    order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
-    num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
-    return RerankResult(
-        results=tuple(
-            RankedDocument(
-                index=index,
-                relevance_score=sigmoid(log_odds[index]),
-                log_odds=log_odds[index],
-                document=job.request.documents[index],
-                num_tokens=num_tokens[index],
-                num_truncated_tokens=tokenized.num_truncated_tokens[index],
-            )
-            for index in order[: job.request.top_n]
-        ),
-        model=model_id,
-        num_query_tokens=tokenized.num_query_tokens,
-        num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
-        num_document_tokens=sum(num_tokens),
-        num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
-        total_tokens=tokenized.total_tokens,
-        num_computed_tokens=job.num_computed_tokens,
-        tokenize_ms=(job.queued - job.started) * 1e3,
-        queue_ms=((job.first_batch or now) - job.queued) * 1e3,
-        total_ms=(now - job.started) * 1e3,
-    )
-
-
-def sigmoid(x: float) -> float:
-    """The relevance score that log-odds stand for."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -33,3 +33,9 @@ def nano() -> Iterator[Reranker]:
     """The embedded default model, fp32."""
     with Reranker(device="cpu", dtype="fp32") as reranker:
         yield reranker
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of what is made up; `benchmarks/soak.py fuzz` asks for more."""
+    parser.addoption("--num-cases", type=int, default=500, help="cases that schemathesis makes")
+    parser.addoption("--num-bodies", type=int, default=2000, help="bodies that hypothesis makes")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_rerank.scheduler import Scheduler
+from local_rerank.scheduler import GOOD_BATCHES, DrainRate, Scheduler
 from local_rerank.tokenization import Pair
 
 
@@ -98,3 +99,32 @@ def test_queued_tokens_are_the_prefix_once_and_the_documents_that_wait() -> None
     assert scheduler.num_queued_tokens == 10 + sum(lengths)
     batch = scheduler.next_batch()
     assert scheduler.num_queued_tokens == 10 + sum(lengths) - sum(len(entry.pair.document_ids) for entry in batch)
+
+
+def test_a_lowered_budget_holds_until_enough_batches_have_fitted() -> None:
+    scheduler = Scheduler(2000)
+    scheduler.lower_budget(1800)
+    assert scheduler.max_batch_tokens == 900
+    scheduler.lower_budget(5000)  # larger than any batch may be now: half of what may be
+    assert scheduler.max_batch_tokens == 450
+    for _ in range(GOOD_BATCHES - 1):
+        scheduler.raise_budget()
+    assert scheduler.max_batch_tokens == 450
+    for _ in range(10 * GOOD_BATCHES):
+        scheduler.raise_budget()
+    assert scheduler.max_batch_tokens == 2000
+    for _ in range(20):
+        scheduler.lower_budget(1)
+    assert scheduler.max_batch_tokens == 1
+
+
+def test_the_drain_rate_is_that_of_the_last_batches() -> None:
+    rate = DrainRate()
+    assert rate.tokens_per_second is None
+    assert rate.seconds_for(1_000_000) == 1.0
+    rate.add(2000, 2.0)
+    assert rate.tokens_per_second == pytest.approx(1000)
+    assert rate.seconds_for(500) == pytest.approx(0.5)
+    for _ in range(100):
+        rate.add(2000, 0.5)
+    assert rate.tokens_per_second == pytest.approx(4000, rel=0.01)

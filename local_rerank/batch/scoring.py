@@ -21,7 +21,8 @@ from local_rerank.batch.rows import Record, Row, ScoredRow, parse_record, to_rec
 from local_rerank.batch.score_cache import PairKey, PairScore, ScoreCache
 from local_rerank.blending import Blend, Bm25, best_first, blend
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.reranker import Reranker, sigmoid
+from local_rerank.jobs import sigmoid
+from local_rerank.reranker import Reranker
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 MAX_REQUEST_DOCUMENTS = 128  # of one query at a time: scores reach cache and progress bar as they come

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -32,7 +33,15 @@ def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
     for _, router in ROWS:
         app.include_router(router)
     app.add_middleware(Door, state=state, keys=keys)
-    app.add_middleware(RequestId)
+    if state.config.cors_origins:  # a browser asks before it sends, and without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(RequestId, state=state)
     app.add_exception_handler(404, _no_such_route)
     app.add_exception_handler(405, _no_such_route)
     return app

@@ -23,6 +23,7 @@ DASHSCOPE_MODELS = ("qwen3-rerank", "gte-rerank-v2", "gte-rerank", "qwen3.7-text
 """The names that DashScope clients send; several of them cannot be told to send another."""
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["human", "json"]
 
 
 @Parameter(name="*")
@@ -37,15 +38,39 @@ class ServerConfig:
     ssl_certfile: Annotated[Path | None, Parameter(help="TLS certificate (PEM); needs --ssl-keyfile.")] = None
     ssl_keyfile: Annotated[Path | None, Parameter(help="TLS private key (PEM); needs --ssl-certfile.")] = None
     api_key: Annotated[
-        tuple[str, ...], Parameter(help="A key that clients must send as `Authorization: Bearer KEY`; may be repeated.")
-    ] = ()
+        tuple[str, ...],
+        Parameter(help="A key that clients must send as `Authorization: Bearer KEY`, as KEY or NAME:KEY; may be "
+                       "repeated."),
+    ] = ()  # fmt: skip
     api_key_file: Annotated[
         Path | None, Parameter(help="File of keys, one `name:key` a line; empty lines and # comments are skipped.")
     ] = None
     insecure: Annotated[
         bool, Parameter(help="Allow listening beyond this machine without a key.", negative="")
     ] = False  # fmt: skip
+    key_requests_per_minute: Annotated[
+        int | None, Parameter(help="Requests a minute of each key (without keys: of all clients together).")
+    ] = None
+    key_tokens_per_minute: Annotated[
+        int | None,
+        Parameter(help="Tokens a minute of each key, as `usage` counts them (without keys: of all together)."),
+    ] = None
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Parameter(help="Origin whose pages may call this server from a browser, * for all; may be repeated."),
+    ] = ()
     max_body_bytes: Annotated[int, Parameter(help="Bytes of a request body; more are refused.")] = 64 * 1024 * 1024
+    max_total_body_bytes: Annotated[
+        int, Parameter(help="Bytes of all request bodies held at once; a request beyond that is refused as overload.")
+    ] = 512 * 1024 * 1024
+    max_queued_requests: Annotated[
+        int, Parameter(help="Requests held at once, running ones too; one beyond that is refused as overload.")
+    ] = 2048
+    header_timeout_seconds: Annotated[int, Parameter(help="Seconds a client may take to send a request's head.")] = 10
+    body_timeout_seconds: Annotated[int, Parameter(help="Seconds a client may take to send a request's body.")] = 60
+    write_timeout_seconds: Annotated[
+        int, Parameter(help="Seconds a client may read nothing of its answer; then the connection is cut.")
+    ] = 60
     request_timeout_ms: Annotated[
         int, Parameter(help="Milliseconds a request may take; the header X-Request-Timeout-Ms can lower it.")
     ] = 60_000
@@ -86,22 +111,31 @@ class ServerConfig:
         bool, Parameter(help="Become ready without scoring the pairs whose scores are known.", negative="")
     ] = False  # fmt: skip
     log_level: Annotated[LogLevel, Parameter(help="Least severe message that is logged.")] = "info"
+    log_format: Annotated[LogFormat, Parameter(help="Lines for people, or a JSON object a line.")] = "human"
     log_texts: Annotated[
         bool, Parameter(help="Log queries and documents too; without it no text of a request is logged.", negative="")
     ] = False  # fmt: skip
+    otlp_endpoint: Annotated[
+        str | None,
+        Parameter(help="URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span of each request, for "
+                       "example http://localhost:4318/v1/traces; needs local-rerank[otel]."),
+    ] = None  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if self.max_total_body_bytes < self.max_body_bytes:
+            what = f"max_total_body_bytes is {self.max_total_body_bytes}"
+            raise ConfigError(f"{what}; it must be at least max_body_bytes, which is {self.max_body_bytes}")
         if self.port > 65535:
             raise ConfigError(f"port is {self.port}; it must be at most 65535")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with /")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together; only one of them is set")
-        if any(not key.strip() for key in self.api_key):
+        if any(not key.rpartition(":")[2].strip() for key in self.api_key):
             raise ConfigError("api_key is empty; leave it out to serve without a key")
         if not (self.has_keys or self.insecure or self.uds or _is_loopback(self.host)):
             raise ConfigError(
@@ -137,7 +171,14 @@ class ServerConfig:
 
 _LEAST = {
     "port": 0,
+    "key_requests_per_minute": 1,
+    "key_tokens_per_minute": 1,
     "max_body_bytes": 1,
+    "max_total_body_bytes": 1,
+    "max_queued_requests": 1,
+    "header_timeout_seconds": 1,
+    "body_timeout_seconds": 1,
+    "write_timeout_seconds": 1,
     "request_timeout_ms": 1,
     "drain_seconds": 0,
     "max_documents": 1,

@@ -7,10 +7,14 @@
     │   └── UnsupportedInput          an image or a video where a text is ranked
     ├── MalformedBody                 the body is not a JSON object in UTF-8
     ├── BodyTooLarge                  the body is over the limit; it is refused without being read
+    ├── BodyTooSlow                   the body did not come in the time that is allowed
     ├── UnsupportedContent            the body is compressed, or declared as something other than JSON
     ├── UnknownModel                  the request names a model that is not served
     ├── UnknownRoute                  no such path
     ├── MethodNotAllowed              the path exists, the method does not
+    ├── Overloaded
+    │   ├── RequestRateExceeded       the key has made its requests of this minute
+    │   └── TokenRateExceeded         the key has used its tokens of this minute
     ├── MissingApiKey                 keys are configured and the request brings none
     ├── InvalidApiKey                 ... or brings a wrong one
     ├── AsyncNotSupported             DashScope's asynchronous mode was asked for
@@ -39,6 +43,7 @@ from local_rerank.errors import (
     InvalidTopN,
     LocalRerankError,
     ModelUnavailable,
+    OutOfMemory,
     Overloaded,
     TextTooLong,
     TooManyTokens,
@@ -73,6 +78,11 @@ class BodyTooLarge(LocalRerankError):
         self.limit = limit
 
 
+class BodyTooSlow(LocalRerankError):
+    def __init__(self, *, limit_seconds: int) -> None:
+        super().__init__(f"the request body did not come within {limit_seconds} s")
+
+
 class UnsupportedContent(LocalRerankError):
     """The body is compressed, or declared as something other than JSON; the message says what to send."""
 
@@ -96,6 +106,16 @@ class MethodNotAllowed(LocalRerankError):
         super().__init__(f"{path} does not take {method}; it takes {allowed}")
         self.method = method
         self.allowed = allowed
+
+
+class RequestRateExceeded(Overloaded):
+    def __init__(self, *, limit: int, retry_after: float) -> None:
+        super().__init__(f"more than {limit} requests in a minute, which this key may make", retry_after=retry_after)
+
+
+class TokenRateExceeded(Overloaded):
+    def __init__(self, *, limit: int, retry_after: float) -> None:
+        super().__init__(f"more than {limit} tokens in a minute, which this key may use", retry_after=retry_after)
 
 
 class MissingApiKey(LocalRerankError):
@@ -132,6 +152,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     UnsupportedInput: 400,
     MalformedBody: 400,
     BodyTooLarge: 413,
+    BodyTooSlow: 408,
     UnsupportedContent: 415,
     UnknownModel: 404,
     UnknownRoute: 404,
@@ -141,9 +162,12 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     AsyncNotSupported: 403,
     ClientDisconnected: 499,  # nginx's number; only our own log sees it
     Overloaded: 429,
+    RequestRateExceeded: 429,
+    TokenRateExceeded: 429,
     DeadlineExceeded: 504,
     ModelUnavailable: 503,
     EngineFailure: 500,
+    OutOfMemory: 503,  # a batch is tried again in halves first; the same request may fit when the device is less busy
     CheckpointError: 500,
     ConfigError: 500,
 }
@@ -154,6 +178,8 @@ def headers_of(error: LocalRerankError) -> dict[str, str]:
     match error:
         case Overloaded():
             return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
+        case BodyTooSlow():
+            return {"connection": "close"}  # the rest of the body is not waited for
         case DeadlineExceeded():
             return {"x-should-retry": "false"}  # the same request would run into the same deadline
         case MissingApiKey() | InvalidApiKey():

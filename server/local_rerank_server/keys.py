@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from local_rerank.errors import ConfigError
@@ -20,9 +20,12 @@ class ApiKeys:
     @classmethod
     def from_config(cls, config: ServerConfig) -> ApiKeys:
         """The keys of the options and of the key file together."""
-        keys = {f"key-{number}": key for number, key in enumerate(config.api_key, start=1)}
+        keys = _named(config.api_key)
         if config.api_key_file is not None:
-            keys |= _read_key_file(config.api_key_file)
+            more = _read_key_file(config.api_key_file)
+            if twice := sorted(keys.keys() & more.keys()):
+                raise ConfigError(f"api_key and api_key_file both name a key {twice[0]!r}")
+            keys |= more
         return cls(keys)
 
     def check(self, authorization: bytes | None) -> str | None:
@@ -38,6 +41,18 @@ class ApiKeys:
         if not names:
             raise InvalidApiKey()
         return names[0]
+
+
+def _named(given: Sequence[str]) -> dict[str, str]:
+    """Keys of the option, NAME:KEY or KEY alone, by name."""
+    keys: dict[str, str] = {}
+    for number, text in enumerate(given, start=1):
+        name, _, key = (part.strip() for part in text.rpartition(":"))
+        name = name or f"key-{number}"
+        if name in keys:
+            raise ConfigError(f"api_key names a key {name!r} twice")
+        keys[name] = key
+    return keys
 
 
 def _read_key_file(path: Path) -> dict[str, str]:

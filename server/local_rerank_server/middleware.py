@@ -5,9 +5,11 @@ Plain ASGI. Refusals here come in the shape of the dialect whose path it is.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
+from typing import Self
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -15,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
 from local_rerank_server.dialects import OPEN_PATHS, dialect_at, route_path
-from local_rerank_server.errors import BodyTooLarge
+from local_rerank_server.errors import BodyTooLarge, BodyTooSlow
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 
@@ -23,10 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class RequestId:
-    """Gives each request an id, sends it as `x-request-id`, and logs the request's line. No text of it is logged."""
+    """Gives each request an id, sends it as `x-request-id`, and counts and logs the request, but no text of it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, state: ServerState) -> None:
         self.app = app
+        self.state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,64 +43,112 @@ class RequestId:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self.state.draining:  # else the client's next request would meet a closed connection
+                    headers["connection"] = "close"
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            took = (time.perf_counter() - started) * 1e3
-            is_probe = route_path(Request(scope)) in OPEN_PATHS  # these come every few seconds
-            level = logging.DEBUG if is_probe else logging.INFO
-            logger.log(
-                level, "%s %s %d %.1f ms id=%s", scope["method"], _printable(scope["path"]), status, took, request_id
-            )
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        path, found = route_path(Request(scope)), scope["state"]
+        reason = found.get("error")
+        self.state.metrics.add_request(dialect=dialect_at(path).name, status=status, seconds=seconds, reason=reason)
+        fields = {
+            "method": scope["method"],
+            "path": _printable(scope["path"]),
+            "status": status,
+            "ms": round(seconds * 1e3, 1),
+            "key": found.get("key"),
+            "error": reason,
+            "request_id": found["request_id"],
+        }
+        level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every few seconds
+        more = "".join(f" {name}={fields[name]}" for name in ("key", "error") if fields[name])
+        line = "%(method)s %(path)s %(status)d %(ms).1f ms" + more.replace("%", "%%") + " id=%(request_id)s"
+        logger.log(level, line, fields, extra=fields)
 
 
 class Door:
-    """Lets a request in, or refuses it: no key, too large a body, or the server is about to stop."""
+    """Lets a request in, or refuses it: no key, too much of something, or the server is about to stop."""
 
     def __init__(self, app: ASGIApp, *, state: ServerState, keys: ApiKeys) -> None:
         self.app = app
         self.state = state
         self.keys = keys
-        self.max_body_bytes = state.config.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         http = Request(scope)
+        if route_path(http) in OPEN_PATHS:
+            return await self.app(scope, receive, send)
         try:
-            self._check(http)
+            num_declared = self._check(http)
         except LocalRerankError as error:
             response = dialect_at(route_path(http)).error_response(error, http)
             return await response(scope, receive, send)
-        with self.state.admitted():
-            await self.app(scope, self._counted(receive), send)
+        with self.state.admitted(), _Body(receive, self.state, num_declared) as body:
+            await self.app(scope, body.receive, send)
 
-    def _check(self, http: Request) -> None:
-        if route_path(http) in OPEN_PATHS:
-            return
-        self.keys.check(http.headers.get("authorization", "").encode("latin-1"))
+    def _check(self, http: Request) -> int:
+        """Returns the bytes of the body that the request declares."""
+        http.state.key = key = self.keys.check(http.headers.get("authorization", "").encode("latin-1"))
         if self.state.draining:
             raise ModelUnavailable("the server is stopping")
         declared = http.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.max_body_bytes:
-            raise BodyTooLarge(limit=self.max_body_bytes)
+        num_bytes = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        if num_bytes > self.state.config.max_body_bytes:
+            raise BodyTooLarge(limit=self.state.config.max_body_bytes)
+        if http.method == "POST":
+            self.state.check_room(num_bytes)
+            self.state.rates.take_request(key)
+        return num_bytes
 
-    def _counted(self, receive: Receive) -> Receive:
-        """`receive`, until the body is larger than it may be, which one sent in chunks shows only as it comes."""
-        num_bytes = 0
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_body_bytes:
-                raise BodyTooLarge(limit=self.max_body_bytes)
-            return message
+class _Body:
+    """A request's body as it comes: timed, and counted against the limits of one and of all while it is held."""
 
-        return receive_counted
+    def __init__(self, receive: Receive, state: ServerState, num_declared: int) -> None:
+        self._receive = receive
+        self._state = state
+        self._more = True
+        self._num_held = num_declared  # bytes that this body takes, or will
+        self._num_bytes = 0  # bytes that came
+        self._end = time.monotonic() + state.config.body_timeout_seconds
+
+    def __enter__(self) -> Self:
+        self._state.num_body_bytes += self._num_held
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state.num_body_bytes -= self._num_held
+
+    async def receive(self) -> Message:
+        if not self._more:  # now the wait is for the client to leave, as long as it takes
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._end - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow(limit_seconds=self._state.config.body_timeout_seconds) from None
+        self._more = message.get("more_body", False)
+        self._count(len(message.get("body", b"")))
+        return message
+
+    def _count(self, num_bytes: int) -> None:
+        """One sent in chunks shows only as it comes how large it is."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._state.config.max_body_bytes:
+            raise BodyTooLarge(limit=self._state.config.max_body_bytes)
+        if (more := self._num_bytes - self._num_held) > 0:
+            self._state.check_bytes(more)
+            self._num_held += more
+            self._state.num_body_bytes += more
 
 
 def _printable(path: str) -> str:

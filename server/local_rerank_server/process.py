@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -27,12 +29,16 @@ from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
+from local_rerank_server.logs import set_up_logging
+from local_rerank_server.protocol import make_protocol
 from local_rerank_server.state import ServerState
+from local_rerank_server.tracing import Tracing
 
 if TYPE_CHECKING:
     from local_rerank.engine import ModelInfo
 
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we
+MAX_FILES = 65_536  # open at once, connections included
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
@@ -43,8 +49,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
     Raises ConfigError or CheckpointError if it cannot start.
     """
-    _set_up_logging(server_config)
+    set_up_logging(server_config)
     keys = ApiKeys.from_config(server_config)
+    _allow_many_connections()
     with _listen(server_config) as listener:
         try:
             return _serve_on(listener, engine_config, server_config, keys)
@@ -55,11 +62,14 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys) -> int:
     state = ServerState(config)
-    server = _Server(_uvicorn_config(state, keys), state)
+    tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
+    server = _Server(_uvicorn_config(state, keys, tracing), state)
     address = _address(listener, config)
     say(f"listening on {address}, loading the model ...")
     _load_beside(state, server, engine_config, announce=lambda info: _announce(info, address, config))
     server.run(sockets=[listener])
+    if tracing is not None:
+        tracing.close()
     if server.failure is not None:
         raise server.failure
     return int(server.cut_off)
@@ -120,10 +130,11 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.state.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.state.config.drain_seconds):
-                while self.state.num_admitted and not self.force_exit:
-                    await asyncio.sleep(0.05)
+        end = time.monotonic() + self.state.config.drain_seconds
+        while self.state.num_admitted and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        # what is left of the time is for answers that their readers have not taken yet
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(end - time.monotonic()))
         if self.state.num_admitted:
             logger.warning("stopped with %d requests unanswered", self.state.num_admitted)
             self.cut_off = True
@@ -132,12 +143,13 @@ class _Server(uvicorn.Server):
             await asyncio.to_thread(self.state.close)
 
 
-def _uvicorn_config(state: ServerState, keys: ApiKeys) -> uvicorn.Config:
-    config = state.config
+def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) -> uvicorn.Config:
+    config, app = state.config, create_app(state, keys)
     made = uvicorn.Config(
-        create_app(state, keys),
+        app if tracing is None else tracing.wrap(app),
         log_config=None,
-        http="h11",  # httptools stops at `Upgrade: h2c`, which some Java clients offer, and loses the body
+        # h11: httptools stops at `Upgrade: h2c`, which some Java clients offer, and loses the body
+        http=make_protocol(config),
         ws="none",
         access_log=False,  # the application logs its requests itself, with their ids
         server_header=False,
@@ -145,7 +157,6 @@ def _uvicorn_config(state: ServerState, keys: ApiKeys) -> uvicorn.Config:
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=1,  # by then the accepted requests are answered; this is for idle connections
     )
     try:
         made.load()
@@ -212,6 +223,12 @@ def _curl(address: str, config: ServerConfig) -> str:
     return f"curl {reach}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
-def _set_up_logging(config: ServerConfig) -> None:
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop are told in our own words
+def _allow_many_connections() -> None:
+    """Raise the soft limit of open files, often 1,024, to what this process may have: a connection takes one."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows, which has no such limit
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES) if hard > 0 else MAX_FILES, hard))

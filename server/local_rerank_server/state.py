@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from local_rerank.errors import DeadlineExceeded, ModelUnavailable
+from local_rerank.errors import DeadlineExceeded, ModelUnavailable, Overloaded
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
+from local_rerank_server.metrics import Metrics
+from local_rerank_server.rates import KeyRates
 
 if TYPE_CHECKING:
     from local_rerank import Reranker
@@ -38,6 +40,9 @@ class ServerState:
         self.started = int(time.time())
         self.draining = False
         self.num_admitted = 0  # requests that were let in and are not answered yet
+        self.num_body_bytes = 0  # of the bodies of those
+        self.metrics = Metrics()
+        self.rates = KeyRates(config)
         self._reranker: Reranker | None = None
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
 
@@ -62,6 +67,8 @@ class ServerState:
 
     def serve(self, reranker: Reranker) -> None:
         """From now on requests are ranked by `reranker`."""
+        reranker.observe_batches(self.metrics.add_batch)
+        self.metrics.set_model(reranker.info)
         self._reranker = reranker
 
     def drain(self) -> None:
@@ -83,6 +90,25 @@ class ServerState:
         finally:
             self.num_admitted -= 1
 
+    def check_room(self, num_body_bytes: int) -> None:
+        """Raise `Overloaded` where one request more, with a body of that size, is more than may be held."""
+        limit = self.config.max_queued_requests
+        if self.num_admitted >= limit:
+            raise Overloaded(f"{self.num_admitted} requests are held, and at most {limit} may be", **self._when_again())
+        self.check_bytes(num_body_bytes)
+
+    def check_bytes(self, num_more: int) -> None:
+        """Raise `Overloaded` where the bodies held and `num_more` bytes are more than may be held."""
+        limit, held = self.config.max_total_body_bytes, self.num_body_bytes
+        if held and held + num_more > limit:
+            what = (
+                f"{held} bytes of request bodies are held and {num_more} more are to come; at most {limit} may be held"
+            )
+            raise Overloaded(what, **self._when_again())
+
+    def _when_again(self) -> dict[str, float]:
+        return {"retry_after": 1.0 if self._reranker is None else self._reranker.retry_after()}
+
     def check_model(self, name: str | None, *, strict: bool) -> None:
         """Raise `UnknownModel` if `name` is not served; without `strict`, only where --strict-models asks for it."""
         if (strict or self.config.strict_models) and name is not None and name not in self.model_names:
@@ -93,12 +119,15 @@ class ServerState:
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
-        answer = asyncio.ensure_future(self._submit(request))
+        answer = asyncio.ensure_future(self._submit(request, http.state.request_id))
         client_left = asyncio.ensure_future(_until_disconnected(http))
         try:
             await asyncio.wait({answer, client_left}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
-                return answer.result()
+                result = answer.result()
+                self.metrics.add_result(result, num_documents=len(request.documents))
+                self.rates.add_tokens(getattr(http.state, "key", None), result.total_tokens)
+                return result
             if client_left.done():
                 raise ClientDisconnected("the client left before its answer was ready")
             raise DeadlineExceeded(timeout_ms=timeout_ms)
@@ -106,9 +135,9 @@ class ServerState:
             answer.cancel()
             client_left.cancel()
 
-    async def _submit(self, request: RerankRequest) -> RerankResult:
+    async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""
-        submission = self._tokenizers.submit(self.reranker.submit, request)
+        submission = self._tokenizers.submit(self.reranker.submit, request, name=request_id)
         try:
             pending = await asyncio.wrap_future(submission)
         except asyncio.CancelledError:

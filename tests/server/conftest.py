@@ -9,7 +9,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 from httpx2 import ASGITransport, AsyncClient
 
-from local_rerank import Reranker, RerankRequest, RerankResult
+from local_rerank import EngineConfig, Reranker, RerankRequest, RerankResult
+from local_rerank.engine import ModelInfo
+from local_rerank.worker import BatchReport
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
@@ -20,17 +22,44 @@ class HeldRanker:
     """Stands where the `Reranker` stands; its futures are settled by the test, and `error` is raised at the door."""
 
     model_id = "held"
+    config = EngineConfig()
+    info = ModelInfo(
+        model_id="held",
+        source="folder",
+        revision=None,
+        device="cpu",
+        dtype="fp32",
+        kernel="dense",
+        kernel_reason="",
+        threads=1,
+        num_parameters=1,
+        num_layers=1,
+        hidden_size=1,
+        max_length=8192,
+        max_batch_tokens=2048,
+        load_seconds=0.0,
+    )
+    num_queued_tokens = 700
+    num_queued_requests = 2
+    max_batch_tokens = 2048
+    tokens_per_second: float | None = None
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.futures: list[Future[RerankResult]] = []
         self.closed = False
 
-    def submit(self, request: RerankRequest) -> Future[RerankResult]:
+    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         if self.error is not None:
             raise self.error
         self.futures.append(Future())
         return self.futures[-1]
+
+    def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
+        self.observer = observer
+
+    def retry_after(self) -> float:
+        return 2.5
 
     def close(self) -> None:
         self.closed = True

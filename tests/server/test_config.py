@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -27,6 +27,9 @@ from local_rerank_server.keys import ApiKeys
         ({"root_path": "rerank"}, "root_path is 'rerank'"),
         ({"ssl_certfile": Path("cert.pem")}, "ssl_certfile and ssl_keyfile go together"),
         ({"api_key": ("",)}, "api_key is empty"),
+        ({"api_key": ("name:",)}, "api_key is empty"),
+        ({"key_requests_per_minute": 0}, "key_requests_per_minute is 0"),
+        ({"max_total_body_bytes": 100}, "max_total_body_bytes is 100; it must be at least max_body_bytes"),
         ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines"),
         ({"host": "::"}, "host :: can be reached from other machines"),
         ({"host": "example.com"}, "host example.com can be reached from other machines"),
@@ -63,7 +66,8 @@ def test_limits_are_the_hosted_ones_on_dashscope_and_larger_elsewhere() -> None:
 
 
 def test_every_numeric_option_has_a_least_value() -> None:
-    numeric = {field.name for field in dataclasses.fields(ServerConfig) if type(field.default) is int}
+    kinds = get_type_hints(ServerConfig)
+    numeric = {field.name for field in dataclasses.fields(ServerConfig) if kinds[field.name] in (int, int | None)}
     assert set(_LEAST) == numeric
 
 
@@ -83,7 +87,16 @@ def test_a_key_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
 def test_a_key_is_known_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("anna: sesame\n", encoding="utf-8")
-    keys = ApiKeys.from_config(ServerConfig(api_key=("open",), api_key_file=file))
+    keys = ApiKeys.from_config(ServerConfig(api_key=("open", "bert:door"), api_key_file=file))
     assert keys.check(b"Bearer sesame") == "anna"
     assert keys.check(b"Bearer open") == "key-1"
+    assert keys.check(b"Bearer door") == "bert"
     assert ApiKeys({}).check(None) is None
+
+
+@pytest.mark.parametrize("given", [("anna:x", "anna:y"), ("anna:x",)])
+def test_two_keys_of_one_name_stop_the_start(given: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("anna: sesame\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="key 'anna'"):
+        ApiKeys.from_config(ServerConfig(api_key=given, api_key_file=file))

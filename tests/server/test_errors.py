@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.DeadlineExceeded(timeout_ms=60_000),
         library_errors.ModelUnavailable("loading"),
         library_errors.EngineFailure("the model failed"),
+        library_errors.OutOfMemory(num_tokens=2048),
         library_errors.CheckpointError("no reranker"),
         library_errors.ConfigError("unknown option"),
         errors.MissingField("documents"),
@@ -43,6 +45,9 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         errors.UnsupportedInput("documents.0", "image"),
         errors.MalformedBody("no JSON"),
         errors.BodyTooLarge(limit=64),
+        errors.BodyTooSlow(limit_seconds=60),
+        errors.RequestRateExceeded(limit=10, retry_after=30.5),
+        errors.TokenRateExceeded(limit=10, retry_after=30.5),
         errors.UnsupportedContent("gzip is not supported"),
         errors.UnknownModel("x", known=["y"]),
         errors.UnknownRoute("/x", endpoints=["GET /y"]),
@@ -55,6 +60,9 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
 }
 HEADERS = {
     library_errors.Overloaded: ("retry-after", "2"),
+    errors.RequestRateExceeded: ("retry-after", "31"),
+    errors.TokenRateExceeded: ("retry-after", "31"),
+    errors.BodyTooSlow: ("connection", "close"),
     library_errors.DeadlineExceeded: ("x-should-retry", "false"),
     errors.MissingApiKey: ("www-authenticate", "Bearer"),
     errors.InvalidApiKey: ("www-authenticate", "Bearer"),
@@ -160,9 +168,12 @@ async def test_an_exception_nobody_foresaw_is_an_internal_error_in_the_dialects_
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "Internal server error!"
     assert "secret" not in response.text
-    failures = [record for record in caplog.records if record.exc_info]
+    failures = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(failures) == 1
     assert response.headers["x-request-id"] in failures[0].getMessage()
+    assert "ZeroDivisionError" in failures[0].getMessage()
+    assert "tests/server/conftest.py" in failures[0].getMessage(), "where it was raised"
+    assert "secret" not in caplog.text, "its words may quote the request"
 
 
 @pytest.mark.anyio

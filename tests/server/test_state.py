@@ -88,10 +88,10 @@ async def test_work_whose_tokenization_ends_after_the_deadline_is_dropped_too() 
     tokenizing, go_on = threading.Event(), threading.Event()
 
     class Slow(HeldRanker):
-        def submit(self, request: RerankRequest) -> Future[RerankResult]:
+        def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
             tokenizing.set()
             go_on.wait(5)
-            return super().submit(request)
+            return super().submit(request, name=name)
 
     ranker = Slow()
     with pytest.raises(DeadlineExceeded):
@@ -105,9 +105,9 @@ async def test_tokenization_does_not_hold_up_the_event_loop() -> None:
     go_on = threading.Event()
 
     class Slow(HeldRanker):
-        def submit(self, request: RerankRequest) -> Future[RerankResult]:
+        def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
             assert go_on.wait(5)
-            return super().submit(request)
+            return super().submit(request, name=name)
 
     ranker = Slow()
     answer = asyncio.create_task(state_over(ranker).rank(http_request(), REQUEST))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
@@ -65,6 +66,7 @@ class Dialect:
         return APIRouter(route_class=_route_class(self), tags=[self.name], responses=self._documented_errors())
 
     def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
+        http.state.error = type(error).__name__  # for the log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         body = self.render_error(error, status, http.state.request_id)
         return JSONResponse(body, status_code=status, headers=headers_of(error))
@@ -116,7 +118,9 @@ def _as_ours(error: Exception, http: Request) -> LocalRerankError:
         case HTTPException(__cause__=ClientDisconnect()):
             return ClientDisconnected("the client left while it sent its request")
         case _:
-            logger.error("id=%s failed", http.state.request_id, exc_info=error)
+            # without the exception's own words, which may quote the request
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            logger.error("id=%s failed with %s\n%s", http.state.request_id, type(error).__name__, frames)
             return EngineFailure("internal error")
 
 

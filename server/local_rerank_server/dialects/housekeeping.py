@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NotRequired
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 import local_rerank
@@ -17,6 +17,8 @@ from local_rerank.models import EMBEDDED_MODEL
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, state_of
 from local_rerank_server.errors import UnknownModel
+from local_rerank_server.limits_page import AllLimits, all_limits
+from local_rerank_server.metrics import CONTENT_TYPE
 from local_rerank_server.pages import render_docs
 from local_rerank_server.state import ServerState
 
@@ -68,6 +70,17 @@ async def version() -> JSONResponse:
     return JSONResponse({"version": local_rerank.__version__})
 
 
+async def limits(http: Request) -> JSONResponse:
+    """What a request may hold and how long it may take, as this server is set."""
+    return JSONResponse(all_limits(state_of(http)))
+
+
+async def metrics(http: Request) -> Response:
+    """Counters and gauges for Prometheus."""
+    state = state_of(http)
+    return Response(state.metrics.render(state), headers={"content-type": CONTENT_TYPE})
+
+
 async def list_models(http: Request) -> JSONResponse:
     """The names that can be sent as `model`."""
     state = state_of(http)
@@ -109,6 +122,8 @@ async def openapi(http: Request) -> JSONResponse:
 _add_get("/health", health)
 _add_get("/ready", ready)
 _add_get("/version", version)
+_add_get("/limits", limits, response_model=AllLimits)
+_add_get("/metrics", metrics, response_class=PlainTextResponse)
 _add_get("/v1/models", list_models, response_model=ModelList)
 _add_get("/compatible-mode/v1/models", list_models, response_model=ModelList)
 _add_get("/v1/models/{model_id:path}", get_model, response_model=Model)

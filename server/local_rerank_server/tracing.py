@@ -1,0 +1,46 @@
+"""OpenTelemetry, only where `--otlp-endpoint` asks for it: an application -> the same, with a span of each request.
+
+Needs the extra `local-rerank[otel]`. A span has method, route, status, times and the request's id, never its text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.types import ASGIApp
+
+import local_rerank
+from local_rerank.errors import ConfigError
+
+SERVICE = "local-rerank"
+
+
+class Tracing:
+    """Wraps applications, and sends what is left when it is closed."""
+
+    def __init__(self, endpoint: str) -> None:
+        """Raises ConfigError where the packages are missing."""
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ModuleNotFoundError as error:
+            raise ConfigError(f'otlp_endpoint needs {error.name}: pip install "local-rerank[otel]"') from None
+        resource = Resource.create({"service.name": SERVICE, "service.version": local_rerank.__version__})
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._middleware: Any = OpenTelemetryMiddleware
+
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        wrapped: ASGIApp = self._middleware(
+            app,
+            tracer_provider=self._provider,
+            exclude_spans=["receive", "send"],  # one span a request
+            http_capture_headers_server_response=["x-request-id"],
+        )
+        return wrapped
+
+    def close(self) -> None:
+        self._provider.shutdown()

@@ -4,7 +4,8 @@
     ├── InvalidRequest                the caller's request cannot be ranked: `field`, `limit`, `value` say why
     │   ├── EmptyQuery                the query is empty or blank
     │   ├── EmptyDocument             a document is empty or blank where that is refused
-    │   ├── InvalidDocumentCount      no document at all, or more than the limit
+    │   ├── InvalidDocumentCount      more documents than the limit
+    │   │   └── NoDocuments           no document at all
     │   ├── DocumentTooLong           a document has more characters than the limit
     │   ├── TooManyTokens             a request has more tokens than the limit
     │   ├── TextTooLong               a text would have to be cut and the request forbids that
@@ -54,6 +55,11 @@ class InvalidDocumentCount(InvalidRequest):
     def __init__(self, *, limit: int | None, value: int) -> None:
         most = "" if limit is None else f" and at most {limit} are taken"
         super().__init__(f"{value} documents; at least 1 is needed{most}", field="documents", limit=limit, value=value)
+
+
+class NoDocuments(InvalidDocumentCount):
+    def __init__(self, *, limit: int | None) -> None:
+        super().__init__(limit=limit, value=0)
 
 
 class DocumentTooLong(InvalidRequest):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from local_rerank.errors import CheckpointError, InstructionTooLong, TextTooLong, TooManyTokens
+from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
 from local_rerank.prompts import PromptTemplate
 from local_rerank.types import RerankRequest
 
@@ -107,7 +107,7 @@ class PairTokenizer:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def pairs(self, request: RerankRequest) -> TokenizedRequest:
-        """Encode a request; raises InstructionTooLong, TextTooLong or TooManyTokens."""
+        """Encode a request; raises a leaf of InvalidRequest."""
         instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
         prefix_ids, num_query_tokens, num_query_cut = self._prefix(instruction, clean(request.query), request)
         documents = [clean(document) for document in request.documents]
@@ -150,22 +150,28 @@ class PairTokenizer:
         encoding = self._encode(query)
         num_tokens = len(encoding.ids)
         limit = min(num_tokens, self._max_query_tokens, request.max_query_tokens or num_tokens)
+        max_length = self._max_prompt_tokens(request)
         while True:
             if limit < num_tokens and request.truncation == "error":
                 raise TextTooLong(field="query", limit=limit, value=num_tokens)
             used = _cut_text(query, encoding, limit, request.truncation == "start")
             body_ids = self._body_ids(instruction, used)
-            over = self._over_length(body_ids)
+            over = self._num_around_documents(body_ids) - max_length
             if over <= 0:
                 return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
             limit -= over
             if limit < 1:
+                if max_length < self._max_length:
+                    raise _prompt_too_short(max_length + 1 - limit, max_length)
                 fits = max(0, num_instruction_tokens + limit - 1)
                 raise InstructionTooLong(limit=fits, value=num_instruction_tokens)
 
-    def _over_length(self, body_ids: list[int]) -> int:
-        """By how many tokens the prompt of an empty document (one token, its space) passes the maximum."""
-        return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids) - self._max_length
+    def _max_prompt_tokens(self, request: RerankRequest) -> int:
+        return min(self._max_length, request.max_prompt_tokens or self._max_length)
+
+    def _num_around_documents(self, body_ids: list[int]) -> int:
+        """Tokens of the prompt of an empty document, which has one, its space."""
+        return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids)
 
     def _body_ids(self, instruction: str, query: str) -> list[int]:
         return self._encode(self.template.shared_body(instruction, query)).ids
@@ -173,7 +179,7 @@ class PairTokenizer:
     def _cut_document(
         self, ids: list[int], prefix_ids: tuple[int, ...], request: RerankRequest, index: int
     ) -> list[int]:
-        room = max(1, self._max_length - len(prefix_ids) - len(self.suffix_ids))
+        room = max(1, self._max_prompt_tokens(request) - len(prefix_ids) - len(self.suffix_ids))
         limit = min(room, self._max_document_tokens, request.max_document_tokens or room)
         if len(ids) <= limit:
             return ids
@@ -213,6 +219,11 @@ class PairTokenizer:
         if len(ids) != 1:
             raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; one is needed")
         return ids[0]
+
+
+def _prompt_too_short(needed: int, asked: int) -> InvalidRequest:
+    what = f"a prompt of at most {asked} tokens holds no query; at least {needed} are needed"
+    return InvalidRequest(what, field="max_prompt_tokens", limit=needed, value=asked)
 
 
 def clean(text: str) -> str:

@@ -17,6 +17,7 @@ from local_rerank.errors import (
     InvalidDocumentCount,
     InvalidRequest,
     InvalidTopN,
+    NoDocuments,
 )
 
 Truncation = Literal["end", "start", "error"]
@@ -47,6 +48,7 @@ class RerankRequest:
     top_n: int | None = None  # None: all
     max_query_tokens: int | None = None  # None: the engine's setting; a request may only lower it
     max_document_tokens: int | None = None  # likewise
+    max_prompt_tokens: int | None = None  # likewise, of instruction, query and document in the model's template
     truncation: Truncation = "end"
     limits: Limits = field(default_factory=Limits)
 
@@ -57,11 +59,13 @@ class RerankRequest:
         if not self.query.strip():
             raise EmptyQuery()
         limit = self.limits.max_documents
-        if not self.documents or (limit is not None and len(self.documents) > limit):
+        if not self.documents:
+            raise NoDocuments(limit=limit)
+        if limit is not None and len(self.documents) > limit:
             raise InvalidDocumentCount(limit=limit, value=len(self.documents))
         if self.top_n is not None and self.top_n < 1:
             raise InvalidTopN(value=self.top_n)
-        for name in ("max_query_tokens", "max_document_tokens"):
+        for name in ("max_query_tokens", "max_document_tokens", "max_prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)

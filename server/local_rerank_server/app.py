@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -10,7 +11,7 @@ from starlette.responses import JSONResponse
 
 import local_rerank
 from local_rerank.errors import LocalRerankError
-from local_rerank_server.dialects import ROWS, dialect_at, route_path
+from local_rerank_server.dialects import dialect_at, make_routes, route_path
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.middleware import Door, RequestId
@@ -23,15 +24,13 @@ def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
         title="local-rerank",
         version=local_rerank.__version__,
         summary="A local reranker behind the APIs of hosted ones.",
-        strict_content_type=False,  # a body that declares no type is read as JSON
         redirect_slashes=False,  # a redirected POST loses its body in some clients
         docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
         redoc_url=None,
         openapi_url=None,
+        routes=make_routes(),
     )
     app.state.server = state
-    for _, router in ROWS:
-        app.include_router(router)
     app.add_middleware(Door, state=state, keys=keys)
     if state.config.cors_origins:  # a browser asks before it sends, and without a key
         app.add_middleware(
@@ -59,5 +58,11 @@ def _as_ours(http: Request, error: Exception, path: str) -> LocalRerankError:
 
 
 def _endpoints(app: FastAPI) -> list[str]:
-    """Method and path of what the OpenAPI page shows."""
-    return [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
+    """Method and path of each route, aliases too; not the forms with a final slash, nor what a page loads."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute) and not route.path.endswith("/")]
+    return [
+        f"{method} {route.path.replace(':path', '')}"
+        for route in routes
+        for method in sorted(route.methods or ())
+        if route.include_in_schema or method == "POST"
+    ]

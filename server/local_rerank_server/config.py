@@ -22,6 +22,8 @@ HOSTED_INSTRUCTION = "Given a web search query, retrieve relevant passages that 
 DASHSCOPE_MODELS = ("qwen3-rerank", "gte-rerank-v2", "gte-rerank", "qwen3.7-text-rerank")
 """The names that DashScope clients send; several of them cannot be told to send another."""
 
+DocumentEcho = Literal["object", "string"]
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["human", "json"]
 
@@ -107,6 +109,11 @@ class ServerConfig:
     strict_models: Annotated[
         bool, Parameter(help="Answer 404 to an unknown model name on every route.", negative="")
     ] = False  # fmt: skip
+    document_echo: Annotated[
+        DocumentEcho,
+        Parameter(help="How /rerank and /v1/rerank send a document back: an object with its text, or, for clients of "
+                       "Infinity, the string alone."),
+    ] = "object"  # fmt: skip
     no_self_test: Annotated[
         bool, Parameter(help="Become ready without scoring the pairs whose scores are known.", negative="")
     ] = False  # fmt: skip

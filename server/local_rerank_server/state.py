@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -134,6 +134,15 @@ class ServerState:
         finally:
             answer.cancel()
             client_left.cancel()
+
+    async def rank_all(self, http: Request, requests: Sequence[RerankRequest]) -> list[RerankResult]:
+        """The answers to several requests of one client, all at once; the first failure drops the others' work."""
+        tasks = [asyncio.ensure_future(self.rank(http, request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""

@@ -5,14 +5,16 @@ documents and, where the client can send them, model, top_n, return_documents, i
 An answer is JSON: `results` (index, relevance_score, text) with `total_tokens` and `request_id` where the client shows
 them, or `error` with whatever the client lets its caller see of it.
 
-A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`.
+A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of one
+script are called from one process: importing an SDK takes seconds.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,49 +41,137 @@ class Client:
     entry: str = ""
     sends: frozenset[str] = frozenset({"model", "top_n", "return_documents", "instruct"})
     shows: frozenset[str] = frozenset({"total_tokens", "request_id"})
-    errors: Literal["returned", "raised", "printed", "hidden"]  # how a caller learns of them; hidden: by a crash
+    hosted: bool = False  # whether it calls the routes of DashScope, which know models, codes and an instruction
+    server: Literal["keyed", "open"] = "keyed"  # open: one that asks for no key and sends documents back as strings
+    # how a caller learns of an error; hidden: by a crash
+    errors: Literal["returned", "raised", "printed", "hidden"] = "raised"
+    raises: Mapping[str, str] = field(default_factory=dict, hash=False)  # refusal: exception, where it is no hosted one
 
     def __str__(self) -> str:
-        return " ".join(filter(None, [self.environment, self.script.removesuffix(".py"), self.entry]))
+        return " ".join(filter(None, [self.environment, self.script.partition(".")[0], self.entry]))
 
     def sendable(self, request: Request) -> Request:
         """What of a request this client can send."""
         return {name: request[name] for name in request if name in {"query", "documents", *self.sends}}
 
-    def call(self, base_url: str, requests: list[tuple[str, Request]]) -> list[Answer]:
-        """The answers to (api key, request) pairs, made one after the other in a process of their own."""
-        jobs = [
-            {"base_url": base_url, "api_key": key, "entry": self.entry, "request": self.sendable(request)}
-            for key, request in requests
-        ]
-        done = subprocess.run(
-            [environment_bin(self.environment) / "python", HERE / "scripts" / self.script],
-            input=json.dumps(jobs),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{self}: {done.stderr}"
-        answers: list[Answer] = json.loads(done.stdout)
-        return answers
+    def job(self, base_url: str, key: str, request: Request) -> dict[str, Any]:
+        return {"base_url": base_url, "api_key": key, "entry": self.entry, "request": self.sendable(request)}
+
+
+def answer(environment: str, script: str, jobs: Sequence[dict[str, Any]]) -> list[Answer]:
+    """The answers to `jobs`, made one after the other in a process of their own."""
+    path = HERE / "scripts" / script
+    if path.suffix == ".mjs":  # node looks for modules beside the folder it runs in when its program is an argument
+        command = ["node", "--input-type=module", "--eval", path.read_text(encoding="utf-8")]
+    else:
+        command = [str(environment_bin(environment) / "python"), str(path)]
+    done = subprocess.run(
+        command, input=json.dumps(jobs), cwd=ENVIRONMENTS / environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, f"{script}: {done.stderr}"
+    answers: list[Answer] = json.loads(done.stdout)
+    return answers
+
+
+def dashscope(environment: str, entry: str, errors: Literal["returned", "raised"]) -> Client:
+    return Client(environment=environment, script="dashscope_sdk.py", entry=entry, hosted=True, errors=errors)
 
 
 def framework(script: str, *sends: str) -> Client:
-    """A framework that hands on indices and scores alone."""
-    return Client(environment="frameworks", script=script, sends=frozenset(sends), shows=frozenset(), errors="hidden")
+    """A framework over the DashScope SDK, which hands on indices and scores alone."""
+    return Client(
+        environment="frameworks",
+        script=script,
+        sends=frozenset(sends),
+        shows=frozenset(),
+        hosted=True,
+        errors="hidden",
+    )
 
+
+def other(environment: str, script: str, entry: str = "", **options: Any) -> Client:
+    """A client of another vendor's API, or a framework over one; those of `sends` and `shows` are few."""
+    names = {"sends": {"model", "top_n"}, "shows": set(), **options}
+    sets = {name: frozenset(names.pop(name)) for name in ("sends", "shows")}
+    return Client(environment=environment, script=script, entry=entry, **sets, **names)
+
+
+def litellm(entry: str, unauthorized: str, bad_request: str, **options: Any) -> Client:
+    sends = {"model", "top_n", "return_documents"}
+    raises = {"a wrong key": unauthorized, "a blank query": bad_request}
+    return other("sdks", "litellm_rerank.py", entry, sends=sends, raises=raises, **options)
+
+
+COHERE = {"a wrong key": "UnauthorizedError", "a blank query": "BadRequestError"}
+VOYAGE = {"a wrong key": "AuthenticationError", "a blank query": "InvalidRequestError"}
+STAINLESS = {"a wrong key": "AuthenticationError", "a blank query": "BadRequestError"}
+API_CALL = {"a wrong key": "AI_APICallError", "a blank query": "AI_APICallError"}
+ALL_SHOWN = {"total_tokens", "request_id"}
 
 CLIENTS = [
-    Client(environment="dashscope-2", script="dashscope_sdk.py", entry="TextReRank.call", errors="returned"),
-    Client(environment="dashscope-2", script="dashscope_sdk.py", entry="AioTextReRank.call", errors="returned"),
-    Client(environment="dashscope-2", script="dashscope_sdk.py", entry="Client", errors="raised"),
-    Client(environment="dashscope-2", script="dashscope_sdk.py", entry="AsyncClient", errors="raised"),
-    Client(environment="dashscope-2", script="dashscope_cli.py", shows=frozenset({"total_tokens"}), errors="printed"),
-    Client(environment="dashscope-1.25", script="dashscope_sdk.py", entry="TextReRank.call", errors="returned"),
-    Client(environment="dashscope-1.25", script="dashscope_sdk.py", entry="AioTextReRank.call", errors="returned"),
-    Client(environment="dashscope-1.20", script="dashscope_sdk.py", entry="TextReRank.call", errors="returned"),
+    dashscope("frameworks", "TextReRank.call", "returned"),
+    dashscope("frameworks", "AioTextReRank.call", "returned"),
+    dashscope("frameworks", "Client", "raised"),
+    dashscope("frameworks", "AsyncClient", "raised"),
+    Client(
+        environment="frameworks",
+        script="dashscope_cli.py",
+        shows=frozenset({"total_tokens"}),
+        hosted=True,
+        errors="printed",
+    ),
+    dashscope("dashscope-1.25", "TextReRank.call", "returned"),
+    dashscope("dashscope-1.25", "AioTextReRank.call", "returned"),
+    dashscope("dashscope-1.20", "TextReRank.call", "returned"),
     framework("langchain_community_rerank.py", "top_n"),  # as constructed: it names gte-rerank whatever it is told
     framework("langchain_community_rerank.py", "top_n", "model"),
     framework("llama_index_rerank.py", "top_n", "model"),
-    Client(environment="openai", script="openai_sdk.py", errors="raised"),
+    Client(environment="sdks", script="openai_sdk.py", hosted=True),
+    other("sdks", "cohere_sdk.py", "ClientV2", shows=ALL_SHOWN, raises=COHERE),
+    other("sdks", "cohere_sdk.py", "AsyncClientV2", shows=ALL_SHOWN, raises=COHERE),
+    other(
+        "sdks",
+        "cohere_sdk.py",
+        "Client",
+        sends={"model", "top_n", "return_documents"},
+        shows=ALL_SHOWN,
+        raises=COHERE,
+    ),
+    other("sdks", "voyage_sdk.py", "Client", shows={"total_tokens"}, raises=VOYAGE),
+    other("sdks", "voyage_sdk.py", "AsyncClient", shows={"total_tokens"}, raises=VOYAGE),
+    other(
+        "sdks",
+        "mixedbread_sdk.py",
+        sends={"model", "top_n", "return_documents"},
+        shows={"total_tokens"},
+        raises=STAINLESS,
+    ),
+    litellm("dashscope /compatible-api/v1", "AuthenticationError", "BadRequestError"),
+    litellm("cohere", "AuthenticationError", "BadRequestError"),
+    litellm("jina_ai", "AuthenticationError", "BadRequestError"),
+    litellm("hosted_vllm", "AuthenticationError", "BadRequestError"),
+    litellm("hosted_vllm /v1", "AuthenticationError", "BadRequestError"),
+    litellm("huggingface", "AuthenticationError", "BadRequestError"),
+    litellm("voyage", "AuthenticationError", "BadRequestError"),
+    litellm("infinity", "AuthenticationError", "BadRequestError"),
+    litellm("litellm_proxy", "AuthenticationError", "BadRequestError"),
+    other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
+    other("frameworks", "llama_index_others.py", "JinaRerank", raises={}),
+    other("frameworks", "llama_index_others.py", "TextEmbeddingInference", raises={}),
+    other("frameworks", "llama_index_others.py", "XinferenceRerank", server="open", raises={}),
+    other("frameworks", "llama_index_others.py", "SiliconFlowRerank", raises={}),
+    other("frameworks", "langchain_partners.py", "CohereRerank", raises=COHERE),
+    other("frameworks", "langchain_partners.py", "VoyageAIRerank", raises=VOYAGE),
+    other("frameworks", "haystack_cohere.py", raises=COHERE),
+    other(
+        "frameworks",
+        "xinference_sdk.py",
+        sends={"model", "top_n", "return_documents", "instruct"},
+        shows=ALL_SHOWN,
+        raises={"a wrong key": "RuntimeError", "a blank query": "RuntimeError"},
+    ),
+    other("node", "ai_sdk.mjs", "qwen-ai-provider-v5", raises=API_CALL),
+    other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
+    other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
+    other("node", "ai_sdk.mjs", "cohere-ai", shows=ALL_SHOWN, raises=COHERE),
 ]

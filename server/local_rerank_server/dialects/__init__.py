@@ -6,13 +6,39 @@ A new dialect is one file (parse, render, render_error, router) and one row here
 from __future__ import annotations
 
 from starlette.requests import Request
+from starlette.routing import BaseRoute
 
-from local_rerank_server.dialects import dashscope, dashscope_compatible, housekeeping, local, playground
-from local_rerank_server.dialects._route import Dialect
+from local_rerank_server.dialects import (
+    cohere,
+    dashscope,
+    dashscope_compatible,
+    generic,
+    housekeeping,
+    llama_cpp,
+    local,
+    mixedbread,
+    openrouter,
+    playground,
+    tei,
+    vllm_score,
+    voyage,
+    xinference,
+)
+from local_rerank_server.dialects._route import Dialect, DialectRoute
+from local_rerank_server.dialects._shared import SharedRoute
 
-ROWS = (
+ROWS = (  # where paths are shared, a body is the first one's that takes it
     (dashscope.dialect, dashscope.router),
     (dashscope_compatible.dialect, dashscope_compatible.router),
+    (tei.dialect, tei.router),
+    (voyage.dialect, voyage.router),
+    (mixedbread.dialect, mixedbread.router),
+    (generic.dialect, generic.router),
+    (cohere.dialect, cohere.router),
+    (llama_cpp.dialect, llama_cpp.router),
+    (openrouter.dialect, openrouter.router),
+    (vllm_score.dialect, vllm_score.router),
+    (xinference.dialect, xinference.router),
     (local.dialect, local.router),
     (playground.dialect, playground.router),
     (housekeeping.dialect, housekeeping.router),
@@ -20,6 +46,16 @@ ROWS = (
 
 OPEN_PATHS = frozenset(path for dialect, _ in ROWS for path in dialect.open_paths)
 """Answered without a key, and while the server drains."""
+
+
+def make_routes() -> list[BaseRoute]:
+    """Every route of every row; those that share path and method as one."""
+    by_path: dict[tuple[str, frozenset[str]], list[DialectRoute]] = {}
+    for _, router in ROWS:
+        for route in router.routes:
+            assert isinstance(route, DialectRoute)
+            by_path.setdefault((route.path, frozenset(route.methods or ())), []).append(route)
+    return [forms[0] if len(forms) == 1 else SharedRoute(path, forms) for (path, _), forms in by_path.items()]
 
 
 def route_path(http: Request) -> str:

@@ -1,13 +1,46 @@
-"""The error object that clients of several dialects understand at once, and the id in every answer."""
+"""Parts of answers that several dialects share: usage, Cohere's `meta`, and an error that all their clients read."""
 
 from __future__ import annotations
 
+import math
 from typing import NotRequired
 
 from typing_extensions import TypedDict
 
 from local_rerank.errors import InvalidRequest, LocalRerankError
+from local_rerank.types import RerankResult
 from local_rerank_server.errors import UnknownRoute
+
+DOCUMENTS_PER_SEARCH_UNIT = 100  # as Cohere bills
+
+
+class Usage(TypedDict):
+    """Tokens as the model's tokenizer counts them; a reranker writes none."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ApiVersion(TypedDict):
+    version: str
+
+
+class BilledUnits(TypedDict):
+    search_units: int
+
+
+class Tokens(TypedDict):
+    input_tokens: int
+    output_tokens: int
+
+
+class Meta(TypedDict):
+    """What Cohere, Xinference and SiliconFlow tell of usage."""
+
+    api_version: ApiVersion
+    billed_units: BilledUnits
+    tokens: Tokens
 
 
 class ErrorDetail(TypedDict):
@@ -27,6 +60,23 @@ class GenericError(TypedDict):
     detail: str
     request_id: str
     endpoints: NotRequired[list[str]]  # only where nothing is served: what is
+
+
+def make_usage(*results: RerankResult) -> Usage:
+    total = sum(result.total_tokens for result in results)
+    return {"prompt_tokens": total, "completion_tokens": 0, "total_tokens": total}
+
+
+def make_meta(result: RerankResult, num_documents: int, *, version: str) -> Meta:
+    return {
+        "api_version": {"version": version},
+        "billed_units": {"search_units": search_units(num_documents)},
+        "tokens": {"input_tokens": result.total_tokens, "output_tokens": 0},
+    }
+
+
+def search_units(num_documents: int) -> int:
+    return math.ceil(num_documents / DOCUMENTS_PER_SEARCH_UNIT)
 
 
 def render_generic_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, StrictBool, StrictInt, StrictStr
+from annotated_types import Ge
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -42,11 +52,29 @@ def _well_formed(value: Any) -> Any:
 
 def _text_of(value: Any) -> Any:
     if isinstance(value, dict):
-        for kind in _NOT_TEXT:
-            if value.get(kind) is not None:
-                raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
+        _refuse_images(value)
         value = value.get("text", value)
     return _well_formed(value)
+
+
+def _document_of(value: Any) -> str | dict[str, Any]:
+    if isinstance(value, dict):
+        _refuse_images(value)
+        return value
+    if isinstance(value, str):
+        text: str = _well_formed(value)
+        return text
+    raise PydanticCustomError("document_type", "Input should be a string or an object with a text")
+
+
+def _refuse_images(value: dict[str, Any]) -> None:
+    for kind in _NOT_TEXT:
+        if value.get(kind) is not None:
+            raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
+
+
+def _in_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
 
 
 def _flag_of(value: Any) -> Any:
@@ -58,20 +86,38 @@ def _object_or_nothing(value: Any) -> Any:
     return value if isinstance(value, dict) else None
 
 
+class _FailFast(FailFast):
+    """One wrong item ends the validation; with a hash, which a union with None asks for."""
+
+    __hash__ = object.__hash__
+
+
 String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_type=str)]
 """A string as it is meant: a name, an instruction."""
 
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
 """A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
 
-Texts = Annotated[list[Text], FailFast()]
+Texts = Annotated[list[Text], _FailFast()]
 """Documents. One that is wrong ends the validation: a million error records would hold up every other request."""
+
+OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
+"""Texts; one alone is a list of one."""
+
+Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
+"""A document that may be an object of several fields, which is sent back as it came; `_common.texts_of` reads it."""
+
+Documents = Annotated[list[Document], _FailFast(), BeforeValidator(_in_a_list)]
+"""Such documents; one text alone is a list of one, as vLLM has it."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
 """A boolean, or its word: at least one client sends "true"."""
 
 Count = StrictInt
 """An integer; a boolean, a float or a digit string is none."""
+
+CountOrAll = Annotated[StrictInt, Ge(0)]
+"""How many, or up to how many; 0 is the same as leaving it out."""
 
 IgnoredUnlessObject = BeforeValidator(_object_or_nothing)
 """Marks an optional object that clients send in other types without meaning anything by it."""

@@ -2,36 +2,34 @@
 
 A dialect file makes one `Dialect`, takes its router from `Dialect.router()` and adds handlers. Every error inside a
 handler, and before it (the body is no JSON, a field is wrong), is answered here in the dialect's words; errors outside
-any route (404, 405, a missing key) find their dialect by path in `dialects/__init__.py`.
+any route (404, 405, a missing key) find their dialect by path in `dialects/__init__.py`. Where dialects share a path,
+`_shared.SharedRoute` gives each body to the dialect that it belongs to.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.message import Message
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
 from local_rerank_server.dialects._fields import NOT_TEXT_ERROR
+from local_rerank_server.dialects._json import json_request
 from local_rerank_server.errors import (
     STATUS,
     ClientDisconnected,
     InvalidField,
     MalformedBody,
     MissingField,
-    UnsupportedContent,
     UnsupportedInput,
     headers_of,
 )
@@ -42,12 +40,13 @@ if TYPE_CHECKING:
 FORM_TAG = "form:"
 """Begins the tags of tagged unions, so that a tag is not taken for a part of the field's name."""
 
-PARSED_IN_THE_LOOP_BYTES = 256 * 1024  # about 2 ms of JSON parsing; longer bodies are parsed in a thread
-
 logger = logging.getLogger(__name__)
 
 ErrorBody = Callable[[LocalRerankError, int, str], Mapping[str, Any]]
 """An error, its status and the request id, as the JSON object that a dialect answers with."""
+
+Takes = Callable[[Mapping[str, Any]], bool]
+"""Whether a body, on a path that several dialects share, is one of this dialect's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,12 @@ class Dialect:
 
     def router(self) -> APIRouter:
         """A router whose every answer is in this dialect's shape."""
-        return APIRouter(route_class=_route_class(self), tags=[self.name], responses=self._documented_errors())
+        return APIRouter(
+            route_class=_route_class(self),
+            tags=[self.name],
+            responses=documented_errors(self.error_model),
+            strict_content_type=False,  # a body that declares no type is read as JSON
+        )
 
     def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
         http.state.error = type(error).__name__  # for the log and the metrics
@@ -71,9 +75,24 @@ class Dialect:
         body = self.render_error(error, status, http.state.request_id)
         return JSONResponse(body, status_code=status, headers=headers_of(error))
 
-    def _documented_errors(self) -> dict[int | str, dict[str, Any]]:
-        shape = {"model": self.error_model, "description": "Any error, in the shape of this API"}
-        return {"4XX": shape, "5XX": shape}
+
+class DialectRoute(APIRoute):
+    """A route whose every answer, errors too, is in the shape of its dialect."""
+
+    dialect: Dialect
+    takes: Takes | None = None  # None: whatever no other dialect on this path takes
+    examples: Mapping[str, Any] = {}  # requests to copy, by name
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(http: Request) -> Response:
+            try:
+                return await handle(json_request(http))
+            except Exception as error:
+                return self.dialect.error_response(as_ours(error, http), http)
+
+        return answer
 
 
 def state_of(http: Request) -> ServerState:
@@ -82,31 +101,51 @@ def state_of(http: Request) -> ServerState:
     return state
 
 
-def add_post(router: APIRouter, paths: Sequence[str], handler: Callable[..., Any], **documentation: Any) -> None:
-    """Serve `handler` on each path, with and without a final slash; the first path stands in the OpenAPI page."""
+def add_post(
+    router: APIRouter,
+    paths: Sequence[str],
+    handler: Callable[..., Any],
+    *,
+    examples: Mapping[str, Any],
+    takes: Takes | None = None,
+    **documentation: Any,
+) -> None:
+    """Serve `handler` on each path, with and without a final slash; the first path stands in the OpenAPI page.
+
+    `takes` tells this dialect's bodies from others' where a path is shared.
+    """
     for path in paths:
         for form in (path, path + "/"):
-            documented = form == paths[0]
-            router.add_api_route(form, handler, methods=["POST"], include_in_schema=documented, **documentation)
+            router.add_api_route(
+                form,
+                handler,
+                methods=["POST"],
+                include_in_schema=form == paths[0],
+                openapi_extra=documented_examples(examples),
+                **documentation,
+            )
+            route = router.routes[-1]
+            assert isinstance(route, DialectRoute)
+            route.takes, route.examples = takes, examples
 
 
-def _route_class(dialect: Dialect) -> type[APIRoute]:
-    class DialectRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
-            async def answer(http: Request) -> Response:
-                try:
-                    return await handle(_JsonRequest(http.scope, http.receive))
-                except Exception as error:
-                    return dialect.error_response(_as_ours(error, http), http)
-
-            return answer
-
-    return DialectRoute
+def _route_class(dialect: Dialect) -> type[DialectRoute]:
+    return type("Route", (DialectRoute,), {"dialect": dialect})
 
 
-def _as_ours(error: Exception, http: Request) -> LocalRerankError:
+def documented_errors(shape: Any) -> dict[int | str, dict[str, Any]]:
+    """Every error's shape, for the OpenAPI page."""
+    documented = {"model": shape, "description": "Any error, in the shape of this API"}
+    return {"4XX": documented, "5XX": documented}
+
+
+def documented_examples(examples: Mapping[str, Any]) -> dict[str, Any]:
+    """Requests to copy, for the OpenAPI page."""
+    by_name = {name: {"value": example} for name, example in examples.items()}
+    return {"requestBody": {"content": {"application/json": {"examples": by_name}}}}
+
+
+def as_ours(error: Exception, http: Request) -> LocalRerankError:
     """Any exception of a route as a leaf of the error tree."""
     match error:
         case LocalRerankError():
@@ -115,7 +154,7 @@ def _as_ours(error: Exception, http: Request) -> LocalRerankError:
             return _first_wrong_field(error)
         case HTTPException(__cause__=LocalRerankError() as cause):  # FastAPI wraps so what reading the body raises
             return cause
-        case HTTPException(__cause__=ClientDisconnect()):
+        case ClientDisconnect() | HTTPException(__cause__=ClientDisconnect()):
             return ClientDisconnected("the client left while it sent its request")
         case _:
             # without the exception's own words, which may quote the request
@@ -134,45 +173,3 @@ def _first_wrong_field(error: RequestValidationError) -> LocalRerankError:
     if wrong["type"] == NOT_TEXT_ERROR:
         return UnsupportedInput(place, wrong["ctx"]["kind"])
     return InvalidField(place, wrong["msg"])
-
-
-class _JsonRequest(Request):
-    """A request whose body is JSON in UTF-8, declared as such or not declared at all."""
-
-    async def body(self) -> bytes:
-        _check_content(self)
-        return await super().body()
-
-    async def json(self) -> Any:
-        body = await self.body()
-        if len(body) <= PARSED_IN_THE_LOOP_BYTES:
-            return parse_json(body)
-        return await run_in_threadpool(parse_json, body)
-
-
-def _check_content(http: Request) -> None:
-    encoding = http.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedContent(f"Content-Encoding {encoding} is not supported; send the body uncompressed")
-    declared = http.headers.get("content-type")
-    if not declared:
-        return
-    header = Message()
-    header["content-type"] = declared
-    kind = header.get_content_type()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise UnsupportedContent(f"Content-Type {kind} is not supported; send application/json")
-
-
-def parse_json(body: bytes) -> Any:
-    """The JSON value of a body; raises `MalformedBody` for whatever stops it from being read."""
-    try:
-        return json.loads(body.decode("utf-8-sig"))  # a byte order mark is not JSON, but some editors leave one
-    except UnicodeDecodeError:
-        raise MalformedBody("the body is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise MalformedBody(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise MalformedBody("the body is nested too deeply") from None
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise MalformedBody(f"the body is not JSON that can be read: {error}") from None

@@ -6,6 +6,7 @@ shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import Body, Depends
@@ -18,6 +19,7 @@ from local_rerank.errors import LocalRerankError
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects import dashscope_compatible as compatible
+from local_rerank_server.dialects import generic
 from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
@@ -114,7 +116,7 @@ async def rank(
     body: Annotated[
         Annotated[NativeRequest, Tag(_NESTED)] | Annotated[compatible.FlatRequest, Tag(_FLAT)],
         Discriminator(_form_of),
-        Body(openapi_examples={"nested": {"value": EXAMPLE}, "flat": {"value": compatible.EXAMPLE}}),
+        Body(),
     ],
 ) -> JSONResponse:
     """Rank documents by their relevance to a query, as DashScope's native API does."""
@@ -126,11 +128,32 @@ async def rank(
     return JSONResponse(render(result, body, http.state.request_id))
 
 
+async def rank_nested(http: Request, body: NativeRequest) -> JSONResponse:
+    """The nested form, which is known by its `input.query` where other dialects are served too."""
+    return await rank(http, body)
+
+
+def takes(body: Mapping[str, Any]) -> bool:
+    nested = body.get("input")
+    return isinstance(nested, dict) and "query" in nested
+
+
 add_post(
     router,
     [PATH],
     rank,
+    examples={"nested": EXAMPLE, "flat": compatible.EXAMPLE},
     summary="DashScope text rerank",
     dependencies=[Depends(refuse_async)],
     response_model=NativeResponse | compatible.FlatResponse,
+)
+add_post(
+    router,
+    generic.PATHS,
+    rank_nested,
+    takes=takes,
+    examples={"DashScope nested": EXAMPLE},
+    summary="DashScope text rerank",
+    dependencies=[Depends(refuse_async)],
+    response_model=NativeResponse,
 )

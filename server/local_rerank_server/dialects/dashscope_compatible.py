@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Body, Depends
+from fastapi import Depends
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -125,9 +125,7 @@ EXAMPLE = {
 }
 
 
-async def rank(
-    http: Request, body: Annotated[FlatRequest, Body(openapi_examples={"flat": {"value": EXAMPLE}})]
-) -> JSONResponse:
+async def rank(http: Request, body: FlatRequest) -> JSONResponse:
     """Rank documents by their relevance to a query, as DashScope's OpenAI-compatible API does."""
     state_of(http).check_model(body.model, strict=True)
     return await answer(http, body)
@@ -143,6 +141,7 @@ add_post(
     router,
     PATHS,
     rank,
+    examples={"DashScope compatible": EXAMPLE},
     summary="DashScope OpenAI-compatible rerank",
     dependencies=[Depends(refuse_async)],
     response_model=FlatResponse,

@@ -16,7 +16,6 @@ import local_rerank
 from local_rerank.models import EMBEDDED_MODEL
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, state_of
-from local_rerank_server.errors import UnknownModel
 from local_rerank_server.limits_page import AllLimits, all_limits
 from local_rerank_server.metrics import CONTENT_TYPE
 from local_rerank_server.pages import render_docs
@@ -26,7 +25,7 @@ dialect = Dialect(
     name="Housekeeping",
     render_error=render_generic_error,
     error_model=GenericError,
-    open_paths=("/health", "/ready"),
+    open_paths=("/health", "/healthz", "/ping", "/ready"),
 )
 router = dialect.router()
 
@@ -88,10 +87,9 @@ async def list_models(http: Request) -> JSONResponse:
 
 
 async def get_model(http: Request, model_id: str) -> JSONResponse:
-    """One of those names."""
+    """A name that can be sent as `model`: any, as the routes that rank take any, unless --strict-models is set."""
     state = state_of(http)
-    if model_id not in state.model_names:
-        raise UnknownModel(model_id, known=state.model_names)
+    state.check_model(model_id, strict=False)
     return JSONResponse(_describe(model_id, state))
 
 
@@ -119,7 +117,8 @@ async def openapi(http: Request) -> JSONResponse:
     return JSONResponse(http.app.openapi())
 
 
-_add_get("/health", health)
+for path in ("/health", "/healthz", "/ping"):
+    _add_get(path, health)
 _add_get("/ready", ready)
 _add_get("/version", version)
 _add_get("/limits", limits, response_model=AllLimits)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import Body
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -108,13 +105,18 @@ router = dialect.router()
 EXAMPLE = {"query": QUERY, "documents": DOCUMENTS}
 
 
-async def rank(
-    http: Request, body: Annotated[LocalRequest, Body(openapi_examples={"local": {"value": EXAMPLE}})]
-) -> JSONResponse:
+async def rank(http: Request, body: LocalRequest) -> JSONResponse:
     """Rank documents, and tell log-odds, tokens, cuts and timings too."""
     state = state_of(http)
     state.check_model(body.model, strict=False)
     return JSONResponse(render(await state.rank(http, parse(body, state.config)), http.state.request_id))
 
 
-add_post(router, [PATH], rank, summary="Rank, with everything the library tells", response_model=LocalResponse)
+add_post(
+    router,
+    [PATH],
+    rank,
+    examples={"local-rerank": EXAMPLE},
+    summary="Rank, with everything the library tells",
+    response_model=LocalResponse,
+)

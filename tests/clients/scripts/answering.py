@@ -3,12 +3,12 @@
 import json
 import sys
 
-ERROR_FIELDS = ("status_code", "code", "message", "request_id")
+ERROR_FIELDS = ("status_code", "http_status", "code", "message", "request_id")
 
 
 def run(call):
     """Answer each job on standard input by `call(job)`; an exception is an answer too."""
-    json.dump([answer(call, job) for job in json.load(sys.stdin)], sys.stdout)
+    json.dump([answer(call, job) for job in json.load(sys.stdin)], sys.stdout, default=str)
 
 
 def answer(call, job):
@@ -16,7 +16,13 @@ def answer(call, job):
         return call(job)
     except Exception as error:
         fields = {name: getattr(error, name) for name in ERROR_FIELDS if hasattr(error, name)}
-        return {"error": {"type": type(error).__name__, **fields}}
+        return {"error": {"type": type(error).__name__, "text": str(error), **fields}}
+
+
+def answered(results, total_tokens=None, request_id=None):
+    """An answer, with what of it the client shows."""
+    shown = {"total_tokens": total_tokens, "request_id": request_id}
+    return {"results": list(results), **{name: value for name, value in shown.items() if value is not None}}
 
 
 def ranked(results):

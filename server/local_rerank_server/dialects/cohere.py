@@ -1,0 +1,81 @@
+"""Cohere v2's rerank, which vLLM serves too: no document comes back."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.types import RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._bodies import Meta, Usage, make_meta, make_usage
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import CountOrAll, Documents
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+
+PATHS = (
+    "/v2/rerank",
+    "/v1/v2/rerank",  # what Cohere's SDKs make of a base URL that ends in /v1
+)
+
+
+class CohereRequest(CommonRequest):
+    documents: Documents
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
+
+
+class CohereResult(TypedDict):
+    index: int
+    relevance_score: float
+
+
+class CohereResponse(TypedDict):
+    """The documents, most relevant first; `model` and `usage` are vLLM's."""
+
+    id: str
+    results: list[CohereResult]
+    meta: Meta
+    model: str
+    usage: Usage
+
+
+class CohereError(TypedDict):
+    id: str
+    message: str
+
+
+def parse(body: CohereRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+
+
+def render(result: RerankResult, body: CohereRequest, request_id: str) -> CohereResponse:
+    return {
+        "id": request_id,
+        "results": [{"index": item.index, "relevance_score": score_of(item, body)} for item in result],
+        "meta": make_meta(result, len(body.documents), version="2"),
+        "model": body.model or result.model,
+        "usage": make_usage(result),
+    }
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> CohereError:
+    return {"id": request_id, "message": str(error)}
+
+
+dialect = Dialect(name="Cohere v2", render_error=render_error, error_model=CohereError, prefixes=("/v2", "/v1/v2"))
+router = dialect.router()
+
+EXAMPLE = {"model": "rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_n": 2, "max_tokens_per_doc": 4096}
+
+
+async def rank(http: Request, body: CohereRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query, as Cohere's API v2 does."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+
+
+add_post(router, PATHS, rank, examples={"Cohere v2": EXAMPLE}, summary="Cohere rerank", response_model=CohereResponse)

@@ -1,0 +1,141 @@
+"""`/v1/rerank` and `/rerank`: Jina, Cohere v1, vLLM, Xinference, SiliconFlow, Infinity and Together AI in one.
+
+Their requests cannot be told apart, so each field is taken as the one that names it means it, and the answer holds
+what each of their clients reads.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any, NotRequired
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank_server.config import DocumentEcho, ServerConfig
+from local_rerank_server.dialects._bodies import GenericError, Meta, Usage, make_meta, make_usage, render_generic_error
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import CountOrAll, Documents, Flag, String
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+
+PATHS = ("/v1/rerank", "/rerank")
+
+
+class GenericRequest(CommonRequest):
+    documents: Documents
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; 0 is all.")
+    return_documents: Flag | None = Field(default=None, description="false: leave the documents out of the answer.")
+    rank_fields: list[String] | None = Field(default=None, description="Which fields of document objects to rank.")
+    kwargs: Any = Field(default=None, description="Xinference's further arguments, as JSON in a string.")
+
+    def given_instruction(self) -> str | None:
+        return super().given_instruction() or self._xinference_instruction()
+
+    def _xinference_instruction(self) -> str | None:
+        with suppress(TypeError, ValueError, RecursionError):
+            arguments = json.loads(self.kwargs)
+            given = arguments.get("instruction") if isinstance(arguments, dict) else None
+            return given if isinstance(given, str) and given.strip() else None
+        return None
+
+
+class GenericResult(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[dict[str, Any] | str]  # unless return_documents is false
+
+
+class GenericResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    id: str
+    object: str
+    model: str
+    results: list[GenericResult]
+    usage: Usage
+    meta: Meta
+
+
+def parse(body: GenericRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config, top_n=body.top_n)
+
+
+def render(result: RerankResult, body: GenericRequest, request_id: str, echo: DocumentEcho) -> GenericResponse:
+    return {
+        "id": request_id,
+        "object": "list",
+        "model": body.model or result.model,
+        "results": [_render_item(item, body, echo) for item in result],
+        "usage": make_usage(result),
+        "meta": make_meta(result, len(body.documents), version="1"),
+    }
+
+
+def _render_item(item: RankedDocument, body: GenericRequest, echo: DocumentEcho) -> GenericResult:
+    rendered: GenericResult = {"index": item.index, "relevance_score": score_of(item, body)}
+    if body.return_documents is not False:
+        sent = body.documents[item.index]
+        as_object = sent if isinstance(sent, dict) else {"text": sent}
+        rendered["document"] = item.document if echo == "string" else as_object
+    return rendered
+
+
+dialect = Dialect(
+    name="Jina, Cohere v1, vLLM, Xinference, SiliconFlow",
+    render_error=render_generic_error,
+    error_model=GenericError,
+    prefixes=PATHS,
+)
+router = dialect.router()
+
+EXAMPLES = {
+    "Jina": {"model": "jina-reranker-v2-base-multilingual", "query": QUERY, "documents": DOCUMENTS, "top_n": 2},
+    "Cohere v1": {
+        "model": "rerank-v3.5",
+        "query": QUERY,
+        "documents": [{"title": "Reranking", "text": DOCUMENTS[0]}, {"title": "Physics", "text": DOCUMENTS[1]}],
+        "rank_fields": ["title", "text"],
+        "return_documents": False,
+    },
+    "vLLM": {
+        "model": "Qwen/Qwen3-Reranker-0.6B",
+        "query": QUERY,
+        "documents": DOCUMENTS,
+        "instruction": "Retrieve semantically similar text.",
+        "max_tokens_per_doc": 512,
+    },
+    "Xinference": {
+        "model": "Qwen3-Reranker-0.6B",
+        "query": QUERY,
+        "documents": DOCUMENTS,
+        "top_n": None,
+        "return_documents": True,
+        "return_len": None,
+        "kwargs": "{}",
+    },
+    "SiliconFlow": {
+        "model": "Qwen/Qwen3-Reranker-0.6B",
+        "query": QUERY,
+        "documents": DOCUMENTS,
+        "return_documents": False,
+        "max_chunks_per_doc": 1024,
+        "overlap_tokens": 80,
+    },
+    "Infinity": {"model": "default/not-specified", "query": QUERY, "documents": DOCUMENTS, "raw_scores": True},
+}
+
+
+async def rank(http: Request, body: GenericRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query; the document comes back unless return_documents is false."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    result = await state.rank(http, parse(body, state.config))
+    return JSONResponse(render(result, body, http.state.request_id, state.config.document_echo))
+
+
+add_post(router, PATHS, rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)

@@ -1,0 +1,122 @@
+"""llama.cpp's own paths for reranking, `/v1/reranking` and `/reranking`."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError, NoDocuments
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import CountOrAll, Documents, Flag
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.errors import MissingField
+
+PATHS = ("/v1/reranking", "/reranking")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+_WORDS = {
+    "query": '"query" must be provided',
+    "documents": '"documents" must be a non-empty string array',
+}
+
+
+class LlamaCppRequest(CommonRequest):
+    documents: Documents
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
+    return_documents: Flag | None = Field(default=None, description="Jina's: whether to send the documents back.")
+
+
+class LlamaCppResult(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[dict[str, Any]]
+
+
+class LlamaCppUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class LlamaCppResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    model: str
+    object: str
+    usage: LlamaCppUsage
+    results: list[LlamaCppResult]
+
+
+class ErrorDetail(TypedDict):
+    code: int
+    message: str
+    type: str
+
+
+class LlamaCppError(TypedDict):
+    error: ErrorDetail
+
+
+def parse(body: LlamaCppRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+
+
+def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
+    return {
+        "model": body.model or result.model,
+        "object": "list",
+        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "results": [_render_item(item, body) for item in result],
+    }
+
+
+def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
+    rendered: LlamaCppResult = {"index": item.index, "relevance_score": score_of(item, body)}
+    if body.return_documents:
+        sent = body.documents[item.index]
+        rendered["document"] = sent if isinstance(sent, dict) else {"text": sent}
+    return rendered
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> LlamaCppError:
+    message = str(error)
+    if isinstance(error, MissingField | NoDocuments):
+        message = _WORDS.get(error.field, message)
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"code": status, "message": message, "type": kind}}
+
+
+dialect = Dialect(name="llama.cpp", render_error=render_error, error_model=LlamaCppError, prefixes=PATHS)
+router = dialect.router()
+
+EXAMPLE = {"model": "qwen3-reranker", "query": QUERY, "documents": DOCUMENTS, "top_n": 2}
+
+
+async def rank(http: Request, body: LlamaCppRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query, as llama.cpp's server does."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+
+
+add_post(
+    router,
+    PATHS,
+    rank,
+    examples={"llama.cpp": EXAMPLE},
+    summary="llama.cpp rerank",
+    response_model=LlamaCppResponse,
+)

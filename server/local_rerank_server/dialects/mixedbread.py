@@ -1,0 +1,116 @@
+"""Mixedbread's rerank: `input` and `top_k` in, `data` with `score` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._bodies import GenericError, render_generic_error
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import Count, Documents, Flag, String
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+
+PATHS = ("/v1/reranking", "/reranking")
+
+
+class MixedbreadRequest(CommonRequest):
+    input: Documents
+    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to answer.")
+    return_input: Flag | None = Field(default=None, description="Whether to send the documents back.")
+    rank_fields: list[String] | None = Field(default=None, description="Which fields of document objects to rank.")
+
+
+class MixedbreadResult(TypedDict):
+    index: int
+    score: float
+    input: NotRequired[str | dict[str, Any]]
+    object: str
+
+
+class MixedbreadUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class MixedbreadResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    usage: MixedbreadUsage
+    model: str
+    data: list[MixedbreadResult]
+    object: str
+    top_k: int
+    return_input: bool
+
+
+def takes(body: Mapping[str, Any]) -> bool:
+    """`input`, which nobody else on these paths sends."""
+    return body.get("input") is not None
+
+
+def parse(body: MixedbreadRequest, config: ServerConfig) -> RerankRequest:
+    texts = texts_of(body.input, body.rank_fields, field="input")
+    return make_request(body.query, texts, body, config, top_n=body.top_k)
+
+
+def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
+    return {
+        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "model": body.model or result.model,
+        "data": [_render_item(item, body) for item in result],
+        "object": "list",
+        "top_k": len(result),
+        "return_input": body.return_input is True,
+    }
+
+
+def _render_item(item: RankedDocument, body: MixedbreadRequest) -> MixedbreadResult:
+    score = score_of(item, body)
+    if body.return_input:
+        return {"index": item.index, "score": score, "input": body.input[item.index], "object": "rank_result"}
+    return {"index": item.index, "score": score, "object": "rank_result"}
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:
+    """The form of the real service's errors is not known; this one holds what any client might read."""
+    return render_generic_error(error, status, request_id)
+
+
+dialect = Dialect(name="Mixedbread", render_error=render_error, error_model=GenericError)
+router = dialect.router()
+
+EXAMPLE = {
+    "model": "mixedbread-ai/mxbai-rerank-large-v2",
+    "query": QUERY,
+    "input": DOCUMENTS,
+    "top_k": 2,
+    "return_input": True,
+}
+
+
+async def rank(http: Request, body: MixedbreadRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query; `input` makes a body Mixedbread's."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+
+
+add_post(
+    router,
+    PATHS,
+    rank,
+    takes=takes,
+    examples={"Mixedbread": EXAMPLE},
+    summary="Mixedbread rerank",
+    response_model=MixedbreadResponse,
+)

@@ -1,0 +1,103 @@
+"""OpenRouter's rerank, which lies under the prefix of DashScope's native API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._bodies import search_units
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import CountOrAll, Documents
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+
+PATHS = ("/api/v1/rerank",)
+
+
+class OpenRouterRequest(CommonRequest):
+    documents: Documents
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
+
+
+class OpenRouterResult(TypedDict):
+    document: dict[str, Any]
+    index: int
+    relevance_score: float
+
+
+class OpenRouterUsage(TypedDict):
+    search_units: int
+    total_tokens: int
+
+
+class OpenRouterResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    id: str
+    model: str
+    provider: str
+    results: list[OpenRouterResult]
+    usage: OpenRouterUsage
+
+
+class ErrorDetail(TypedDict):
+    code: int
+    message: str
+
+
+class OpenRouterError(TypedDict):
+    error: ErrorDetail
+
+
+def parse(body: OpenRouterRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+
+
+def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> OpenRouterResponse:
+    return {
+        "id": f"gen-rerank-{request_id}",
+        "model": body.model or result.model,
+        "provider": "local-rerank",
+        "results": [_render_item(item, body) for item in result],
+        "usage": {"search_units": search_units(len(body.documents)), "total_tokens": result.total_tokens},
+    }
+
+
+def _render_item(item: RankedDocument, body: OpenRouterRequest) -> OpenRouterResult:
+    sent = body.documents[item.index]
+    document = sent if isinstance(sent, dict) else {"text": sent}
+    return {"document": document, "index": item.index, "relevance_score": score_of(item, body)}
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> OpenRouterError:
+    return {"error": {"code": status, "message": str(error)}}
+
+
+dialect = Dialect(name="OpenRouter", render_error=render_error, error_model=OpenRouterError, prefixes=PATHS)
+router = dialect.router()
+
+EXAMPLE = {"model": "cohere/rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_n": 2}
+
+
+async def rank(http: Request, body: OpenRouterRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query, as OpenRouter does."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+
+
+add_post(
+    router,
+    PATHS,
+    rank,
+    examples={"OpenRouter": EXAMPLE},
+    summary="OpenRouter rerank",
+    response_model=OpenRouterResponse,
+)

@@ -1,0 +1,181 @@
+"""Text Embeddings Inference: `texts` in, a bare list out; and `/info`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NotRequired
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+import local_rerank
+from local_rerank.errors import (
+    DocumentTooLong,
+    EmptyDocument,
+    EmptyQuery,
+    EngineFailure,
+    InvalidDocumentCount,
+    LocalRerankError,
+    NoDocuments,
+    TextTooLong,
+    TooManyTokens,
+)
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import CountOrAll, Flag, Texts
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
+from local_rerank_server.state import TOKENIZER_THREADS
+
+PATHS = ("/rerank", "/v1/rerank", "/reranking", "/v1/reranking")
+
+_EMPTY = (EmptyQuery, EmptyDocument, NoDocuments)
+_ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
+
+
+class TeiRequest(CommonRequest):
+    texts: Texts
+    truncate: Flag | None = Field(default=None, description="false: refuse a text that would have to be cut.")
+    truncation_direction: Literal["left", "Left", "right", "Right"] | None = Field(
+        default=None, description="Which end is cut; right by default."
+    )
+    return_text: Flag | None = Field(default=None, description="Whether to send the texts back.")
+    top_n: CountOrAll | None = Field(default=None, description="LiteLLM's and llama.cpp's: how many texts to answer.")
+
+
+class TeiResult(TypedDict):
+    index: int
+    score: float
+    text: NotRequired[str]
+
+
+class TeiError(TypedDict):
+    error: str
+    error_type: str
+
+
+class ClassifierModel(TypedDict):
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ModelType(TypedDict):
+    reranker: ClassifierModel
+
+
+class Info(TypedDict):
+    """What is served, and what a request may hold."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    model_type: ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+
+
+def takes(body: Mapping[str, Any]) -> bool:
+    """As in llama.cpp, which serves this form beside its own, `texts` decides."""
+    return body.get("texts") is not None
+
+
+def parse(body: TeiRequest, config: ServerConfig) -> RerankRequest:
+    return make_request(body.query, body.texts, body, config, top_n=body.top_n, truncation=_truncation(body))
+
+
+def _truncation(body: TeiRequest) -> Truncation:
+    if body.truncate is False:
+        return "error"
+    return "start" if (body.truncation_direction or "").lower() == "left" else "end"
+
+
+def render(result: RerankResult, body: TeiRequest) -> list[TeiResult]:
+    return [_render_item(item, body) for item in result]
+
+
+def _render_item(item: RankedDocument, body: TeiRequest) -> TeiResult:
+    rendered: TeiResult = {"index": item.index, "score": score_of(item, body)}
+    if body.return_text:
+        rendered["text"] = item.document
+    return rendered
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> TeiError:
+    if isinstance(error, NoDocuments):
+        return {"error": "`texts` cannot be empty", "error_type": "Empty"}
+    message = str(error).replace("documents[", "texts[")
+    return {"error": message, "error_type": "Empty" if isinstance(error, _EMPTY) else _error_type(status)}
+
+
+def _error_type(status: int) -> str:
+    return _ERROR_TYPES.get(status, "Backend" if status >= 500 or status == 424 else "Validation")
+
+
+dialect = Dialect(
+    name="Text Embeddings Inference",
+    render_error=render_error,
+    error_model=TeiError,
+    prefixes=("/info",),
+    status={
+        InvalidDocumentCount: 413,
+        DocumentTooLong: 413,
+        TooManyTokens: 413,
+        TextTooLong: 413,
+        MissingField: 422,
+        InvalidField: 422,
+        UnsupportedInput: 422,
+        EngineFailure: 424,
+    },
+)
+router = dialect.router()
+
+EXAMPLE = {"query": QUERY, "texts": DOCUMENTS, "truncate": True, "raw_scores": False, "return_text": True}
+
+
+async def rank(http: Request, body: TeiRequest) -> JSONResponse:
+    """Rank texts by their relevance to a query; `texts` makes a body TEI's."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+
+
+async def info(http: Request) -> JSONResponse:
+    """What is served, as Text Embeddings Inference tells it."""
+    state = state_of(http)
+    model, config = state.reranker.info, state.config
+    return JSONResponse(
+        Info(
+            model_id=model.model_id,
+            model_sha=model.revision,
+            model_dtype=model.dtype,
+            model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            max_concurrent_requests=max(1, state.reranker.config.max_queued_tokens // model.max_length),  # at least
+            max_input_length=model.max_length,
+            max_batch_tokens=model.max_batch_tokens,
+            max_client_batch_size=config.max_documents,
+            auto_truncate=True,
+            tokenization_workers=TOKENIZER_THREADS,
+            version=local_rerank.__version__,
+        )
+    )
+
+
+add_post(
+    router,
+    PATHS,
+    rank,
+    takes=takes,
+    examples={"Text Embeddings Inference": EXAMPLE},
+    summary="TEI rerank",
+    response_model=list[TeiResult],
+)
+router.add_api_route("/info", info, methods=["GET"], response_model=Info)

@@ -1,0 +1,106 @@
+"""Voyage's rerank: `top_k` and `truncation` in, `data` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Ge
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
+from local_rerank_server.dialects._fields import Count, Documents, Flag
+from local_rerank_server.dialects._route import Dialect, add_post, state_of
+
+PATHS = ("/v1/rerank", "/rerank")
+
+
+class VoyageRequest(CommonRequest):
+    documents: Documents
+    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to answer.")
+    truncation: Flag | None = Field(default=None, description="false: refuse a text that would have to be cut.")
+    return_documents: Flag | None = Field(default=None, description="Whether to send the documents back.")
+
+
+class VoyageResult(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[str]
+
+
+class VoyageUsage(TypedDict):
+    total_tokens: int
+
+
+class VoyageResponse(TypedDict):
+    """The documents, most relevant first."""
+
+    object: str
+    data: list[VoyageResult]
+    model: str
+    usage: VoyageUsage
+
+
+class VoyageError(TypedDict):
+    detail: str
+
+
+def takes(body: Mapping[str, Any]) -> bool:
+    """The SDK always sends both fields, null or not; LiteLLM sends `top_k` alone."""
+    return body.get("top_n") is None and ("top_k" in body or "truncation" in body)
+
+
+def parse(body: VoyageRequest, config: ServerConfig) -> RerankRequest:
+    truncation: Truncation = "error" if body.truncation is False else "end"
+    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_k, truncation=truncation)
+
+
+def render(result: RerankResult, body: VoyageRequest, request_id: str) -> VoyageResponse:
+    return {
+        "object": "list",
+        "data": [_render_item(item, body) for item in result],
+        "model": body.model or result.model,
+        "usage": {"total_tokens": result.total_tokens},
+    }
+
+
+def _render_item(item: RankedDocument, body: VoyageRequest) -> VoyageResult:
+    rendered: VoyageResult = {"index": item.index, "relevance_score": score_of(item, body)}
+    if body.return_documents:
+        rendered["document"] = item.document
+    return rendered
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> VoyageError:
+    return {"detail": str(error)}
+
+
+dialect = Dialect(name="Voyage", render_error=render_error, error_model=VoyageError)
+router = dialect.router()
+
+EXAMPLE = {"model": "rerank-2.5", "query": QUERY, "documents": DOCUMENTS, "top_k": 2, "truncation": True}
+
+
+async def rank(http: Request, body: VoyageRequest) -> JSONResponse:
+    """Rank documents by their relevance to a query; `top_k` or `truncation` without `top_n` makes a body Voyage's."""
+    state = state_of(http)
+    state.check_model(body.model, strict=False)
+    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+
+
+add_post(
+    router,
+    PATHS,
+    rank,
+    takes=takes,
+    examples={"Voyage": EXAMPLE},
+    summary="Voyage rerank",
+    response_model=VoyageResponse,
+)

@@ -1,0 +1,44 @@
+"""The probe that Xinference's client makes before anything else; its rerank is the generic one."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from typing_extensions import TypedDict
+
+from local_rerank.errors import LocalRerankError
+from local_rerank_server.dialects._route import Dialect, state_of
+
+PATH = "/v1/cluster/auth"
+
+
+class ClusterAuth(TypedDict):
+    """Whether the client must send its key."""
+
+    auth: bool
+
+
+class XinferenceError(TypedDict):
+    detail: str
+
+
+def render_error(error: LocalRerankError, status: int, request_id: str) -> XinferenceError:
+    return {"detail": str(error)}
+
+
+dialect = Dialect(
+    name="Xinference",
+    render_error=render_error,
+    error_model=XinferenceError,
+    prefixes=("/v1/cluster",),
+    open_paths=(PATH,),
+)
+router = dialect.router()
+
+
+async def cluster_auth(http: Request) -> JSONResponse:
+    """Whether the server asks for a key; where it does not, Xinference's client sends none."""
+    return JSONResponse(ClusterAuth(auth=state_of(http).config.has_keys))
+
+
+router.add_api_route(PATH, cluster_auth, methods=["GET"], response_model=ClusterAuth)

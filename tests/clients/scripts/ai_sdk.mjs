@@ -1,0 +1,63 @@
+// The Vercel AI SDK with the providers of Qwen, Cohere and Together AI, and Cohere's SDK for Node.
+// Jobs come in and answers go out as in answering.py; the form of both stands in tests/clients/driver.py.
+
+import { createCohere } from "@ai-sdk/cohere";
+import { createTogetherAI } from "@ai-sdk/togetherai";
+import { rerank } from "ai";
+import { CohereClientV2 } from "cohere-ai";
+import { readFileSync, writeSync } from "node:fs";
+import { createQwen } from "qwen-ai-provider-v5";
+
+const providers = {
+  "qwen-ai-provider-v5": ({ base_url, api_key }) =>
+    createQwen({ apiKey: api_key, baseURL: `${base_url}/compatible-mode/v1` }),
+  "@ai-sdk/cohere": ({ base_url, api_key }) => createCohere({ apiKey: api_key, baseURL: `${base_url}/v2` }),
+  "@ai-sdk/togetherai": ({ base_url, api_key }) => createTogetherAI({ apiKey: api_key, baseURL: `${base_url}/v1` }),
+};
+
+async function withAiSdk(job) {
+  const { model, query, documents, top_n } = job.request;
+  const { ranking } = await rerank({
+    model: providers[job.entry](job).rerankingModel(model),
+    query,
+    documents,
+    maxRetries: 0,
+    ...(top_n === undefined ? {} : { topN: top_n }),
+  });
+  return {
+    results: ranking.map(({ originalIndex, score, document }) => ({
+      index: originalIndex,
+      relevance_score: score,
+      text: document,
+    })),
+  };
+}
+
+async function withCohere(job) {
+  const { model, query, documents, top_n } = job.request;
+  const client = new CohereClientV2({ token: job.api_key, environment: job.base_url });
+  const response = await client.rerank({ model, query, documents, topN: top_n });
+  return {
+    results: response.results.map(({ index, relevanceScore }) => ({ index, relevance_score: relevanceScore })),
+    total_tokens: response.meta.tokens.inputTokens,
+    request_id: response.id,
+  };
+}
+
+async function answer(job) {
+  try {
+    return await (job.entry === "cohere-ai" ? withCohere(job) : withAiSdk(job));
+  } catch (error) {
+    return {
+      error: {
+        type: error.constructor.name,
+        message: error.message,
+        status_code: error.statusCode,
+      },
+    };
+  }
+}
+
+const answers = [];
+for (const job of JSON.parse(readFileSync(0, "utf8"))) answers.push(await answer(job));
+writeSync(1, JSON.stringify(answers));

@@ -1,0 +1,37 @@
+"""LangChain's partner packages: Cohere and Voyage."""
+
+from answering import answered, run
+from langchain_cohere import CohereRerank
+from langchain_core.documents import Document
+from langchain_voyageai import VoyageAIRerank
+
+
+def call(job):
+    request = job["request"]
+    documents = [Document(text, metadata={"index": index}) for index, text in enumerate(request["documents"])]
+    ranked = ENTRIES[job["entry"]](job, request).compress_documents(documents, request["query"])
+    return answered(
+        {
+            "index": document.metadata["index"],
+            "relevance_score": document.metadata["relevance_score"],
+            "text": document.page_content,
+        }
+        for document in ranked
+    )
+
+
+def cohere(job, request):
+    return CohereRerank(
+        base_url=job["base_url"], cohere_api_key=job["api_key"], model=request["model"], top_n=request.get("top_n")
+    )
+
+
+def voyage(job, request):
+    return VoyageAIRerank(
+        base_url=job["base_url"] + "/v1", api_key=job["api_key"], model=request["model"], top_k=request.get("top_n")
+    )
+
+
+ENTRIES = {"CohereRerank": cohere, "VoyageAIRerank": voyage}
+
+run(call)

@@ -1,0 +1,32 @@
+"""LiteLLM's rerank, by provider; an entry is `provider path`, the path being what its base URL ends in."""
+
+import litellm
+from answering import answered, run
+
+litellm.suppress_debug_info = True
+litellm.telemetry = False
+
+
+def call(job):
+    provider, _, path = job["entry"].partition(" ")
+    request = {**job["request"]}
+    model = request.pop("model")
+    response = litellm.rerank(
+        model=f"{provider}/{model}",
+        api_base=job["base_url"] + path,
+        api_key=job["api_key"],
+        return_documents=request.pop("return_documents", False),
+        **request,
+    )
+    results = [
+        {
+            "index": result["index"],
+            "relevance_score": result["relevance_score"],
+            "text": (result.get("document") or {}).get("text"),
+        }
+        for result in response.results
+    ]
+    return answered(results)
+
+
+run(call)

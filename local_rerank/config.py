@@ -39,7 +39,10 @@ class EngineConfig:
     device_map: Annotated[
         str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")
     ] = None
-    attention: Annotated[str, Parameter(help="Attention kernel: auto, cpu-flash, cuda-varlen, sdpa or dense.")] = "auto"
+    attention: Annotated[
+        str,
+        Parameter(help="Attention kernel: auto, cpu-flash, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."),
+    ] = "auto"
     threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
     instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
     max_length: Annotated[int, Parameter(help="Tokens of a whole prompt; capped by the model's own maximum.")] = 8192

@@ -3,21 +3,25 @@
 All but the last decoder layer run through transformers' own forward, with our attention plugged in. The last layer is
 driven by hand, because there only each document's last token needs a query, an output projection and an MLP. The head
 is two rows, "yes" and "no", multiplied in fp32: the logits over the vocabulary are never formed.
+
+On a GPU nothing inside a forward pass waits for the device: layouts are built on the host and go there through pinned
+memory, and the scores are fetched once, at the end.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel
+from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, layout_to
 from local_rerank.config import EngineConfig
 from local_rerank.download import silence_telemetry
-from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
+from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.packing import PackedBatch
 
@@ -55,6 +59,13 @@ class PackedAttention:
 
     row: KernelRow
     layout: Layout
+    moved: dict[torch.device, Layout] = field(default_factory=dict)
+
+    def layout_on(self, device: torch.device) -> Layout:
+        """The layout on a layer's device: copied once for each, where a model is spread over several."""
+        if device not in self.moved:
+            self.moved[device] = layout_to(self.layout, device)
+        return self.moved[device]
 
 
 class Engine:
@@ -78,23 +89,37 @@ class Engine:
         dtype = self._final_norm.weight.dtype
         return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
 
-    @torch.inference_mode()
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-odds of "yes" over "no", (num_pairs,) fp32 on the CPU, in the order of the pairs that were packed."""
+        """Log-odds of "yes" over "no", (num_pairs,) fp32 on the CPU, in the order of the pairs that were packed.
+
+        Raises OutOfMemory where the device has no room for the batch; what it had taken is free again by then.
+        """
+        try:
+            with torch.inference_mode():
+                packed = self._odds(batch).cpu()  # the one place that waits for the device
+                return torch.empty_like(packed).scatter_(0, batch.pair_order, packed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached()  # out here nothing holds the failed pass's tensors any more
+        raise OutOfMemory(num_tokens=batch.num_tokens)
+
+    def _odds(self, batch: PackedBatch) -> Tensor:
+        """(num_pairs,) fp32 in packed order, on the device of the last layer."""
         on_device = batch.to(self._device)
         hidden = self._backbone(
             input_ids=on_device.input_ids,
             position_ids=on_device.position_ids,
             attention_mask={"full_attention": None},  # a dict keeps transformers from building masks
             use_cache=False,
-            packed_attention=PackedAttention(self._kernel, self._kernel.layout(on_device, False)),
+            packed_attention=PackedAttention(self._kernel, self._kernel.layout(batch, False)),
         ).last_hidden_state  # (1, num_tokens, hidden_size)
-        last = self._final_norm(self._run_last_layer(hidden, on_device))[0]  # (num_pairs, hidden_size)
+        last_layout = self._kernel.layout(batch, True)  # built while a GPU works on the layers before
+        last = self._final_norm(self._run_last_layer(hidden, on_device, last_layout))[0]  # (num_pairs, hidden_size)
         logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
-        packed = (logits[:, 1] - logits[:, 0]).cpu()
-        return torch.empty_like(packed).scatter_(0, batch.pair_order, packed)
+        return logits[:, 1] - logits[:, 0]
 
-    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch, layout: Layout) -> Tensor:
         """The decoder layer of transformers, step by step, for the last tokens: (1, num_pairs, hidden_size)."""
         layer, attention = self._last_layer, self._last_layer.self_attn
         hidden = hidden.to(layer.input_layernorm.weight.device)
@@ -107,7 +132,7 @@ class Engine:
         v = attention.v_proj(x).unflatten(-1, heads[1:]).transpose(1, 2)
         q = _rotate(q, cos[:, last], sin[:, last])
         k = _rotate(k, cos, sin)
-        out = self._kernel.attend(q, k, v, self._kernel.layout(batch, True), attention.scaling)
+        out = self._kernel.attend(q, k, v, layout_to(layout, q.device), attention.scaling)
         hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
         result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return result
@@ -213,7 +238,8 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers' attention modules call; see `attention.py` for the shapes."""
-    return packed_attention.row.attend(query, key, value, packed_attention.layout, scaling), None
+    layout = packed_attention.layout_on(key.device)
+    return packed_attention.row.attend(query, key, value, layout, scaling), None
 
 
 def _register_attention() -> None:

@@ -14,6 +14,7 @@
     ├── DeadlineExceeded              not answered in the time the caller or the server allows
     ├── ModelUnavailable              the model is still loading, or the engine is closing
     ├── EngineFailure                 the model failed on this request's batch
+    │   └── OutOfMemory               the device has no room for the batch; a smaller one may fit
     ├── CheckpointError               the model cannot be loaded, or is no reranker
     └── ConfigError                   a setting is unknown or malformed
 
@@ -105,6 +106,14 @@ class ModelUnavailable(LocalRerankError):
 
 class EngineFailure(LocalRerankError):
     """The model failed on this request's batch."""
+
+
+class OutOfMemory(EngineFailure):
+    """The device has no room for a batch of `num_tokens`; a smaller one may fit."""
+
+    def __init__(self, *, num_tokens: int) -> None:
+        super().__init__(f"out of memory in a batch of {num_tokens} tokens; try a smaller --max-batch-tokens")
+        self.num_tokens = num_tokens
 
 
 class CheckpointError(LocalRerankError):

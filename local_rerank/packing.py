@@ -56,16 +56,23 @@ class PackedBatch:
         return self.last_token_index.shape[0]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """A copy whose tensors are on `device`; from pinned memory the copies do not wait."""
+        """A copy whose tensors are on `device`, except the order, which stays; to a GPU without waiting."""
         if device.type == "cpu":
             return self
         return PackedBatch(
-            input_ids=self.input_ids.pin_memory().to(device, non_blocking=True),
-            position_ids=self.position_ids.pin_memory().to(device, non_blocking=True),
-            last_token_index=self.last_token_index.pin_memory().to(device, non_blocking=True),
+            input_ids=copy_to(self.input_ids, device),
+            position_ids=copy_to(self.position_ids, device),
+            last_token_index=copy_to(self.last_token_index, device),
             pair_order=self.pair_order,
             groups=self.groups,
         )
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to a GPU by way of pinned memory, so that the copy waits for nothing and nothing waits for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:

@@ -39,6 +39,7 @@ from local_rerank.errors import (
     InvalidTopN,
     LocalRerankError,
     ModelUnavailable,
+    OutOfMemory,
     Overloaded,
     TextTooLong,
     TooManyTokens,
@@ -144,6 +145,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     DeadlineExceeded: 504,
     ModelUnavailable: 503,
     EngineFailure: 500,
+    OutOfMemory: 503,  # a batch is tried again in halves first; the same request may fit when the device is less busy
     CheckpointError: 500,
     ConfigError: 500,
 }

@@ -36,6 +36,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.DeadlineExceeded(timeout_ms=60_000),
         library_errors.ModelUnavailable("loading"),
         library_errors.EngineFailure("the model failed"),
+        library_errors.OutOfMemory(num_tokens=4096),
         library_errors.CheckpointError("no reranker"),
         library_errors.ConfigError("unknown option"),
         errors.MissingField("documents"),

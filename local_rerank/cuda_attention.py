@@ -116,7 +116,7 @@ def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | 
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-    """One call over gathered keys. Its causal mask is aligned to the last key, which a document behind its prefix needs."""
+    """One call over gathered keys. A document behind its prefix needs the causal mask aligned to the last key."""
     return _gathered(torch_varlen, *_by_token(q, k, v), layout, scale).unsqueeze(0)
 
 
@@ -142,7 +142,7 @@ def _merged(
     cu = (layout.cu_seqlens_group, layout.cu_seqlens_prefix)
     longest = (layout.max_seqlen_group, layout.max_seqlen_prefix)
     shared, shared_lse = operator(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
-    # softmax over both parts = the parts weighted by their share of the joint normaliser; a prefix has its own part only
+    # softmax over both parts = the parts weighted by their share of the joint normaliser; a prefix has no other
     weight = (torch.sigmoid(shared_lse - own_lse) * layout.is_document).T.unsqueeze(-1)  # (num_queries, heads, 1)
     return own.lerp(shared, weight.to(own.dtype)).unsqueeze(0)
 

@@ -117,7 +117,8 @@ class Engine:
         last_layout = self._kernel.layout(batch, True)  # built while a GPU works on the layers before
         last = self._final_norm(self._run_last_layer(hidden, on_device, last_layout))[0]  # (num_pairs, hidden_size)
         logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
-        return logits[:, 1] - logits[:, 0]
+        odds: Tensor = logits[:, 1] - logits[:, 0]
+        return odds
 
     def _run_last_layer(self, hidden: Tensor, batch: PackedBatch, layout: Layout) -> Tensor:
         """The decoder layer of transformers, step by step, for the last tokens: (1, num_pairs, hidden_size)."""

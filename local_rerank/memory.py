@@ -77,5 +77,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_cached() -> None:
     """Give cached blocks back to the devices, so that a smaller batch does not fail on fragments."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -187,8 +187,12 @@ def flash_attn_varlen(
 
 
 def _by_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1, heads, tokens, head_dim) as transformers hands them over: (tokens, heads, head_dim), no copy if possible."""
-    queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+    """(1, heads, tokens, head_dim), as transformers hands them over, seen as (tokens, heads, head_dim).
+
+    Not copied: the operators take any strides as long as the numbers of a head lie side by side.
+    """
+    by_token = [x[0].transpose(0, 1) for x in (q, k, v)]
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in by_token)
     return queries, keys, values
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
 from local_rerank import Reranker, cuda_attention
 from local_rerank.attention import KERNELS, is_installed, layout_to
+from local_rerank.engine import PackedAttention
 from local_rerank.packing import pack
 from local_rerank.tokenization import Pair
 from tests.reference import ModelCard
@@ -37,6 +38,7 @@ def on_cpu() -> Iterator[None]:
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("kernel", CUDA_KERNELS)
+@settings(max_examples=15)
 @given(pairs=some_pairs, seed=st.integers(0, 9))
 def test_each_row_attends_as_the_dense_definition(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
@@ -120,6 +122,15 @@ def test_a_layout_is_made_on_the_host_and_moved_whole() -> None:
             for before, after in _tensors(layout, moved):
                 assert (before.device.type, after.device.type) == ("cpu", "meta"), kernel
                 assert before.shape == after.shape
+
+
+def test_a_layout_is_copied_once_for_each_device_of_a_spread_model() -> None:
+    row = KERNELS["cuda-merged"]
+    packed_attention = PackedAttention(row, row.layout(pack([Pair((1, 2), (3, 4))]), False))
+    first, again = (packed_attention.layout_on(torch.device("meta")) for _ in range(2))
+    assert first is again
+    assert first.cu_seqlens.device.type == "meta"
+    assert packed_attention.layout_on(torch.device("cpu")).cu_seqlens.device.type == "cpu"
 
 
 def _tensors(*layouts: Any) -> list[tuple[Tensor, ...]]:

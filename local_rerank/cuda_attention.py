@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from local_rerank.packing import PackedBatch
+from local_rerank.packing import PackedBatch, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,24 @@ class VarlenOperator(Protocol):
 
 
 def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
-    index: list[int] = []
+    starts: list[int] = []  # of runs of keys: a segment reads one of its prefix and one of its own
+    lengths: list[int] = []
     lengths_q: list[int] = []
     lengths_k: list[int] = []
     for group in batch.groups:
-        prefix = range(group.start, group.start + group.prefix_length)
         if not last_tokens_only:
-            index += prefix
-            lengths_q.append(len(prefix))
-            lengths_k.append(len(prefix))
+            starts.append(group.start)
+            lengths.append(group.prefix_length)
+            lengths_q.append(group.prefix_length)
+            lengths_k.append(group.prefix_length)
         for run in group.runs:
             for start in range(run.start, run.start + run.count * run.length, run.length):
-                index += prefix
-                index += range(start, start + run.length)
-                lengths_q.append(1 if last_tokens_only else run.length)
-                lengths_k.append(len(prefix) + run.length)
+                starts += (group.start, start)
+                lengths += (group.prefix_length, run.length)
+            lengths_q += [1 if last_tokens_only else run.length] * run.count
+            lengths_k += [group.prefix_length + run.length] * run.count
     return VarlenLayout(
-        key_index=torch.tensor(index, dtype=torch.int64),
+        key_index=ranges(starts, lengths),
         cu_seqlens_q=_cumulative(lengths_q),
         cu_seqlens_k=_cumulative(lengths_k),
         max_seqlen_q=max(lengths_q),
@@ -92,26 +93,24 @@ def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | 
     if last_tokens_only:
         return varlen_layout(batch, last_tokens_only)
     segments: list[int] = []
-    prefix_index: list[int] = []
-    is_document: list[bool] = []
     for group in batch.groups:
         segments.append(group.prefix_length)
         for run in group.runs:
             segments += [run.length] * run.count
-        prefix_index += range(group.start, group.start + group.prefix_length)
-        is_document += [False] * group.prefix_length
-        is_document += [True] * (group.end - group.start - group.prefix_length)
     groups = [group.end - group.start for group in batch.groups]
     prefixes = [group.prefix_length for group in batch.groups]
+    prefix_index = ranges([group.start for group in batch.groups], prefixes)
+    is_document = torch.ones(batch.num_tokens, dtype=torch.bool)
+    is_document[prefix_index] = False
     return MergedLayout(
         cu_seqlens=_cumulative(segments),
         max_seqlen=max(segments),
-        prefix_index=torch.tensor(prefix_index, dtype=torch.int64),
+        prefix_index=prefix_index,
         cu_seqlens_group=_cumulative(groups),
         cu_seqlens_prefix=_cumulative(prefixes),
         max_seqlen_group=max(groups),
         max_seqlen_prefix=max(prefixes),
-        is_document=torch.tensor(is_document, dtype=torch.bool),
+        is_document=is_document,
     )
 
 

@@ -141,8 +141,8 @@ def line_for_the_log(results: dict[str, Any]) -> str:
         if isinstance(load, dict) and load["p99_ms"] < 500 and load["pairs_per_second"] > best["pairs_per_second"]:
             best = load
     parts = [
-        figure("throughput", "{useful_tflops:.1f} useful of {gemm_ceiling_tflops:.1f} TFLOP/s ({share_of_ceiling:.0%}) at "
-               "300 tokens, {pairs_per_second:.0f} pairs/s, log-odds within {largest_difference:.2g} of fp32"),
+        figure("throughput", "{useful_tflops:.1f} useful of {gemm_ceiling_tflops:.1f} TFLOP/s ({share_of_ceiling:.0%}) "
+               "at 300 tokens, {pairs_per_second:.0f} pairs/s, log-odds within {largest_difference:.2g} of fp32"),
         f"served {best['pairs_per_second']:.0f} pairs/s at a P99 of {best['p99_ms']:.0f} ms",
         figure("latency", "ten passages in {default[p50_ms]:.1f} ms (p50)"),
         figure("peer", "passages {ratio:.1f}x sentence-transformers {version}"),

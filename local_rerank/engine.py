@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -264,17 +265,15 @@ def _cpu_multiplies_bf16() -> bool:
 
 def _head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:
     """The rows of "no" and "yes", (2, hidden_size) fp32; a one-row classifier is their difference."""
-    from accelerate.utils import align_module_device  # brings weights back that it keeps outside the devices
-
     head = getattr(model, "score", None)
     if head is None:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers is untyped
         num_rows = head.weight.shape[0]
         if max(yes_id, no_id) >= num_rows:
             raise CheckpointError(f"the head of {checkpoint.folder} has {num_rows} rows; no row for yes and no")
-        with align_module_device(head):
+        with _weights_present(head):
             return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # likewise
-    with align_module_device(head):
+    with _weights_present(head):
         rows = head.weight.detach().float()
     if rows.shape[0] == 1:
         return torch.cat([torch.zeros_like(rows), rows])
@@ -283,6 +282,16 @@ def _head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, n
             f"the classifier of {checkpoint.folder} has {rows.shape[0]} labels; 1 or 2 are understood"
         )
     return rows  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a module has its weights, wherever accelerate keeps them; loads accelerate only where it was used."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
+    return context
 
 
 def _entry_device(model: PreTrainedModel) -> torch.device:

@@ -5,6 +5,7 @@ the whole prefix of their group and causally to their own document, never to ano
 there is one query per document, its last token, in packed order.
 
 A kernel is two functions: `layout` says once per batch what every layer needs to know, `attend` runs in each layer.
+Layouts are built on the host, from the batch on the host; `layout_to` moves one to the device of a layer.
 
 Shapes: query (1, num_heads, num_queries, head_dim); key and value (1, num_kv_heads, num_tokens, head_dim), as
 transformers hands them over; the result is (1, num_queries, num_heads, head_dim).
@@ -12,7 +13,8 @@ transformers hands them over; the result is (1, num_queries, num_heads, head_dim
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from local_rerank.cuda_attention import (
+    attend_flash_attn,
+    attend_merged,
+    attend_varlen,
+    merged_layout,
+    varlen_layout,
+)
 from local_rerank.errors import ConfigError
-from local_rerank.packing import Group, PackedBatch
+from local_rerank.packing import Group, PackedBatch, copy_to
 
 Layout = Any  # what a kernel's `layout` returns and its `attend` takes: each kernel's own
 
@@ -35,13 +44,22 @@ class SegmentLayout:
     last_tokens_only: bool
 
 
+def layout_to(layout: Layout, device: torch.device) -> Layout:
+    """A layout with its tensors on `device`; from the host to a GPU without waiting."""
+    if isinstance(layout, Tensor):
+        return copy_to(layout, device)
+    tensors = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    moved = {name: copy_to(value, device) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(layout, **moved) if moved else layout
+
+
 def segment_layout(batch: PackedBatch, last_tokens_only: bool) -> SegmentLayout:
     return SegmentLayout(batch.groups, last_tokens_only)
 
 
 def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
     """The definition, as a mask (num_queries, num_tokens) bool: who may look at whom."""
-    mask = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool, device=batch.input_ids.device)
+    mask = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
     for group in batch.groups:
         _mask_group(mask, group)
     return mask[batch.last_token_index] if last_tokens_only else mask
@@ -49,7 +67,7 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """One mask over all tokens, quadratic in the batch: what the other kernels are tested against."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device), scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -111,76 +129,6 @@ def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: fl
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class VarlenLayout:
-    """Segments of a batch as variable-length attention wants them; a prefix is a segment whose keys are itself."""
-
-    key_index: Tensor  # (num_keys,) int64: tokens whose keys each segment reads, in order
-    cu_seqlens_q: Tensor  # (num_segments + 1,) int32
-    cu_seqlens_k: Tensor  # (num_segments + 1,) int32
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-
-def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
-    index: list[int] = []
-    lengths_q: list[int] = []
-    lengths_k: list[int] = []
-    for group in batch.groups:
-        prefix = range(group.start, group.start + group.prefix_length)
-        if not last_tokens_only:
-            index += prefix
-            lengths_q.append(len(prefix))
-            lengths_k.append(len(prefix))
-        for run in group.runs:
-            for start in range(run.start, run.start + run.count * run.length, run.length):
-                index += prefix
-                index += range(start, start + run.length)
-                lengths_q.append(1 if last_tokens_only else run.length)
-                lengths_k.append(len(prefix) + run.length)
-    device = batch.input_ids.device
-    return VarlenLayout(
-        key_index=torch.tensor(index, dtype=torch.int64).to(device, non_blocking=True),
-        cu_seqlens_q=_cumulative(lengths_q, device),
-        cu_seqlens_k=_cumulative(lengths_k, device),
-        max_seqlen_q=max(lengths_q),
-        max_seqlen_k=max(lengths_k),
-    )
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-    """CUDA, bf16 and fp16: torch's variable-length attention over keys gathered as prefix + document.
-
-    Its causal mask is aligned to the last key, which is what a document behind its prefix needs.
-    """
-    queries = q[0].transpose(0, 1).contiguous()  # (num_queries, num_heads, head_dim)
-    key_index = layout.key_index.to(k.device)  # a later layer may be on another GPU
-    keys, values = (x[0].transpose(0, 1)[key_index] for x in (k, v))  # (num_keys, num_kv_heads, head_dim)
-    cu_seqlens_q, cu_seqlens_k = (x.to(k.device) for x in (layout.cu_seqlens_q, layout.cu_seqlens_k))
-    lengths = (cu_seqlens_q, cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
-    return _varlen_attn(queries, keys, values, *lengths, scale=scale).unsqueeze(0)
-
-
-def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, scale: float) -> Tensor:
-    """torch's varlen_attn: `is_causal` in torch 2.10 became `window_size`; `enable_gqa` came later."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-    if "enable_gqa" in names:
-        options["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, *lengths, scale=scale, **options)
-    assert isinstance(out, Tensor)  # a pair only where return_aux asks for more
-    return out
-
-
-def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
-    sums = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return sums.to(device, non_blocking=True)
-
-
 def _segments(x: Tensor, start: int, count: int, length: int) -> Tensor:
     """`count` neighbouring segments of (1, heads, tokens, head_dim): (count, heads, length, head_dim), not copied."""
     tokens = x[0, :, start : start + count * length]  # (heads, count * length, head_dim)
@@ -224,6 +172,7 @@ class KernelRow:
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     about: str
+    package: str | None = None  # a package beside torch that it needs
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -232,7 +181,9 @@ _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
     "cpu-flash": KernelRow(segment_layout, attend_cpu, ("cpu",), _ANY_DTYPE, "two parts, merged by log-sum-exp"),
-    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, "torch's variable-length attention"),
+    "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, "torch's varlen_attn, two parts merged"),
+    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, "torch's varlen_attn, keys gathered"),
+    "flash-attn": KernelRow(merged_layout, attend_flash_attn, ("cuda",), _HALF, "as cuda-merged", "flash_attn"),
     "sdpa": KernelRow(segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE, "torch's SDPA, by equal lengths"),
     "dense": KernelRow(dense_layout, attend_dense, _ANY_DEVICE, _ANY_DTYPE, "one mask over the batch: the reference"),
 }
@@ -248,13 +199,21 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[
         raise ConfigError(f"no attention kernel takes {device.type} and {_short(dtype)}")
     if name not in KERNELS:
         raise ConfigError(f"attention is {name!r}; it must be auto or one of {', '.join(KERNELS)}")
+    if not is_installed(KERNELS[name]):
+        raise ConfigError(
+            f"attention kernel {name!r} needs the package {KERNELS[name].package}, which is not installed"
+        )
     if not _runs(KERNELS[name], device, dtype):
         raise ConfigError(f"attention kernel {name!r} does not take {device.type} and {_short(dtype)}")
     return name, "asked for"
 
 
 def _runs(row: KernelRow, device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type in row.device_types and dtype in row.dtypes
+    return device.type in row.device_types and dtype in row.dtypes and is_installed(row)
+
+
+def is_installed(row: KernelRow) -> bool:
+    return row.package is None or importlib.util.find_spec(row.package) is not None
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from local_rerank.errors import ConfigError
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default; no full stop (the hosted service's default has one)."""
 
-DType = Literal["auto", "fp32", "bf16", "fp16"]
+DType = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 
 @Parameter(name="*")
@@ -34,20 +34,32 @@ class EngineConfig:
     dtype: Annotated[
         DType,
         Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs with native bf16, else fp32, and "
-                       "fp32 for the built-in model. Head and softmax are always fp32."),
+                       "fp32 for the built-in model; fp8 takes a GPU of compute capability 8.9 or later. Head and "
+                       "softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
         str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")
     ] = None
-    attention: Annotated[str, Parameter(help="Attention kernel: auto, cpu-flash, cuda-varlen, sdpa or dense.")] = "auto"
+    attention: Annotated[
+        str,
+        Parameter(help="Attention kernel: auto, cpu-flash, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."),
+    ] = "auto"
     threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
     instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
     max_length: Annotated[int, Parameter(help="Tokens of a whole prompt; capped by the model's own maximum.")] = 8192
     max_query_tokens: Annotated[int, Parameter(help="Tokens of a query; more are cut.")] = 4000
     max_document_tokens: Annotated[int, Parameter(help="Tokens of a document; more are cut.")] = 4000
     max_batch_tokens: Annotated[
-        int | None, Parameter(help="Tokens that one forward pass may hold; default: 2048 on CPU, 16384 on a GPU.")
-    ] = None
+        int | None,
+        Parameter(help="Tokens that one forward pass may hold; default: 2048 on CPU, on CUDA what fits into free "
+                       "memory, at most 16384."),
+    ] = None  # fmt: skip
+    no_cuda_graphs: Annotated[
+        bool, Parameter(help="Launch the kernels of small batches one by one on CUDA.", negative="")
+    ] = False  # fmt: skip
+    no_compile: Annotated[
+        bool, Parameter(help="Do not use torch.compile on CUDA: a faster start, slower batches.", negative="")
+    ] = False  # fmt: skip
     max_queued_tokens: Annotated[
         int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")
     ] = 500_000

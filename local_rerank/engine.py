@@ -3,21 +3,29 @@
 All but the last decoder layer run through transformers' own forward, with our attention plugged in. The last layer is
 driven by hand, because there only each document's last token needs a query, an output projection and an MLP. The head
 is two rows, "yes" and "no", multiplied in fp32: the logits over the vocabulary are never formed.
+
+On a GPU nothing inside a forward pass waits for the device: layouts are built on the host and go there through pinned
+memory, and the scores are fetched once, at the end.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel
+from local_rerank import cuda
+from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, layout_to
 from local_rerank.config import EngineConfig
+from local_rerank.cuda_graphs import GraphRunner
 from local_rerank.download import silence_telemetry
-from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
+from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.packing import PackedBatch
 
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn}
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
 
@@ -55,13 +64,31 @@ class PackedAttention:
 
     row: KernelRow
     layout: Layout
+    moved: dict[torch.device, Layout] = field(default_factory=dict)
+
+    def layout_on(self, device: torch.device) -> Layout:
+        """The layout on a layer's device: copied once for each, where a model is spread over several."""
+        if device not in self.moved:
+            self.moved[device] = layout_to(self.layout, device)
+        return self.moved[device]
 
 
 class Engine:
     """A loaded model that scores packed batches."""
 
-    def __init__(self, model: PreTrainedModel, head: Tensor, *, kernel: KernelRow, device: torch.device) -> None:
-        """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where batches enter the model."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: Tensor,
+        *,
+        kernel: KernelRow,
+        device: torch.device,
+        graphs: bool = False,
+    ) -> None:
+        """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where batches enter the model.
+
+        `graphs`: small batches run as CUDA graphs, for which the kernel's layout must be the merged one.
+        """
         self._backbone: Any = model.model
         self._head = head
         self._kernel = kernel
@@ -71,43 +98,85 @@ class Engine:
         # transformers' forward ends with the final norm; ours comes after the last layer
         self._backbone.norm = nn.Identity()
         self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
+        self._graphs = GraphRunner(self._unpruned_odds, device) if graphs else None
 
     @property
     def weights_dtype(self) -> str:
         """Precision of the weights that are there, whatever was asked for."""
-        dtype = self._final_norm.weight.dtype
-        return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
+        return _name_of(self._last_layer.mlp.down_proj.weight.dtype)
 
-    @torch.inference_mode()
+    def with_kernel(self, kernel: KernelRow) -> Engine:
+        """The same model behind another kernel and without graphs."""
+        other = copy.copy(self)
+        other._kernel, other._graphs = kernel, None
+        return other
+
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-odds of "yes" over "no", (num_pairs,) fp32 on the CPU, in the order of the pairs that were packed."""
+        """Log-odds of "yes" over "no", (num_pairs,) fp32 on the CPU, in the order of the pairs that were packed.
+
+        Raises OutOfMemory where the device has no room for the batch; what it had taken is free again by then.
+        """
+        try:
+            with torch.inference_mode():
+                packed = self._odds(batch).cpu()  # the one place that waits for the device
+                return torch.empty_like(packed).scatter_(0, batch.pair_order, packed)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached()  # out here nothing holds the failed pass's tensors any more
+        raise OutOfMemory(num_tokens=batch.num_tokens)
+
+    def _odds(self, batch: PackedBatch) -> Tensor:
+        """(num_pairs,) fp32 in packed order, on the device of the last layer."""
+        if self._graphs is not None and (odds := self._graphs.run(batch)) is not None:
+            return odds
         on_device = batch.to(self._device)
-        hidden = self._backbone(
-            input_ids=on_device.input_ids,
-            position_ids=on_device.position_ids,
+        hidden = self._run_layers(on_device, self._kernel.layout(batch, False))
+        last_layout = self._kernel.layout(batch, True)  # built while a GPU works on the layers before
+        return self._read_odds(self._run_last_layer(hidden, on_device, last_layout, pruned=True))
+
+    def _unpruned_odds(self, batch: PackedBatch, layout: Layout) -> Tensor:
+        """As `_odds`, from tensors on the device alone: all tokens ask in the last layer too, with the same layout."""
+        return self._read_odds(self._run_last_layer(self._run_layers(batch, layout), batch, layout, pruned=False))
+
+    def _run_layers(self, batch: PackedBatch, layout: Layout) -> Tensor:
+        """All but the last layer: (1, num_tokens, hidden_size)."""
+        hidden: Tensor = self._backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
             attention_mask={"full_attention": None},  # a dict keeps transformers from building masks
             use_cache=False,
-            packed_attention=PackedAttention(self._kernel, self._kernel.layout(on_device, False)),
-        ).last_hidden_state  # (1, num_tokens, hidden_size)
-        last = self._final_norm(self._run_last_layer(hidden, on_device))[0]  # (num_pairs, hidden_size)
-        logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
-        packed = (logits[:, 1] - logits[:, 0]).cpu()
-        return torch.empty_like(packed).scatter_(0, batch.pair_order, packed)
+            packed_attention=PackedAttention(self._kernel, layout),
+        ).last_hidden_state
+        return hidden
 
-    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """The decoder layer of transformers, step by step, for the last tokens: (1, num_pairs, hidden_size)."""
+    def _read_odds(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: (1, num_pairs, hidden_size) to (num_pairs,) fp32."""
+        last = self._final_norm(hidden)[0]
+        logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
+        odds: Tensor = logits[:, 1] - logits[:, 0]
+        return odds
+
+    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch, layout: Layout, *, pruned: bool) -> Tensor:
+        """The decoder layer of transformers, step by step, for the last tokens: (1, num_pairs, hidden_size).
+
+        `pruned`: only they have a query, which is what `layout` must say too; else all tokens have.
+        """
         layer, attention = self._last_layer, self._last_layer.self_attn
-        hidden = hidden.to(layer.input_layernorm.weight.device)
-        last = batch.last_token_index.to(hidden.device)
-        cos, sin = self._backbone.rotary_emb(hidden, batch.position_ids.to(hidden.device))  # (1, num_tokens, head_dim)
-        x = layer.input_layernorm(hidden)
+        x = layer.input_layernorm(hidden)  # where accelerate spread the model, on the device of this layer
+        hidden = hidden.to(x.device)
+        last = batch.last_token_index.to(x.device)
+        rotation = self._backbone.rotary_emb(hidden, batch.position_ids.to(x.device))
+        cos, sin = (part.to(x.device) for part in rotation)  # (1, num_tokens, head_dim)
         heads = (1, -1, attention.head_dim)
-        q = attention.q_norm(attention.q_proj(x[:, last]).unflatten(-1, heads[1:])).transpose(1, 2)
+        asking = last if pruned else slice(None)
+        q = attention.q_norm(attention.q_proj(x[:, asking]).unflatten(-1, heads[1:])).transpose(1, 2)
         k = attention.k_norm(attention.k_proj(x).unflatten(-1, heads[1:])).transpose(1, 2)
         v = attention.v_proj(x).unflatten(-1, heads[1:]).transpose(1, 2)
-        q = _rotate(q, cos[:, last], sin[:, last])
+        q = _rotate(q, cos[:, asking], sin[:, asking])
         k = _rotate(k, cos, sin)
-        out = self._kernel.attend(q, k, v, self._kernel.layout(batch, True), attention.scaling)
+        out = self._kernel.attend(q, k, v, layout_to(layout, q.device), attention.scaling)
+        out = out if pruned else out[:, last]
         hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
         result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return result
@@ -119,19 +188,22 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
     _register_attention()
     device = choose_device(config.device)
     dtype = choose_dtype("fp32" if config.dtype == "auto" and checkpoint.needs_fp32 else config.dtype, device)
+    if config.dtype == "fp8":
+        cuda.check_fp8(config, device)
     kernel, reason = choose_kernel(config.attention, device, dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_model(checkpoint, dtype=dtype, device=device, device_map=config.device_map)
     head = _head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
-    first_device = next(model.parameters()).device  # the embeddings come first
-    default_budget = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    first_device = _entry_device(model)
+    if device.type == "cuda":
+        cuda.prepare(model.model, config, _packed_attention, device)
     info = ModelInfo(
         model_id=checkpoint.model_id,
         source=checkpoint.source,
         revision=checkpoint.revision,
         device=str(device),
-        dtype=next(name for name, value in _DTYPES.items() if value == dtype),
+        dtype=config.dtype if config.dtype in _QUANTIZED_DTYPES else _name_of(dtype),
         kernel=kernel,
         kernel_reason=reason,
         threads=torch.get_num_threads(),
@@ -139,10 +211,22 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
         num_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
         max_length=min(config.max_length, checkpoint.max_length),
-        max_batch_tokens=config.max_batch_tokens or default_budget,
+        max_batch_tokens=config.max_batch_tokens or _default_budget(model, device),
         load_seconds=time.perf_counter() - start,
     )
-    return Engine(model, head, kernel=KERNELS[kernel], device=first_device), info
+    graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
+    return Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs), info
+
+
+def _default_budget(model: PreTrainedModel, device: torch.device) -> int:
+    if device.type == "cuda":
+        return cuda.token_budget(model, device, at_most=GPU_BATCH_TOKENS)
+    return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    names = _DTYPES | _QUANTIZED_DTYPES
+    return next((name for name, value in names.items() if value == dtype), str(dtype))
 
 
 def choose_device(name: str) -> torch.device:
@@ -166,8 +250,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bf16 where the hardware multiplies it natively, else fp32 (emulated bf16 ran at half of fp32's speed)."""
     if name in _DTYPES:
         return _DTYPES[name]
+    if name == "fp8":
+        return torch.bfloat16  # of everything but the weights that are quantized
     if name != "auto":
-        raise ConfigError(f"dtype is {name!r}; it must be auto, {', '.join(_DTYPES)}")
+        raise ConfigError(f"dtype is {name!r}; it must be auto, {', '.join([*_DTYPES, *_QUANTIZED_DTYPES])}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_bf16() else torch.float32
@@ -181,11 +267,14 @@ def _head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, n
     """The rows of "no" and "yes", (2, hidden_size) fp32; a one-row classifier is their difference."""
     head = getattr(model, "score", None)
     if head is None:
-        weight: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]  # transformers is untyped
-        if max(yes_id, no_id) >= weight.shape[0]:
-            raise CheckpointError(f"the head of {checkpoint.folder} has {weight.shape[0]} rows; no row for yes and no")
-        return weight.detach()[[no_id, yes_id]].float()
-    rows = head.weight.detach().float()
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers is untyped
+        num_rows = head.weight.shape[0]
+        if max(yes_id, no_id) >= num_rows:
+            raise CheckpointError(f"the head of {checkpoint.folder} has {num_rows} rows; no row for yes and no")
+        with _weights_present(head):
+            return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # likewise
+    with _weights_present(head):
+        rows = head.weight.detach().float()
     if rows.shape[0] == 1:
         return torch.cat([torch.zeros_like(rows), rows])
     if rows.shape[0] != 2:
@@ -193,6 +282,23 @@ def _head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, n
             f"the classifier of {checkpoint.folder} has {rows.shape[0]} labels; 1 or 2 are understood"
         )
     return rows  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
+    """Inside, a module has its weights, wherever accelerate keeps them; loads accelerate only where it was used."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
+    return context
+
+
+def _entry_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids enter: at the embeddings, whose weights accelerate may keep elsewhere."""
+    embeddings: Any = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(embeddings.weight.device if device is None else device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -213,7 +319,8 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers' attention modules call; see `attention.py` for the shapes."""
-    return packed_attention.row.attend(query, key, value, packed_attention.layout, scaling), None
+    layout = packed_attention.layout_on(key.device)
+    return packed_attention.row.attend(query, key, value, layout, scaling), None
 
 
 def _register_attention() -> None:

@@ -20,7 +20,7 @@ from local_rerank.errors import ConfigError
 from local_rerank.models import Checkpoint
 
 NOTHING = "nothing"
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "accelerate")
 
 

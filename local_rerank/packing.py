@@ -6,6 +6,7 @@ length so that attention can take equal lengths in one call. Knows nothing of mo
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,16 +57,23 @@ class PackedBatch:
         return self.last_token_index.shape[0]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """A copy whose tensors are on `device`; from pinned memory the copies do not wait."""
+        """A copy whose tensors are on `device`, except the order, which stays; to a GPU without waiting."""
         if device.type == "cpu":
             return self
         return PackedBatch(
-            input_ids=self.input_ids.pin_memory().to(device, non_blocking=True),
-            position_ids=self.position_ids.pin_memory().to(device, non_blocking=True),
-            last_token_index=self.last_token_index.pin_memory().to(device, non_blocking=True),
+            input_ids=copy_to(self.input_ids, device),
+            position_ids=copy_to(self.position_ids, device),
+            last_token_index=copy_to(self.last_token_index, device),
             pair_order=self.pair_order,
             groups=self.groups,
         )
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the host to a GPU by way of pinned memory, so that the copy waits for nothing and nothing waits for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:
@@ -73,33 +81,47 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         by_prefix.setdefault(pair.prefix_ids, []).append(index)
-    ids: list[int] = []
-    positions: list[int] = []
+    ids = array("q")
+    first_positions: list[int] = []  # by segment
+    lengths: list[int] = []
     last: list[int] = []
     order: list[int] = []
     groups: list[Group] = []
     for prefix_ids, members in by_prefix.items():
         members.sort(key=lambda index: len(pairs[index].document_ids))
         start, first_document, prefix_length = len(ids), len(order), len(prefix_ids)
-        ids += prefix_ids
-        positions += range(prefix_length)
+        ids.extend(prefix_ids)
+        first_positions.append(0)
+        lengths.append(prefix_length)
         runs: list[Run] = []
         for index in members:
             document_ids = pairs[index].document_ids
             length = len(document_ids)
             runs[-1:] = _extend(runs[-1] if runs else None, start=len(ids), document=len(order), length=length)
-            ids += document_ids
-            positions += range(prefix_length, prefix_length + length)
+            ids.extend(document_ids)
+            first_positions.append(prefix_length)
+            lengths.append(length)
             last.append(len(ids) - 1)
             order.append(index)
         groups.append(Group(start, prefix_length, len(ids), first_document, len(members), tuple(runs)))
     return PackedBatch(
-        input_ids=torch.tensor([ids], dtype=torch.int64),
-        position_ids=torch.tensor([positions], dtype=torch.int64),
+        input_ids=torch.frombuffer(ids, dtype=torch.int64).unsqueeze(0),
+        position_ids=ranges(first_positions, lengths).unsqueeze(0),
         last_token_index=torch.tensor(last, dtype=torch.int64),
         pair_order=torch.tensor(order, dtype=torch.int64),
         groups=tuple(groups),
     )
+
+
+def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """start, start + 1, ... of each range, one range behind the other: (sum of lengths,) int64.
+
+    As lists these numbers took 15 ms of a batch of 16,000 tokens, in which a GPU has nothing to do.
+    """
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    ends = counts.cumsum(0)
+    offsets = torch.tensor(starts, dtype=torch.int64) - (ends - counts)
+    return torch.repeat_interleave(offsets, counts) + torch.arange(int(ends[-1]))
 
 
 def _extend(run: Run | None, *, start: int, document: int, length: int) -> list[Run]:

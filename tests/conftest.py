@@ -10,6 +10,7 @@ import pytest
 
 from local_rerank import Reranker
 from tests.checkpoints import make_checkpoint
+from tests.reference import ModelCard
 
 # no deadline: these machines are shared, and the tests are free of timing
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
@@ -26,6 +27,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_reranker(tiny_checkpoint: Path) -> Iterator[Reranker]:
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
         yield reranker
+
+
+@pytest.fixture(scope="session")
+def card(tiny_checkpoint: Path) -> ModelCard:
+    """The same checkpoint as `tiny_reranker`, run as the model card does."""
+    return ModelCard(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")

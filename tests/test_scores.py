@@ -10,6 +10,8 @@ import torch
 
 from local_rerank import Reranker
 from local_rerank.attention import KERNELS
+from local_rerank.engine import Engine, _entry_device, _head_rows
+from local_rerank.models import load_model, open_checkpoint
 from local_rerank.packing import pack
 from local_rerank.tokenization import Pair
 from local_rerank.types import RerankRequest
@@ -105,6 +107,28 @@ def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tin
     with Reranker(str(tiny_checkpoint), device_map="auto", dtype="fp32") as spread:
         ours, expected = (reranker.rank("q", ["a", "bb", "ccc"]) for reranker in (spread, tiny_reranker))
     assert [item.log_odds for item in ours] == pytest.approx([i.log_odds for i in expected], abs=FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_path: Path) -> None:
+    """The last layer and the head outside the device, as where a GPU is too small: there only while they run."""
+    from accelerate import dispatch_model
+
+    folder = make_checkpoint(tmp_path / "model", tied=tied, seed=10)
+    checkpoint = open_checkpoint(str(folder))
+    batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        expected = reranker._engine.forward(batch)
+        ids = {"yes_id": reranker.tokenizer.yes_id, "no_id": reranker.tokenizer.no_id}
+    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu" if tied else "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload", force_hooks=True)
+    assert model.model.layers[1].mlp.down_proj.weight.device.type == "meta"
+    assert _entry_device(model) == torch.device("cpu")
+    head = _head_rows(model, checkpoint, **ids)
+    engine = Engine(model, head, kernel=KERNELS["cpu-flash"], device=_entry_device(model))
+    assert torch.allclose(engine.forward(batch), expected, atol=FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

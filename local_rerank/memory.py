@@ -1,0 +1,81 @@
+"""How many tokens of a batch fit beside the weights, and what an allocator's failure looks like.
+
+The estimate is the peak of one decoder layer, because a forward pass without a cache keeps nothing of a layer but its
+output. It counts what the layer holds at once where it holds most, not what it ever allocates.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+USABLE_SHARE = 0.8  # of the free memory: the rest is for fragments, cuBLAS workspaces and a neighbour's growth
+MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """Widths of a decoder layer's activations, in numbers per token."""
+
+    hidden: int
+    queries: int  # heads x head_dim
+    keys: int  # key heads x head_dim; values have as many
+    intermediate: int
+
+    @classmethod
+    def of(cls, config: Any) -> LayerShape:
+        """From a model's configuration in transformers."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            hidden=config.hidden_size,
+            queries=config.num_attention_heads * head_dim,
+            keys=config.num_key_value_heads * head_dim,
+            intermediate=config.intermediate_size,
+        )
+
+
+def bytes_per_token(shape: LayerShape, element_size: int) -> int:
+    """Peak bytes of a forward pass for each token of its batch; `element_size` is the activations'."""
+    residual = 2 * shape.hidden
+    projected = shape.hidden + shape.queries + 2 * shape.keys  # the normed input and what it is projected to
+    rotated = 2 * (shape.queries + shape.keys)  # rotated, and the half that is turned
+    attended = 3 * shape.queries + 2 * shape.keys  # own part, prefix part, their sum, gathered keys and values
+    norm_of_queries = 2 * 4 * shape.queries  # bytes: transformers norms in fp32
+    attention = (projected + rotated + attended) * element_size + norm_of_queries
+    mlp = (2 * shape.hidden + 4 * shape.intermediate) * element_size
+    return residual * element_size + max(attention, mlp)
+
+
+def fitted_budget(free_bytes: int, per_token_bytes: int, *, at_most: int) -> int:
+    """Tokens that a batch may hold when `free_bytes` are free, between MIN_BATCH_TOKENS and `at_most`."""
+    fits = int(free_bytes * USABLE_SHARE) // per_token_bytes
+    if fits < MIN_BATCH_TOKENS:
+        what = "%d bytes are free, room for about %d tokens; batches of %d are tried all the same"
+        logger.warning(what, free_bytes, fits, MIN_BATCH_TOKENS)
+    return max(MIN_BATCH_TOKENS, min(at_most, fits))
+
+
+def free_bytes(devices: set[torch.device]) -> int:
+    """What is free on the fullest of some CUDA devices, what torch keeps for itself included."""
+    return min(_free_on(device) for device in devices)
+
+
+def _free_on(device: torch.device) -> int:
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up; on a CPU torch has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release_cached() -> None:
+    """Give cached blocks back to the devices, so that a smaller batch does not fail on fragments."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -42,4 +42,6 @@ async def test_the_page_works_below_a_proxys_path_and_names_no_other_server(serv
             assert (await client.get(f"/rerank/{name}")).status_code == 200
     for path in FOLDER.iterdir():
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
-        assert not re.search(r"https?://|\burl\(|@import|innerHTML|outerHTML|insertAdjacentHTML|localStorage", text), path
+        assert not re.search(r"https?://|\burl\(|@import|innerHTML|outerHTML|insertAdjacentHTML|localStorage", text), (
+            path
+        )

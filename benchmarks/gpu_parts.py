@@ -223,9 +223,9 @@ def peer(setting: Setting) -> Result:
     )  # fmt: skip
     with loaded(setting) as reranker:
         request = Texts(setting.folder).passages(8 if setting.quick else 320)
-        prompts = [reranker.explain(request.query, document)[0] for document in request.documents]
-        halves = [prompt.split("<Document>: ", 1) for prompt in prompts]
-        texts = [(head + "<Document>:", tail) for head, tail in halves]
+        template = reranker.checkpoint.template
+        shared = template.prefix + template.shared_body(reranker.config.instruction, request.query)
+        texts = [(shared, document + template.suffix) for document in request.documents]
         ours: list[float] = []
         theirs: dict[int, list[float]] = {size: [] for size in batch_sizes}
         for number in range(1 + (1 if setting.quick else 5)):  # the first round warms up

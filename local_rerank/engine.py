@@ -38,6 +38,7 @@ class ModelInfo:
     revision: str | None
     device: str
     dtype: str
+    arithmetic: str  # in what matrices are multiplied: the dtype, unless another is faster here
     kernel: str
     kernel_reason: str
     threads: int
@@ -132,6 +133,7 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
         revision=checkpoint.revision,
         device=str(device),
         dtype=next(name for name, value in _DTYPES.items() if value == dtype),
+        arithmetic=next(name for name, value in _DTYPES.items() if value == dtype),
         kernel=kernel,
         kernel_reason=reason,
         threads=torch.get_num_threads(),

@@ -83,8 +83,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> An
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, cells in enumerate(zip(head, *rows, strict=True)):
-        table.add_column(Text(head[i]), justify="right" if head[i] else "left", no_wrap=True)
+    for name in head:
+        table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

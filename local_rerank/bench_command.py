@@ -159,9 +159,7 @@ def _measure(
     steps: list[ScalingStep] = []
     for name in dict.fromkeys(names):
         with _progress(name, rounds * len(systems)) as advance:
-            measured.append(
-                measure(WORKLOADS[name], systems, reference=reference, rounds=rounds, advance=advance)
-            )
+            measured.append(measure(WORKLOADS[name], systems, reference=reference, rounds=rounds, advance=advance))
     if with_scaling:
         first = next(system for system in systems if isinstance(system, Ours))
         with _progress("scaling", rounds * len(SCALING_SIZES)) as advance:

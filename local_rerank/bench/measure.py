@@ -15,7 +15,7 @@ from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest
 
 CEILING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 16384}  # of the GEMM: the default token budget
-Log_odds = Sequence[Sequence[float]]
+LogOdds = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def measure(
             advance()
     base = statistics.median(sample.seconds for sample in samples[systems[0].name])
     rows = [
-        _row(name, taken, base, ceilings.get(name), flops, num_tokens, exact and exact.log_odds)
+        _row(name, taken, base, ceilings.get(name), flops, num_tokens, None if exact is None else exact.log_odds)
         for name, taken in samples.items()
     ]
     num_pairs = sum(len(request.documents) for request in requests)
@@ -117,7 +117,7 @@ def _row(
     ceilings: Sequence[float] | None,
     flops: float,
     num_tokens: int,
-    exact: Log_odds | None,
+    exact: LogOdds | None,
 ) -> Row:
     seconds = statistics.median(sample.seconds for sample in samples)
     latencies = sorted(latency for sample in samples for latency in sample.latencies)
@@ -146,7 +146,7 @@ def _percentile(ordered: Sequence[float], q: int) -> float:
     return ordered[max(0, -(-len(ordered) * q // 100) - 1)]
 
 
-def agreement(scores: Log_odds, exact: Log_odds) -> Agreement:
+def agreement(scores: LogOdds, exact: LogOdds) -> Agreement:
     """Compare log-odds, request by request."""
     gaps = [abs(a - b) for row, other in zip(scores, exact, strict=True) for a, b in zip(row, other, strict=True)]
     taus = [kendall_tau(row, other) for row, other in zip(scores, exact, strict=True)]
@@ -170,8 +170,8 @@ def scaling(
     """The first request of a workload with more and more documents, sizes in turn."""
     requests = [workload_requests(workload, ours.reranker, num_documents=size)[:1] for size in sizes]
     counts = []
-    for (request,) in requests:
-        pairs = ours.reranker.tokenizer.pairs(request).pairs
+    for each in requests:
+        pairs = ours.reranker.tokenizer.pairs(each[0]).pairs
         counts.append(len(pairs[0].prefix_ids) + sum(len(pair.document_ids) for pair in pairs))
     ours.run(requests[0], concurrent=False)
     times: list[list[float]] = [[] for _ in sizes]

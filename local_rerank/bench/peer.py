@@ -31,7 +31,8 @@ class Card:
 
         self.torch, self.version = torch, f"transformers {transformers.__version__}"
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model.eval()
         if torch.cuda.is_available():
             self.model = self.model.cuda()
         self.yes, self.no = (self.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))

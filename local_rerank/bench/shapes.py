@@ -88,7 +88,7 @@ def _write_weights(folder: Path, shards: list[dict[str, tuple[int, int]]]) -> No
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
-    files = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         weights = {name: _random(shape, generator) for name, shape in shard.items()}

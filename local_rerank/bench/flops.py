@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from local_rerank.int8 import Int8Linear, quantize
 from local_rerank.tokenization import TokenizedRequest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,10 +94,9 @@ def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torc
 
 def _linear(arithmetic: str, num_tokens: int, inputs: int, outputs: int, device: torch.device) -> Callable[[], Tensor]:
     if arithmetic == "int8":
-        x, weight = (torch.randint(-127, 127, size, dtype=torch.int8, device=device) for size in
-                     ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
-        out = torch.empty(num_tokens, outputs, dtype=torch.int32, device=device)
-        return lambda: torch._int_mm(x, weight.T, out=out)
+        layer = Int8Linear(torch.nn.Linear(inputs, outputs, bias=False))
+        x, scales = quantize(torch.randn(num_tokens, inputs))
+        return lambda: layer.multiply(x, scales)
     a, b = (torch.randn(size, device=device).to(DTYPES[arithmetic]) for size in
             ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
     return lambda: torch.nn.functional.linear(a, b)

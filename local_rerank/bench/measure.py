@@ -107,7 +107,7 @@ def _ceiling(reranker: Reranker, shape: Shape) -> float:
     """What the hardware can do in the arithmetic of that engine, now: the machine may be slower than a minute ago."""
     device = torch.device(reranker.info.device)
     num_tokens = CEILING_TOKENS[device.type]
-    return gemm_ceiling(shape, arithmetic=reranker.info.arithmetic, num_tokens=num_tokens, device=device)
+    return gemm_ceiling(shape, arithmetic=reranker.info.dtype, num_tokens=num_tokens, device=device)
 
 
 def _row(

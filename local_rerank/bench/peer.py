@@ -29,6 +29,7 @@ class Card:
         import torch
         import transformers
 
+        self.model: Any
         self.torch, self.version = torch, f"transformers {transformers.__version__}"
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))

@@ -16,7 +16,7 @@ from local_rerank.errors import ConfigError
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default; no full stop (the hosted service's default has one)."""
 
-DType = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
+DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 
 
 @Parameter(name="*")
@@ -33,9 +33,9 @@ class EngineConfig:
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one.")] = "auto"
     dtype: Annotated[
         DType,
-        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs with native bf16, else fp32, and "
-                       "fp32 for the built-in model; fp8 takes a GPU of compute capability 8.9 or later. Head and "
-                       "softmax are always fp32."),
+        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs that multiply it faster than fp32, "
+                       "else fp32, and fp32 for the built-in model; int8 is for CPUs, fp8 for GPUs of compute "
+                       "capability 8.9 or later. Head and softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
         str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")

@@ -71,9 +71,11 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
     if checkpoint.needs_fp32:
         return Row(value=info.dtype, faster=f"{NOTHING}: this model's scores are off in lower precision")
     device = torch.device(info.device)
+    if info.dtype == "int8":
+        return Row(value="int8 weights and activations, the rest fp32", faster=NOTHING)
     best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == choose_dtype("auto", device))
     if info.dtype != "fp32":
-        faster = "--dtype fp32: this device only emulates lower precision" if best == "fp32" else NOTHING
+        faster = "--dtype fp32: this device multiplies it faster" if best == "fp32" else NOTHING
     elif best != "fp32":
         faster = f"--dtype {best}: this device multiplies it natively"
     else:
@@ -85,7 +87,7 @@ def _kernel(info: ModelInfo) -> Row:
     value = f"{info.kernel}: {info.kernel_reason}"
     device = torch.device(info.device)
     try:
-        best, _ = choose_kernel("auto", device, TORCH_DTYPES[info.dtype])
+        best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.dtype, torch.float32))
     except ConfigError:
         return Row(value=value, faster=NOTHING)
     if best != info.kernel:

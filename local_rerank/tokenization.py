@@ -138,6 +138,10 @@ class PairTokenizer:
             total_tokens=sum(self._billed_tokens(pairs[i]) for i in pair_of_document),
         )
 
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self._encode(text).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The exact prompt text of some ids, control tokens included (`rank --show-prompt`)."""
         return self._full.decode(list(ids), skip_special_tokens=False)

@@ -1,0 +1,128 @@
+"""How much arithmetic a request needs, and how fast this machine multiplies matrices of the model's shapes.
+
+Useful operations are those that are left once the prefix is computed once per request and the last layer only where a
+score is read: two per weight and token in the projections, and causal attention. The ceiling is what
+`torch.nn.functional.linear` reaches on the same matrices, in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_rerank.int8 import Int8Linear, quantize
+from local_rerank.tokenization import TokenizedRequest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder, as its config.json has them."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Shape:
+        num_heads = config["num_attention_heads"]
+        return cls(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads", num_heads),
+            head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+        )
+
+    @property
+    def kv_weights(self) -> int:
+        """Weights of a layer's key and value projections, which every token of the last layer needs too."""
+        return 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+
+    @property
+    def other_weights(self) -> int:
+        """Weights of a layer's query and output projections and of its MLP."""
+        return 2 * self.hidden_size * self.num_heads * self.head_dim + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def matrices(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of a layer's seven projections."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        mlp = [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
+        return [(self.hidden_size, q), (self.hidden_size, kv), (self.hidden_size, kv), (q, self.hidden_size), *mlp]
+
+
+def useful_flops(shape: Shape, request: TokenizedRequest) -> float:
+    """Floating-point operations of one request."""
+    prefix = len(request.pairs[0].prefix_ids)
+    lengths = [len(pair.document_ids) for pair in request.pairs]
+    num_tokens, num_pairs = prefix + sum(lengths), len(lengths)
+    looks = _causal(prefix) + sum(length * prefix + _causal(length) for length in lengths)  # (query, key) pairs
+    last_looks = sum(prefix + length for length in lengths)
+    products = num_tokens * (shape.num_layers - 1) * (shape.kv_weights + shape.other_weights)
+    products += num_tokens * shape.kv_weights + num_pairs * shape.other_weights
+    attention = 2 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * looks + last_looks)
+    return 2.0 * (products + attention)
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torch.device) -> float:
+    """Operations per second over a layer's seven projections of `num_tokens` tokens each."""
+    flops = seconds = 0.0
+    for inputs, outputs in shape.matrices:
+        multiply = _linear(arithmetic, num_tokens, inputs, outputs, device)
+        multiply()
+        seconds += min(_timed(multiply, device) for _ in range(REPEATS))
+        flops += 2.0 * num_tokens * inputs * outputs
+    return flops / seconds
+
+
+def _linear(arithmetic: str, num_tokens: int, inputs: int, outputs: int, device: torch.device) -> Callable[[], Tensor]:
+    if arithmetic == "int8":
+        layer = Int8Linear(torch.nn.Linear(inputs, outputs, bias=False))
+        x, scales = quantize(torch.randn(num_tokens, inputs))
+        return lambda: layer.multiply(x, scales)
+    a, b = (torch.randn(size, device=device).to(DTYPES[arithmetic]) for size in
+            ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
+    return lambda: torch.nn.functional.linear(a, b)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's tau-b of two lists of scores; 1 where there is nothing to disagree about."""
+    agreement = ties_first = ties_second = pairs = 0
+    for i in range(len(first)):
+        for j in range(i):
+            a, b = first[i] - first[j], second[i] - second[j]
+            pairs += 1
+            ties_first += a == 0
+            ties_second += b == 0
+            agreement += (a * b > 0) - (a * b < 0)
+    scale = ((pairs - ties_first) * (pairs - ties_second)) ** 0.5
+    return agreement / scale if scale else 1.0
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)

@@ -1,0 +1,51 @@
+"""How much memory is used at most while a block runs, over what was used before it."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import psutil
+import torch
+
+SAMPLE_SECONDS = 0.005
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as memory: ...`; then `memory.peak_bytes`.
+
+    On CUDA the allocator keeps the peak. On the CPU the resident memory is looked at every five milliseconds.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._before = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._before = psutil.Process().memory_info().rss
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+        else:
+            self._done.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - self._before)
+            if self._done.wait(SAMPLE_SECONDS):
+                return

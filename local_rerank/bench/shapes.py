@@ -1,0 +1,104 @@
+"""Checkpoints of random weights in the shapes of the official models, so that speed needs no download.
+
+Weights are bf16, normal with a deviation of .02 as before training; norms are ones. The tokenizer is that of the
+embedded model, whose ids are a part of the official vocabulary's range. One layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_rerank.disk import require_free_space
+from local_rerank.errors import ConfigError
+
+VOCABULARY = 151_669
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-reranker-0.6b": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "tie_word_embeddings": True,
+    },
+    "qwen3-reranker-4b": {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "tie_word_embeddings": True,
+    },
+    "qwen3-reranker-8b": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Entries of the models' config.json that differ; 8 key-value heads of 128 in all of them."""
+COMMON = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "num_key_value_heads": 8,
+    "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "attention_bias": False,
+    "use_sliding_window": False, "dtype": "bfloat16", "eos_token_id": 37931, "pad_token_id": 37931,
+}  # fmt: skip
+DEVIATION = 0.02
+NANO = Path(__file__).parents[1] / "nano"
+
+
+def make_checkpoint(folder: Path, name: str, *, num_layers: int | None = None) -> Path:
+    """Write a checkpoint of that shape unless `folder` holds it already; raises ConfigError, CheckpointError."""
+    if name not in SHAPES:
+        raise ConfigError(f"shape is {name!r}; it must be one of {', '.join(SHAPES)}")
+    config = COMMON | SHAPES[name]
+    if num_layers is not None:
+        config["num_hidden_layers"] = num_layers
+    if (folder / "config.json").is_file():
+        if json.loads((folder / "config.json").read_text(encoding="utf-8")) == config:
+            return folder
+        raise ConfigError(f"{folder} holds another model than random weights in the shape of {name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = list(_shards(config))
+    require_free_space(folder, 2 * sum(rows * columns for shard in shards for rows, columns in shard.values()))
+    _write_weights(folder, shards)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO / file, folder / file)
+    (folder / "README.md").write_text(f"Random weights of a reranker, in the shape of {name}.\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")  # last: the folder is complete
+    return folder
+
+
+def _shards(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, int]]]:
+    """For each file the shapes of its weights; a vector has one row and stands for a norm."""
+    hidden, mlp, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    ends = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (1, hidden)}
+    if not config["tie_word_embeddings"]:
+        ends["lm_head.weight"] = (config["vocab_size"], hidden)
+    yield ends
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q), "self_attn.q_norm": (1, head_dim), "self_attn.k_norm": (1, head_dim),
+            "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp),
+            "input_layernorm": (1, hidden), "post_attention_layernorm": (1, hidden),
+        }  # fmt: skip
+        yield {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+
+
+def _write_weights(folder: Path, shards: list[dict[str, tuple[int, int]]]) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        weights = {name: _random(shape, generator) for name, shape in shard.items()}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _random(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    if shape[0] == 1:
+        return torch.ones(shape[1], dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=DEVIATION, generator=generator)

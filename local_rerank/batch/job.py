@@ -91,17 +91,19 @@ class JobFolder:
         if found is None:
             if not overwrite and (there := [file for file in (output, rejects) if file.exists()]):
                 raise ConfigError(f"{there[0]} exists and no job can go on there; --overwrite begins anew")
-            self.clear(keep_progress=False)
-            return JobProgress(settings=settings)
+            return self._begin(settings)
         for name in sorted(settings.keys() | found.settings.keys()):
             if settings.get(name) != found.settings.get(name):
                 was, now = found.settings.get(name, "not given"), settings.get(name, "not given")
                 what = f"{output} was begun with {name} {was}, not {now}; finish it so, or --overwrite begins anew"
                 raise ConfigError(what)
-        if found.is_done and not output.exists():
-            self.clear(keep_progress=False)
-            return JobProgress(settings=settings)
-        return found
+        return self._begin(settings) if found.is_done and not output.exists() else found
+
+    def _begin(self, settings: dict[str, str]) -> JobProgress:
+        """Count nothing, on disk, before the output is made: else a kill would leave an output that no job knows."""
+        self.clear(keep_progress=False)
+        self.save(JobProgress(settings=settings))
+        return JobProgress(settings=settings)
 
     def save(self, progress: JobProgress) -> None:
         with replace_file(self._file) as stream:

@@ -28,6 +28,7 @@ _MAX_VARIABLES = 500  # keys of one query; SQLite takes at least 999
 _SPEED_ONLY = {
     "model", "revision", "instruction",  # in the key by what they stand for
     "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
+    "no_cuda_graphs", "no_compile", "deterministic",
 }  # fmt: skip
 """Settings under which a pair keeps its score, up to rounding. Every other setting is part of the key."""
 

@@ -221,7 +221,7 @@ def _parsed(file: str, number: int, line: bytes, parse: Callable[[bytes], Row]) 
 
 def _json(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(line.decode("utf-8-sig").rstrip("\r\n"), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     except UnicodeDecodeError as error:

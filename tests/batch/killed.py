@@ -1,0 +1,63 @@
+"""Jobs in processes that are killed, forked from one that has imported everything: a start costs little."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PRELOADED = ["tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "transformers"]
+
+
+def forks() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    process = forks().Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def command_in_small_blocks(arguments: list[str], log: str, block_pairs: int) -> None:
+    """`local-rerank ...`, with blocks of so few pairs that a short file has many."""
+    from local_rerank.batch import job
+    from local_rerank.cli import main
+
+    job.MAX_BLOCK_PAIRS = block_pairs
+    with Path(log).open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        main(arguments)
+
+
+def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str) -> None:
+    """A job with a stand-in for the model, killed as it is about to do something to the disk for the `step`-th time."""
+    from tests.batch.test_job import do_job
+
+    patch = pytest.MonkeyPatch()
+    count = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapper
+
+    patch.setattr(os, "fsync", counting(os.fsync))
+    patch.setattr(Path, "replace", counting(Path.replace))
+    patch.setattr(Path, "unlink", counting(Path.unlink))
+    do_job(Path(folder), input_name, output_name)

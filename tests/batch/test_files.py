@@ -1,0 +1,401 @@
+"""Files in and out: every format, from any position on, with the records that cannot be read told by their number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_rerank import RankedDocument
+from local_rerank.batch import sources
+from local_rerank.batch.rows import Row, ScoredRow, parse_record
+from local_rerank.batch.sinks import Sink, open_sink
+from local_rerank.batch.sources import Position, Rejected, Source, open_source
+from local_rerank.batch.trec_source import FileTexts, RunSource
+from local_rerank.errors import ConfigError, InvalidRequest
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: text.strip())
+
+
+def rows_of(source: Source) -> list[Row]:
+    items = [item for item, _ in source.read(Position())]
+    assert not [item for item in items if isinstance(item, Rejected)]
+    return [item for item in items if isinstance(item, Row)]
+
+
+def rejected_of(source: Source) -> list[tuple[int, str]]:
+    return [(item.number, item.error) for item, _ in source.read(Position()) if isinstance(item, Rejected)]
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+# JSON lines
+
+
+def test_json_lines_hold_rankings_with_ids_scores_and_fields_of_their_own(tmp_path: Path) -> None:
+    lines = '\ufeff{"id": 1, "query": "q", "documents": ["a", "b\u2028c"], "more": [1]}\r\n\n'
+    lines += '{"query": "r", "documents": [{"text": "x", "id": 7, "score": 2}]}'
+    first, second = rows_of(open_source(write(tmp_path / "a.jsonl", lines)))
+    assert (first.id, first.query, first.documents) == ("1", "q", ("a", "b\u2028c"))
+    assert first.fields == {"id": 1, "query": "q", "more": [1]}
+    assert (second.document_ids, second.first_stage_scores, second.number) == (("7",), (2.0,), 3)
+
+
+def test_lines_that_are_no_record_are_told_by_number_and_the_others_follow(tmp_path: Path) -> None:
+    lines = [
+        b'{"query": "q", "documents": ["a"]}',
+        b"{",
+        b'{"query": "q\xff", "documents": ["a"]}',
+        b'{"query": "q", "documents": ["a"], "x": NaN}',
+        b"[" * 5000 + b"]" * 5000,
+        b'{"query": "q", "document": "a"}',
+        b'{"query": "q", "documents": []}',
+        b'{"query": "last", "documents": ["a"]}',
+    ]
+    source = open_source(write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    assert rejected_of(source) == [
+        (2, "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (3, "not UTF-8: invalid start byte at byte 12"),
+        (4, "not JSON: NaN"),
+        (5, "not JSON: nested too deeply"),
+        (6, "the record has document, where the first one of the file has documents"),
+        (7, "0 documents; at least 1 is needed"),
+    ]
+    kept = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
+    assert [(row.query, row.number) for row in kept] == [("q", 1), ("last", 8)]
+
+
+def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 50)
+    lines = '{"query": "%s", "documents": ["a"]}\n{"query": "r", "documents": ["a"]}\n' % ("q" * 300)
+    source = open_source(write(tmp_path / "a.jsonl", lines))
+    assert rejected_of(source) == [(1, "the line has 50 bytes or more")]
+    assert [item.query for item, _ in source.read(Position()) if isinstance(item, Row)] == ["r"]
+
+
+# CSV and TSV
+
+
+def test_csv_holds_pairs_with_quotes_and_line_feeds(tmp_path: Path) -> None:
+    text = '\ufefflabel,document,query,instruction\r\n1,"a ""b""\nc",q,\r\n\r\n2,d,r,judge\r\n'
+    first, second = rows_of(open_source(write(tmp_path / "a.csv", text)))
+    assert (first.query, first.documents, first.instruction, first.is_pair) == ("q", ('a "b"\nc',), None, True)
+    assert (second.instruction, second.fields["label"], second.number) == ("judge", "2", 5)
+
+
+def test_tsv_has_no_quotes(tmp_path: Path) -> None:
+    (row,) = rows_of(open_source(write(tmp_path / "a.tsv", 'query\tdocument\n"q\t5" screen\n')))
+    assert (row.query, row.documents) == ('"q', ('5" screen',))
+
+
+def test_a_quote_that_is_not_closed_costs_one_line(tmp_path: Path) -> None:
+    text = 'query,document\nq,a\nq,"b\nq,c\n"q" x,d\nr,e,f\nq,g\n'
+    source = open_source(write(tmp_path / "a.csv", text))
+    errors = rejected_of(source)
+    assert [number for number, _ in errors] == [3, 5, 6]
+    assert errors[0][1].startswith("not CSV: ")
+    assert errors[2][1] == "3 fields; the header has 2"
+    assert [item.documents[0] for item, _ in source.read(Position()) if isinstance(item, Row)] == ["a", "c", "g"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", "a.csv:1 names no column query"),
+        ("a.csv", "query,text\nq,a\n", "a.csv:1 names no column document; it has query, text"),
+        ("a.csv", "query,document,query\n", "a.csv:1 names a column twice"),
+        ("a.csv", b"query,\xff\n", "a.csv:1 is no header"),
+        ("a.xml", "", "a.xml must end in one of .jsonl, .csv, .tsv, .parquet"),
+        ("a.parquet", "text", "a.parquet is no Parquet file"),
+    ],
+)
+def test_a_file_that_is_none_of_these_is_refused(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        open_source(write(tmp_path / name, content))
+
+
+# Parquet
+
+
+def test_parquet_holds_pairs_or_rankings(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["q", "r"], "document": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    assert source.is_pairs
+    assert rejected_of(source) == [(2, "documents must be a list, not left out")]
+    documents = [["a", "b"], ["c"]]
+    pq.write_table(pa.table({"query": ["q", "r"], "documents": documents}), tmp_path / "b.parquet")
+    assert [row.documents for row in rows_of(open_source(tmp_path / "b.parquet"))] == [("a", "b"), ("c",)]
+    structs = [[{"text": "a", "id": 3}]]
+    pq.write_table(pa.table({"query": ["q"], "documents": structs}), tmp_path / "c.parquet")
+    assert rows_of(open_source(tmp_path / "c.parquet"))[0].document_ids == ("3",)
+    pq.write_table(pa.table({"query": ["q"], "text": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(InvalidRequest, match="must have the columns query and either document or documents; it has qu"):
+        open_source(tmp_path / "d.parquet")
+
+
+# From any position on
+
+
+def pairs_file(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> Path:
+    file = folder / f"pairs.{kind}"
+    if kind == "jsonl":
+        lines = [json.dumps({"query": query, "document": text}, ensure_ascii=False) for query, text in pairs]
+        return write(file, "\n".join(lines))
+    if kind == "parquet":
+        table = pa.table({"query": [q for q, _ in pairs], "document": [d for _, d in pairs]})
+        pq.write_table(table, file, row_group_size=3)
+        return file
+    text = io.StringIO()
+    csv.writer(text).writerows([("query", "document"), *pairs])
+    return write(file, text.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8))
+def test_reading_goes_on_behind_any_record(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, pairs: list[tuple[str, str]]
+) -> None:
+    source = open_source(pairs_file(tmp_path_factory.mktemp("files"), kind, pairs))
+    items = list(source.read(Position()))
+    assert [(row.query, row.documents[0]) for row in rows_of(source)] == pairs
+    for place, (_, behind) in enumerate(items, 1):
+        assert list(source.read(behind)) == items[place:]
+    assert items[-1][1].offset == source.size
+
+
+# TREC runs
+
+
+@pytest.fixture
+def run_files(tmp_path: Path) -> dict[str, Path]:
+    queries = ['{"id": "q1", "text": "one"}', '{"id": "q2", "text": " "}', '{"id": "q3", "text": "three"}', "broken"]
+    corpus = ['{"_id": "d1", "text": "first"}', '{"_id": "d2", "title": "T", "text": "second"}', "\xff"]
+    run = ["q3 Q0 d2 1 1.5 x", "q1 Q0 d1 2 1 x", "q1 Q0 d2 1 3 x", "q1 Q0 d2 1 3 x", "q1 Q0 d3 1 2 x"]
+    run += ["q2 Q0 d1 1 1 x", "q4 Q0 d1 1 1 x", "q1 Q0 d1 9 nan x"]
+    return {
+        "queries": write(tmp_path / "queries.jsonl", "\n".join(queries)),
+        "corpus": write(tmp_path / "corpus.jsonl", "\n".join(corpus).encode("latin-1")),
+        "run": write(tmp_path / "in.run", "\n".join(run)),
+    }
+
+
+def run_source(files: dict[str, Path], folder: Path, **options: Any) -> RunSource:
+    folder.mkdir(exist_ok=True)
+    return RunSource(files["run"], FileTexts(files["queries"], files["corpus"]), folder, **options)
+
+
+def test_a_run_gives_queries_in_its_order_with_candidates_by_score(run_files: dict[str, Path], tmp_path: Path) -> None:
+    source = run_source(run_files, tmp_path / "job")
+    first, second = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
+    assert (first.id, first.documents, first.first_stage_scores) == ("q3", ("T second",), (1.5,))
+    assert (second.id, second.query, second.document_ids) == ("q1", "one", ("d2", "d1"))
+    (top,) = [
+        item
+        for item, _ in run_source(run_files, tmp_path / "job", top_k=1).read(Position())
+        if isinstance(item, Row) and item.id == "q1"
+    ]
+    assert (top.document_ids, top.tail_ids) == (("d2",), ("d1",))
+
+
+def test_lines_of_a_run_and_its_texts_that_are_of_no_use_are_told(run_files: dict[str, Path], tmp_path: Path) -> None:
+    items = [item for item, _ in run_source(run_files, tmp_path / "job").read(Position())]
+    told = {(Path(item.file).name, item.number, item.error) for item in items if isinstance(item, Rejected)}
+    assert told == {
+        ("in.run", 8, "the line has the score nan"),
+        ("queries.jsonl", 2, "the query is empty"),
+        ("queries.jsonl", 4, "the line is not an object with id and text"),
+        ("corpus.jsonl", 3, "not UTF-8: invalid start byte"),
+        ("in.run", 4, "document d2 is there a second time"),
+        ("in.run", 5, "document d3 is not among the documents"),
+        ("in.run", 6, "query q2 is not among the queries"),
+        ("in.run", 7, "query q4 is not among the queries"),
+    }
+
+
+def test_reading_a_run_goes_on_behind_any_item_and_finds_its_index_again(
+    run_files: dict[str, Path], tmp_path: Path
+) -> None:
+    items = list(run_source(run_files, tmp_path / "job").read(Position()))
+    built = (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns
+    for place, (_, behind) in enumerate(items, 1):
+        assert list(run_source(run_files, tmp_path / "job").read(behind)) == items[place:]
+    assert (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns == built
+
+
+def test_a_run_without_a_single_text_is_refused(run_files: dict[str, Path], tmp_path: Path) -> None:
+    write(run_files["corpus"], '{"_id": "other", "text": "x"}\n')
+    with pytest.raises(InvalidRequest, match=r"no line of .*in.run names a query and a document that have texts"):
+        run_source(run_files, tmp_path / "job")
+    write(run_files["queries"].with_suffix(".xml"), "")
+    with pytest.raises(InvalidRequest, match=r"queries.xml must be a .jsonl or a .tsv file"):
+        FileTexts(run_files["queries"].with_suffix(".xml"), run_files["corpus"])
+    with pytest.raises(InvalidRequest, match=r"corpus .*none.tsv is no file here"):
+        FileTexts(run_files["queries"], tmp_path / "none.tsv")
+
+
+# Out
+
+
+def scored(
+    record: dict[str, Any], log_odds: list[float], *, tail: tuple[str, ...] = (), blended: bool = False
+) -> ScoredRow:
+    """A record's row with these log-odds, best first."""
+    row = parse_record(record)
+    row = Row(**{name: getattr(row, name) for name in Row.__dataclass_fields__} | {"tail_ids": tail})
+    order = sorted(range(len(log_odds)), key=lambda i: -log_odds[i])
+    results = tuple(
+        RankedDocument(
+            index=i,
+            relevance_score=0.5,
+            log_odds=log_odds[i],
+            document=row.documents[i],
+            num_tokens=3,
+            num_truncated_tokens=0,
+        )
+        for i in order
+    )
+    return ScoredRow(
+        row=row, results=results, blended_scores=tuple(log_odds[i] * 2 for i in order) if blended else None
+    )
+
+
+RANKING = {"id": 7, "query": "q\t1", "documents": [{"text": "a", "id": "x"}, {"text": "b\nc", "id": "y"}]}
+PAIR = {"query": "q", "document": 'a "b"', "label": "é"}
+
+
+def written(tmp_path: Path, name: str, record: dict[str, Any], row: ScoredRow, **options: Any) -> Path:
+    """A file of that row twice, in two steps, as a source like the record's would be written."""
+    source = open_source(write(tmp_path / "source.jsonl", json.dumps(record)))
+    sink = sink_for(tmp_path / name, source, **options)
+    sink.rewind(0)
+    sink.write([row])
+    sink.commit()
+    sink.write([row])
+    sink.commit()
+    sink.finish()
+    return tmp_path / name
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def sink_for(file: Path, source: Source, **options: Any) -> Sink:
+    defaults = {"model_id": "Owner/My Model", "with_documents": False, "is_blended": False}
+    (file.parent / "job").mkdir(exist_ok=True)
+    return open_sink(file, file.parent / "job", source, **(defaults | options))
+
+
+def test_a_ranking_is_written_in_every_form(tmp_path: Path) -> None:
+    row = scored(RANKING, [-1.0, 2.5], tail=("z",))
+    result = {"relevance_score": 0.5, "num_tokens": 3, "num_truncated_tokens": 0}
+    results = [{"index": 1, "id": "y", "log_odds": 2.5} | result, {"index": 0, "id": "x", "log_odds": -1.0} | result]
+    lines = written(tmp_path, "a.jsonl", RANKING, row).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": 7, "query": "q\t1", "results": results}] * 2
+    table = pq.read_table(written(tmp_path, "a.parquet", RANKING, row)).to_pylist()
+    assert table == [{"id": "7", "query": "q\t1", "results": results}] * 2
+    assert written(tmp_path, "a.run", RANKING, row).read_text().splitlines() == [
+        "7 Q0 y 1 2.5 My_Model",
+        "7 Q0 x 2 -1.0 My_Model",
+        "7 Q0 z 3 -2.0 My_Model",
+    ] * 2  # fmt: skip
+    rows = read_csv(written(tmp_path, "a.csv", RANKING, row))
+    assert [(each["id"], each["rank"], each["document_id"], each["log_odds"]) for each in rows] == [
+        ("7", "1", "y", "2.5"),
+        ("7", "2", "x", "-1.0"),
+    ] * 2  # fmt: skip
+    assert rows[0]["query"] == "q\t1"
+    tsv = written(tmp_path, "a.tsv", RANKING, row, with_documents=True).read_text().splitlines()
+    assert tsv[0].split("\t")[-1] == "document"
+    assert tsv[1].split("\t")[1] == "q 1"
+    assert tsv[1].split("\t")[-1] == "b c"
+
+
+def test_blended_scores_are_written_and_decide_the_scores_of_a_run(tmp_path: Path) -> None:
+    row = scored(RANKING, [-1.0, 2.5], blended=True)
+    assert written(tmp_path, "a.run", RANKING, row).read_text().splitlines()[0] == "7 Q0 y 1 5.0 My_Model"
+    (first, _) = pq.read_table(written(tmp_path, "a.parquet", RANKING, row, is_blended=True)).to_pylist()
+    assert [each["blended_score"] for each in first["results"]] == [5.0, -2.0]
+    rows = read_csv(written(tmp_path, "a.csv", RANKING, row, is_blended=True))
+    assert rows[1]["blended_score"] == "-2.0"
+
+
+def test_a_pair_keeps_its_columns_in_every_form(tmp_path: Path) -> None:
+    row = scored(PAIR, [1.5])
+    expected = PAIR | {"relevance_score": 0.5, "log_odds": 1.5, "num_tokens": 3, "num_truncated_tokens": 0}
+    assert json.loads(written(tmp_path, "a.jsonl", PAIR, row).read_text().splitlines()[1]) == expected
+    assert pq.read_table(written(tmp_path, "a.parquet", PAIR, row)).to_pylist() == [expected] * 2
+    rows = read_csv(written(tmp_path, "a.csv", PAIR, row))
+    assert rows == [{name: str(value) for name, value in expected.items()}] * 2
+    assert written(tmp_path, "a.tsv", PAIR, row).read_text().splitlines()[2] == 'q\ta "b"\té\t0.5\t1.5\t3\t0'
+    with pytest.raises(ConfigError, match="would be a run, but the input has pairs"):
+        written(tmp_path, "a.run", PAIR, row)
+    with pytest.raises(ConfigError, match=r"it must end in one of .jsonl, .csv, .tsv, .parquet, .run"):
+        written(tmp_path, "a.txt", PAIR, row)
+
+
+def test_parquet_keeps_the_types_of_its_input(tmp_path: Path) -> None:
+    table = pa.table({"query": ["q"], "documents": [["a"]], "when": pa.array([1], pa.timestamp("us")), "id": [12]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    source = open_source(tmp_path / "in.parquet")
+    sink = sink_for(tmp_path / "out.parquet", source)
+    sink.rewind(0)
+    row = rows_of(source)[0]
+    sink.write([ScoredRow(row=row, results=scored({"query": "q", "documents": ["a"]}, [1.0]).results)])
+    sink.commit()
+    sink.finish()
+    schema = pq.read_schema(tmp_path / "out.parquet")
+    assert schema.names == ["query", "when", "id", "results"]
+    assert (schema.field("when").type, schema.field("id").type) == (pa.timestamp("us"), pa.int64())
+
+
+def test_lone_surrogates_and_ids_with_spaces_can_be_written(tmp_path: Path) -> None:
+    record = {"id": "a b\n", "query": "\ud800", "documents": ["x"]}
+    row = scored(record, [1.0])
+    assert json.loads(written(tmp_path, "a.jsonl", record, row).read_text().splitlines()[0])["query"] == "\ud800"
+    assert written(tmp_path, "a.run", record, row).read_text().splitlines()[0] == "a_b Q0 0 1 1.0 My_Model"
+
+
+def test_what_lies_behind_the_mark_is_forgotten(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path / "source.jsonl", json.dumps(RANKING)))
+    rows = [scored(RANKING | {"id": number}, [1.0, 0.0]) for number in range(3)]
+    for name, read in (("a.jsonl", ids_of_lines), ("a.parquet", ids_of_table)):
+        sink = sink_for(tmp_path / name, source)
+        sink.rewind(0)
+        sink.write(rows[:1])
+        mark = sink.commit()
+        sink.write(rows[1:2])
+        sink.commit()
+        sink.finish()
+        again = sink_for(tmp_path / name, source)
+        again.rewind(mark)
+        again.write(rows[2:])
+        again.commit()
+        again.finish()
+        assert list(read(tmp_path / name)) == ["0", "2"]
+    lost = sink_for(tmp_path / "lost.jsonl", source)
+    with pytest.raises(ConfigError, match=r"lost.jsonl has lost some of the 9 bytes that were counted"):
+        lost.rewind(9)
+    with pytest.raises(ConfigError, match=r"part-00000002.parquet is missing, which was counted"):
+        sink_for(tmp_path / "lost.parquet", source).rewind(3)
+
+
+def ids_of_lines(file: Path) -> Iterator[str]:
+    return (str(json.loads(line)["id"]) for line in file.read_text().splitlines())
+
+
+def ids_of_table(file: Path) -> Iterator[str]:
+    return iter(pq.read_table(file).column("id").to_pylist())

@@ -1,0 +1,205 @@
+"""Jobs: blocks, settings, folders, and kills at every step, with a stand-in for the model that is known by heart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from local_rerank import RankedDocument
+from local_rerank.batch import job
+from local_rerank.batch.job import JobFolder, JobProgress, blocks, job_folder, run_job
+from local_rerank.batch.rows import Row, ScoredRow
+from local_rerank.batch.sinks import open_sink
+from local_rerank.batch.sources import Position, Rejected, Source, open_source
+from local_rerank.batch.trec_source import FileTexts, RunSource
+from local_rerank.errors import ConfigError, InvalidRequest
+from tests.batch.killed import job_killed_at_step, start
+
+SETTINGS = {"input": "in", "model": "m"}
+BLOCK_PAIRS = 5
+
+
+def by_heart(rows: list[Row]) -> list[ScoredRow | InvalidRequest]:
+    """Stands for the model: a document's log-odds are its length; the query "refused" cannot be ranked."""
+    return [InvalidRequest("refused", field="query") if row.query == "refused" else score(row) for row in rows]
+
+
+def score(row: Row) -> ScoredRow:
+    order = sorted(range(len(row.documents)), key=lambda index: -len(row.documents[index]))
+    return ScoredRow(
+        row=row,
+        results=tuple(
+            RankedDocument(
+                index=index,
+                relevance_score=0.5,
+                log_odds=float(len(row.documents[index])),
+                document=row.documents[index],
+                num_tokens=1,
+                num_truncated_tokens=0,
+            )
+            for index in order
+        ),
+    )
+
+
+def do_job(folder: Path, input_name: str, output_name: str, *, overwrite: bool = False) -> JobProgress:
+    """A job in blocks of BLOCK_PAIRS pairs."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(job, "MAX_BLOCK_PAIRS", BLOCK_PAIRS)
+    output = folder / output_name
+    rejects = folder / f"{output_name}.rejects"
+    with patch.context(), job_folder(output, rejects, SETTINGS, overwrite=overwrite) as held:
+        source = open_input(folder, input_name, held)
+        sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
+        done = run_job(held, source, by_heart, sink, rejects, begin=lambda block: None, report=lambda *_: None)
+    patch.undo()
+    return done
+
+
+def open_input(folder: Path, name: str, held: JobFolder) -> Source:
+    if name.endswith(".run"):
+        return RunSource(folder / name, FileTexts(folder / "queries.tsv", folder / "corpus.tsv"), held.path)
+    return open_source(folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve rankings of three documents, among them two lines that are none and one that is refused; as a run, too."""
+    records = [
+        {
+            "id": f"q{i}",
+            "query": "refused" if i == 5 else f"query {i}",
+            "documents": ["x" * (i + j) for j in range(1, 4)],
+        }
+        for i in range(12)
+    ]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:4], "{broken", *lines[4:], '{"query": 1}']) + "\n")
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tquery {i}\n" for i in range(12)))
+    (tmp_path / "corpus.tsv").write_text("".join(f"d{i}\t{'x' * i}\n" for i in range(15)))
+    run = [f"q{i} Q0 d{i + j} {j} {-j} first\n" for i in range(12) for j in range(3)]
+    (tmp_path / "in.run").write_text("".join([*run[:7], "broken\n", *run[7:], "q1 Q0 d99 9 9 first\n"]))
+    return tmp_path
+
+
+def content(file: Path) -> object:
+    return pq.read_table(file).to_pylist() if file.suffix == ".parquet" else file.read_bytes()
+
+
+CASES = [("in.jsonl", "out.jsonl"), ("in.jsonl", "out.csv"), ("in.jsonl", "out.parquet"), ("in.run", "out.run")]
+
+
+@pytest.mark.parametrize(("input_name", "output_name"), CASES)
+def test_a_job_killed_at_every_step_writes_what_an_undisturbed_one_does(
+    folder: Path, input_name: str, output_name: str
+) -> None:
+    """Each process gets one step further than the one before it, from where that one left the disk."""
+    undisturbed = do_job(folder, input_name, "whole-" + output_name)
+    assert (undisturbed.num_rows, undisturbed.num_rejected) == ((11, 3) if input_name == "in.jsonl" else (12, 2))
+    num_kills = 0
+    for step in [1, 2, 3, *([4, 5, 7, 9, 11] * 40)]:
+        process = start(job_killed_at_step, step, str(folder), input_name, output_name)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -9
+        num_kills += 1
+    assert process.exitcode == 0
+    assert num_kills >= 10
+    assert content(folder / output_name) == content(folder / f"whole-{output_name}")
+    ours, whole = ((folder / f"{name}.rejects").read_bytes() for name in (output_name, f"whole-{output_name}"))
+    assert ours == whole
+    again = do_job(folder, input_name, output_name)
+    assert replace(again, seconds=0.0) == replace(undisturbed, seconds=0.0)
+
+
+def test_a_job_leaves_nothing_but_its_progress_and_its_lock(folder: Path) -> None:
+    do_job(folder, "in.jsonl", "out.parquet")
+    assert {file.name for file in (folder / "out.parquet.job").iterdir()} == {"progress.json", "lock"}
+
+
+def test_rejected_records_are_in_a_file_with_number_and_reason(folder: Path) -> None:
+    do_job(folder, "in.jsonl", "out.jsonl")
+    rejected = [json.loads(line) for line in (folder / "out.jsonl.rejects").read_text().splitlines()]
+    assert Counter((each["number"], each["error"].split(":")[0]) for each in rejected) == Counter(
+        [(5, "not JSON"), (14, "query must be a string, not int"), (7, "refused")]
+    )
+    assert {each["content"] for each in rejected} >= {"{broken", '{"query": 1}'}
+    assert {each["file"] for each in rejected} == {str(folder / "in.jsonl")}
+
+
+def test_without_a_rejected_record_there_is_no_file_of_them(folder: Path) -> None:
+    (folder / "good.jsonl").write_text('{"query": "q", "documents": ["a"]}\n')
+    do_job(folder, "good.jsonl", "out.jsonl")
+    assert not (folder / "out.jsonl.rejects").exists()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out.run"])
+def test_an_empty_file_gives_an_empty_file(folder: Path, name: str) -> None:
+    (folder / "empty.jsonl").write_text("\n")
+    assert do_job(folder, "empty.jsonl", name).is_done
+    assert (folder / name).exists()
+    assert do_job(folder, "empty.jsonl", name).num_rows == 0
+
+
+def test_a_job_that_is_done_is_not_done_again_unless_its_output_is_gone(folder: Path) -> None:
+    do_job(folder, "in.jsonl", "out.jsonl")
+    first = (folder / "out.jsonl").stat().st_mtime_ns
+    assert do_job(folder, "in.jsonl", "out.jsonl").is_done
+    assert (folder / "out.jsonl").stat().st_mtime_ns == first
+    (folder / "out.jsonl").unlink()
+    assert do_job(folder, "in.jsonl", "out.jsonl").num_rows == 11
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 11
+
+
+def test_a_job_does_not_go_on_under_other_settings(folder: Path) -> None:
+    with job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False) as held:
+        held.save(JobProgress(settings=SETTINGS, num_rows=3))
+    other = SETTINGS | {"model": "n"}
+    with pytest.raises(ConfigError, match="was begun with model m, not n; finish it so, or --overwrite begins anew"):
+        JobFolder(folder / "out", folder / "rejects", other, overwrite=False)
+    with pytest.raises(ConfigError, match="was begun with blend not given, not bm25=1"):
+        JobFolder(folder / "out", folder / "rejects", SETTINGS | {"blend": "bm25=1"}, overwrite=False)
+    with job_folder(folder / "out", folder / "rejects", other, overwrite=True) as held:
+        assert held.progress == JobProgress(settings=other)
+
+
+def test_one_process_at_a_time_writes_an_output(folder: Path) -> None:
+    with (
+        job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False),
+        pytest.raises(ConfigError, match=r"another process is writing .*out"),
+    ):
+        JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["out", "rejects"])
+def test_a_file_that_no_job_made_is_left_alone(folder: Path, name: str) -> None:
+    (folder / name).write_text("precious")
+    with pytest.raises(ConfigError, match=f"{name} exists and no job can go on there; --overwrite begins anew"):
+        JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
+    assert (folder / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 9}', '{"version": 1, "settings": {}, "position": 3}'])
+def test_progress_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
+    (folder / "out.job").mkdir()
+    (folder / "out.job" / "progress.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"progress.json cannot be read \(.*\); --overwrite begins anew"):
+        JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
+
+
+def test_blocks_are_bounded_in_pairs_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "MAX_BLOCK_PAIRS", 4)
+    monkeypatch.setattr(job, "MAX_BLOCK_CHARS", 100)
+    counts, long = [1, 2, 3, 1, 9, 1, 1, 1, 1], "x" * 60
+    lines = [json.dumps({"query": "q", "documents": ["d"] * count}) for count in counts]
+    lines += [json.dumps({"query": "q", "documents": [long]})] * 2
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    found = list(blocks(open_source(tmp_path / "in.jsonl"), Position()))
+    assert [block.num_pairs for block in found] == [3, 4, 9, 4, 1, 1]
+    assert all(not isinstance(item, Rejected) for block in found for item in block.items)

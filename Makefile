@@ -11,7 +11,7 @@ CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard 
 test: export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix docs clients clean
+.PHONY: help serve test check fix docs screenshot clients clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ fix: $(DEV) ## mend what lint and formatting can mend
 docs: $(DEV) ## write anew what of the documents comes from code: docs/options.md, the answer in the README
 	$(BIN)/python docs/options.py > docs/options.md
 	$(BIN)/python docs/answer.py
+
+screenshot: $(DEV) ## take the README's picture of the page anew (needs Chromium; the picture shows this machine's fonts)
+	SCREENSHOT=docs/playground.png $(BIN)/pytest -q tests/playground/test_screenshot.py
 
 clients: $(CLIENTS) ## install the vendors' SDKs that the tests drive, each set in an environment of its own
 

@@ -54,8 +54,9 @@ def test_every_command_line_that_is_shown_parses() -> None:
 
 
 def test_the_readme_lists_every_route() -> None:
-    paths = {route.path.replace(":path", "").rstrip("/") for _, router in ROWS for route in router.routes}
-    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", README, re.MULTILINE)) == paths
+    paths = {route.path.replace(":path", "").rstrip("/") or "/" for _, router in ROWS for route in router.routes}
+    files = {path for path in paths if path.startswith("/playground/")}  # of the page at /
+    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", README, re.MULTILINE)) == paths - files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

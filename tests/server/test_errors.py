@@ -146,7 +146,7 @@ def test_a_path_is_a_dialects_if_it_lies_under_its_prefix(path: str, name: str) 
 @pytest.mark.anyio
 async def test_no_path_is_answered_by_a_redirect(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
-        for path in ("/health/", "/docs/", "/api/v1/", "//health"):
+        for path in ("/health/", "/docs/", "/api/v1/", "http://test//health"):
             assert (await client.get(path)).status_code == 404
 
 
@@ -187,9 +187,8 @@ def examples() -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_every_dialect_that_ranks_is_walked() -> None:
-    assert {dialect_at(path).name for path, _ in examples()} == {dialect.name for dialect in DIALECTS} - {
-        "Housekeeping"
-    }
+    ranking = {dialect.name for dialect in DIALECTS} - {"Housekeeping", "Playground"}
+    assert {dialect_at(path).name for path, _ in examples()} == ranking
 
 
 def check_shape(dialect: Dialect, body: dict[str, Any]) -> None:

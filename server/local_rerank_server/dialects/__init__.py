@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from local_rerank_server.dialects import dashscope, dashscope_compatible, housekeeping, local
+from local_rerank_server.dialects import dashscope, dashscope_compatible, housekeeping, local, playground
 from local_rerank_server.dialects._route import Dialect
 
 ROWS = (
     (dashscope.dialect, dashscope.router),
     (dashscope_compatible.dialect, dashscope_compatible.router),
     (local.dialect, local.router),
+    (playground.dialect, playground.router),
     (housekeeping.dialect, housekeeping.router),
 )
 

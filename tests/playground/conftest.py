@@ -1,0 +1,160 @@
+"""A real headless Chromium and two real servers; every page that a test opens is watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Route, expect, sync_playwright
+
+from tests.serving import serving
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MISSING = "no Chromium for the tests of the page; install one: apt-get install --no-install-recommends chromium"
+QUIET = [  # what a browser does of its own accord, which would be requests that are not the page's
+    "--no-sandbox",  # root has none
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+OTHER_NAME = "playground.test"  # this machine under a name for which browsers offer no clipboard
+KEY = "schlüssel-密钥"
+MAX_DOCUMENT_TOKENS = 16  # of the locked server, so that texts are cut
+expect.set_options(timeout=20_000)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None and os.environ.get("CI"):
+        pytest.fail(MISSING)
+    if program is None:
+        pytest.skip(MISSING)
+    with sync_playwright() as playwright:
+        rules = f"--host-resolver-rules=MAP {OTHER_NAME} 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=program, args=[*QUIET, rules])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Base URLs of two servers on the embedded default, started beside each other: one open, one that asks for `KEY`.
+
+    The open one has the precision of the library's fixture `nano`; the locked one cuts long documents.
+    """
+    folder = tmp_path_factory.mktemp("servers")
+    (folder / "keys").write_text(f"test:{KEY}\n", encoding="utf-8")
+    locked = ["--api-key-file", str(folder / "keys"), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS)]
+    with ExitStack() as stack, ThreadPoolExecutor() as starters:
+        starting = (
+            serving(folder / "open.log", "--device", "cpu", "--dtype", "fp32"),
+            serving(folder / "locked.log", "--device", "cpu", "--dtype", "fp32", "--no-self-test", *locked),
+        )
+        base_url, locked_url = starters.map(stack.enter_context, starting)
+        yield base_url, locked_url
+
+
+@pytest.fixture
+def base_url(servers: tuple[str, str]) -> str:
+    return servers[0]
+
+
+@pytest.fixture
+def locked_url(servers: tuple[str, str]) -> str:
+    return servers[1]
+
+
+@dataclass
+class Watched:
+    """What a browser context did and said while its test ran."""
+
+    context: BrowserContext
+    origin: str
+    requests: list[Request] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # what no page of ours may do
+
+    def __post_init__(self) -> None:
+        self.context.on("request", lambda request: self.requests.append(request))
+        self.context.on("weberror", lambda error: self.faults.append(str(error.error)))
+        self.context.on("console", lambda line: self.faults.append(line.text) if is_fault(line) else None)
+
+    def check(self) -> None:
+        assert self.faults == []
+        asked = {"{0.scheme}://{0.netloc}".format(urlsplit(request.url)) for request in self.requests}
+        assert asked == {self.origin}
+
+
+def is_fault(line: ConsoleMessage) -> bool:
+    """Anything on the console but a browser's own note of a status, or of a lost network, that a test provokes."""
+    return not line.text.startswith("Failed to load resource: ")
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(chromium: Browser) -> Iterator[Open]:
+    """`open_page(url, **context options)`: the page in a fresh profile, once it shows that `status` of its server."""
+    watched: list[Watched] = []
+
+    def open_(
+        url: str, *, status: str = "ready", routes: Mapping[str, Callable[[Route], None]] = {}, **options: Any
+    ) -> Page:
+        context = chromium.new_context(**options)
+        watched.append(Watched(context, url))
+        for pattern, handler in routes.items():
+            context.route(pattern, handler)
+        page = context.new_page()
+        page.goto(url)
+        expect(page.locator("#server-status")).to_have_attribute("data-status", status)
+        return page
+
+    yield open_
+    for each in watched:
+        each.context.close()
+        each.check()
+
+
+@pytest.fixture
+def page(open_page: Open, base_url: str) -> Page:
+    return open_page(base_url)
+
+
+def rank(page: Page, query: str, documents: str, **fields: str) -> None:
+    """Fill the form and press the button; `fields` are labels of other fields."""
+    page.get_by_label("Query", exact=True).fill(query)
+    page.get_by_label("Documents", exact=True).fill(documents)
+    for label, value in fields.items():
+        page.get_by_label(label.replace("_", " ")).fill(value)
+    page.get_by_role("button", name="Rank").click()
+
+
+def shown(page: Page) -> list[str]:
+    """The documents of the ranking, best first, once it is there."""
+    expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
+    expect(page.locator(".ranking").first).to_be_visible()
+    return page.locator(".document").all_inner_texts()
+
+
+def bodies_sent(page: Page) -> list[dict[str, Any]]:
+    """The bodies of the requests to rank that the page sends from now on."""
+    bodies: list[dict[str, Any]] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/v1/local/rank"):
+            bodies.append(json.loads(request.post_data or ""))
+
+    page.on("request", note)
+    return bodies

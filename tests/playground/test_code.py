@@ -1,0 +1,168 @@
+"""The request in code: what is copied runs as it stands and gives the ranking that the page shows."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from local_rerank_server.config import HOSTED_INSTRUCTION
+from tests.clients.driver import environment_bin
+from tests.playground.conftest import OTHER_NAME, Open, rank, shown
+
+QUERY = 'it\'s "quoted", costs $HOME `date` \\n 什么?'
+DOCUMENTS = [
+    "it's one\nof two lines\t",
+    'back\\slash "quoted" $(date) costs',
+    "\u2028 什么 \U0001f600",
+    "${costs} %s {0}",
+]
+INSTRUCTION = 'Don\'t "retrieve" {anything}'
+PACKAGES = {  # what each client's code imports; the environment that pins the newest of it runs the code
+    "DashScope": "dashscope",
+    "OpenAI": "openai",
+    "Cohere": "cohere",
+    "LiteLLM": "litellm",
+    "Voyage AI": "voyageai",
+    "LangChain": "langchain-community",
+    "LlamaIndex": "llama-index-postprocessor-dashscope-rerank",
+}
+CARD_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+HOSTED_ROUTES = {"LiteLLM", "LangChain", "LlamaIndex"}  # these send no instruction, to routes with one of their own
+WITHOUT_INSTRUCTION = {*HOSTED_ROUTES, "Voyage AI"}  # their code says so
+NUM_AT_ONCE = 3  # an SDK spends its seconds on imports
+CLIPBOARD = ["clipboard-read", "clipboard-write"]
+
+
+def environments() -> dict[str, str]:
+    """Client to environment, for those clients that an environment of tests/clients pins."""
+    found: dict[str, tuple[list[int], str]] = {}
+    for path in sorted((Path(__file__).parents[1] / "clients").glob("*.txt")):
+        pinned = dict(line.split("==") for line in path.read_text().splitlines() if "==" in line)
+        for client, package in PACKAGES.items():
+            if package in pinned:
+                version = [int(part) for part in pinned[package].split(".")]
+                found[client] = max(found.get(client, ([], "")), (version, path.stem))
+    return {client: environment for client, (_, environment) in found.items()}
+
+
+ENVIRONMENTS = environments()
+
+
+def copied(page: Page, client: str) -> str:
+    page.get_by_role("radio", name=client, exact=True).check(force=True)
+    page.get_by_role("button", name="Copy").click()
+    expect(page.locator("#copied")).to_have_text("Copied")
+    text = page.evaluate("navigator.clipboard.readText()")
+    assert isinstance(text, str)
+    return text
+
+
+def fill(page: Page, instruction: str) -> None:
+    page.get_by_label("Top n").fill("3")
+    page.get_by_label("Instruction what").fill(instruction)
+    rank(page, QUERY, json.dumps(DOCUMENTS))
+    shown(page)
+
+
+def order_and_scores(page: Page) -> list[tuple[int, float]]:
+    indexes = [int(re.findall(r"index (\d+)", text)[0]) for text in page.locator("li .meta").all_inner_texts()]
+    scores = [float(str(score.get_attribute("title"))) for score in page.locator("li .score").all()]
+    return list(zip(indexes, scores, strict=True))
+
+
+def test_the_copied_curl_command_gives_the_same_ranking(open_page: Open, base_url: str) -> None:
+    page = open_page(base_url, permissions=CLIPBOARD)
+    fill(page, INSTRUCTION)
+    done = subprocess.run(["sh", "-c", copied(page, "curl")], capture_output=True, check=True, timeout=60)
+    results = json.loads(done.stdout)["results"]
+    assert [item["document"] for item in results] == [DOCUMENTS[item["index"]] for item in results]
+    answered = [(item["index"], item["relevance_score"]) for item in results]
+    assert answered == [(index, pytest.approx(score, abs=1e-5)) for index, score in order_and_scores(page)]
+    assert len(answered) == 3
+
+
+def run(code: str, environment: str) -> list[tuple[int, float]]:
+    """The index and score of each line that a client's code prints."""
+    program = environment_bin(environment) / "python"
+    done = subprocess.run([program, "-"], input=code, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"^(\d+) (\S+)$", done.stdout, re.MULTILINE)
+    return [(int(index), float(score)) for index, score in printed]
+
+
+def test_the_copied_code_of_each_sdk_gives_the_same_ranking(open_page: Open, base_url: str) -> None:
+    page = open_page(base_url, permissions=CLIPBOARD)
+    fill(page, INSTRUCTION)
+    codes = {client: copied(page, client) for client in ENVIRONMENTS}
+    assert {"DashScope", "OpenAI", "LangChain", "LlamaIndex"} <= codes.keys()
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        printed = dict(zip(codes, pool.map(run, codes.values(), ENVIRONMENTS.values()), strict=True))
+    assert {client for client, code in codes.items() if "sends no instruction" in code} == (
+        WITHOUT_INSTRUCTION & codes.keys()
+    )
+    for instruction, clients in (
+        (INSTRUCTION, codes.keys() - WITHOUT_INSTRUCTION),
+        (HOSTED_INSTRUCTION, HOSTED_ROUTES & codes.keys()),
+        (CARD_INSTRUCTION, codes.keys() & WITHOUT_INSTRUCTION - HOSTED_ROUTES),
+    ):
+        with page.expect_response("**/v1/local/rank"):
+            fill(page, instruction)
+        expected = order_and_scores(page)
+        assert len(expected) == 3
+        for client in clients:
+            assert printed[client] == [(index, pytest.approx(score, abs=1e-5)) for index, score in expected], client
+
+
+def test_the_code_of_every_client_parses_and_names_this_server(open_page: Open, base_url: str) -> None:
+    page = open_page(base_url)
+    fill(page, INSTRUCTION)
+    clients = page.get_by_role("radio").all()
+    assert len(clients) == len(PACKAGES) + 1
+    for number, client in enumerate(clients):
+        client.check(force=True)
+        code = page.locator("#snippet").inner_text()
+        assert base_url in code
+        if number:
+            ast.parse(code)
+
+
+def test_the_code_follows_the_fields(page: Page) -> None:
+    snippet = page.locator("#snippet")
+    page.get_by_label("Query").fill("first")
+    expect(snippet).to_contain_text('"query": "first"')
+    expect(snippet).not_to_contain_text("instruction")
+    expect(snippet).not_to_contain_text("Authorization")
+    page.get_by_label("Model").select_option("gte-rerank")
+    expect(snippet).to_contain_text('"model": "gte-rerank"')
+
+
+def test_code_of_many_documents_is_shown_in_part_and_copied_whole(open_page: Open, base_url: str) -> None:
+    page = open_page(base_url, permissions=CLIPBOARD)
+    documents = [f"document {number} " + "word " * 20 for number in range(300)]
+    page.get_by_label("Documents", exact=True).fill(json.dumps(documents))
+    expect(page.locator("#snippet")).to_contain_text("characters more, all of which are copied")
+    assert "document 299" not in page.locator("#snippet").inner_text()
+    assert "document 299" in copied(page, "curl")
+
+
+def test_copying_works_where_browsers_offer_no_clipboard(open_page: Open, base_url: str) -> None:
+    """On plain http beyond this machine; what was copied is pasted to see it."""
+    url = base_url.replace("127.0.0.1", OTHER_NAME)
+    page = open_page(url)
+    assert page.evaluate("window.isSecureContext") is False
+    page.get_by_label("Query").fill("to copy")
+    page.get_by_role("button", name="Copy").click()
+    expect(page.locator("#copied")).to_have_text("Copied")
+    expect(page.get_by_role("button", name="Copy")).to_be_focused()
+    code = page.locator("#snippet").inner_text()
+    assert f"curl {url}/v1/local/rank" in code
+    page.get_by_label("Query").fill("")
+    page.keyboard.press("ControlOrMeta+V")
+    assert page.get_by_label("Query").input_value().strip() == code.strip()

@@ -1,0 +1,252 @@
+"""What a person does with the page: write, rank, compare, choose a file, and be told what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, Route, expect
+
+from local_rerank import Reranker
+from tests.playground.conftest import KEY, MAX_DOCUMENT_TOKENS, Open, bodies_sent, rank, shown
+
+QUERY = "What is a text reranking model?"
+DOCUMENTS = [
+    "Quantum computing is a frontier field of computer science.",
+    "Text reranking models sort candidates by relevance.",
+    "The rise of pretrained language models has brought new advances to text reranking.",
+]
+EVIL = '<img src=x onerror="window.pwned=1"><script>window.pwned=1</script>${pwned}{{pwned}}'
+
+
+def test_a_ranking_shows_what_the_library_says(page: Page, nano: Reranker) -> None:
+    expected = nano.rank(QUERY, DOCUMENTS)
+    rank(page, QUERY, "\n".join(DOCUMENTS))
+    assert shown(page) == [item.document for item in expected]
+    scores = [float(title) for title in titles(page, "li .score")]
+    assert scores == pytest.approx([item.relevance_score for item in expected], abs=1e-5)
+    log_odds = [float(title.removeprefix("log-odds ")) for title in titles(page, "li .log-odds")]
+    assert log_odds == pytest.approx([item.log_odds for item in expected], abs=1e-4)
+    assert page.locator("li .meta").all_inner_texts() == [
+        f"index {item.index} · {item.num_tokens} tokens" for item in expected
+    ]
+    facts = page.locator(".facts").inner_text()
+    assert f"{expected.total_tokens} in all, {expected.num_computed_tokens} computed" in facts
+    assert re.search(r"Time\s+[\d.]+ m?s", facts)
+    assert re.search(r"Speed\s+[\d,]+ tokens/s", facts)
+    assert re.search(r"Cut\s+nothing", facts)
+    assert "3 ranked in" in page.locator("#announcement").inner_text()
+
+
+def titles(page: Page, selector: str) -> list[str]:
+    return [str(found.get_attribute("title")) for found in page.locator(selector).all()]
+
+
+def test_a_bar_is_as_long_as_its_score(page: Page) -> None:
+    rank(page, QUERY, "\n".join(DOCUMENTS))
+    shown(page)
+    for score, bar in zip(page.locator("li .score").all(), page.locator("li .bar").all(), strict=True):
+        filled, whole = bar.evaluate("b => [parseFloat(getComputedStyle(b).backgroundSize) / 100, b.clientWidth]")
+        assert whole > 50
+        assert filled == pytest.approx(float(str(score.get_attribute("title"))), abs=1e-3)
+
+
+def test_the_request_holds_the_fields_and_leaves_out_what_is_empty(page: Page) -> None:
+    bodies = bodies_sent(page)
+    rank(page, QUERY, "\n\n".join(DOCUMENTS))
+    shown(page)
+    page.get_by_label("Model").select_option("qwen3-rerank")
+    rank(page, QUERY, json.dumps([DOCUMENTS[0], {"text": "two\nlines"}, {"document": ""}]), Top_n="2")
+    expect(page.locator("li")).to_have_count(2)
+    page.get_by_label("Instruction what").fill("Find definitions")
+    page.keyboard.press("Control+Enter")
+    shown(page)
+    expect(page.locator("dd").last).to_have_text("local-rerank-nano")
+    own = {"query": QUERY, "model": "local-rerank-nano"}
+    aliased = {"query": QUERY, "model": "qwen3-rerank", "top_n": 2, "documents": [DOCUMENTS[0], "two\nlines", ""]}
+    assert bodies == [own | {"documents": DOCUMENTS}, aliased, aliased | {"instruction": "Find definitions"}]
+
+
+def test_two_instructions_are_compared_on_the_same_documents(page: Page, nano: Reranker) -> None:
+    page.get_by_label("Compare two instructions").check()
+    page.get_by_label("Second instruction").fill("Retrieve passages about physics")
+    rank(page, QUERY, "\n".join(DOCUMENTS), Instruction_what="Find definitions")
+    expect(page.locator(".ranking")).to_have_count(2)
+    shown(page)
+    assert page.locator("h3").all_inner_texts() == ["Find definitions", "Retrieve passages about physics"]
+    for ranking, instruction in zip(page.locator(".ranking").all(), page.locator("h3").all_inner_texts(), strict=True):
+        expected = nano.rank(QUERY, DOCUMENTS, instruction=instruction)
+        assert ranking.locator(".document").all_inner_texts() == [item.document for item in expected]
+    first, second = (ranking.locator("li .meta").all_inner_texts() for ranking in page.locator(".ranking").all())
+    assert not any("log-odds" in text for text in first)
+    assert all(re.search(r"(same place|higher|lower), log-odds", text) for text in second)
+    left, right = (ranking.bounding_box() for ranking in page.locator(".ranking").all())
+    assert left is not None
+    assert right is not None
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
+    page.get_by_label("Compare two instructions").uncheck()
+    expect(page.get_by_label("Second instruction")).to_be_hidden()
+
+
+def test_a_comparison_says_who_moved_and_who_is_new(page: Page) -> None:
+    """The built-in model hardly heeds instructions, so the answers are swapped on the wire."""
+    orders = {"first": [0, 1, 2], "second": [2, 3, 1]}
+
+    def answer(route: Route) -> None:
+        order = orders[json.loads(route.request.post_data or "")["instruction"]]
+        body = route.fetch().json()
+        by_index = {item["index"]: item for item in body["results"]}
+        route.fulfill(json=body | {"results": [by_index[index] for index in order]})
+
+    page.route("**/v1/local/rank", answer)
+    page.get_by_label("Compare two instructions").check()
+    page.get_by_label("Second instruction").fill("second")
+    rank(page, "q", "a\nb\nc\nd", Instruction_what="first")
+    expect(page.locator(".ranking")).to_have_count(2)
+    moved = page.locator(".ranking").last.locator(".moved").all_inner_texts()
+    assert [text.split(",")[0] for text in moved] == ["↑ 2 higher", "not in the first ranking", "↓ 1 lower"]
+
+
+def test_every_example_ranks_all_its_documents(page: Page) -> None:
+    bodies = bodies_sent(page)
+    buttons = page.locator("#examples button")
+    assert {button.get_attribute("lang") for button in buttons.all()} == {"en", "zh"}
+    for button in buttons.all():
+        button.click()
+        shown(page)
+        expect(page.locator(".ranking").first.locator("li")).to_have_count(len(bodies[-1]["documents"]))
+        assert len(bodies[-1]["documents"]) >= 3
+    assert len(bodies) > buttons.count()  # one of them compares
+
+
+def test_a_long_document_is_shown_in_part_until_one_asks_for_all(page: Page) -> None:
+    rank(page, QUERY, json.dumps(["word " * 400, "short"]))
+    shown(page)
+    long = page.locator(".document").filter(has_text="word")
+    before = long.evaluate("d => d.clientHeight")
+    page.get_by_role("button", name="Show all of it").click()
+    assert long.evaluate("d => d.clientHeight") > 2 * before
+    page.get_by_role("button", name="Show less").click()
+    assert long.evaluate("d => d.clientHeight") == before
+
+
+def test_what_was_cut_is_said(open_page: Open, locked_url: str) -> None:
+    page = open_locked(open_page, locked_url)
+    rank(page, QUERY, f"{'long ' * 40}\nshort")
+    shown(page)
+    cut = page.locator("li").filter(has_text="long").locator(".meta").inner_text()
+    assert re.search(rf"{MAX_DOCUMENT_TOKENS} tokens · \d+ tokens cut off its end", cut)
+    assert re.search(r"Cut\s+1 document", page.locator(".facts").inner_text())
+
+
+def open_locked(open_page: Open, url: str) -> Page:
+    page = open_page(url, status="locked")
+    page.get_by_label("API key", exact=True).fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#server-status")).to_have_attribute("data-status", "ready")
+    return page
+
+
+def test_a_key_is_asked_for_and_kept_in_memory_alone(open_page: Open, locked_url: str) -> None:
+    page = open_page(locked_url, status="locked")
+    expect(page.locator("#key-message")).to_have_text("This server asks for an API key.")
+    expect(page.get_by_label("API key", exact=True)).to_be_focused()
+    rank(page, QUERY, "\n".join(DOCUMENTS))  # is refused, and done once there is a key
+    page.get_by_label("API key", exact=True).fill("wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#key-message")).to_have_text("The server does not know this API key.")
+    page.get_by_label("API key", exact=True).fill(KEY)
+    page.keyboard.press("Enter")
+    assert len(shown(page)) == 3
+    expect(page.locator("#key-form")).to_be_hidden()
+    assert "Authorization: Bearer YOUR_KEY" in page.locator("#snippet").inner_text()
+    assert KEY not in page.content()
+    assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert page.context.cookies() == []
+    page.reload()
+    expect(page.locator("#key-message")).to_have_text("This server asks for an API key.")
+
+
+REFUSED = [  # query, documents, top n, what the server says, the field that it is about
+    (" ", "a", "", "query is empty; it must hold some text", "Query"),
+    ("q", "", "", "0 documents; at least 1 is needed and at most 1000 are taken", "Documents"),
+    ("q", json.dumps(["d"] * 1001), "", "1001 documents; at least 1 is needed and at most 1000", "Documents"),
+    ("q", '["a", 5]', "", "documents.1: Input should be a valid string", "Documents"),
+    ("q", "a", "0", "top_n is 0; it must be at least 1", "Top n"),
+    ("q", "a", "2.5", "top_n: Input should be a valid integer", "Top n"),
+    ("q", "a", "two", "top_n: Input should be a valid integer", "Top n"),
+]
+
+
+def test_an_error_is_told_as_the_server_says_it_and_marks_its_field(page: Page) -> None:
+    for query, documents, top_n, message, field in REFUSED:
+        rank(page, query, documents, Top_n=top_n)
+        expect(page.locator("#error")).to_contain_text(message)
+        expect(page.locator("#error")).to_contain_text("HTTP 400")
+        marked = page.get_by_label(field, exact=True)
+        expect(marked).to_have_attribute("aria-invalid", "true")
+        expect(marked).to_be_focused()
+        expect(marked).to_have_accessible_description(re.compile(re.escape(message)))
+        assert page.locator("[aria-invalid]").count() == 1
+        rank(page, "q", "a", Top_n="")
+        assert shown(page) == ["a"]
+        expect(page.locator("#error")).to_be_hidden()
+        assert page.locator("[aria-invalid]").count() == 0
+
+
+def test_a_server_that_is_gone_is_told_from_one_that_refuses(page: Page) -> None:
+    page.context.set_offline(True)
+    rank(page, "q", "a")
+    expect(page.locator("#error")).to_contain_text("The server does not answer. Is it still running?")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Rank").click()
+    assert shown(page) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "The answer is no JSON: <h1>Bad gateway</h1>"),
+        (
+            {
+                "status": 429,
+                "headers": {"retry-after": "3"},
+                "json": {"error": {"message": "full", "type": "Overloaded"}},
+            },
+            "full Try again in 3 s.",
+        ),
+    ],
+    ids=["proxy", "overload"],
+)
+def test_what_a_proxy_or_a_full_server_answers_is_told(answer: dict[str, Any], message: str, page: Page) -> None:
+    page.route("**/v1/local/rank", lambda route: route.fulfill(**answer))
+    rank(page, "q", "a")
+    expect(page.locator("#error")).to_contain_text(message)
+
+
+def test_the_page_waits_for_a_server_that_still_loads(open_page: Open, base_url: str) -> None:
+    answers = iter(["loading"])
+
+    def ready(route: Route) -> None:
+        status = next(answers, None)
+        route.fulfill(status=503, json={"status": status}) if status else route.continue_()
+
+    page = open_page(base_url, routes={"**/ready": ready}, status="loading")
+    expect(page.locator("#server-status")).to_have_text("loading the model …")
+    expect(page.locator("#server-status")).to_have_text("local-rerank-nano")
+
+
+def test_no_text_becomes_markup(page: Page) -> None:
+    page.get_by_label("Compare two instructions").check()
+    page.get_by_label("Second instruction").fill(EVIL)
+    rank(page, EVIL, json.dumps([EVIL, "harmless"]), Instruction_what=EVIL)
+    assert EVIL in shown(page)
+    assert page.locator("h3").all_inner_texts() == [EVIL, EVIL]
+    rank(page, EVIL, f'["{"x"}", 1]', Top_n=EVIL)
+    expect(page.locator("#error")).to_be_visible()
+    assert page.locator("img").count() == 1  # the page's own
+    assert page.locator("script").count() == 1
+    assert page.evaluate("window.pwned") is None

@@ -1,0 +1,47 @@
+"""How the files of the page at `/` are served; tests/playground has what they do in a browser."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from local_rerank_server.dialects.playground import FOLDER, MEDIA_TYPES, PATHS
+from tests.server.conftest import HeldRanker, Serve
+
+pytestmark = pytest.mark.anyio
+OWN_ASSETS = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+
+
+async def test_every_file_is_served_without_a_key_and_under_the_policy(serve: Serve) -> None:
+    async with serve(HeldRanker(), api_key=("secret",)) as client:
+        for path, name in PATHS.items():
+            answer, head = await client.get(path), await client.head(path)
+            assert answer.content == (FOLDER / name).read_bytes()
+            assert answer.headers["content-type"].split(";")[0] == MEDIA_TYPES[(FOLDER / name).suffix]
+            policy = answer.headers["content-security-policy"]
+            assert policy.startswith(OWN_ASSETS)
+            assert "require-trusted-types-for 'script'" in policy
+            assert "unsafe" not in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert (head.status_code, head.content) == (200, b"")
+        assert (await client.get("/playground/other.js")).status_code == 401
+        assert (await client.get("/playground/../errors.py")).status_code == 401
+
+
+async def test_nothing_in_the_folder_is_left_out(serve: Serve) -> None:
+    assert set(PATHS.values()) == {path.name for path in FOLDER.iterdir()}
+
+
+async def test_the_page_works_below_a_proxys_path_and_names_no_other_server(serve: Serve) -> None:
+    async with serve(HeldRanker(), root_path="/rerank") as client:
+        page = (await client.get("/rerank/")).text
+        names = re.findall(r"""(?:src|href)="([^"#]+)""", page)
+        assert len(names) >= 4
+        for name in names:
+            assert (await client.get(f"/rerank/{name}")).status_code == 200
+    for path in FOLDER.iterdir():
+        text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|\burl\(|@import|innerHTML|outerHTML|insertAdjacentHTML|localStorage", text), (
+            path
+        )

@@ -38,6 +38,7 @@ _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix:
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # no absolute path, no "..", no drive
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint makes the same file
 _CHUNK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 16 << 20  # a few KiB are usual
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +180,11 @@ def _manifest(path: Path, source: _Source) -> Manifest:
     """Read and check the manifest, and that an archive holds what it names and nothing else."""
     try:
         with source.open(MANIFEST) as stream:
-            text = stream.read()
+            text = stream.read(_MAX_MANIFEST_BYTES + 1)
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{path} is no bundle of local-rerank: it has no {MANIFEST}") from error
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the manifest of {path} is over {_MAX_MANIFEST_BYTES} bytes: refused")
     try:
         manifest = _from_json(json.loads(text))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -246,7 +249,7 @@ def _extract(path: Path, source: _Source, name: str, entry: FileEntry | None, fo
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open(name) as read, target.open("wb") as write:
-        copied = _copy(read, write)
+        copied = _copy(read, write, max_bytes=_MAX_MANIFEST_BYTES if entry is None else entry.size)
     if entry is not None and copied != entry:
         raise CheckpointError(f"{path} is damaged: {name} does not have the checksum that its manifest names")
 
@@ -271,12 +274,14 @@ def _fault(source: _Source, name: str, entry: FileEntry) -> str | None:
     return None if found == entry else f"sha256 is {found.sha256} instead of {entry.sha256}"
 
 
-def _copy(source: IO[bytes], target: IO[bytes] | None) -> FileEntry:
-    """Copy a stream (or only read it) and say what it was."""
+def _copy(source: IO[bytes], target: IO[bytes] | None, *, max_bytes: int | None = None) -> FileEntry:
+    """Copy a stream (or only read it) and say what it was; of one that is larger than it may be no more is read."""
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK_BYTES):
         digest.update(chunk)
         size += len(chunk)
+        if max_bytes is not None and size > max_bytes:
+            break
         if target is not None:
             target.write(chunk)
     return FileEntry(size=size, sha256=digest.hexdigest())

@@ -304,3 +304,14 @@ def test_options_are_those_of_the_config_and_others_are_named(tiny_checkpoint: P
     with Reranker(config=config) as reranker:
         assert reranker.info.max_batch_tokens == 777
         assert (reranker.info.device, reranker.info.dtype, reranker.model_id) == ("cpu", "fp32", "tiny-reranker")
+
+
+def test_deterministic_scores_are_equal_to_the_bit_alone_in_company_and_in_any_order(tiny_checkpoint: Path) -> None:
+    documents = ["one", "two words", "three words here", "x" * 300, "", "two wordz"]
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True) as reranker:
+        alone = {one: reranker.rank("q", [one])[0].log_odds for one in documents}
+        crowd = [reranker.submit(request(f"other {i}", "y" * 40, "z")) for i in range(20)]
+        for order in (documents, documents[::-1], sorted(documents)):
+            for item in reranker.submit(request("q", *order)).result():
+                assert item.log_odds == alone[item.document]
+        assert all(len(future.result()) == 2 for future in crowd)

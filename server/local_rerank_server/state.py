@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from starlette.requests import Request
 
@@ -21,13 +21,21 @@ from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
 
-if TYPE_CHECKING:
-    from local_rerank import Reranker
-
 TIMEOUT_HEADER = "x-request-timeout-ms"
 TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
 
 logger = logging.getLogger(__name__)
+
+
+class Ranker(Protocol):
+    """What the server needs of a `Reranker`: an engine in this process, or replicas of it elsewhere."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    def submit(self, request: RerankRequest) -> Future[RerankResult]: ...
+
+    def close(self) -> None: ...
 
 
 class ServerState:
@@ -38,7 +46,7 @@ class ServerState:
         self.started = int(time.time())
         self.draining = False
         self.num_admitted = 0  # requests that were let in and are not answered yet
-        self._reranker: Reranker | None = None
+        self._reranker: Ranker | None = None
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
 
     @property
@@ -49,7 +57,7 @@ class ServerState:
         return "loading" if self._reranker is None else "ready"
 
     @property
-    def reranker(self) -> Reranker:
+    def reranker(self) -> Ranker:
         """The loaded model; raises `ModelUnavailable` before there is one."""
         if self._reranker is None:
             raise ModelUnavailable("the model is still loading")
@@ -60,7 +68,7 @@ class ServerState:
         """The served model's own id, then its aliases, each once."""
         return tuple(dict.fromkeys((self.reranker.model_id, *self.config.model_aliases)))
 
-    def serve(self, reranker: Reranker) -> None:
+    def serve(self, reranker: Ranker) -> None:
         """From now on requests are ranked by `reranker`."""
         self._reranker = reranker
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from local_rerank.config import EngineConfig
@@ -17,8 +19,6 @@ from local_rerank.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Shared memory of a cluster started here. Texts and scores pass through it; Ray would take 30 % of the memory."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +47,38 @@ def connect(address: str | None = None) -> bool:
     Raises ConfigError where there is no cluster at that address.
     """
     require_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    connected: Future[None] = Future()
+
+    def keep() -> None:
+        """The kernel ends Ray's processes together with the thread that started them, so this one stays."""
+        try:
+            _init(address)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"at {address}" if address else "on this machine"
+            connected.set_exception(ConfigError(f"there is no Ray cluster {where}: {error}"))
+        else:
+            connected.set_result(None)
+            threading.Event().wait()
+
+    threading.Thread(target=keep, name="ray", daemon=True).start()
+    connected.result()
+    return address is None
+
+
+def _init(address: str | None) -> None:
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    try:
-        if address is None:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-            )
-        else:
-            ray.init(address=address, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"no Ray cluster can be used at {address or 'this machine'}: {error}") from error
-    return address is None
+    if address is not None:
+        ray.init(address=address, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        _node_ip_address=LOOPBACK,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+    )
 
 
 def replica_resources(config: EngineConfig, num_replicas: int | None) -> ReplicaResources:

@@ -63,18 +63,18 @@ def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:
         submission.result().cancel()
 
 
-def engine_application(config: EngineConfig, server_config: ServerConfig) -> serve.Application:
+def engine_application(config: EngineConfig, server_config: ServerConfig, *, may_grow: bool) -> serve.Application:
     """The deployment of engines, bound to its configuration; Ray is connected already.
 
-    Raises ConfigError where the cluster has no room for a fixed number of them.
+    Raises ConfigError where a cluster that may not grow has no room for as many as are asked for.
     """
     replicas = server_config.num_replicas
     resources = replica_resources(config, replicas.fixed)
     room = room_for(resources)
-    if replicas.fixed is not None and replicas.fixed > room:
+    if not may_grow and replicas.least > room:
         raise ConfigError(
-            f"replicas is {replicas.fixed}; this cluster has room for {room} ({resources.num_cpus} CPUs and "
-            f"{resources.num_gpus} GPUs each)"
+            f"replicas is {server_config.replicas}; there is room for {room} "
+            f"({resources.num_cpus} CPUs and {resources.num_gpus} GPUs each)"
         )
     return _deployment(replicas, resources, room, server_config).bind(
         _for_replicas(config, resources), not server_config.no_self_test

@@ -96,7 +96,7 @@ class ReplicaReranker(RemoteReranker):
         self._started_ray = ray_cluster.connect()
         self._name = f"local-rerank-{uuid.uuid4().hex[:8]}"
         try:
-            super().__init__(*_run(self._name, config, server_config))
+            super().__init__(*_run(self._name, config, server_config, may_grow=not self._started_ray))
         except BaseException:
             self._end()
             raise
@@ -113,11 +113,13 @@ class ReplicaReranker(RemoteReranker):
         ray.shutdown()
 
 
-def _run(name: str, config: EngineConfig, server_config: ServerConfig) -> tuple[DeploymentHandle[object], ModelInfo]:
+def _run(
+    name: str, config: EngineConfig, server_config: ServerConfig, *, may_grow: bool
+) -> tuple[DeploymentHandle[object], ModelInfo]:
     from local_rerank_server.ray_serve.replica import engine_application
 
     serve.start(proxy_location="Disabled", logging_config=QUIET)  # requests come through our own server
-    application = engine_application(config, server_config)
+    application = engine_application(config, server_config, may_grow=may_grow)
     try:
         handle = serve.run(application, name=name, route_prefix=None, logging_config=QUIET)
         info: ModelInfo = handle.info.remote().result()

@@ -121,7 +121,7 @@ def find_rate(device: str, model: str, tokens_per_second: float | None) -> Rate:
 
 
 def _estimate(device: str, model: str) -> Rate:
-    """Two operations for each parameter and token, at a share of the peak; attention, little at 300 tokens, left out."""
+    """Two operations for each parameter and token, at a share of the peak; attention is left out, little as it is."""
     found, size = _row("device", device), _row("model", model)
     if found is None or "peak_tflops" not in found:
         raise ConfigError(f"nothing is known of {device!r} with {model}; give --tokens-per-second, or take {_known()}")

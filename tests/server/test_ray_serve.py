@@ -45,8 +45,12 @@ def client(server: Server) -> Iterator[Client]:
 
 def replicas(server: Server) -> list[psutil.Process]:
     """The engines' processes that are alive."""
+    return [child for child in descendants(server) if "EngineReplica" in child.name() + " ".join(child.cmdline())]
+
+
+def descendants(server: Server) -> list[psutil.Process]:
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if "EngineReplica" in " ".join(child.cmdline())]
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def request(number: int, num_documents: int = 8) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def without_ids(body: dict[str, Any]) -> dict[str, Any]:
 
 def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are_off(server: Server) -> None:
     server.wait_for("ready: ")
-    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    processes = [psutil.Process(server.process.pid), *descendants(server)]
     assert any("raylet" in process.name() for process in processes)
     for process in processes:
         for connection in process.net_connections("inet"):
@@ -161,7 +165,7 @@ def test_a_replica_that_is_killed_under_load_fails_no_request_and_is_replaced(
 
 def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Server) -> None:
     server.wait_for("ready: ")
-    processes = psutil.Process(server.process.pid).children(recursive=True)
+    processes = descendants(server)
     host, port = server.address.removeprefix("http://").split(":")
     body = json.dumps(request(1, num_documents=400)).encode()
     head = f"POST {LOCAL} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"

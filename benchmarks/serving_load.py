@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import random
 import re
@@ -51,26 +52,28 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     raise SystemExit(f"the server did not start:\n{log.read_text()}")
 
 
-def body(number: int, documents: int, words: int) -> bytes:
-    """A request whose documents of so many words differ from those of every other number."""
+def body(number: int, documents: int, words: int, spread: float = 0.0) -> bytes:
+    """A request whose documents of so many words in the mean (log-normal) differ from those of every other number."""
     draw = random.Random(number)
-    texts = [" ".join(draw.choices(WORDS, k=words)) for _ in range(documents)]
+    location = math.log(words) - spread**2 / 2
+    lengths = [max(1, round(draw.lognormvariate(location, spread))) for _ in range(documents)]
+    texts = [" ".join(draw.choices(WORDS, k=length)) for length in lengths]
     return json.dumps({"query": f"Which {WORDS[number % 12]} is it?", "documents": texts}).encode()
 
 
-def post(connection: http.client.HTTPConnection, content: bytes) -> dict[str, object]:
+def post(connection: http.client.HTTPConnection, content: bytes) -> dict[str, float]:
     connection.request("POST", PATH, content, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     read = answer.read()
     assert answer.status == 200, read
-    result: dict[str, object] = json.loads(read)
+    result: dict[str, float] = json.loads(read)
     return result
 
 
 def num_computed_tokens(address: str, content: bytes) -> int:
     """Tokens that the model computes for a request."""
     answer = post(http.client.HTTPConnection(address), content)
-    return int(str(answer["num_computed_tokens"]))
+    return int(answer["num_computed_tokens"])
 
 
 def closed_loop(address: str, bodies: list[bytes], clients: int, seconds: float) -> float:

@@ -38,6 +38,9 @@ def require_ray() -> None:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed; pip install 'local-rerank[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing leaves the machine
+    if "RAY_ADDRESS" not in os.environ:
+        # the name is misleading: without it Ray replaces 127.0.0.1 by an address that other machines reach
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns that this default will change
 
 

@@ -30,6 +30,8 @@ app = App(
 app.command("local_rerank_server.command:serve", name="serve", help="Answer the HTTP APIs of hosted rerankers.")
 app.command("local_rerank.rank_command:rank", name="rank", help="Rank documents given here, in a file or piped in.")
 app.command("local_rerank.eval_command:evaluate", name="eval", help="Measure how much a model improves a search run.")
+app.command("local_rerank.batch_command:batch", name="batch", help="Score a file of queries and documents.")
+app.command("local_rerank.compare_command:compare", name="compare", help="Compare two runs, query by query.")
 app.command("local_rerank.plan_command:plan", name="plan", help="Say how long a large job takes, and on how much.")
 app.command("local_rerank.model_commands:pull", name="pull", help="Download a model from a hub.")
 app.command("local_rerank.model_commands:pack", name="pack", help="Write a model into one bundle for use offline.")

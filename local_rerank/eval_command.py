@@ -15,15 +15,21 @@ from cyclopts import Parameter
 from local_rerank.blending import Blend, parse_blend
 from local_rerank.config import EngineConfig
 from local_rerank.console import option
-from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.errors import InvalidRequest
+from local_rerank.eval_report import (
+    check_plot,
+    comparison_record,
+    comparison_table,
+    examples_table,
+    measure_table,
+    write_plot,
+)
 
 if TYPE_CHECKING:
     from local_rerank.evaluation import Comparison, Scores, System
     from local_rerank.trec_files import Collection
 
 FIRST_STAGE = "first stage"
-NUM_EXAMPLES = 3  # queries that gained or lost most, of each comparison
-QUERY_CHARS = 100  # of such a query that are shown
 
 
 def evaluate(
@@ -54,8 +60,7 @@ def evaluate(
     for name, value in (("top_k", top_k), ("max_queries", max_queries)):
         if value is not None and value < 1:
             raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)
-    if plot is not None and plot.suffix != ".svg":
-        raise ConfigError(f"plot is {plot}; only .svg can be written")
+    check_plot(plot)
     how = None if blend is None else parse_blend(blend)
     from local_rerank.evaluation import load_ir_measures
     from local_rerank.trec_files import read_collection
@@ -67,7 +72,7 @@ def evaluate(
         systems += _systems(collection, dataclasses.replace(engine or EngineConfig(), model=one), top_k, how)
     comparisons = _comparisons(systems)
     if plot is not None:
-        _write_plot(plot, comparisons)
+        write_plot(plot, comparisons)
     if json_output:
         _print_json(collection, systems, comparisons, top_k)
     else:
@@ -123,15 +128,6 @@ def _progress(name: str, num_queries: int) -> Iterator[Any]:
         yield partial(progress.advance, progress.add_task(f"{name}: queries", total=num_queries))
 
 
-def _write_plot(file: Path, comparisons: Sequence[Comparison]) -> None:
-    from local_rerank.plot import difference_plot
-
-    try:
-        file.write_text(difference_plot(comparisons), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"plot {file} cannot be written: {error.strerror}") from error
-
-
 def _print_json(
     collection: Collection, systems: Sequence[System], comparisons: Sequence[Comparison], top_k: int
 ) -> None:
@@ -149,20 +145,7 @@ def _print_json(
             }
             for system in systems
         ],
-        "comparisons": [
-            {
-                "system": comparison.system,
-                "baseline": comparison.baseline,
-                "measure": comparison.measure,
-                "mean_difference": comparison.mean_difference,
-                "wins": comparison.wins,
-                "losses": comparison.losses,
-                "ties": comparison.ties,
-                "p_value": comparison.p_value,
-                "differences": comparison.differences,
-            }
-            for comparison in comparisons
-        ],
+        "comparisons": [comparison_record(comparison) for comparison in comparisons],
     }
     Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)
 
@@ -173,56 +156,12 @@ def _print_tables(
     from rich.console import Console
 
     console = Console()
-    console.print(_measure_table(systems))
+    console.print(measure_table(systems))
     left_out = f", {collection.num_unjudged_queries} without judgements left out" * bool(
         collection.num_unjudged_queries
     )
     console.print(f"{len(collection.queries)} queries{left_out}; top {top_k} reranked\n", style="dim", highlight=False)
-    console.print(_comparison_table(comparisons))
+    console.print(comparison_table(comparisons))
     for comparison in comparisons:
         console.print()
-        console.print(_examples_table(comparison, collection.queries))
-
-
-def _measure_table(systems: Sequence[System]) -> Any:
-    names = list(systems[0].values)
-    rows = [[system.name, *(f"{system.mean(name):.4f}" for name in names)] for system in systems]
-    return _table(["", *names], rows)
-
-
-def _comparison_table(comparisons: Sequence[Comparison]) -> Any:
-    rows = [
-        [
-            f"{comparison.system} - {comparison.baseline}",
-            f"{comparison.mean_difference:+.4f}",
-            *(str(count) for count in (comparison.wins, comparison.losses, comparison.ties)),
-            f"{comparison.p_value:.4f}",
-        ]
-        for comparison in comparisons
-    ]
-    return _table([f"difference of {comparisons[0].measure}", "mean", "wins", "losses", "ties", "p"], rows)
-
-
-def _examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
-    examples = [*comparison.largest_wins(NUM_EXAMPLES), *reversed(comparison.largest_losses(NUM_EXAMPLES))]
-    rows = [
-        [" ".join(queries[query_id].split())[:QUERY_CHARS], query_id, f"{difference:+.3f}"]
-        for query_id, difference in examples
-    ]
-    return _table([f"most changed: {comparison.system} - {comparison.baseline}", "query", "difference"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """First column left and folded where it must be, the others right."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for i, cells in enumerate(zip(head, *rows, strict=True)):
-        if i == 0:
-            table.add_column(Text(head[0]), overflow="fold")
-        else:
-            table.add_column(Text(head[i]), justify="right", min_width=max(map(len, cells)))
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: brackets in a query are no markup
-    return table
+        console.print(examples_table(comparison, collection.queries))

@@ -133,6 +133,15 @@ def measure(qrels: Mapping[str, Mapping[str, int]], orders: Orders, names: Seque
     return values
 
 
+def parse_measure(name: str) -> str:
+    """A measure's name as ir-measures writes it; raises ConfigError."""
+    ir_measures = load_ir_measures()
+    try:
+        return str(ir_measures.parse_measure(name))
+    except Exception as error:  # a parser's and the package's own, by version
+        raise ConfigError(f"measure is {name!r}, which ir-measures does not know") from error
+
+
 def load_ir_measures() -> ModuleType:
     """The package ir-measures; raises ConfigError, which says how to install it."""
     try:

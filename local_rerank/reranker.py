@@ -16,11 +16,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from local_rerank.config import EngineConfig
 from local_rerank.engine import Engine, ModelInfo, load_engine
-from local_rerank.errors import ConfigError, EngineFailure, LocalRerankError, ModelUnavailable, Overloaded
+from local_rerank.errors import (
+    ConfigError,
+    EngineFailure,
+    InvalidRequest,
+    LocalRerankError,
+    ModelUnavailable,
+    Overloaded,
+)
 from local_rerank.models import open_checkpoint
 from local_rerank.packing import pack
 from local_rerank.scheduler import Entry, Scheduler
@@ -117,12 +124,28 @@ class Reranker:
             scores += [item.log_odds if logits else item.relevance_score for item in in_order]
         return scores
 
-    def rank_batch(self, requests: Iterable[RerankRequest]) -> Iterator[RerankResult]:
-        """Rank many requests, sharing batches; yields results in the order of the requests, a bounded number ahead."""
-        in_flight: deque[Future[RerankResult]] = deque()
+    @overload
+    def rank_batch(
+        self, requests: Iterable[RerankRequest], *, return_errors: Literal[False] = False
+    ) -> Iterator[RerankResult]: ...
+
+    @overload
+    def rank_batch(
+        self, requests: Iterable[RerankRequest], *, return_errors: bool
+    ) -> Iterator[RerankResult | InvalidRequest]: ...
+
+    def rank_batch(
+        self, requests: Iterable[RerankRequest], *, return_errors: bool = False
+    ) -> Iterator[RerankResult | InvalidRequest]:
+        """Rank many requests, sharing batches; yields results in the order of the requests, a bounded number ahead.
+
+        A request that cannot be ranked ends the iteration with its InvalidRequest or, with `return_errors=True`, is
+        answered with it; whatever else goes wrong is raised.
+        """
+        in_flight: deque[Future[RerankResult] | Future[RerankResult | InvalidRequest]] = deque()
         try:
             for request in requests:
-                while (future := self._submit_if_room(request, must=not in_flight)) is None:
+                while (future := self._submit_if_room(request, not in_flight, return_errors)) is None:
                     yield in_flight.popleft().result()
                 in_flight.append(future)
                 while in_flight and in_flight[0].done():
@@ -133,14 +156,22 @@ class Reranker:
             for future in in_flight:
                 future.cancel()
 
-    def _submit_if_room(self, request: RerankRequest, *, must: bool) -> Future[RerankResult] | None:
-        """As `submit`, but None where the queue is full, unless it `must` go in now."""
+    def _submit_if_room(
+        self, request: RerankRequest, must: bool, return_errors: bool
+    ) -> Future[RerankResult] | Future[RerankResult | InvalidRequest] | None:
+        """As `submit`, but None where the queue is full, unless it `must` go in now; perhaps an error as the result."""
         try:
             return self.submit(request)
         except Overloaded:
             if must:
                 raise
             return None
+        except InvalidRequest as error:
+            if not return_errors:
+                raise
+            refused: Future[RerankResult | InvalidRequest] = Future()
+            refused.set_result(error)  # keeps its place behind the requests before it
+            return refused
 
     def submit(self, request: RerankRequest) -> Future[RerankResult]:
         """Tokenize in this thread and queue; cancelling the future frees its place before the next forward pass.
@@ -292,7 +323,7 @@ def _result(job: _Job, model_id: str) -> RerankResult:
         results=tuple(
             RankedDocument(
                 index=index,
-                relevance_score=_sigmoid(log_odds[index]),
+                relevance_score=sigmoid(log_odds[index]),
                 log_odds=log_odds[index],
                 document=job.request.documents[index],
                 num_tokens=num_tokens[index],
@@ -313,5 +344,6 @@ def _result(job: _Job, model_id: str) -> RerankResult:
     )
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
+    """The relevance score that log-odds stand for."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

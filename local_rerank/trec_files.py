@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from local_rerank.errors import InvalidRequest
+
+WANTED = {".jsonl": "an object with id and text", ".tsv": "an id, a tab and a text"}
+"""What each line of a file of texts must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,12 @@ def read_collection(
 
 def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
     """Ids and texts of a .jsonl or .tsv file, one after the other; a query must hold some text."""
-    parse = {".jsonl": _parse_json, ".tsv": _parse_tsv}.get(file.suffix)
-    if parse is None:
-        raise InvalidRequest(f"{file} must be a .jsonl or a .tsv file", field=field)
+    parse = text_parser(file, field)
     seen: set[str] = set()
     for where, line in _lines(file, field):
         parsed = parse(line)
         if parsed is None:
-            wanted = "an object with id and text" if file.suffix == ".jsonl" else "an id, a tab and a text"
-            raise InvalidRequest(f"{where} is not {wanted}", field=field)
+            raise InvalidRequest(f"{where} is not {WANTED[file.suffix]}", field=field)
         name, text = parsed
         if name in seen:
             raise InvalidRequest(f"{where} has the id {name} of an earlier line", field=field)
@@ -79,6 +79,14 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
             raise InvalidRequest(f"{where} has an empty query", field=field)
         seen.add(name)
         yield name, text
+
+
+def text_parser(file: Path, field: str) -> Callable[[str], tuple[str, str] | None]:
+    """What makes id and text of one line of a file, or None of a line that is none."""
+    parse = {".jsonl": _parse_json, ".tsv": _parse_tsv}.get(file.suffix)
+    if parse is None:
+        raise InvalidRequest(f"{file} must be a .jsonl or a .tsv file", field=field)
+    return parse
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, int]]:
@@ -95,17 +103,24 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def read_run(file: Path) -> dict[str, tuple[Candidate, ...]]:
-    """Candidates by query from lines `query Q0 document rank score name`, sorted by score; ties as in the file."""
+def read_orders(file: Path, queries: Container[str]) -> dict[str, list[str]]:
+    """Document ids of a run by query, best first, of these queries only."""
+    return {
+        query_id: [candidate.document_id for candidate in candidates]
+        for query_id, candidates in read_run(file, queries).items()
+    }
+
+
+def read_run(file: Path, queries: Container[str] | None = None) -> dict[str, tuple[Candidate, ...]]:
+    """Candidates by query from lines `query Q0 document rank score name`, sorted by score; ties as in the file.
+
+    Other queries than `queries`, if that is given, are passed over.
+    """
     found: dict[str, dict[str, float]] = {}
     for where, line in _lines(file, "run"):
-        try:
-            query_id, _, document_id, _, score, _ = line.split()
-            value = float(score)
-        except ValueError as error:
-            raise InvalidRequest(f"{where} is not `query Q0 document rank score name`", field="run") from error
-        if not math.isfinite(value):
-            raise InvalidRequest(f"{where} has the score {score}", field="run")
+        query_id, document_id, value = parse_run_line(line, where)
+        if queries is not None and query_id not in queries:
+            continue
         if document_id in found.setdefault(query_id, {}):
             raise InvalidRequest(f"{where} has document {document_id} a second time", field="run")
         found[query_id][document_id] = value
@@ -113,6 +128,18 @@ def read_run(file: Path) -> dict[str, tuple[Candidate, ...]]:
         query_id: tuple(Candidate(*item) for item in sorted(scores.items(), key=lambda item: -item[1]))
         for query_id, scores in found.items()
     }
+
+
+def parse_run_line(line: str, where: str) -> tuple[str, str, float]:
+    """Query, document and score; raises InvalidRequest."""
+    try:
+        query_id, _, document_id, _, score, _ = line.split()
+        value = float(score)
+    except ValueError as error:
+        raise InvalidRequest(f"{where} is not `query Q0 document rank score name`", field="run") from error
+    if not math.isfinite(value):
+        raise InvalidRequest(f"{where} has the score {score}", field="run")
+    return query_id, document_id, value
 
 
 def _lines(file: Path, field: str) -> Iterator[tuple[str, str]]:

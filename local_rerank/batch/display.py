@@ -1,0 +1,113 @@
+"""What a batch job tells while it runs: a bar with rates and time left, lines of JSON, or nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from local_rerank.batch.job import Block, JobProgress
+from local_rerank.batch.sources import Rejected
+
+Mode = Literal["bar", "json", "quiet"]
+
+JSON_SECONDS = 5.0  # between two lines of progress
+MAX_REJECTED_LINES = 10  # that are shown one by one; all of them are in the file
+
+
+class Display:
+    """Counts what this run of a job does, and shows it. `size` is the offset behind the input's last record."""
+
+    def __init__(self, mode: Mode, name: str, size: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._mode = mode
+        self._size = size
+        self._clock = clock
+        self._started = self._last_line = clock()
+        self._block: tuple[float, float, int] | None = None  # offsets before and behind, pairs of the block that runs
+        self._offset = 0.0
+        self._pairs_of_block = 0
+        self.num_pairs = 0  # known now: scored, or found in the cache
+        self.num_model_pairs = 0  # of them, scored by the model
+        self.num_tokens = 0  # that went through the model
+        self.num_rejected = 0
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(elapsed_when_finished=True),
+        )  # fmt: skip
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=mode != "bar" or not console.is_terminal
+        )
+        self._task = self._bar.add_task(name, total=size, rate="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._started
+
+    def begin(self, offset: int) -> None:
+        """The job goes on at this offset."""
+        self._offset = float(offset)
+        self._bar.reset(self._task, completed=offset)  # time left is reckoned from here
+
+    def block(self, block: Block) -> None:
+        """A block is about to be scored."""
+        self._block = (self._offset, float(block.behind.offset), block.num_pairs)
+        self._pairs_of_block = 0
+
+    def advance(self, num_pairs: int, num_tokens: int) -> None:
+        """Some pairs of the block are known now; tokens that the model computed for them, 0 for the cache's."""
+        self.num_pairs += num_pairs
+        self.num_model_pairs += num_pairs if num_tokens else 0
+        self.num_tokens += num_tokens
+        self._pairs_of_block += num_pairs
+        if self._block is not None:
+            before, behind, pairs = self._block
+            self._show(before + (behind - before) * min(1.0, self._pairs_of_block / max(1, pairs)))
+
+    def report(self, progress: JobProgress, rejected: list[Rejected]) -> None:
+        """A block is on disk."""
+        self._offset = float(progress.position.offset)
+        for each in rejected:
+            self._reject(each)
+        self._show(self._offset)
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line of JSON on standard output, in the mode that has them."""
+        if self._mode == "json":
+            line = json.dumps({"event": name, **values}, ensure_ascii=False)
+            Console().out(line, highlight=False)
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(self.seconds, 1e-9)
+        return {"pairs_per_second": self.num_pairs / seconds, "tokens_per_second": self.num_tokens / seconds}
+
+    def _reject(self, rejected: Rejected) -> None:
+        self.num_rejected += 1
+        self.event("rejected", file=rejected.file, line=rejected.number, error=rejected.error)
+        if self._mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
+            where = f"{rejected.file}:{rejected.number}: {rejected.error}"
+            more = " (more are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
+            self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, offset: float) -> None:
+        rates = self.rates()
+        text = f"{rates['pairs_per_second']:,.0f} pairs/s, {rates['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=offset, rate=text)
+        if self._mode == "json" and self._clock() - self._last_line >= JSON_SECONDS:
+            self._last_line = self._clock()
+            done = offset / self._size if self._size else 1.0
+            self.event("progress", done=round(done, 6), pairs=self.num_pairs, tokens=self.num_tokens, **rates)

@@ -1,0 +1,146 @@
+"""A record of a file -> `Row`: a query with its documents, checked; and what is known of a row once it is scored.
+
+A record is a dict, whatever file it came from. With `documents` (texts, or objects with `text` and perhaps `id` and
+`score`) it asks for a ranking; with `document` it is one pair. Everything else in it is carried to the output. Nothing
+here reads files or knows of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from local_rerank.errors import InvalidRequest
+from local_rerank.types import RankedDocument
+
+Record = dict[str, Any]
+T = TypeVar("T")
+
+PAIR_COLUMNS = ("relevance_score", "log_odds", "num_tokens", "num_truncated_tokens")
+"""What a pair's record gains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One record of the input."""
+
+    query: str
+    documents: tuple[str, ...]
+    is_pair: bool = False  # one pair: its scores stand beside its fields, not in a list of results
+    instruction: str | None = None  # None: the engine's
+    id: str | None = None  # the query's name in a run
+    document_ids: tuple[str, ...] | None = None
+    first_stage_scores: tuple[float, ...] | None = None  # what `--blend run=W` adds
+    tail_ids: tuple[str, ...] = ()  # documents below top_k: not scored, and below the others in a run
+    fields: Record = field(default_factory=dict)  # what the output carries over
+    number: int = 0  # its line or row in the input, for messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRow:
+    """A row with its documents, best first."""
+
+    row: Row
+    results: tuple[RankedDocument, ...]
+    blended_scores: tuple[float, ...] | None = None  # in the order of `results`, which they then decide
+
+
+def parse_record(record: object) -> Row:
+    """Check a record; raises InvalidRequest, which names the field.
+
+    >>> parse_record({"id": 7, "query": "capital of France", "documents": ["Rome", {"text": "Paris"}]}).documents
+    ('Rome', 'Paris')
+    """
+    if not isinstance(record, dict):
+        raise InvalidRequest(f"a record must be an object, not {type(record).__name__}", field="record")
+    query, instruction = record.get("query"), record.get("instruction")
+    if not isinstance(query, str):
+        raise InvalidRequest(f"query must be a string, not {_kind(record, 'query')}", field="query")
+    if not query.strip():
+        raise InvalidRequest("query is empty; it must hold some text", field="query")
+    if instruction is not None and not isinstance(instruction, str):
+        raise InvalidRequest(f"instruction must be a string, not {_kind(record, 'instruction')}", field="instruction")
+    name = _name(record.get("id"), "id")
+    if (document := record.get("document")) is not None:
+        if record.get("documents") is not None:
+            raise InvalidRequest("document and documents are both given; give one", field="document")
+        if not isinstance(document, str):
+            raise InvalidRequest(f"document must be a string, not {_kind(record, 'document')}", field="document")
+        return Row(query=query, documents=(document,), is_pair=True, instruction=instruction, id=name, fields=record)
+    documents = record.get("documents")
+    if not isinstance(documents, list):
+        raise InvalidRequest(f"documents must be a list, not {_kind(record, 'documents')}", field="documents")
+    if not documents:
+        raise InvalidRequest("0 documents; at least 1 is needed", field="documents", value=0, limit=1)
+    parsed = [_parse_document(document, index) for index, document in enumerate(documents)]
+    return Row(
+        query=query,
+        documents=tuple(text for text, _, _ in parsed),
+        instruction=instruction,
+        id=name,
+        document_ids=_all_or_none([document_id for _, document_id, _ in parsed], "id"),
+        first_stage_scores=_all_or_none([score for _, _, score in parsed], "score"),
+        fields={key: value for key, value in record.items() if key != "documents"},
+    )
+
+
+def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
+    """What is written of a row: its fields, and its scores or its list of results; texts of documents if asked for."""
+    if scored.row.is_pair:
+        return scored.row.fields | {name: getattr(scored.results[0], name) for name in PAIR_COLUMNS}
+    results = [result_record(scored, rank, with_documents=with_documents) for rank in range(1, len(scored.results) + 1)]
+    return scored.row.fields | {"results": results}
+
+
+def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False) -> Record:
+    """One document of the answer; `rank` counts from 1."""
+    item, row = scored.results[rank - 1], scored.row
+    record: Record = {"index": item.index}
+    if row.document_ids is not None:
+        record["id"] = row.document_ids[item.index]
+    record |= {name: getattr(item, name) for name in PAIR_COLUMNS}
+    if scored.blended_scores is not None:
+        record["blended_score"] = scored.blended_scores[rank - 1]
+    if with_documents:
+        record["document"] = item.document
+    return record
+
+
+def _parse_document(document: object, index: int) -> tuple[str, str | None, float | None]:
+    """Text, id and first stage's score of one entry of `documents`."""
+    where = f"documents[{index}]"
+    if isinstance(document, str):
+        return document, None, None
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise InvalidRequest(f"{where} must be a string or an object with text", field="documents")
+    score = document.get("score")
+    if score is not None and (
+        not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score)
+    ):
+        raise InvalidRequest(f"{where}.score must be a finite number", field="documents")
+    return document["text"], _name(document.get("id"), f"{where}.id"), None if score is None else float(score)
+
+
+def _all_or_none(values: Sequence[T | None], name: str) -> tuple[T, ...] | None:
+    """The values, if each document has one; None, if no document has."""
+    present = [value for value in values if value is not None]
+    if present and len(present) < len(values):
+        missing = next(index for index, value in enumerate(values) if value is None)
+        raise InvalidRequest(f"documents[{missing}] has no {name}, but others have", field="documents")
+    return tuple(present) or None
+
+
+def _name(value: object, where: str) -> str | None:
+    """An id as a string; empty (as a CSV file has it) is none."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InvalidRequest(f"{where} must be a string or a whole number", field=where)
+    return str(value)
+
+
+def _kind(record: Record, name: str) -> str:
+    value = record.get(name)
+    return ("null" if name in record else "left out") if value is None else type(value).__name__

@@ -1,0 +1,127 @@
+"""Scores by pair in an SQLite file: what was scored once, in this run or an earlier one, is not scored again.
+
+A key is a digest of all that a score depends on: the weights' and the tokenizer's bytes, the prompt recipe, the
+settings that change numbers, instruction, query and document. No text is stored. Several processes may share a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from local_rerank.errors import ConfigError
+from local_rerank.models import Checkpoint, weight_files
+
+if TYPE_CHECKING:
+    from local_rerank.reranker import Reranker
+
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 60.0  # how long to wait for another process that writes
+_MAX_VARIABLES = 500  # keys of one query; SQLite takes at least 999
+_SPEED_ONLY = {
+    "model", "revision", "instruction",  # in the key by what they stand for
+    "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
+}  # fmt: skip
+"""Settings under which a pair keeps its score, up to rounding. Every other setting is part of the key."""
+
+PairKey = tuple[str, str, str]
+"""Instruction, query, document."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """What the model said of one pair."""
+
+    log_odds: float
+    num_tokens: int
+    num_truncated_tokens: int
+
+
+class ScoreCache:
+    """Scores of one model under one recipe; `identity` is what `score_identity` says. Raises ConfigError."""
+
+    def __init__(self, file: Path, identity: str) -> None:
+        self._file = file
+        self._identity = identity.encode()
+        try:
+            self._database = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")  # survives any kill; a power cut may cost the newest
+            self._create()
+        except sqlite3.Error as error:
+            raise ConfigError(f"cache {file} cannot be used: {error}") from error
+
+    def _create(self) -> None:
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise ConfigError(f"cache {self._file} has version {version}; this program reads {SCHEMA_VERSION}")
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, log_odds REAL NOT NULL,"
+            " num_tokens INTEGER NOT NULL, num_truncated_tokens INTEGER NOT NULL) WITHOUT ROWID"
+        )
+        self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def get(self, pairs: Iterable[PairKey]) -> dict[PairKey, PairScore]:
+        """Scores of those pairs that are there."""
+        found: dict[PairKey, PairScore] = {}
+        by_digest = {self._digest(pair): pair for pair in pairs}
+        all_digests = list(by_digest)
+        for start in range(0, len(all_digests), _MAX_VARIABLES):
+            digests = all_digests[start : start + _MAX_VARIABLES]
+            marks = ", ".join("?" * len(digests))
+            rows = self._database.execute(f"SELECT * FROM scores WHERE key IN ({marks})", digests)
+            found.update((by_digest[digest], PairScore(*values)) for digest, *values in rows)
+        return found
+
+    def put(self, scores: Mapping[PairKey, PairScore]) -> None:
+        """Store, at once and in one transaction."""
+        rows = [(self._digest(pair), *dataclasses.astuple(score)) for pair, score in scores.items()]
+        self._database.execute("BEGIN IMMEDIATE")
+        self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
+        self._database.execute("COMMIT")
+
+    def __len__(self) -> int:
+        (count,) = self._database.execute("SELECT count(*) FROM scores").fetchone()
+        return int(count)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _digest(self, pair: PairKey) -> bytes:
+        digest = hashlib.blake2b(self._identity, digest_size=16)
+        for text in pair:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8))
+            digest.update(data)
+        return digest.digest()
+
+
+def score_identity(reranker: Reranker) -> str:
+    """Hex digest of what every score of a reranker depends on: weights, tokenizer, recipe, precision, limits."""
+    settings = {name: value for name, value in dataclasses.asdict(reranker.config).items() if name not in _SPEED_ONLY}
+    facts = {
+        "files": _file_digests(reranker.checkpoint),
+        "recipe": dataclasses.asdict(reranker.checkpoint.template),
+        "settings": settings | {"dtype": reranker.info.dtype},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    names: Sequence[str] = ["config.json", "tokenizer.json", *weight_files(checkpoint.folder)]
+    return {name: _file_digest(checkpoint.folder / name) for name in names}
+
+
+def _file_digest(file: Path) -> str:
+    """sha256 of a file; the hub's cache names large files by it, and reading gigabytes again would tell nothing new."""
+    if re.fullmatch("[0-9a-f]{64}", blob := file.resolve().name):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

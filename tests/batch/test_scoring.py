@@ -1,0 +1,235 @@
+"""Blocks of rows -> scored rows: records, sharing, refusals, blending and the cache of scores."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_rerank import Reranker, RerankRequest
+from local_rerank.batch.rows import PAIR_COLUMNS, parse_record, to_record
+from local_rerank.batch.score_cache import PairScore, ScoreCache, score_identity
+from local_rerank.batch.scoring import MAX_REQUEST_DOCUMENTS, BlockScorer
+from local_rerank.blending import Blend, Bm25, blend
+from local_rerank.errors import ConfigError, EngineFailure, InstructionTooLong, InvalidRequest
+from tests.checkpoints import make_checkpoint
+
+CLOSE = 1e-4  # of log-odds, fp32, in other batches
+
+
+class Counting:
+    """A reranker that counts the pairs it is asked for."""
+
+    def __init__(self, reranker: Reranker) -> None:
+        self.reranker = reranker
+        self.asked: Counter[tuple[str | None, str, str]] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.reranker, name)
+
+    def rank_batch(self, requests: Iterable[RerankRequest], **options: Any) -> Iterator[Any]:
+        requests = list(requests)
+        for request in requests:
+            self.asked.update((request.instruction, request.query, document) for document in request.documents)
+        return self.reranker.rank_batch(requests, **options)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def counting(tiny_reranker: Reranker) -> Any:
+    return Counting(tiny_reranker)
+
+
+def scored(outcomes: list[Any]) -> list[dict[str, Any]]:
+    assert not [outcome for outcome in outcomes if isinstance(outcome, InvalidRequest)]
+    return outcomes
+
+
+# Records
+
+
+def test_a_ranking_carries_its_fields_and_gives_what_rank_gives(tiny_reranker: Reranker) -> None:
+    documents = ["one", {"text": "two", "id": 2}, {"text": "three", "id": "x"}]
+    record = {"id": 7, "query": "q", "documents": [{"text": "one", "id": "a"}, *documents[1:]], "source": ["kept"]}
+    (result,) = scored(BlockScorer(tiny_reranker).score_records([record], with_documents=True))
+    expected = tiny_reranker.rank("q", ["one", "two", "three"])
+    assert {key: value for key, value in result.items() if key != "results"} == {
+        "id": 7,
+        "query": "q",
+        "source": ["kept"],
+    }
+    assert [item["index"] for item in result["results"]] == [item.index for item in expected]
+    assert [item["id"] for item in result["results"]] == [("a", "2", "x")[item.index] for item in expected]
+    for item, wanted in zip(result["results"], expected, strict=True):
+        assert item["log_odds"] == pytest.approx(wanted.log_odds, abs=CLOSE)
+        assert item["relevance_score"] == pytest.approx(wanted.relevance_score, abs=CLOSE)
+        assert (item["num_tokens"], item["num_truncated_tokens"]) == (wanted.num_tokens, wanted.num_truncated_tokens)
+        assert item["document"] == wanted.document
+
+
+def test_a_pair_gains_columns_and_keeps_its_own(tiny_reranker: Reranker) -> None:
+    record = {"query": "q", "document": "one", "label": "3", "instruction": "other"}
+    (result,) = scored(BlockScorer(tiny_reranker).score_records([record]))
+    assert list(result) == [*record, *PAIR_COLUMNS]
+    expected = tiny_reranker.rank("q", ["one"], instruction="other")[0]
+    assert result["log_odds"] == pytest.approx(expected.log_odds, abs=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ([], "a record must be an object, not list"),
+        ({"documents": ["a"]}, "query must be a string, not left out"),
+        ({"query": 3, "documents": ["a"]}, "query must be a string, not int"),
+        ({"query": " ", "documents": ["a"]}, "query is empty"),
+        ({"query": "q"}, "documents must be a list, not left out"),
+        ({"query": "q", "documents": None}, "documents must be a list, not null"),
+        ({"query": "q", "documents": []}, "0 documents"),
+        ({"query": "q", "documents": "a"}, "documents must be a list, not str"),
+        ({"query": "q", "documents": ["a", 3]}, r"documents\[1\] must be a string or an object with text"),
+        ({"query": "q", "documents": [{"id": "a"}]}, r"documents\[0\] must be a string or an object with text"),
+        ({"query": "q", "documents": [{"text": "a", "id": 1.5}]}, r"documents\[0\].id must be a string or a whole"),
+        ({"query": "q", "documents": [{"text": "a", "id": 1}, "b"]}, r"documents\[1\] has no id, but others have"),
+        ({"query": "q", "documents": [{"text": "a", "score": "1"}]}, r"documents\[0\].score must be a finite number"),
+        ({"query": "q", "documents": [{"text": "a", "score": float("nan")}]}, "must be a finite number"),
+        ({"query": "q", "document": 3}, "document must be a string, not int"),
+        ({"query": "q", "document": "a", "documents": ["a"]}, "document and documents are both given"),
+        ({"query": "q", "document": "a", "instruction": 3}, "instruction must be a string, not int"),
+        ({"query": "q", "document": "a", "id": True}, "id must be a string or a whole number"),
+    ],
+)
+def test_a_record_that_cannot_be_ranked_says_why(record: object, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        parse_record(record)
+
+
+def test_one_record_that_cannot_be_ranked_leaves_the_others_as_they_are(tiny_reranker: Reranker) -> None:
+    long = "word " * 2000
+    records = [
+        {"query": "q", "document": "one"},
+        {"query": "q", "document": "one", "instruction": long},
+        {"query": "q"},
+        {"query": "q", "documents": ["two", "one"]},
+    ]
+    outcomes = BlockScorer(tiny_reranker).score_records(records)
+    assert [type(outcome) for outcome in outcomes] == [dict, InstructionTooLong, InvalidRequest, dict]
+    assert outcomes[0]["log_odds"] == next(  # type: ignore[index]
+        item["log_odds"]
+        for item in outcomes[3]["results"]
+        if item["index"] == 1  # type: ignore[index]
+    )
+
+
+def test_a_model_that_fails_ends_the_block(tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiny_reranker._engine, "forward", fail)
+    with pytest.raises(EngineFailure, match="out of memory"):
+        BlockScorer(tiny_reranker).score_records([{"query": "q", "document": "one"}])
+
+
+# What is shared
+
+
+def test_identical_pairs_are_scored_once_in_a_block(counting: Any) -> None:
+    records = [
+        {"query": "q", "document": "one"},
+        {"query": "q", "documents": ["one", "two", "one"]},
+        {"query": "other", "document": "one"},
+        {"query": "q", "document": "one", "instruction": "other"},
+        {"query": "q", "document": "one", "instruction": counting.config.instruction},
+    ]
+    told: list[tuple[int, int]] = []
+    scorer = BlockScorer(counting, advance=lambda *numbers: told.append(numbers))
+    outcomes = scored(scorer.score_records(records))
+    assert sorted(counting.asked.values()) == [1] * 4
+    assert outcomes[0]["log_odds"] == outcomes[4]["log_odds"] != outcomes[3]["log_odds"]
+    assert sum(num_pairs for num_pairs, _ in told) == 4
+    assert sum(num_tokens for _, num_tokens in told) > 4
+
+
+def test_a_query_with_many_documents_is_asked_in_pieces(counting: Any) -> None:
+    documents = [f"document {i}" for i in range(2 * MAX_REQUEST_DOCUMENTS + 1)]
+    (result,) = scored(BlockScorer(counting).score_records([{"query": "q", "documents": documents}]))
+    assert sorted(item["index"] for item in result["results"]) == list(range(len(documents)))
+    odds = [item["log_odds"] for item in result["results"]]
+    assert odds == sorted(odds, reverse=True)
+
+
+def test_the_cache_answers_for_pairs_of_earlier_blocks_and_runs(counting: Any, tmp_path: Path) -> None:
+    records = [{"query": "q", "documents": ["one", "two"]}, {"query": "q", "document": "three"}]
+    answers = []
+    for _ in range(2):
+        cache = ScoreCache(tmp_path / "scores.sqlite", score_identity(counting.reranker))
+        answers.append(BlockScorer(counting, cache=cache).score_records(records))
+        assert len(cache) == 3
+        cache.close()
+    assert answers[0] == answers[1]
+    assert sorted(counting.asked.values()) == [1] * 3
+
+
+def test_the_cache_tells_models_recipes_instructions_and_texts_apart(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [{}, {"max_document_tokens": 9}, {"max_length": 500}, {"dtype": "bf16"}]
+    same: list[dict[str, Any]] = [{"threads": 1}, {"instruction": "other"}, {"max_batch_tokens": 99}]
+    identities = []
+    for more in [*options, *same]:
+        with Reranker(str(tiny_checkpoint), device="cpu", **({"dtype": "fp32"} | more)) as reranker:
+            identities.append(score_identity(reranker))
+    with Reranker(str(make_checkpoint(tmp_path / "other", seed=5)), device="cpu", dtype="fp32") as reranker:
+        identities.append(score_identity(reranker))
+    assert len(set(identities)) == len(options) + 1
+    assert set(identities[len(options) : -1]) == {identities[0]}
+    cache = ScoreCache(tmp_path / "scores.sqlite", identities[0])
+    cache.put({("i", "q", "ab"): PairScore(1.5, 2, 0), ("iq", "", "ab"): PairScore(2.5, 3, 1)})
+    for identity in identities[1 : len(options)]:
+        assert ScoreCache(tmp_path / "scores.sqlite", identity).get([("i", "q", "ab")]) == {}
+    assert cache.get([("i", "q", "ab"), ("i", "qa", "b")]) == {("i", "q", "ab"): PairScore(1.5, 2, 0)}
+
+
+def test_a_cache_holds_any_text_and_more_pairs_than_one_query_may_name(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "scores.sqlite", "identity")
+    scores = {("", "\ud800", f"{i}\0"): PairScore(i / 3, i, 0) for i in range(1201)}
+    cache.put(scores)
+    assert cache.get(scores) == scores
+
+
+def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database " * 100)
+    with pytest.raises(ConfigError, match="text cannot be used: file is not a database"):
+        ScoreCache(tmp_path / "text", "identity")
+    with sqlite3.connect(tmp_path / "newer") as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="has version 99; this program reads 1"):
+        ScoreCache(tmp_path / "newer", "identity")
+
+
+# Blending
+
+
+def test_blending_adds_the_rows_own_scores_or_bm25_of_its_documents(tiny_reranker: Reranker) -> None:
+    texts, scores = ["a cat", "the dog barks", "a bird"], [1.0, 5.0, 2.0]
+    record = {"query": "cat", "documents": [{"text": t, "score": s} for t, s in zip(texts, scores, strict=True)]}
+    log_odds = tiny_reranker.score([("cat", text) for text in texts], logits=True)
+    for how, others in (("run", scores), ("bm25", Bm25(texts).scores("cat", texts))):
+        (result,) = scored(BlockScorer(tiny_reranker, blend=Blend(how, 2.0)).score_records([record]))  # type: ignore[arg-type]
+        expected = blend(log_odds, others, 2.0)
+        by_index = {item["index"]: item for item in result["results"]}
+        assert [by_index[i]["blended_score"] for i in range(3)] == pytest.approx(expected, abs=1e-3)
+        assert [by_index[i]["log_odds"] for i in range(3)] == pytest.approx(log_odds, abs=CLOSE)
+        blended = [item["blended_score"] for item in result["results"]]
+        assert blended == sorted(blended, reverse=True)
+
+
+def test_blending_scores_that_a_row_does_not_bring_is_refused(tiny_reranker: Reranker) -> None:
+    with pytest.raises(ConfigError, match="blend is run=1, but the documents of query 'q' bring no scores"):
+        BlockScorer(tiny_reranker, blend=Blend("run", 1.0)).score_records([{"query": "q", "documents": ["a"]}])
+
+
+def test_ties_keep_the_order_of_the_row(tiny_reranker: Reranker) -> None:
+    (result,) = BlockScorer(tiny_reranker).score([parse_record({"query": "q", "documents": ["same"] * 5})])
+    assert not isinstance(result, InvalidRequest)
+    assert [item["index"] for item in to_record(result)["results"]] == list(range(5))

@@ -7,12 +7,13 @@ which has its name only when it is whole; what is rejected stands beside it. Par
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -140,7 +141,8 @@ class PieceScorer:
                 parquet = pq.ParquetFile(stream)
                 table = parquet.read_row_groups(list(range(piece.begin, piece.end)))
                 return table.to_pylist(), parquet.schema_arrow
-            return [_record(line) for line in lines_between(stream, piece.begin, piece.end) if line.strip()], None
+            lines = lines_between(io.BufferedReader(stream), piece.begin, piece.end)  # pyarrow's own reads no lines
+            return [_record(line) for line in lines if line.strip()], None
 
     def _schema(self, schema: pa.Schema | None) -> pa.Schema:
         assert schema is not None
@@ -160,7 +162,7 @@ class PieceScorer:
         self._output.move(path + ".new", path)
 
 
-def lines_between(stream: pa.NativeFile, begin: int, end: int) -> Iterator[bytes]:
+def lines_between(stream: IO[bytes], begin: int, end: int) -> Iterator[bytes]:
     """The lines that begin in [begin, end): each line of a file belongs to one of its ranges."""
     position = begin
     if begin:

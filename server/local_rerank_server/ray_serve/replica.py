@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.util
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from local_rerank.config import EngineConfig
 from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError, LocalRerankError
-from local_rerank.ray_cluster import ReplicaResources, replica_resources, room_for
+from local_rerank.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import Replicas, ServerConfig
 
@@ -34,6 +37,7 @@ class EngineReplica:
 
     def __init__(self, config: EngineConfig, self_test: bool) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is next
+        _stay_on_loopback()
         from local_rerank import Reranker
         from local_rerank.doctor import require_self_test
 
@@ -56,6 +60,15 @@ class EngineReplica:
 
     async def info(self) -> ModelInfo:
         return self._reranker.info
+
+
+def _stay_on_loopback() -> None:
+    """Serve opens a gRPC port in each replica on every address of the machine; on a cluster of loopback, only there."""
+    if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]  # Ray's own
+        return
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
 
 
 def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:

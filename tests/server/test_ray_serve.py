@@ -127,10 +127,14 @@ def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are
     for process in processes:
         for connection in process.net_connections("inet"):
             local, remote = connection.laddr, connection.raddr
-            assert ipaddress.ip_address(local.ip).is_loopback, (process.cmdline(), connection)
-            assert not remote or ipaddress.ip_address(remote.ip).is_loopback, (process.cmdline(), connection)
+            assert is_loopback(local.ip), (process.cmdline(), connection)
+            assert not remote or is_loopback(remote.ip), (process.cmdline(), connection)
         if process.pid != server.process.pid:
             assert process.environ().get("RAY_USAGE_STATS_ENABLED") == "0", process.cmdline()
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback
 
 
 def test_a_replica_that_is_killed_under_load_fails_no_request_and_is_replaced(

@@ -9,7 +9,6 @@ A change of `args` rolls through the replicas while the others go on answering.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import re
 from typing import Any
@@ -70,18 +69,14 @@ def _taken(args: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
 class Ingress:
     """The server's application in front of a deployment's handle."""
 
-    def __init__(self, engines: DeploymentHandle[Any], config: ServerConfig) -> None:
-        self._engines = engines
-        self._state = ServerState(config)
-        self._app = create_app(self._state, ApiKeys.from_config(config))
-        self._loading = asyncio.ensure_future(self._load())
+    async def __init__(self, engines: DeploymentHandle[Any], config: ServerConfig) -> None:  # type: ignore[misc]  # awaited
+        """Waits for an engine: Serve sends requests as soon as this ends, to a new ingress of a rolling update too."""
+        state = ServerState(config)
+        state.serve(RemoteReranker(engines, await engines.info.remote()))
+        self._app = create_app(state, ApiKeys.from_config(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return _RequestIdOfProxy(self._app)
-
-    async def _load(self) -> None:
-        """Ready as soon as one engine is."""
-        self._state.serve(RemoteReranker(self._engines, await self._engines.info.remote()))
 
 
 class _RequestIdOfProxy:

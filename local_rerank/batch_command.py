@@ -119,6 +119,14 @@ def batch(
     ] = None,
     return_documents: Annotated[bool, option(help="Write the documents' texts with the results, too.")] = False,
     overwrite: Annotated[bool, option(help="Begin anew, whatever is there.")] = False,
+    ray: Annotated[
+        bool | str,
+        option(
+            help="Score on a Ray cluster: the one at this address or RAY_ADDRESS, else one that is started here. Input "
+            "and output are .jsonl or .parquet, on any filesystem that pyarrow knows (s3://...), the output a folder "
+            "of parts."
+        ),
+    ] = False,
     quiet: Annotated[bool, option(help="Say nothing unless something goes wrong.")] = False,
     json_output: Annotated[
         bool, option(name="--json", help="Print progress, rejected records and the summary as lines of JSON.")
@@ -126,6 +134,13 @@ def batch(
     engine: EngineConfig | None = None,
 ) -> None:
     """Score a file. Killed and started again with the same command line it goes on where it was."""  # fmt: skip
+    if ray:
+        return _run_on_ray(
+            input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
+            return_documents=return_documents, overwrite=overwrite, quiet=quiet,
+            others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
+                    "cache": cache, "rejects": rejects},
+        )  # fmt: skip
     job = Job(
         input=input,
         output=output,
@@ -152,6 +167,42 @@ def batch(
             _run(job, reranker, mode, overwrite)
         except (OSError, sqlite3.Error) as error:  # a full disk, above all
             raise ConfigError(f"the job stopped: {error}; the same command goes on from there") from error
+
+
+def _run_on_ray(
+    input: Path,
+    output: Path,
+    address: str | None,
+    config: EngineConfig,
+    blend: str | None,
+    *,
+    return_documents: bool,
+    overwrite: bool,
+    quiet: bool,
+    others: dict[str, object],
+) -> None:
+    if given := [name for name, value in others.items() if value is not None]:
+        raise ConfigError(f"{given[0]} is not taken together with ray")
+    from local_rerank.ray_cluster import require_ray
+
+    require_ray()
+    from local_rerank.batch.ray_data import RayJob, absolute, run
+
+    job = RayJob(
+        input=str(input),
+        output=str(output),
+        suffix=output.suffix.lower(),
+        with_documents=return_documents,
+        blend=None if blend is None else parse_blend(blend),
+        config=absolute(config),
+    )
+    num_rows = num_pairs = num_rejected = 0
+    with nullcontext() if quiet else status("scoring on Ray"):
+        for done in run(job, address, overwrite=overwrite):
+            num_rows, num_pairs = num_rows + done.num_rows, num_pairs + done.num_pairs
+            num_rejected += done.num_rejected
+    if not quiet:
+        say(f"{output}: {num_rows} rows, {num_pairs} pairs, {num_rejected} rejected in this run")
 
 
 def _run(job: Job, reranker: Reranker, mode: Mode, overwrite: bool) -> None:

@@ -33,6 +33,7 @@ app.command("local_rerank.eval_command:evaluate", name="eval", help="Measure how
 app.command("local_rerank.batch_command:batch", name="batch", help="Score a file of queries and documents.")
 app.command("local_rerank.compare_command:compare", name="compare", help="Compare two runs, query by query.")
 app.command("local_rerank.bench_command:bench", name="bench", help="Measure speed, beside other code and the hardware.")
+app.command("local_rerank.plan_command:plan", name="plan", help="Say how long a large job takes, and on how much.")
 app.command("local_rerank.model_commands:pull", name="pull", help="Download a model from a hub.")
 app.command("local_rerank.model_commands:pack", name="pack", help="Write a model into one bundle for use offline.")
 app.command("local_rerank.model_commands:verify", name="verify", help="Check a bundle's files and its scores.")

@@ -25,9 +25,21 @@ HTTP status; a dialect only words them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class LocalRerankError(Exception):
-    """Root of the tree."""
+    """Root of the tree. Its leaves can be pickled: an engine in another process answers with them."""
+
+    def __reduce__(self) -> tuple[Callable[..., LocalRerankError], tuple[object, ...]]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[LocalRerankError], args: tuple[object, ...], fields: dict[str, object]) -> LocalRerankError:
+    """Without `__init__`, which takes a leaf's fields and not its message."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class InvalidRequest(LocalRerankError):

@@ -85,15 +85,23 @@ def _groups_from(parquet: pq.ParquetFile, row: int) -> tuple[list[int], int]:
 
 def output_schema(source: Source, *, with_documents: bool, is_blended: bool) -> pa.Schema:
     """Columns of the output, known before the first row: those of the input, if they are, and the scores."""
-    if source.is_pairs:
-        fields = _input_fields(source) | SCORES
+    fields = _input_fields(source)
+    return output_fields(fields, is_pairs=source.is_pairs, with_documents=with_documents, is_blended=is_blended)
+
+
+def output_fields(
+    fields: dict[str, pa.DataType], *, is_pairs: bool, with_documents: bool, is_blended: bool
+) -> pa.Schema:
+    """The same, from the columns of the input and their types."""
+    if is_pairs:
+        fields = fields | SCORES
     else:
         result = {"index": pa.int64(), "id": pa.string(), **SCORES}
         if is_blended:
             result["blended_score"] = pa.float64()
         if with_documents:
             result["document"] = pa.string()
-        fields = _input_fields(source) | {"results": pa.list_(pa.struct(list(result.items())))}
+        fields = fields | {"results": pa.list_(pa.struct(list(result.items())))}
         fields.pop("documents", None)
     return pa.schema(list(fields.items()))
 

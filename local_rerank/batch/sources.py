@@ -105,7 +105,10 @@ class JsonLines:
             stream.seek(position.offset)
             for line, start, behind in lines_of(stream, position):
                 if line.strip():
-                    yield _parsed(str(self.file), start.number, line, lambda data: parse_record(_json(data))), behind
+                    yield (
+                        _parsed(str(self.file), start.number, line, lambda data: parse_record(parse_json_line(data))),
+                        behind,
+                    )
 
 
 class Delimited:
@@ -219,7 +222,7 @@ def _parsed(file: str, number: int, line: bytes, parse: Callable[[bytes], Row]) 
         return Rejected(file=file, number=number, error=str(error), content=content_of(line))
 
 
-def _json(line: bytes) -> object:
+def parse_json_line(line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8-sig").rstrip("\r\n"), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:

@@ -28,6 +28,29 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["human", "json"]
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """How many engines there may be. `most` is None where the cluster's size decides."""
+
+    least: int
+    most: int | None
+
+    @property
+    def fixed(self) -> int | None:
+        """The number, where there is only one."""
+        return self.least if self.least == self.most else None
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas:
+        """`auto`, `4` or `1-8`; raises ConfigError."""
+        if text == "auto":
+            return cls(1, None)
+        least, _, most = text.partition("-")
+        if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
+            return cls(int(least), int(most or least))
+        raise ConfigError(f"replicas is {text!r}; it must be auto, a number from 1, or a range such as 1-8")
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -117,6 +140,16 @@ class ServerConfig:
     no_self_test: Annotated[
         bool, Parameter(help="Become ready without scoring the pairs whose scores are known.", negative="")
     ] = False  # fmt: skip
+    ray: Annotated[
+        bool,
+        Parameter(help="Score in engines of their own, which Ray Serve keeps, on this machine or on the cluster at "
+                       "RAY_ADDRESS.", negative=""),
+    ] = False  # fmt: skip
+    replicas: Annotated[
+        str,
+        Parameter(help="With --ray, how many engines: a number, a range such as 1-8 that follows the queue, or auto: "
+                       "from one to as many as the cluster holds, one per GPU."),
+    ] = "auto"  # fmt: skip
     log_level: Annotated[LogLevel, Parameter(help="Least severe message that is logged.")] = "info"
     log_format: Annotated[LogFormat, Parameter(help="Lines for people, or a JSON object a line.")] = "human"
     log_texts: Annotated[
@@ -142,6 +175,9 @@ class ServerConfig:
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with /")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together; only one of them is set")
+        if not self.ray and self.replicas != "auto":
+            raise ConfigError(f"replicas is {self.replicas!r}; several engines need --ray")
+        Replicas.parse(self.replicas)
         if any(not key.rpartition(":")[2].strip() for key in self.api_key):
             raise ConfigError("api_key is empty; leave it out to serve without a key")
         if not (self.has_keys or self.insecure or self.uds or _is_loopback(self.host)):
@@ -154,6 +190,11 @@ class ServerConfig:
     def has_keys(self) -> bool:
         """Whether clients must send a key."""
         return bool(self.api_key) or self.api_key_file is not None
+
+    @property
+    def num_replicas(self) -> Replicas:
+        """How many engines `replicas` asks for."""
+        return Replicas.parse(self.replicas)
 
     @property
     def limits(self) -> Limits:

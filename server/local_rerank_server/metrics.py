@@ -113,8 +113,8 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _look_at_gpu(self, device: str) -> None:
-        if not device.startswith("cuda"):
-            return
         torch = sys.modules["torch"]  # loaded with the model
+        if not device.startswith("cuda") or not torch.cuda.is_initialized():  # the model may be in another process
+            return
         for kind in GPU_MEMORY:
             self._gpu_memory.labels(kind).set(getattr(torch.cuda, f"memory_{kind}")(device))

@@ -26,6 +26,7 @@ import uvicorn
 from local_rerank.config import EngineConfig
 from local_rerank.console import say
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
+from local_rerank.ray_cluster import require_ray
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
@@ -35,7 +36,9 @@ from local_rerank_server.state import ServerState
 from local_rerank_server.tracing import Tracing
 
 if TYPE_CHECKING:
+    from local_rerank import Reranker
     from local_rerank.engine import ModelInfo
+    from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we
 MAX_FILES = 65_536  # open at once, connections included
@@ -82,22 +85,37 @@ def _load_beside(
 
     def load() -> None:
         try:
-            from local_rerank import Reranker  # torch, two seconds of it: the port is open before
-            from local_rerank.doctor import require_self_test
-
-            reranker = Reranker(config=config)
-            if not state.config.no_self_test:
-                require_self_test(reranker)
+            reranker = _open(config, state.config)
         except LocalRerankError as error:
             server.fail(error)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
         else:
+            server.take_signals()
             state.serve(reranker)
             announce(reranker.info)
 
     threading.Thread(target=load, name="load", daemon=True).start()  # a signal must not wait for a long load
+
+
+def _open(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:
+    """The model in this process or, with --ray, in replicas; imports torch, two seconds of it: the port is open before.
+
+    A replica tests itself.
+    """
+    if server_config.ray:
+        require_ray()
+        from local_rerank_server.ray_serve.reranker import ReplicaReranker
+
+        return ReplicaReranker(config, server_config)
+    from local_rerank import Reranker
+    from local_rerank.doctor import require_self_test
+
+    reranker = Reranker(config=config)
+    if not server_config.no_self_test:
+        require_self_test(reranker)
+    return reranker
 
 
 class _Server(uvicorn.Server):
@@ -108,6 +126,7 @@ class _Server(uvicorn.Server):
         self.state = state
         self.failure: LocalRerankError | None = None
         self.cut_off = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def fail(self, error: LocalRerankError) -> None:
         """Stop, from any thread, because the model cannot be loaded."""
@@ -117,6 +136,15 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def take_signals(self) -> None:
+        """Set the handlers again, from any thread: Ray sets its own as it starts, which abort after three seconds."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(lambda: [signal.signal(number, self.handle_exit) for number in SIGNALS])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 
@@ -24,12 +24,47 @@ from local_rerank_server.metrics import Metrics
 from local_rerank_server.rates import KeyRates
 
 if TYPE_CHECKING:
-    from local_rerank import Reranker
+    from local_rerank.config import EngineConfig
+    from local_rerank.engine import ModelInfo
+    from local_rerank.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
 
 logger = logging.getLogger(__name__)
+
+
+class Ranker(Protocol):
+    """What the server needs of a `Reranker`: an engine in this process, or replicas of it elsewhere."""
+
+    @property
+    def config(self) -> EngineConfig: ...
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def model_id(self) -> str: ...
+
+    @property
+    def num_queued_tokens(self) -> int: ...
+
+    @property
+    def num_queued_requests(self) -> int: ...
+
+    @property
+    def max_batch_tokens(self) -> int: ...
+
+    @property
+    def tokens_per_second(self) -> float | None: ...
+
+    def retry_after(self) -> float: ...
+
+    def observe_batches(self, observer: Callable[[BatchReport], None]) -> None: ...
+
+    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]: ...
+
+    def close(self) -> None: ...
 
 
 class ServerState:
@@ -43,7 +78,7 @@ class ServerState:
         self.num_body_bytes = 0  # of the bodies of those
         self.metrics = Metrics()
         self.rates = KeyRates(config)
-        self._reranker: Reranker | None = None
+        self._reranker: Ranker | None = None
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
 
     @property
@@ -54,7 +89,7 @@ class ServerState:
         return "loading" if self._reranker is None else "ready"
 
     @property
-    def reranker(self) -> Reranker:
+    def reranker(self) -> Ranker:
         """The loaded model; raises `ModelUnavailable` before there is one."""
         if self._reranker is None:
             raise ModelUnavailable("the model is still loading")
@@ -65,7 +100,7 @@ class ServerState:
         """The served model's own id, then its aliases, each once."""
         return tuple(dict.fromkeys((self.reranker.model_id, *self.config.model_aliases)))
 
-    def serve(self, reranker: Reranker) -> None:
+    def serve(self, reranker: Ranker) -> None:
         """From now on requests are ranked by `reranker`."""
         reranker.observe_batches(self.metrics.add_batch)
         self.metrics.set_model(reranker.info)

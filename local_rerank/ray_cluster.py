@@ -1,0 +1,114 @@
+"""The one way into Ray: usage statistics off, joined where `RAY_ADDRESS` or an address says so, else started here.
+
+Ray is an extra (`pip install 'local-rerank[ray]'`) and is imported only by who asks for it. A cluster that is started
+here listens on this machine's loopback alone and has no dashboard.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from local_rerank.config import EngineConfig
+from local_rerank.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Shared memory of a cluster started here. Texts and scores pass through it; Ray would take 30 % of the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaResources:
+    """What one engine takes of a cluster, in Ray's words."""
+
+    num_cpus: int
+    num_gpus: int
+
+    @property
+    def as_options(self) -> dict[str, float]:
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+def require_ray() -> None:
+    """Raises ConfigError where Ray is not installed. To be called before `import ray`: it reads its variables then."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("Ray is not installed; pip install 'local-rerank[ray]'")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing leaves the machine
+    if "RAY_ADDRESS" not in os.environ:
+        # the name is misleading: without it Ray replaces 127.0.0.1 by an address that other machines reach
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns that this default will change
+
+
+def connect(address: str | None = None) -> bool:
+    """Join the cluster at `address` or `RAY_ADDRESS`, else start one here; says whether it was started.
+
+    Raises ConfigError where there is no cluster at that address.
+    """
+    require_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    connected: Future[None] = Future()
+
+    def keep() -> None:
+        """The kernel ends Ray's processes together with the thread that started them, so this one stays."""
+        try:
+            _init(address)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"at {address}" if address else "on this machine"
+            connected.set_exception(ConfigError(f"there is no Ray cluster {where}: {error}"))
+        else:
+            connected.set_result(None)
+            threading.Event().wait()
+
+    threading.Thread(target=keep, name="ray", daemon=True).start()
+    connected.result()
+    return address is None
+
+
+def _init(address: str | None) -> None:
+    import ray
+
+    if address is not None:
+        ray.init(address=address, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        _node_ip_address=LOOPBACK,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+    )
+
+
+def replica_resources(config: EngineConfig, num_replicas: int | None) -> ReplicaResources:
+    """One GPU for each engine if the cluster has any and `device` allows it; else CPUs, one for each thread.
+
+    Without `threads`, `num_replicas` engines share the cluster's CPUs; without a number, one engine fills a node.
+    """
+    nodes = _nodes()
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    num_cpus = [int(node.get("CPU", 0)) for node in nodes]
+    if config.device.startswith("cuda") or (config.device == "auto" and num_gpus):
+        return ReplicaResources(num_cpus=1, num_gpus=1)
+    if config.threads is not None:
+        return ReplicaResources(num_cpus=config.threads, num_gpus=0)
+    if num_replicas is None:
+        return ReplicaResources(num_cpus=max(1, min(filter(None, num_cpus), default=1)), num_gpus=0)
+    return ReplicaResources(num_cpus=max(1, sum(num_cpus) // num_replicas), num_gpus=0)
+
+
+def room_for(resources: ReplicaResources) -> int:
+    """How many engines of that size the cluster's nodes hold together."""
+    wanted = {name: amount for name, amount in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)) if amount}
+    return sum(min(int(node.get(name, 0)) // amount for name, amount in wanted.items()) for node in _nodes())
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive, by their names."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's own

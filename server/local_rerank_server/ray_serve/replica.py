@@ -1,0 +1,130 @@
+"""A `Reranker` in a process of its own, and the Ray Serve deployment that keeps as many of them as are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.util
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from local_rerank.config import EngineConfig
+from local_rerank.engine import ModelInfo
+from local_rerank.errors import ConfigError, LocalRerankError
+from local_rerank.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
+from local_rerank.types import RerankRequest, RerankResult
+from local_rerank_server.config import Replicas, ServerConfig
+
+ROUTER = "local_rerank_server.ray_serve.routing.FewestTokensRouter"
+TOKENIZER_THREADS = 4
+MAX_ONGOING_REQUESTS = 10_000  # the engine's own queue, counted in tokens, is the limit
+TARGET_ONGOING_REQUESTS = 4.0
+"""Requests at a replica above which another one is started: one that is scored, and three that wait for it."""
+UPSCALE_SECONDS = 10.0
+DOWNSCALE_SECONDS = 300.0  # a large model takes a minute to load
+CONSTRUCTOR_TRIES = 2  # a model that cannot be loaded is said at once, a passing fault is passed over
+
+
+class EngineReplica:
+    """One engine. Answers are values, errors too: what is wrong with a request is no failure of the replica."""
+
+    def __init__(self, config: EngineConfig, self_test: bool) -> None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is next
+        _stay_on_loopback()
+        from local_rerank import Reranker
+        from local_rerank.doctor import require_self_test
+
+        self._reranker = Reranker(config=config)
+        if self_test:
+            require_self_test(self._reranker)
+        self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+
+    async def rank(
+        self, request: RerankRequest, *, num_tokens: int, name: str | None = None
+    ) -> RerankResult | LocalRerankError:
+        """`num_tokens` is the sender's estimate; its router counts with it."""
+        submission = self._tokenizers.submit(self._reranker.submit, request, name=name)
+        try:
+            pending = await asyncio.wrap_future(submission)
+            return await asyncio.wrap_future(pending)
+        except LocalRerankError as error:
+            return error
+        except asyncio.CancelledError:
+            submission.add_done_callback(_cancel_outcome)
+            raise
+
+    async def info(self) -> ModelInfo:
+        return self._reranker.info
+
+
+def _stay_on_loopback() -> None:
+    """Serve opens a gRPC port in each replica on every address of the machine; on a cluster of loopback, only there."""
+    if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]  # Ray's own
+        return
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
+
+
+def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        submission.result().cancel()
+
+
+def engine_application(config: EngineConfig, server_config: ServerConfig, *, may_grow: bool) -> serve.Application:
+    """The deployment of engines, bound to its configuration; Ray is connected already.
+
+    Raises ConfigError where a cluster that may not grow has no room for as many as are asked for.
+    """
+    replicas = server_config.num_replicas
+    resources = replica_resources(config, replicas.fixed)
+    room = room_for(resources)
+    if not may_grow and replicas.least > room:
+        raise ConfigError(
+            f"replicas is {server_config.replicas}; there is room for {room} "
+            f"({resources.num_cpus} CPUs and {resources.num_gpus} GPUs each)"
+        )
+    return _deployment(replicas, resources, room, server_config).bind(
+        _for_replicas(config, resources), not server_config.no_self_test
+    )
+
+
+def _deployment(
+    replicas: Replicas, resources: ReplicaResources, room: int, server_config: ServerConfig
+) -> serve.Deployment:
+    scaling = AutoscalingConfig(
+        min_replicas=replicas.least,
+        max_replicas=replicas.most or max(room, replicas.least),
+        target_ongoing_requests=TARGET_ONGOING_REQUESTS,
+        upscale_delay_s=UPSCALE_SECONDS,
+        downscale_delay_s=DOWNSCALE_SECONDS,
+    )
+    how_many: dict[str, Any] = {"num_replicas": replicas.fixed} if replicas.fixed else {"autoscaling_config": scaling}
+    make = serve.deployment(
+        name="EngineReplica",
+        **how_many,
+        ray_actor_options=resources.as_options,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        graceful_shutdown_timeout_s=server_config.drain_seconds,
+        request_router_config=RequestRouterConfig.model_validate({"request_router_class": ROUTER}),
+    )
+    deployment: serve.Deployment = make(EngineReplica)
+    return deployment
+
+
+def _for_replicas(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
+    """What an engine elsewhere needs said: its share of threads, and a folder by its whole path."""
+    model = config.model
+    if model is not None and Path(model).exists():
+        model = str(Path(model).resolve())
+    return dataclasses.replace(
+        config, model=model, threads=config.threads if resources.num_gpus else resources.num_cpus
+    )

@@ -1,0 +1,158 @@
+"""`local-rerank batch --ray` on a real Ray cluster of two nodes: the same rows as one process, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_rerank.batch import pieces
+from local_rerank.batch.pieces import find_pieces, lines_between
+from local_rerank.ray_cluster import require_ray
+from tests.commands import command
+
+pytestmark = pytest.mark.filterwarnings(  # of Ray Data, about its own options and pipes
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
+)
+
+NUM_ROWS, NUM_DOCUMENTS = 1000, 20
+WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
+TOLERANCE = 1e-4  # log-odds in fp32, over batches
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a head and a second node, one CPU each."""
+    require_ray()
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20},
+    )
+    try:
+        made.add_node(num_cpus=1, object_store_memory=100 << 20)
+        yield made.address
+    finally:
+        made.shutdown()
+
+
+def record(number: int, num_documents: int) -> dict[str, Any]:
+    documents = [f"{WORDS[(number + i) % 12]} {WORDS[i % 12]} {number} {i}" for i in range(num_documents)]
+    return {"id": f"q{number}", "query": f"{WORDS[number % 12]} {number}", "documents": documents}
+
+
+def options(checkpoint: Path) -> list[str]:
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--quiet"]
+
+
+def on_ray(input: Path, output: Path, address: str, checkpoint: Path, *more: str) -> None:
+    done = command("batch", str(input), "--output", str(output), "--ray", address, *options(checkpoint), *more)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    files = sorted(file for file in output.glob("part-*.jsonl") if ".rejects" not in file.name)
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [row["id"] for row in found] == [row["id"] for row in expected]
+    for one, other in zip(found, expected, strict=True):
+        scores = {item["index"]: item["log_odds"] for item in one["results"]}
+        assert scores == pytest.approx({item["index"]: item["log_odds"] for item in other["results"]}, abs=TOLERANCE)
+
+
+def kill_a_worker_after_the_first_part(output: Path, killed: list[int]) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if list(output.glob("part-*.jsonl")):
+            for process in psutil.Process().children(recursive=True):
+                if "MapWorker" in " ".join(process.cmdline()) + process.name():
+                    killed.append(process.pid)
+                    return process.kill()
+        time.sleep(0.02)
+
+
+def test_20_000_pairs_come_out_as_from_one_process_though_a_worker_is_killed(
+    cluster: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
+    rows = [json.dumps(record(number, NUM_DOCUMENTS)) for number in range(NUM_ROWS)]
+    rows.insert(500, '{"id": "broken", "query": "no documents"}')
+    rows.insert(700, "{no json")
+    input, output, single = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "single.jsonl"
+    input.write_text("\n".join(rows), encoding="utf-8")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker_after_the_first_part, args=(output, killed))
+    killer.start()
+    on_ray(input, output, cluster, tiny_checkpoint)
+    killer.join()
+    assert killed
+    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint))
+    assert alone.returncode == 0, alone.stderr
+    found = lines(output)
+    assert sum(len(row["results"]) for row in found) == NUM_ROWS * NUM_DOCUMENTS
+    assert_same(found, [json.loads(line) for line in single.read_text(encoding="utf-8").splitlines()])
+    rejects = [json.loads(line) for file in output.glob("*.rejects.jsonl") for line in file.read_text().splitlines()]
+    assert sorted(reject["error"].split(":")[0] for reject in rejects) == [
+        "documents must be a list, not left out", "not JSON"
+    ]  # fmt: skip
+    assert len(find_pieces(str(input))) > 20
+
+
+def test_parquet_keeps_its_columns_and_a_part_that_is_missing_is_all_that_is_done_again(
+    cluster: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    table = pa.Table.from_pylist([record(number, 3) | {"price": number * 1.5} for number in range(60)])
+    input, output, single = tmp_path / "in.parquet", tmp_path / "out.parquet", tmp_path / "single.parquet"
+    pq.write_table(table, input, row_group_size=20)
+    on_ray(input, output, cluster, tiny_checkpoint)
+    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint))
+    assert alone.returncode == 0, alone.stderr
+    parts = sorted(output.glob("part-*.parquet"))
+    found = pa.concat_tables([pq.read_table(part) for part in parts])
+    assert found.schema.equals(pq.read_table(single).schema)
+    assert found.column("price").to_pylist() == [number * 1.5 for number in range(60)]
+    assert_same(found.to_pylist(), pq.read_table(single).to_pylist())
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    parts[1].unlink()
+    on_ray(input, output, cluster, tiny_checkpoint)
+    assert_same(pa.concat_tables([pq.read_table(part) for part in parts]).to_pylist(), found.to_pylist())
+    assert [part.stat().st_mtime_ns == before[part] for part in parts] == [True, False, True]
+    other = command("batch", str(input), "--output", str(output), "--ray", cluster, "--instruction", "x")
+    assert other.returncode == 1
+    assert "was begun with" in other.stderr
+
+
+@given(st.lists(st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"")), max_size=12), st.integers(1, 20))
+def test_each_line_belongs_to_one_range_of_its_file(texts: list[bytes], size: int) -> None:
+    content = b"\n".join(texts)
+    found = []
+    for begin in range(0, len(content), size):
+        found += lines_between(BytesIO(content), begin, min(begin + size, len(content)))
+    assert found == BytesIO(content).readlines()
+
+
+def test_what_ray_does_not_take_is_said_before_ray_starts(tmp_path: Path) -> None:
+    input = tmp_path / "in.jsonl"
+    input.write_text('{"query": "q", "documents": ["d"]}\n')
+    for more, says in (
+        (["--output", str(tmp_path / "out.csv")], "on Ray it must end in .jsonl or .parquet"),
+        (["--output", str(tmp_path / "out.parquet")], "a Parquet output on Ray needs a Parquet input"),
+        (["--output", str(tmp_path / "out.jsonl"), "--cache", "c"], "cache is not taken together with ray"),
+    ):
+        done = command("batch", str(input), *more, "--ray")
+        assert done.returncode == 1
+        assert says in done.stderr

@@ -1,0 +1,101 @@
+"""The Serve application that `serve deploy` and KubeRay run: through Serve's own proxy, while its options change."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from httpx2 import Client
+
+from local_rerank.errors import ConfigError
+from local_rerank.ray_cluster import connect, require_ray
+from tests.server.test_process import WAIT_SECONDS, until
+
+pytestmark = pytest.mark.filterwarnings(  # of Ray
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
+)
+BODY = {"query": "Which river?", "documents": ["a river", "a mountain"]}
+NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
+
+
+@pytest.fixture(scope="module")
+def address(tiny_checkpoint: Path) -> Iterator[str]:
+    """Ray of this process with Serve's proxy on a free port."""
+    connect()
+    import ray
+    from ray import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        deploy(tiny_checkpoint)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(checkpoint: Path, **args: Any) -> None:
+    from ray import serve
+
+    from local_rerank_server.ray_serve.application import build
+
+    engine = {"model": str(checkpoint), "device": "cpu", "dtype": "fp32", "threads": 1, "no_self_test": True}
+    serve.run(build(engine | {"insecure": True, "replicas": "1"} | args), name="local-rerank", route_prefix="/")
+
+
+def test_the_proxy_passes_answers_errors_and_the_request_id_on(address: str) -> None:
+    with Client(base_url=address, timeout=WAIT_SECONDS) as client:
+        until(lambda: client.get("/ready").status_code == 200)
+        answer = client.post("/v1/local/rank", json=BODY)
+        assert (answer.status_code, len(answer.json()["results"])) == (200, 2)
+        assert answer.headers.get_list("x-request-id") == [answer.json()["id"]]
+        wrong = client.post(NATIVE, json={"model": "qwen3-rerank", "query": 1, "documents": ["d"]})
+        assert (wrong.status_code, wrong.json()["code"]) == (400, "InvalidParameter")
+        assert client.get("/nowhere").status_code == 404
+
+
+def test_a_change_of_options_rolls_through_and_fails_no_request(address: str, tiny_checkpoint: Path) -> None:
+    stop = threading.Event()
+
+    def ask(_: int) -> list[tuple[int, float]]:
+        answers = []
+        with Client(base_url=address, timeout=WAIT_SECONDS) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/local/rank", json=BODY)
+                answers.append((answer.status_code, answer.json()["results"][0]["log_odds"]))
+        return answers
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = pool.map(ask, range(3))
+        try:
+            deploy(tiny_checkpoint, instruction="Find mountains")
+        finally:
+            stop.set()
+        answers = [answer for worker in asking for answer in worker]
+    assert {status for status, _ in answers} == {200}
+    with Client(base_url=address, timeout=WAIT_SECONDS) as client:
+        after = client.post("/v1/local/rank", json=BODY).json()["results"][0]["log_odds"]
+    assert abs(after - answers[0][1]) > 1e-6  # the new instruction is in force
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({}, "no api_key and no api_key_file is set"),
+        ({"insecure": True, "nonsense": 1}, "unknown option 'nonsense'"),
+        ({"insecure": True, "ingresses": 0}, "ingresses is 0"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, Any], says: str) -> None:
+    require_ray()
+    from local_rerank_server.ray_serve.application import build
+
+    with pytest.raises(ConfigError, match=says):
+        build(args)

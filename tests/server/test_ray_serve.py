@@ -1,0 +1,214 @@
+"""`local-rerank serve --ray`: a real server in front of two replicas of the embedded model, one of which dies."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from httpx2 import Client
+
+from local_rerank import Reranker
+from tests.server.conftest import Serve
+from tests.server.test_process import WAIT_SECONDS, Server, started, until
+
+LOCAL = "/v1/local/rank"
+NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
+TOLERANCE = 1e-4  # log-odds in fp32, over batches and numbers of threads
+WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two replicas of one thread each, handed over as soon as the port is bound."""
+    log = tmp_path_factory.mktemp("ray") / "log"
+    arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", "--threads", "1", "--port", "0"]
+    with started(log, *arguments) as running:
+        running.wait_for("listening on")
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(base_url=server.address, timeout=WAIT_SECONDS) as made:
+        yield made
+
+
+def replicas(server: Server) -> list[psutil.Process]:
+    """The engines' processes that are alive."""
+    return [child for child in descendants(server) if "EngineReplica" in child.name() + " ".join(child.cmdline())]
+
+
+def descendants(server: Server) -> list[psutil.Process]:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def request(number: int, num_documents: int = 8) -> dict[str, Any]:
+    """A request whose documents are all different, and differ from those of every other number."""
+    documents = [
+        f"The {WORDS[(number + i) % 12]} of {WORDS[i % 12]} number {number} and {i}" for i in range(num_documents)
+    ]
+    return {"query": f"Which {WORDS[number % 12]} is it?", "documents": documents}
+
+
+def log_odds(answer: dict[str, Any]) -> dict[int, float]:
+    return {item["index"]: item["log_odds"] for item in answer["results"]}
+
+
+def expected(reranker: Reranker, asked: dict[str, Any]) -> dict[int, float]:
+    return {item.index: item.log_odds for item in reranker.rank(asked["query"], asked["documents"])}
+
+
+def test_the_port_answers_before_there_is_a_replica_and_ready_tells_when_there_is(
+    server: Server, client: Client
+) -> None:
+    assert client.get("/health").status_code == 200
+    assert (client.get("/ready").status_code, client.get("/ready").json()) == (503, {"status": "loading"})
+    refused = client.post(NATIVE, json={"model": "qwen3-rerank", "query": "q", "documents": ["d"]})
+    assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
+    server.wait_for("ready: ")
+    assert client.get("/ready").status_code == 200
+    assert len(replicas(server)) == 2
+
+
+def test_answers_are_those_of_one_process(server: Server, client: Client, nano: Reranker) -> None:
+    server.wait_for("ready: ")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda number: client.post(LOCAL, json=request(number)).json(), range(24)))
+    for number, answer in enumerate(answers):
+        assert log_odds(answer) == pytest.approx(expected(nano, request(number)), abs=TOLERANCE)
+        assert answer["model"] == nano.model_id
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (LOCAL, {"query": "q", "documents": ["one two three four"], "max_document_tokens": 1, "truncation": "error"}),
+        (LOCAL, {"query": "q", "documents": ["d"], "instruction": "word " * 1100}),
+        (LOCAL, {"query": "q", "documents": []}),
+        (NATIVE, {"model": "qwen3-rerank", "query": "q", "documents": ["a long text " * 100] * 500}),
+        (NATIVE, {"model": "unknown", "query": "q", "documents": ["d"]}),
+        (NATIVE, {"model": "qwen3-rerank", "query": 1, "documents": ["d"]}),
+    ],
+    ids=["cut", "instruction", "no documents", "tokens", "model", "type"],
+)
+async def test_errors_are_those_of_one_process_whether_the_server_or_a_replica_finds_them(
+    server: Server, serve: Serve, nano: Reranker, path: str, body: dict[str, Any]
+) -> None:
+    server.wait_for("ready: ")
+    async with serve(nano) as alone:
+        without = await alone.post(path, json=body)
+    with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+        with_replicas = client.post(path, json=body)
+    assert with_replicas.status_code == without.status_code
+    assert 400 <= without.status_code < 500
+    assert without_ids(with_replicas.json()) == without_ids(without.json())
+
+
+def without_ids(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if key not in ("request_id", "id")}
+
+
+def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are_off(server: Server) -> None:
+    server.wait_for("ready: ")
+    processes = [psutil.Process(server.process.pid), *descendants(server)]
+    assert any("raylet" in process.name() for process in processes)
+    for process in processes:
+        for connection in process.net_connections("inet"):
+            local, remote = connection.laddr, connection.raddr
+            assert is_loopback(local.ip), (process.cmdline(), connection)
+            assert not remote or is_loopback(remote.ip), (process.cmdline(), connection)
+        if process.pid != server.process.pid:
+            assert process.environ().get("RAY_USAGE_STATS_ENABLED") == "0", process.cmdline()
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback
+
+
+def test_a_replica_that_is_killed_under_load_fails_no_request_and_is_replaced(
+    server: Server, client: Client, nano: Reranker
+) -> None:
+    server.wait_for("ready: ")
+    victim = replicas(server)[0]
+    stop = threading.Event()
+
+    def ask(worker: int) -> list[tuple[int, int, dict[str, Any]]]:
+        answers = []
+        while not stop.is_set():
+            number = worker * 1000 + len(answers)
+            answer = client.post(LOCAL, json=request(number, num_documents=20))
+            answers.append((number, answer.status_code, answer.json()))
+        return answers
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask, worker) for worker in range(6)]
+        try:
+            until(lambda: victim.cpu_times().user > 0 and server.output.count(f"POST {LOCAL} 200") > 60)
+            victim.kill()
+            until(lambda: len({process.pid for process in replicas(server)} - {victim.pid}) == 2)
+        finally:
+            stop.set()
+        answers = [answer for worker in asking for answer in worker.result(WAIT_SECONDS)]
+    assert [status for _, status, _ in answers if status != 200] == []
+    assert "the replica was lost" in server.output  # it had work when it died, and that work was sent on
+    for number, _, answer in answers[:: max(1, len(answers) // 20)]:
+        assert log_odds(answer) == pytest.approx(expected(nano, request(number, 20)), abs=TOLERANCE)
+
+
+def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Server) -> None:
+    server.wait_for("ready: ")
+    processes = descendants(server)
+    host, port = server.address.removeprefix("http://").split(":")
+    body = json.dumps(request(1, num_documents=400)).encode()
+    head = f"POST {LOCAL} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+        connection.sendall(head.encode())
+        assert b" 100 " in connection.recv(1000)  # the handler asks for the body: the request was let in
+        connection.sendall(body[:-1])
+        server.process.send_signal(signal.SIGTERM)
+        with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
+            until(lambda: client.get("/ready").json() == {"status": "draining"})
+        connection.sendall(body[-1:])
+        answer = read_answer(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert server.process.wait(WAIT_SECONDS) == 0
+    _, left = psutil.wait_procs(processes, timeout=WAIT_SECONDS)
+    assert not left
+    assert "Traceback" not in server.output
+    assert "***" not in server.output  # Ray's own signal handler, which would end the process half way
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    answer = b""
+    while received := connection.recv(65536):
+        answer += received
+        if (found := re.search(rb"content-length: (\d+)\r\n.*?\r\n\r\n", answer, re.DOTALL)) and len(
+            answer
+        ) >= found.end() + int(found[1]):
+            return answer
+    raise AssertionError("the server closed the connection")
+
+
+def test_what_cannot_be_started_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    for arguments, says in (
+        (["--replicas", "2"], "several engines need --ray"),
+        (["--ray", "--replicas", "none"], "it must be auto, a number from 1, or a range such as 1-8"),
+        (["--ray", "--replicas", "1000", "--threads", "1"], "replicas is 1000; there is room for"),
+    ):
+        with started(tmp_path / "log", "local_rerank", "serve", "--port", "0", *arguments) as server:
+            assert server.process.wait(WAIT_SECONDS) == 1
+        last = server.output.strip().splitlines()[-1]
+        assert last.startswith("local-rerank: ")
+        assert says in last

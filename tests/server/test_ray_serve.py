@@ -129,7 +129,7 @@ def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are
             local, remote = connection.laddr, connection.raddr
             assert is_loopback(local.ip), (process.cmdline(), connection)
             assert not remote or is_loopback(remote.ip), (process.cmdline(), connection)
-        if process.pid != server.process.pid:
+        if process.name() in ("gcs_server", "raylet"):  # the others inherit theirs, and write their titles over it
             assert process.environ().get("RAY_USAGE_STATS_ENABLED") == "0", process.cmdline()
 
 

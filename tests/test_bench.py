@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,12 +19,12 @@ from tests.commands import command
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_texts_have_the_tokens_that_the_workload_says(name: str, nano: Reranker) -> None:
-    workload = WORKLOADS[name]
+    workload = dataclasses.replace(WORKLOADS[name], num_requests=min(2, WORKLOADS[name].num_requests))
     count = nano.tokenizer.count_tokens
     requests = make_requests(workload, count)
     assert len(requests) == workload.num_requests
     low, high = workload.document_tokens
-    for request in requests[:2]:
+    for request in requests:
         assert len(request.documents) == workload.num_documents
         assert workload.query_tokens <= count(request.query) < workload.query_tokens + 8  # a word of several tokens
         lengths = sorted(map(count, request.documents))

@@ -34,7 +34,8 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # pause_writing comes as soon as a byte has to wait
+            # pause_writing comes as soon as bytes have to wait; at 0 the TLS transport would pause an empty buffer
+            transport.set_write_buffer_limits(high=1)
             self._watch_reading()
 
         def connection_lost(self, exc: Exception | None) -> None:

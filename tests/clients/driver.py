@@ -5,8 +5,8 @@ documents and, where the client can send them, model, top_n, return_documents, i
 An answer is JSON: `results` (index, relevance_score, text) with `total_tokens` and `request_id` where the client shows
 them, or `error` with whatever the client lets its caller see of it.
 
-A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of one
-script are called from one process: importing an SDK takes seconds.
+A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of
+one script are called from one process: importing an SDK takes seconds.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def other(environment: str, script: str, entry: str = "", **options: Any) -> Cli
 
 
 def litellm(entry: str, **options: Any) -> Client:
-    sends = {"model", "top_n", "return_documents"}
-    return other("sdks", "litellm_rerank.py", entry, sends=sends, raises=STAINLESS, **options)
+    options = {"sends": {"model", "top_n", "return_documents"}, "raises": STAINLESS, **options}
+    return other("sdks", "litellm_rerank.py", entry, **options)
 
 
 COHERE = {"a wrong key": "UnauthorizedError", "a blank query": "BadRequestError"}
@@ -161,13 +161,13 @@ CLIENTS = [
         raises=STAINLESS,
     ),
     litellm("dashscope /compatible-api/v1", default_instruction=HOSTED_INSTRUCTION, shows_words=False),
-    litellm("cohere"),
+    litellm("cohere", sends={"model", "top_n"}),
     litellm("jina_ai"),
     litellm("hosted_vllm"),
     litellm("hosted_vllm /v1"),
     litellm("huggingface"),
     litellm("voyage"),
-    litellm("infinity", server="open"),  # a document as an object stops it
+    litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # a document as an object stops it
     litellm("litellm_proxy"),
     other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
     other("frameworks", "llama_index_others.py", "JinaRerank", raises=RUNTIME),

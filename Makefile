@@ -5,7 +5,7 @@ BIN := .venv/bin
 SERVE := .venv/.serve
 DEV := .venv/.dev
 CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
-ifneq ($(shell command -v npm),)
+ifneq ($(shell which npm 2>/dev/null),)
 CLIENTS += .venv-clients/node/.installed
 endif
 

@@ -5,6 +5,9 @@ BIN := .venv/bin
 SERVE := .venv/.serve
 DEV := .venv/.dev
 CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
+ifneq ($(shell which npm 2>/dev/null),)
+CLIENTS += .venv-clients/node/.installed
+endif
 
 # Tests run a server beside themselves, so threads outnumber cores. OpenMP's threads spin while they wait by default,
 # which then costs a forward pass of 5 ms up to 650 ms; waiting passively it stays at 5 ms.
@@ -19,7 +22,8 @@ help: ## list the targets
 serve: $(SERVE) ## install what serving needs, then serve the built-in model (ARGS="--port 9000 ..." passes options)
 	$(BIN)/local-rerank serve $(ARGS)
 
-test: $(DEV) clients ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options)
+test: $(DEV) ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options)
+	@$(MAKE) --silent --jobs=2 clients
 	$(BIN)/pytest $(ARGS)
 
 check: $(DEV) ## lint, formatting and types, as CI does
@@ -57,5 +61,12 @@ $(DEV): $(SERVE)
 .venv-clients/%/.installed: tests/clients/%.txt
 	@echo "Installing the clients of $< into .venv-clients/$* ..."
 	@$(PYTHON) -m venv .venv-clients/$*
-	@.venv-clients/$*/bin/pip install --quiet --requirement $<
+	@.venv-clients/$*/bin/pip install --quiet --no-deps --requirement $<
+	@touch $@
+
+.venv-clients/node/.installed: tests/clients/node/package.json tests/clients/node/package-lock.json
+	@echo "Installing the clients for Node into .venv-clients/node ..."
+	@mkdir -p .venv-clients/node
+	@cp $^ .venv-clients/node
+	@npm ci --silent --no-fund --no-audit --prefix .venv-clients/node
 	@touch $@

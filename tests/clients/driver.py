@@ -5,8 +5,8 @@ documents and, where the client can send them, model, top_n, return_documents, i
 An answer is JSON: `results` (index, relevance_score, text) with `total_tokens` and `request_id` where the client shows
 them, or `error` with whatever the client lets its caller see of it.
 
-A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of one
-script are called from one process: importing an SDK takes seconds.
+A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of
+one script are called from one process: importing an SDK takes seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from local_rerank_server.config import HOSTED_INSTRUCTION
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / ".venv-clients"
@@ -41,10 +43,12 @@ class Client:
     entry: str = ""
     sends: frozenset[str] = frozenset({"model", "top_n", "return_documents", "instruct"})
     shows: frozenset[str] = frozenset({"total_tokens", "request_id"})
-    hosted: bool = False  # whether it calls the routes of DashScope, which know models, codes and an instruction
+    hosted: bool = False  # whether it tells DashScope's error codes to its caller
+    default_instruction: str | None = None  # None: the library's own
     server: Literal["keyed", "open"] = "keyed"  # open: one that asks for no key and sends documents back as strings
     # how a caller learns of an error; hidden: by a crash
     errors: Literal["returned", "raised", "printed", "hidden"] = "raised"
+    shows_words: bool = True  # whether the exception of a client that is not hosted tells the server's words
     raises: Mapping[str, str] = field(default_factory=dict, hash=False)  # refusal: exception, where it is no hosted one
 
     def __str__(self) -> str:
@@ -74,17 +78,26 @@ def answer(environment: str, script: str, jobs: Sequence[dict[str, Any]]) -> lis
 
 
 def dashscope(environment: str, entry: str, errors: Literal["returned", "raised"]) -> Client:
-    return Client(environment=environment, script="dashscope_sdk.py", entry=entry, hosted=True, errors=errors)
+    return Client(
+        environment=environment,
+        script="dashscope_sdk.py",
+        entry=entry,
+        hosted=True,
+        default_instruction=HOSTED_INSTRUCTION,
+        errors=errors,
+    )
 
 
-def framework(script: str, *sends: str) -> Client:
+def framework(script: str, *sends: str, entry: str = "") -> Client:
     """A framework over the DashScope SDK, which hands on indices and scores alone."""
     return Client(
         environment="frameworks",
         script=script,
+        entry=entry,
         sends=frozenset(sends),
         shows=frozenset(),
         hosted=True,
+        default_instruction=HOSTED_INSTRUCTION,
         errors="hidden",
     )
 
@@ -96,16 +109,16 @@ def other(environment: str, script: str, entry: str = "", **options: Any) -> Cli
     return Client(environment=environment, script=script, entry=entry, **sets, **names)
 
 
-def litellm(entry: str, unauthorized: str, bad_request: str, **options: Any) -> Client:
-    sends = {"model", "top_n", "return_documents"}
-    raises = {"a wrong key": unauthorized, "a blank query": bad_request}
-    return other("sdks", "litellm_rerank.py", entry, sends=sends, raises=raises, **options)
+def litellm(entry: str, **options: Any) -> Client:
+    options = {"sends": {"model", "top_n", "return_documents"}, "raises": STAINLESS, **options}
+    return other("sdks", "litellm_rerank.py", entry, **options)
 
 
 COHERE = {"a wrong key": "UnauthorizedError", "a blank query": "BadRequestError"}
 VOYAGE = {"a wrong key": "AuthenticationError", "a blank query": "InvalidRequestError"}
 STAINLESS = {"a wrong key": "AuthenticationError", "a blank query": "BadRequestError"}
-API_CALL = {"a wrong key": "AI_APICallError", "a blank query": "AI_APICallError"}
+API_CALL = {"a wrong key": "APICallError", "a blank query": "APICallError"}
+RUNTIME = {"a wrong key": "RuntimeError", "a blank query": "RuntimeError"}
 ALL_SHOWN = {"total_tokens", "request_id"}
 
 CLIENTS = [
@@ -118,15 +131,16 @@ CLIENTS = [
         script="dashscope_cli.py",
         shows=frozenset({"total_tokens"}),
         hosted=True,
+        default_instruction=HOSTED_INSTRUCTION,
         errors="printed",
     ),
     dashscope("dashscope-1.25", "TextReRank.call", "returned"),
     dashscope("dashscope-1.25", "AioTextReRank.call", "returned"),
     dashscope("dashscope-1.20", "TextReRank.call", "returned"),
     framework("langchain_community_rerank.py", "top_n"),  # as constructed: it names gte-rerank whatever it is told
-    framework("langchain_community_rerank.py", "top_n", "model"),
+    framework("langchain_community_rerank.py", "top_n", "model", entry="named"),
     framework("llama_index_rerank.py", "top_n", "model"),
-    Client(environment="sdks", script="openai_sdk.py", hosted=True),
+    Client(environment="sdks", script="openai_sdk.py", hosted=True, default_instruction=HOSTED_INSTRUCTION),
     other("sdks", "cohere_sdk.py", "ClientV2", shows=ALL_SHOWN, raises=COHERE),
     other("sdks", "cohere_sdk.py", "AsyncClientV2", shows=ALL_SHOWN, raises=COHERE),
     other(
@@ -146,20 +160,22 @@ CLIENTS = [
         shows={"total_tokens"},
         raises=STAINLESS,
     ),
-    litellm("dashscope /compatible-api/v1", "AuthenticationError", "BadRequestError"),
-    litellm("cohere", "AuthenticationError", "BadRequestError"),
-    litellm("jina_ai", "AuthenticationError", "BadRequestError"),
-    litellm("hosted_vllm", "AuthenticationError", "BadRequestError"),
-    litellm("hosted_vllm /v1", "AuthenticationError", "BadRequestError"),
-    litellm("huggingface", "AuthenticationError", "BadRequestError"),
-    litellm("voyage", "AuthenticationError", "BadRequestError"),
-    litellm("infinity", "AuthenticationError", "BadRequestError"),
-    litellm("litellm_proxy", "AuthenticationError", "BadRequestError"),
+    litellm("dashscope /compatible-api/v1", default_instruction=HOSTED_INSTRUCTION, shows_words=False),
+    litellm("cohere", sends={"model", "top_n"}),
+    litellm("jina_ai"),
+    litellm("hosted_vllm"),
+    litellm("hosted_vllm /v1"),
+    litellm("huggingface"),
+    litellm("voyage"),
+    litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # a document as an object stops it
+    litellm("litellm_proxy"),
     other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
-    other("frameworks", "llama_index_others.py", "JinaRerank", raises={}),
-    other("frameworks", "llama_index_others.py", "TextEmbeddingInference", raises={}),
-    other("frameworks", "llama_index_others.py", "XinferenceRerank", server="open", raises={}),
-    other("frameworks", "llama_index_others.py", "SiliconFlowRerank", raises={}),
+    other("frameworks", "llama_index_others.py", "JinaRerank", raises=RUNTIME),
+    other("frameworks", "llama_index_others.py", "TextEmbeddingInference", errors="hidden"),
+    other(
+        "frameworks", "llama_index_others.py", "XinferenceRerank", server="open", raises={"a blank query": "Exception"}
+    ),
+    other("frameworks", "llama_index_others.py", "SiliconFlowRerank", raises=RUNTIME),
     other("frameworks", "langchain_partners.py", "CohereRerank", raises=COHERE),
     other("frameworks", "langchain_partners.py", "VoyageAIRerank", raises=VOYAGE),
     other("frameworks", "haystack_cohere.py", raises=COHERE),
@@ -168,9 +184,16 @@ CLIENTS = [
         "xinference_sdk.py",
         sends={"model", "top_n", "return_documents", "instruct"},
         shows=ALL_SHOWN,
-        raises={"a wrong key": "RuntimeError", "a blank query": "RuntimeError"},
+        raises=RUNTIME,
     ),
-    other("node", "ai_sdk.mjs", "qwen-ai-provider-v5", raises=API_CALL),
+    other(
+        "node",
+        "ai_sdk.mjs",
+        "qwen-ai-provider-v5",
+        default_instruction=HOSTED_INSTRUCTION,
+        shows_words=False,  # it gives HTTP's own words for the status
+        raises={**API_CALL, "an unknown model": "APICallError"},
+    ),
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
     other("node", "ai_sdk.mjs", "cohere-ai", shows=ALL_SHOWN, raises=COHERE),

@@ -1,16 +1,17 @@
-"""Unchanged clients of the hosted service get from this server what the library says, and errors as they know them."""
+"""Unchanged clients of each API get from this server what the library says, and errors as they know them."""
 
 from __future__ import annotations
 
+import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
 from local_rerank import Reranker
-from local_rerank_server.config import HOSTED_INSTRUCTION
 from tests.clients.conftest import KEY
-from tests.clients.driver import CLIENTS, Answer, Client, Request
+from tests.clients.driver import CLIENTS, Answer, Client, Request, answer
 
 SAME = 1e-6  # fp32 on both sides; the JSON between them keeps every digit
 ENGLISH = {
@@ -22,6 +23,7 @@ ENGLISH = {
         "Quantum computing is a frontier field of computer science.",
         "The rise of pretrained language models has brought new advances to text reranking.",
     ],
+    "top_n": 3,  # as many as there are
 }
 CHINESE = {
     "model": "gte-rerank-v2",
@@ -45,14 +47,20 @@ class Refusal:
     change: Request = field(default_factory=dict)  # of ENGLISH
     key: str = KEY
     status: int
-    code: str
-    exception: str  # both SDKs that raise have the same names
+    code: str  # on the routes of DashScope
+    exception: str  # both SDKs of those routes that raise have the same names
     exit_status: int  # of the DashScope command line
+    words: str = ""  # on the other routes, where such a request is refused
 
 
 REFUSALS = {
     "a wrong key": Refusal(
-        key="a-wrong-key", status=401, code="InvalidApiKey", exception="AuthenticationError", exit_status=2
+        key="a-wrong-key",
+        status=401,
+        code="InvalidApiKey",
+        exception="AuthenticationError",
+        exit_status=2,
+        words="the API key is wrong",
     ),
     "an unknown model": Refusal(
         change={"model": "no-such-model"}, status=404, code="ModelNotFound", exception="NotFoundError", exit_status=1
@@ -61,7 +69,12 @@ REFUSALS = {
         change={"top_n": 0}, status=400, code="InvalidParameter", exception="BadRequestError", exit_status=3
     ),
     "a blank query": Refusal(
-        change={"query": " "}, status=400, code="InvalidParameter", exception="BadRequestError", exit_status=3
+        change={"query": " "},
+        status=400,
+        code="InvalidParameter",
+        exception="BadRequestError",
+        exit_status=3,
+        words="query is empty",
     ),
 }
 
@@ -76,11 +89,35 @@ class Called:
     refusals: dict[str, Answer]
 
 
-@pytest.fixture(scope="module", params=CLIENTS, ids=str)
-def called(request: pytest.FixtureRequest, base_url: str) -> Called:
+ASKED = [(KEY, ENGLISH), (KEY, CHINESE), *((refusal.key, ENGLISH | refusal.change) for refusal in REFUSALS.values())]
+
+
+@pytest.fixture(scope="session")
+def call_script(base_url: str, open_url: str) -> Callable[[str, str], dict[str, list[Answer]]]:
+    """What each client of a script answers to all that is `ASKED`: one process for them together, run once."""
+    urls = {"keyed": base_url, "open": open_url}
+    called: dict[tuple[str, str], dict[str, list[Answer]]] = {}
+
+    def call(environment: str, script: str) -> dict[str, list[Answer]]:
+        if (environment, script) not in called:
+            clients = [client for client in CLIENTS if (client.environment, client.script) == (environment, script)]
+            jobs = [client.job(urls[client.server], key, request) for client in clients for key, request in ASKED]
+            answers = answer(environment, script, jobs)
+            count = len(ASKED)
+            called[environment, script] = {
+                str(client): answers[place * count : (place + 1) * count] for place, client in enumerate(clients)
+            }
+        return called[environment, script]
+
+    return call
+
+
+@pytest.fixture(params=CLIENTS, ids=str)
+def called(request: pytest.FixtureRequest, call_script: Callable[[str, str], dict[str, list[Answer]]]) -> Called:
     client: Client = request.param
-    refused = [(refusal.key, ENGLISH | refusal.change) for refusal in REFUSALS.values()]
-    english, chinese, *refusals = client.call(base_url, [(KEY, ENGLISH), (KEY, CHINESE), *refused])
+    if client.environment == "node" and shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    english, chinese, *refusals = call_script(client.environment, client.script)[str(client)]
     return Called(client=client, english=english, chinese=chinese, refusals=dict(zip(REFUSALS, refusals, strict=True)))
 
 
@@ -90,7 +127,7 @@ def check(answer: Answer, client: Client, request: Request, nano: Reranker) -> N
     expected = nano.rank(
         sent["query"],
         sent["documents"],
-        instruction=sent.get("instruct", HOSTED_INSTRUCTION),
+        instruction=sent.get("instruct", client.default_instruction),
         top_n=sent.get("top_n"),
     )
     assert [item["index"] for item in answer["results"]] == [item.index for item in expected]
@@ -116,9 +153,16 @@ def test_what_a_client_can_ask_for_arrives_and_its_texts_come_back_unchanged(cal
     check(called.chinese, called.client, CHINESE, nano)
 
 
+def test_no_two_clients_have_the_same_name() -> None:
+    assert len({str(client) for client in CLIENTS}) == len(CLIENTS)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_client_hands_on_what_an_error_is(called: Called, name: str) -> None:
     refusal, answer = REFUSALS[name], called.refusals[name]
+    if not called.client.hosted:
+        check_other(called.client, name, answer)
+        return
     if name == "an unknown model" and "model" not in called.client.sends:
         assert "results" in answer  # it sent a name of its own, which is known
         return
@@ -138,3 +182,18 @@ def test_a_client_hands_on_what_an_error_is(called: Called, name: str) -> None:
             assert (error["status_code"], error["code"]) == (refusal.status, refusal.code)
             assert error["message"]
             assert is_uuid(error["request_id"])
+
+
+def check_other(client: Client, name: str, answer: Answer) -> None:
+    """Other dialects take any model, and most take a `top_n` of 0."""
+    refusal = REFUSALS[name]
+    if client.errors == "hidden" and refusal.words:
+        assert "error" in answer
+    elif name in client.raises:
+        error = answer["error"]
+        assert error["type"] == client.raises[name]
+        assert error.get("http_status", error.get("status_code", refusal.status)) in (refusal.status, None)
+        if client.shows_words:
+            assert refusal.words in f"{error.get('text')} {error.get('message')}"
+    elif name == "an unknown model" and not client.script.startswith("litellm"):
+        assert "results" in answer, answer

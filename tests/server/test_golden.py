@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +51,33 @@ async def send(client: AsyncClient, request: dict[str, Any]) -> Response:
 
 
 def rank(reranker: Reranker, arguments: dict[str, Any]) -> RerankResult:
+    """`pairs` instead of query and documents gives one document a query, in their order."""
+    if "pairs" in arguments:
+        return one_by_one(reranker, arguments["pairs"])
     documents = tuple(arguments["documents"])
     return reranker.submit(RerankRequest(**{**arguments, "documents": documents})).result(timeout=60)
 
 
+def one_by_one(reranker: Reranker, pairs: list[tuple[str, str]]) -> RerankResult:
+    results = [reranker.rank(query, [document]) for query, document in pairs]
+    items = tuple(replace(result[0], index=index) for index, result in enumerate(results))
+    return replace(results[0], results=items, total_tokens=sum(result.total_tokens for result in results))
+
+
 def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
-    """The template with every `$name` replaced; a list of results holds one item, which stands for each document."""
+    """The template with every `$name` replaced; an item with `$index` in a list stands for each document."""
     if isinstance(template, dict):
-        return {key: fill_results(key, value, values, result) for key, value in template.items()}
+        return {key: fill(value, values, result) for key, value in template.items()}
+    if isinstance(template, list) and result is not None and len(template) == 1 and "$index" in template[0].values():
+        return [fill(template[0], values | fields(item), result) for item in result]
     if isinstance(template, list):
         return [fill(item, values, result) for item in template]
+    if isinstance(template, str) and template.endswith("-$request_id"):
+        return template.replace("$request_id", values["request_id"])
     if not isinstance(template, str) or not template.startswith("$") or template in MEASURED:
         return template
     name = template[1:]
     return values[name] if name in values else getattr(result, name)
-
-
-def fill_results(key: str, template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
-    if key == "results" and result is not None:
-        return [fill(template[0], values | fields(item), result) for item in result]
-    return fill(template, values, result)
 
 
 def fields(item: RankedDocument) -> dict[str, Any]:

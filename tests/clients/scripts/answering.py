@@ -3,7 +3,7 @@
 import json
 import sys
 
-ERROR_FIELDS = ("status_code", "http_status", "code", "message", "request_id")
+ERROR_FIELDS = ("status_code", "code", "message", "request_id")
 
 
 def run(call):
@@ -15,7 +15,8 @@ def answer(call, job):
     try:
         return call(job)
     except Exception as error:
-        fields = {name: getattr(error, name) for name in ERROR_FIELDS if hasattr(error, name)}
+        names = (*ERROR_FIELDS, "http_status")
+        fields = {name: getattr(error, name) for name in names if hasattr(error, name)}
         return {"error": {"type": type(error).__name__, "text": str(error), **fields}}
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from tokenizers import Tokenizer
 
-from local_rerank.errors import CheckpointError, InstructionTooLong, TextTooLong, TooManyTokens
+from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
 from local_rerank.prompts import QWEN3_RERANKER
 from local_rerank.tokenization import PairTokenizer
 from local_rerank.types import Limits, RerankRequest
@@ -219,3 +219,20 @@ def test_a_tokenizer_that_splits_the_answers_is_refused() -> None:
     content["model"]["merges"] = []
     with pytest.raises(CheckpointError, match="splits the answer 'yes'"):
         make(json.dumps(content))
+
+
+def test_a_request_may_lower_the_length_of_its_prompts_and_documents_are_cut_to_it(qwen: PairTokenizer) -> None:
+    documents = ("short", "long " * 50)
+    free = qwen.pairs(RerankRequest(query="q", documents=documents))
+    limit = free.pairs[1].num_tokens - 10
+    cut = qwen.pairs(RerankRequest(query="q", documents=documents, max_prompt_tokens=limit))
+    assert [pair.num_tokens for pair in cut.pairs] == [free.pairs[0].num_tokens, limit]
+    assert cut.num_truncated_tokens == (0, 10)
+
+
+def test_a_prompt_too_short_for_any_query_is_refused_with_the_length_that_is_needed(qwen: PairTokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="at most 5 tokens") as caught:
+        qwen.pairs(RerankRequest(query="q", documents=("d",), max_prompt_tokens=5))
+    needed = caught.value.limit
+    assert needed is not None
+    assert qwen.pairs(RerankRequest(query="q", documents=("d",), max_prompt_tokens=needed)).num_query_tokens == 1

@@ -26,7 +26,8 @@ _PAGE = """<!doctype html>
 
 _ROUTE = """<section>
 <h2><code>{method} {path}</code></h2>
-<p>{tag}: {description}</p>
+<p>{tag}</p>
+{description}
 {examples}
 </section>
 """
@@ -41,19 +42,22 @@ def render_docs(openapi: Mapping[str, Any], *, base_url: str) -> str:
 def _render_routes(paths: Mapping[str, Any], base_url: str) -> Iterator[str]:
     for path, operations in paths.items():
         for method, operation in operations.items():
-            commands = [_curl(base_url + path, example) for example in _examples(operation)]
             yield _ROUTE.format(
                 method=method.upper(),
                 path=escape(path),
                 tag=escape(", ".join(operation["tags"])),
-                description=escape(operation["description"]),
-                examples="".join(f"<pre>{escape(command)}</pre>\n" for command in commands),
+                description="".join(f"<p>{escape(text)}</p>" for text in operation["description"].split("\n\n")),
+                examples="".join(_render_example(base_url + path, *named) for named in _examples(operation)),
             )
 
 
-def _examples(operation: Mapping[str, Any]) -> list[Any]:
+def _examples(operation: Mapping[str, Any]) -> list[tuple[str, Any]]:
     contents = operation.get("requestBody", {}).get("content", {}).values()
-    return [example["value"] for content in contents for example in content.get("examples", {}).values()]
+    return [(name, example["value"]) for content in contents for name, example in content.get("examples", {}).items()]
+
+
+def _render_example(url: str, name: str, body: Any) -> str:
+    return f"<h3>{escape(name)}</h3>\n<pre>{escape(_curl(url, body))}</pre>\n"
 
 
 def _curl(url: str, body: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import pytest
 from httpx2 import ASGITransport, AsyncClient
@@ -91,3 +92,12 @@ def serve() -> Serve:
             yield made
 
     return client
+
+
+def message_of(body: dict[str, Any]) -> str:
+    """Where a client of some dialect finds what is wrong."""
+    inner = body.get("error")
+    found = inner["message"] if isinstance(inner, dict) else body.get("message", body.get("detail", inner))
+    assert isinstance(found, str)
+    assert found
+    return found

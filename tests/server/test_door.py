@@ -152,10 +152,28 @@ async def test_limits_are_published_as_they_are_set(serve: Serve) -> None:
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "%00", "held/../x"])
 async def test_no_name_of_a_model_leads_out_of_the_served_one(name: str, serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
-        assert (await client.get(f"/v1/models/{name}")).status_code == 404
+        described = await client.get(f"/v1/models/{name}")
+        assert "root:" not in described.text
+        assert described.status_code == 404 or described.json()["model_name"] == "held", (
+            "any name is the served model's"
+        )
         native = await client.post(NATIVE, json={"model": name, "query": "q", "documents": ["d"]})
         assert (native.status_code, native.json()["code"]) == (404, "ModelNotFound")
         assert "root:" not in native.text
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/api/v1/rerank", "/v1/reranking"])
+async def test_a_document_object_that_comes_back_can_be_written_as_json(
+    path: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker) as client:
+        head = b'{"query": "q", "return_documents": true, "documents": [{"text": "d", "more": '
+        answer = await client.post(path, content=head + rb'["\ud800"]}]}')
+        assert answer.status_code == 200
+        assert answer.json()["results"][0]["document"] == {"text": "d", "more": ["\ufffd"]}
+        for more in (b"NaN", b"-Infinity", b"[" * 900 + b"]" * 900):
+            answer = await client.post(path, content=head + more + b"}]}")
+            assert answer.status_code in (200, 400), answer.text
 
 
 async def test_while_it_drains_an_answer_closes_its_connection(serve: Serve) -> None:

@@ -58,13 +58,17 @@ def test_the_docs_page_shows_markup_in_an_example_as_text() -> None:
     assert "it'\\''s <script>" in unescape(page)
 
 
-async def test_models_are_found_by_every_name_and_by_no_other(serve: Serve, tiny_reranker: Reranker) -> None:
+async def test_models_are_found_by_every_name_and_with_strict_models_by_no_other(
+    serve: Serve, tiny_reranker: Reranker
+) -> None:
     async with serve(tiny_reranker, model_aliases=("Qwen/Qwen3-Reranker-0.6B",)) as client:
         listed: list[dict[str, Any]] = (await client.get("/v1/models")).json()["data"]
         assert [model["id"] for model in listed] == [tiny_reranker.model_id, "Qwen/Qwen3-Reranker-0.6B"]
         assert (await client.get("/compatible-mode/v1/models")).json()["data"] == listed
         for model in listed:
             assert (await client.get(f"/v1/models/{model['id']}")).json() == model
+        assert (await client.get("/v1/models/Qwen/other")).json()["id"] == "Qwen/other"  # it would be ranked, too
+    async with serve(tiny_reranker, strict_models=True) as client:
         missing = await client.get("/v1/models/Qwen/other")
         assert (missing.status_code, missing.json()["error"]["type"]) == (404, "UnknownModel")
 

@@ -6,6 +6,7 @@ UTF-8 text can hold, become U+FFFD. What is still wrong is named by its field.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -60,11 +61,20 @@ def _text_of(value: Any) -> Any:
 def _document_of(value: Any) -> str | dict[str, Any]:
     if isinstance(value, dict):
         _refuse_images(value)
-        return value
+        return _well_formed_object(value)
     if isinstance(value, str):
         text: str = _well_formed(value)
         return text
     raise PydanticCustomError("document_type", "Input should be a string or an object with a text")
+
+
+def _well_formed_object(value: dict[str, Any]) -> dict[str, Any]:
+    """It may be sent back, so every string in it must be one that UTF-8 holds."""
+    try:
+        well_formed: dict[str, Any] = json.loads(_well_formed(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        raise PydanticCustomError("document_type", "Input is nested too deeply") from None
+    return well_formed
 
 
 def _refuse_images(value: dict[str, Any]) -> None:

@@ -51,7 +51,9 @@ def _check_content(http: Request) -> None:
 def parse_json(body: bytes) -> Any:
     """The JSON value of a body; raises `MalformedBody` for whatever stops it from being read."""
     try:
-        return json.loads(body.decode("utf-8-sig"))  # a byte order mark is not JSON, but some editors leave one
+        return json.loads(
+            body.decode("utf-8-sig"), parse_constant=_no_number
+        )  # a byte order mark is not JSON, but some editors leave one
     except UnicodeDecodeError:
         raise MalformedBody("the body is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -60,3 +62,8 @@ def parse_json(body: bytes) -> Any:
         raise MalformedBody("the body is nested too deeply") from None
     except ValueError as error:  # an integer of more digits than Python reads
         raise MalformedBody(f"the body is not JSON that can be read: {error}") from None
+
+
+def _no_number(name: str) -> None:
+    """NaN and the infinities, which Python's parser takes and no answer could hold."""
+    raise MalformedBody(f"the body is not JSON: {name} is no number")

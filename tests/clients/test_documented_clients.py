@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from local_rerank import Reranker
 from local_rerank_server.config import HOSTED_INSTRUCTION
-from tests.clients.driver import environment_bin
+from tests.clients.driver import ENVIRONMENTS, environment_bin
 from tests.clients.test_clients import SAME
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
@@ -21,6 +22,7 @@ DOCUMENTS = ("Rome is the capital of Italy", "Paris is the capital of France")
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 PRINTED = {  # index and score, as the blocks print them: in Python a line each, in a shell the response's JSON
     "python": r"(\d+) (\S+)\n",
+    "js": r"(\d+) (\S+)\n",
     "sh": r'"index":\s*(\d+),\s*"relevance_score":\s*([\d.e-]+)',
 }
 
@@ -49,19 +51,24 @@ def blocks() -> list[Block]:
 def run(block: Block, base_url: str) -> str:
     text = block.text.replace(DOCUMENTED_URL, base_url)
     path = os.environ["PATH"]
-    if block.environment:
+    if block.language != "js" and block.environment:
         path = f"{environment_bin(block.environment)}{os.pathsep}{path}"
-    program = {"python": ["python", "-"], "sh": ["sh", "-e"]}[block.language]
-    done = subprocess.run(
-        program, input=text, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120
-    )
+    program = {"python": ["python", "-"], "sh": ["sh", "-e"], "js": ["node", "--input-type=module", "-"]}[
+        block.language
+    ]
+    environment = os.environ | {"PATH": path}
+    folder = ENVIRONMENTS / block.environment  # node looks for its modules there
+    done = subprocess.run(program, input=text, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("block", blocks(), ids=str)
 def test_a_documented_client_runs_as_it_stands(block: Block, base_url: str, nano: Reranker) -> None:
-    expected = nano.rank(QUERY, DOCUMENTS, instruction=HOSTED_INSTRUCTION)
+    if block.language == "js" and shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    hosted = "/api/v1" in block.text or "/compatible-api" in block.text
+    expected = nano.rank(QUERY, DOCUMENTS, instruction=HOSTED_INSTRUCTION if hosted else None)
     printed = re.findall(PRINTED[block.language], run(block, base_url))
     assert [int(index) for index, _ in printed] == [item.index for item in expected]
     scores = [float(score) for _, score in printed]

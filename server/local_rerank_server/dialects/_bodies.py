@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NotRequired
 
 from typing_extensions import TypedDict
 
 from local_rerank.errors import InvalidRequest, LocalRerankError
 from local_rerank.types import RerankResult
-from local_rerank_server.errors import UnknownRoute
 
 DOCUMENTS_PER_SEARCH_UNIT = 100  # as Cohere bills
 
@@ -59,7 +57,6 @@ class GenericError(TypedDict):
     message: str
     detail: str
     request_id: str
-    endpoints: NotRequired[list[str]]  # only where nothing is served: what is
 
 
 def make_usage(*results: RerankResult) -> Usage:
@@ -82,12 +79,9 @@ def search_units(num_documents: int) -> int:
 def render_generic_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:
     message = str(error)
     param = error.field if isinstance(error, InvalidRequest) else None
-    body = GenericError(
+    return GenericError(
         error=ErrorDetail(message=message, type=type(error).__name__, param=param, code=status),
         message=message,
         detail=message,
         request_id=request_id,
     )
-    if isinstance(error, UnknownRoute):
-        body["endpoints"] = list(error.endpoints)
-    return body

@@ -30,6 +30,7 @@ from local_rerank_server.errors import (
     InvalidField,
     MalformedBody,
     MissingField,
+    UnknownRoute,
     UnsupportedInput,
     headers_of,
 )
@@ -57,6 +58,7 @@ class Dialect:
     render_error: ErrorBody
     error_model: type  # the shape of `render_error`'s answer, for the OpenAPI page
     prefixes: Sequence[str] = ()
+    lists_endpoints: bool = True  # whether an unknown path is answered with those that exist
     open_paths: Sequence[str] = ()  # answered without a key, and while draining
     status: Mapping[type[LocalRerankError], int] = field(default_factory=dict)  # where the contract departs from STATUS
 
@@ -72,7 +74,9 @@ class Dialect:
     def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
         http.state.error = type(error).__name__  # for the log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
-        body = self.render_error(error, status, http.state.request_id)
+        body = dict(self.render_error(error, status, http.state.request_id))
+        if isinstance(error, UnknownRoute) and self.lists_endpoints:
+            body["endpoints"] = list(error.endpoints)
         return JSONResponse(body, status_code=status, headers=headers_of(error))
 
 

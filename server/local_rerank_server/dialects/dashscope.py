@@ -101,6 +101,7 @@ dialect = Dialect(
     error_model=NativeError,
     prefixes=("/api/v1",),
     status=STATUS,
+    lists_endpoints=False,  # the hosted service has words of its own for that
 )
 router = dialect.router()
 

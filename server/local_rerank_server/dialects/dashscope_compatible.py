@@ -113,6 +113,7 @@ dialect = Dialect(
     error_model=FlatError,
     prefixes=("/compatible-api", "/compatible-mode", "/v1/reranks"),
     status=STATUS,
+    lists_endpoints=False,  # the hosted service has words of its own for that
 )
 router = dialect.router()
 

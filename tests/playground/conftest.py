@@ -34,7 +34,7 @@ MAX_DOCUMENT_TOKENS = 16  # of the locked server, so that texts are cut
 expect.set_options(timeout=20_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # while playwright lives, no other event loop can run in this thread
 def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None and os.environ.get("CI"):
@@ -48,7 +48,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """Base URLs of two servers on the embedded default, started beside each other: one open, one that asks for `KEY`.
 

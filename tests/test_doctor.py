@@ -335,7 +335,7 @@ def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
     assert (best.kernel.faster, best.threads.faster) == ("nothing", "more cores")
     rounding = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype.faster
     native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    assert rounding == ("nothing" if native else "--dtype fp32: this device only emulates lower precision")
+    assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
     assert machine.dtype.faster.startswith("--dtype bf16" if native else "a device that multiplies bf16")
     embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
     assert describe(info, embedded).dtype.faster.startswith("nothing")

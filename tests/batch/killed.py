@@ -28,18 +28,6 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     return process
 
 
-def command_in_small_blocks(arguments: list[str], log: str, block_pairs: int) -> None:
-    """`local-rerank ...`, with blocks of so few pairs that a short file has many."""
-    from local_rerank.batch import job
-    from local_rerank.cli import main
-
-    job.MAX_BLOCK_PAIRS = block_pairs
-    with Path(log).open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        main(arguments)
-
-
 def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str) -> None:
     """A job with a stand-in for the model, killed as it is about to do something to the disk for the `step`-th time."""
     from tests.batch.test_job import do_job

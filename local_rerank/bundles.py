@@ -15,10 +15,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import lzma
 import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # n
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint makes the same file
 _CHUNK_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 16 << 20  # a few KiB are usual
+_MAX_EXPANSION = 20  # times the archive's own size; weights hardly shrink, JSON by 5, so that more is a bomb
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # RuntimeError: it wants a password
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +173,20 @@ def _open(path: Path) -> Iterator[_Source]:
             yield _Source(path, None)
             return
         with zipfile.ZipFile(path) as archive:
+            _refuse_bomb(path, archive)
             yield _Source(path, archive)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except _BROKEN as error:
         raise CheckpointError(f"{path} is no bundle, or only a part of one: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
+    """An archive is small where what it would unpack to is not; zipfile never reads more than a member declares."""
+    packed, unpacked = path.stat().st_size, sum(member.file_size for member in archive.infolist())
+    if unpacked > _MAX_EXPANSION * packed:
+        what = f"{path} has {gigabytes(packed)} and would unpack to {gigabytes(unpacked)}"
+        raise CheckpointError(f"{what}; at most {_MAX_EXPANSION} times its size is taken")
 
 
 def _manifest(path: Path, source: _Source) -> Manifest:
@@ -187,7 +200,7 @@ def _manifest(path: Path, source: _Source) -> Manifest:
         raise CheckpointError(f"the manifest of {path} is over {_MAX_MANIFEST_BYTES} bytes: refused")
     try:
         manifest = _from_json(json.loads(text))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the manifest of {path} cannot be read: {error!r}") from error
     for name in manifest.files:
         _check_name(name, path)
@@ -267,7 +280,7 @@ def _fault(source: _Source, name: str, entry: FileEntry) -> str | None:
             found = _copy(stream, None)
     except FileNotFoundError:
         return "missing"
-    except zipfile.BadZipFile as error:
+    except _BROKEN as error:
         return f"damaged ({error})"
     if found.size != entry.size:
         return f"{found.size} bytes instead of {entry.size}"
@@ -322,8 +335,14 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         made_by=str(value["made_by"]),
         recipe={str(name): str(text) for name, text in value["recipe"].items()},
         expected=dict(value["expected"]),
-        files={str(name): FileEntry(**entry) for name, entry in value["files"].items()},
+        files={str(name): _file_entry(**entry) for name, entry in value["files"].items()},
     )
+
+
+def _file_entry(*, size: int, sha256: str) -> FileEntry:
+    if type(size) is not int or size < 0 or not isinstance(sha256, str):
+        raise ValueError(f"a file has the size {size!r} and the sha256 {sha256!r}")
+    return FileEntry(size=size, sha256=sha256)
 
 
 def _remove(path: Path) -> None:

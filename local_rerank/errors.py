@@ -7,6 +7,7 @@
     │   ├── InvalidDocumentCount      more documents than the limit
     │   │   └── NoDocuments           no document at all
     │   ├── DocumentTooLong           a document has more characters than the limit
+    │   ├── TooManyCharacters         the query or the instruction has more characters than the limit
     │   ├── TooManyTokens             a request has more tokens than the limit
     │   ├── TextTooLong               a text would have to be cut and the request forbids that
     │   ├── InstructionTooLong        the instruction leaves no room in the prompt
@@ -79,6 +80,12 @@ class DocumentTooLong(InvalidRequest):
         what = f"documents[{index}] has {value} characters; at most {limit} are taken"
         super().__init__(what, field="documents", limit=limit, value=value)
         self.index = index
+
+
+class TooManyCharacters(InvalidRequest):
+    def __init__(self, *, field: str, limit: int, value: int) -> None:
+        what = f"{field} has {value} characters; at most {limit} are taken"
+        super().__init__(what, field=field, limit=limit, value=value)
 
 
 class TooManyTokens(InvalidRequest):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from local_rerank import __version__
-from local_rerank.config import EngineConfig
+from local_rerank.config import EngineConfig, EngineOfArgument, EngineOfFile
 from local_rerank.console import option, say, status
 from local_rerank.download import Hub
 from local_rerank.errors import CheckpointError, ConfigError
@@ -44,14 +44,14 @@ def pull(
 
 
 def pack(
-    model: Annotated[str | None, option(help="Hub id, alias or folder; default: that of --model.")] = None,
+    model: Annotated[str | None, option(help="Hub id, alias or folder; default: the built-in model.")] = None,
     /,
     *,
     output: Annotated[
         Path, option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
     ],
     no_self_test: Annotated[bool, option(help="Pack a model although its self-test fails.")] = False,
-    engine: EngineConfig | None = None,
+    engine: EngineOfArgument | None = None,
 ) -> None:
     """Write MODEL's weights, tokenizer, prompt recipe, licence, checksums and expected scores into one bundle."""
     from local_rerank.bundles import write_bundle
@@ -91,7 +91,7 @@ def verify(
     file: Annotated[Path, option(help="A bundle: a file or a folder.")],
     /,
     *,
-    engine: EngineConfig | None = None,
+    engine: EngineOfFile | None = None,
 ) -> int:
     """Check every checksum of the bundle FILE and compute its expected scores anew; exit status 1 if any is off."""
     from local_rerank.bundles import damaged_files, read_manifest

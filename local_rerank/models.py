@@ -37,6 +37,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # a cache without the model's card is complete
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
+_KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder here", "bundle": "a bundle here"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +67,31 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoint:
-    """Find a model's files, from the network only where a hub id is not cached; raises CheckpointError."""
+    """Find a model's files, from the network only where a hub id is not cached; raises CheckpointError.
+
+    An empty revision, as an image's variables may hold it, is none; one that does not apply is passed over aloud.
+    """
+    local = _open_local(model)
+    if local is not None:
+        if revision:
+            what = "revision %r is passed over: only models of a hub have revisions, and %s is %s"
+            logger.warning(what, revision, local.model_id, _KINDS[local.source])
+        return local
+    assert model is not None
+    model_id, revision = hub_id(model), revision or None
+    folder = cached_folder(model_id, revision) or fetch(model_id, revision)
+    return _inspect(folder, model_id, "hub", revision)
+
+
+def _open_local(model: str | None) -> Checkpoint | None:
+    """The embedded model, a bundle or a folder; None for any other name."""
     if model is None or model == EMBEDDED_MODEL:
         return _inspect(Path(__file__).parent / "nano", EMBEDDED_MODEL, "embedded", None)
     if is_bundle(Path(model)):
         return _open_bundle(Path(model))
     if Path(model).is_dir():
         return _inspect(Path(model), Path(model).resolve().name, "folder", None)
-    model_id = hub_id(model)
-    folder = cached_folder(model_id, revision) or fetch(model_id, revision)
-    return _inspect(folder, model_id, "hub", revision)
+    return None
 
 
 def hub_id(model: str) -> str:
@@ -208,7 +224,7 @@ def _text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

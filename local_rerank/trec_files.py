@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ class Candidate:
 class Collection:
     """What can be evaluated: every query here has a judgement, every candidate has its text."""
 
-    documents: dict[str, str]  # by id; only those that the run names
+    documents: dict[str, str]  # by id; those that the run names for any judged query, left out by max_queries or not
     queries: dict[str, str]  # by id, in the order of their file
     qrels: dict[str, dict[str, int]]  # grade by query and document
     run: dict[str, tuple[Candidate, ...]]  # by query, best first; empty where the first stage found nothing
@@ -43,7 +43,8 @@ def read_collection(
     *, corpus: Path, queries: Path, qrels: Path, run: Path, max_queries: int | None = None
 ) -> Collection:
     """Read the four files, `max_queries` of the queries; raises InvalidRequest."""
-    asked = dict(islice(read_texts(queries, "queries"), max_queries))
+    texts = dict(read_texts(queries, "queries"))
+    asked = dict(islice(texts.items(), max_queries))
     judgements, candidates = read_qrels(qrels), read_run(run)
     judged = {query_id: text for query_id, text in asked.items() if query_id in judgements}
     if not judged:
@@ -51,8 +52,9 @@ def read_collection(
     found = {query_id: candidates.get(query_id, ()) for query_id in judged}
     if not any(found.values()):
         raise InvalidRequest(f"none of the {len(judged)} judged queries has candidates in {run}", field="run")
-    wanted = {candidate.document_id for each in found.values() for candidate in each}
-    documents = {document_id: text for document_id, text in read_texts(corpus, "corpus") if document_id in wanted}
+    wanted = _named(found.values())
+    whole = _named(candidates.get(query_id, ()) for query_id in texts if query_id in judgements)
+    documents = {document_id: text for document_id, text in read_texts(corpus, "corpus") if document_id in whole}
     if missing := sorted(wanted - documents.keys()):
         raise InvalidRequest(f"{run} names document {missing[0]}, which {corpus} does not hold", field="run")
     return Collection(
@@ -62,6 +64,11 @@ def read_collection(
         run=found,
         num_unjudged_queries=len(asked) - len(judged),
     )
+
+
+def _named(runs: Iterable[Iterable[Candidate]]) -> set[str]:
+    """The documents that are candidates of some query."""
+    return {candidate.document_id for run in runs for candidate in run}
 
 
 def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from local_rerank.errors import (
     InvalidRequest,
     InvalidTopN,
     NoDocuments,
+    TooManyCharacters,
 )
 
 Truncation = Literal["end", "start", "error"]
@@ -29,6 +30,8 @@ class Limits:
     """What one request may hold; None means no limit. Servers give each route its own."""
 
     max_documents: int | None = None
+    max_query_chars: int | None = None
+    max_instruction_chars: int | None = None
     max_document_chars: int | None = None
     max_request_tokens: int | None = None  # query tokens x documents + document tokens, counted after cutting
     allow_empty_documents: bool = True  # the hosted DashScope service refuses them; by default they are scored
@@ -53,9 +56,9 @@ class RerankRequest:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        _check_text("query", self.query)
+        _check_text("query", self.query, self.limits.max_query_chars)
         if self.instruction is not None:
-            _check_text("instruction", self.instruction)
+            _check_text("instruction", self.instruction, self.limits.max_instruction_chars)
         if not self.query.strip():
             raise EmptyQuery()
         limit = self.limits.max_documents
@@ -122,6 +125,8 @@ class RerankResult(Sequence[RankedDocument]):
         return iter(self.results)
 
 
-def _check_text(field: str, value: object) -> None:
+def _check_text(field: str, value: object, limit: int | None = None) -> None:
     if not isinstance(value, str):
         raise InvalidRequest(f"{field} must be a string, not {type(value).__name__}", field=field)
+    if limit is not None and len(value) > limit:
+        raise TooManyCharacters(field=field, limit=limit, value=len(value))

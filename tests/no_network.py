@@ -1,6 +1,7 @@
 """`local-rerank ...` in a process in which no socket may leave this machine and no name may be looked up.
 
-python -m tests.no_network ARGUMENTS; whoever breaks the rule is told on standard error, and the process ends at once.
+python -m tests.no_network ARGUMENTS [--then ARGUMENTS]...; whoever breaks the rule is told on standard error, and the
+process ends at once. With `forbid_in_children` in the environment the processes that it starts have the rule too.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo"}
 SENDS = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"}
 STATUS = 77
+THEN = "--then"
 
 
 def forbid(event: str, arguments: tuple[Any, ...]) -> None:
@@ -36,8 +40,33 @@ def stop(event: str, target: object) -> None:
     os._exit(STATUS)  # an exception could be caught by the very code that must not try
 
 
+def forbid_in_children(folder: Path) -> dict[str, str]:
+    """Variables with which every Python process has the rule, by a `sitecustomize` in `folder`."""
+    rule = "import sys\nfrom tests.no_network import forbid\nsys.addaudithook(forbid)\n"
+    (folder / "sitecustomize.py").write_text(rule, encoding="utf-8")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}
+
+
+def split(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """The command lines between `--then`."""
+    line: list[str] = []
+    for argument in arguments:
+        if argument == THEN:
+            yield line
+            line = []
+        else:
+            line.append(argument)
+    yield line
+
+
 if __name__ == "__main__":
     sys.addaudithook(forbid)
     from local_rerank.cli import main
 
-    main(sys.argv[1:])
+    for line in split(sys.argv[1:]):
+        try:
+            main(line)
+        except SystemExit as exit:
+            if exit.code:
+                raise
+            print("done:", *line[:1], flush=True)  # noqa: T201  # for the test to count

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from local_rerank.errors import CheckpointError
 from local_rerank.known_pairs import STORED
 from tests.checkpoints import make_checkpoint
 from tests.commands import command
-from tests.no_network import STATUS
 from tests.reference import ModelCard
 from tests.server.test_process import started
 
@@ -62,12 +60,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "local-rerank" / "bundles"
 
 
-def rewrite(bundle: Path, target: Path, change: Callable[[dict[str, bytes]], object]) -> Path:
+def rewrite(
+    bundle: Path,
+    target: Path,
+    change: Callable[[dict[str, bytes]], object],
+    compression: int = zipfile.ZIP_STORED,
+) -> Path:
     """A copy of a file bundle whose members went through `change`."""
     with zipfile.ZipFile(bundle) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return target
@@ -217,6 +220,9 @@ def add_file(name: str) -> Callable[[dict[str, bytes]], object]:
         (lambda members: members.update({MANIFEST: b"{"}), "manifest .* cannot be read"),
         (lambda members: edit_manifest(members, format_version=2), "version 2"),
         (lambda members: edit_manifest(members, files={"config.json": {"size": 1}}), "manifest .* cannot be read"),
+        (lambda members: edit_manifest(members, files={"a": {"size": "1", "sha256": ""}}), "a file has the size '1'"),
+        (lambda members: edit_manifest(members, files={"a": {"size": -1, "sha256": ""}}), "a file has the size -1"),
+        (lambda members: members.update({MANIFEST: b"[" * 100_000}), "manifest .* cannot be read: RecursionError"),
         (lambda members: edit_manifest(members, recipe={"prefix": "x"}), "another prompt recipe"),
         (lambda members: members.update({"config.json": members["config.json"] + b" "}), "config.json does not have"),
     ],
@@ -243,6 +249,44 @@ def test_a_file_that_is_cut_short_is_refused_before_anything_is_unpacked(
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("honest", [True, False])
+def test_an_archive_that_unpacks_to_absurdly_much_is_refused_before_the_disk_fills(
+    compression: int, honest: bool, packed: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    """Whether its manifest names the true size or hides it."""
+    zeros = bytes(30_000_000)
+
+    def change(members: dict[str, bytes]) -> None:
+        members["zeros.safetensors"] = zeros
+        entry = {"size": len(zeros) if honest else 1, "sha256": hashlib.sha256(zeros).hexdigest()}
+        edit_manifest(members, files=json.loads(members[MANIFEST])["files"] | {"zeros.safetensors": entry})
+
+    bundle = rewrite(packed["file"], tmp_path / "bomb.zip", change, compression)
+    assert bundle.stat().st_size < 1_000_000
+    for read in (read_manifest, open_bundle, damaged_files):
+        with pytest.raises(CheckpointError, match=r"would unpack to 0\.03\d* GB; at most 20 times its size"):
+            read(bundle)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_archive_is_taken_and_one_that_is_broken_inside_is_not(
+    compression: int, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = rewrite(packed["file"], tmp_path / "compressed.zip", lambda members: None, compression)
+    assert damaged_files(bundle) == []
+    content = bytearray(bundle.read_bytes())
+    with zipfile.ZipFile(bundle) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    middle = largest.header_offset + largest.compress_size // 2
+    content[middle : middle + 64] = b"\xff" * 64
+    bundle.write_bytes(content)
+    assert [fault.partition(": damaged")[0] for fault in damaged_files(bundle)] == [largest.filename]
+    with pytest.raises(CheckpointError):
+        open_bundle(bundle)
+
+
 def test_files_that_are_no_bundles_are_refused_by_what_they_are(tmp_path: Path) -> None:
     for name, words in (("model.bin", "a pickle, which could run code"), ("model.gguf", "no bundle")):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -266,6 +310,17 @@ def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: P
     assert done.returncode == 1
     assert "the self-test failed: other scores" in done.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == []
+
+
+def test_the_help_of_pack_and_verify_names_the_model_once() -> None:
+    """It is their argument; the variable of --model still counts for `pack`."""
+    for name in ("pack", "verify"):
+        shown = command(name, "--help").stdout
+        assert "--model" not in shown
+        assert "LOCAL_RERANK_MODEL" not in shown
+        assert "--device" in shown
+    assert "Unknown option: --model" in command("verify", "x.zip", "--model", "y").stderr
+    assert "model 'y' is no folder" in command("pack", "--model", "y", "-o", "z.zip").stderr
 
 
 def test_nothing_is_overwritten(packed: dict[str, Path], checkpoint: Path) -> None:
@@ -314,17 +369,3 @@ def test_a_bundle_is_served_where_no_socket_may_leave_the_machine(
             assert len(json.load(answer)["results"]) == 2
         assert server.stop() == 0
     assert "forbidden" not in server.output
-
-
-def test_the_guard_against_sockets_works(tmp_path: Path) -> None:
-    """A hub model that is not cached asks the network: the process must end there, or the test above shows nothing."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.no_network", "rank", "q", "d", "--model", "owner/not-cached"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(tmp_path),
-        check=False,
-    )
-    assert done.returncode == STATUS
-    assert "forbidden: socket." in done.stderr

@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub.constants
 import pytest
 
 from local_rerank.cli import ENV_PREFIX, app, option_names
+from local_rerank.errors import ConfigError
 from local_rerank.models import EMBEDDED_MODEL
+from local_rerank_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent  # of the environment that constraints.txt describes
@@ -55,6 +58,33 @@ def test_every_option_it_sets_is_an_option() -> None:
     ours = {ENV_PREFIX + name.upper() for name in option_names()}
     the_hub_s = set(re.findall(r'"(\w+)"', inspect.getsource(huggingface_hub.constants)))
     assert [name for name in environment() if name not in {"PATH", *ours, *the_hub_s}] == []
+
+
+def serve_as_the_image_does(monkeypatch: pytest.MonkeyPatch, **variables: str) -> ServerConfig:
+    """What `local-rerank serve` reads from the image's variables, and those that a person adds."""
+    for name, value in {**environment(), "LOCAL_RERANK_REVISION": "", **variables}.items():
+        if name.startswith(ENV_PREFIX):
+            monkeypatch.setenv(name, value)
+    _, bound, *_ = app.parse_args(["serve"], exit_on_error=False, print_error=False)
+    return cast("ServerConfig", bound.arguments["server"])
+
+
+def test_it_starts_with_a_key_or_the_word_insecure_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"host 0\.0\.0\.0 can be reached .* no api_key is set; .* --insecure"):
+        serve_as_the_image_does(monkeypatch)
+    assert serve_as_the_image_does(monkeypatch, LOCAL_RERANK_API_KEY="secret").has_keys
+    monkeypatch.delenv("LOCAL_RERANK_API_KEY")
+    assert serve_as_the_image_does(monkeypatch, LOCAL_RERANK_INSECURE="true").insecure
+
+
+@pytest.mark.parametrize("file", ["README.md", "Dockerfile.gpu"])
+def test_what_is_said_of_it_names_the_key_and_the_word(file: str) -> None:
+    said = " ".join((ROOT / file).read_text(encoding="utf-8").replace("\n#", "\n").split())
+    assert re.search(r"key.{0,40}-e LOCAL_RERANK_INSECURE=true", said)
+
+
+def test_a_revision_is_set_only_where_a_hub_model_is_baked_in() -> None:
+    assert environment()["LOCAL_RERANK_REVISION"] == "${MODEL:+${REVISION}}"
 
 
 def test_what_it_starts_is_a_command() -> None:

@@ -85,6 +85,17 @@ def test_max_queries_takes_the_first_of_the_file(files: dict[str, Path]) -> None
     assert list(read_collection(**files, max_queries=2).queries) == ["q1", "q2"]
 
 
+def test_max_queries_leaves_the_statistics_of_bm25_as_they_are(
+    files: dict[str, Path], collection: Collection, tmp_path: Path
+) -> None:
+    scores = {"q1": [1.0, 2.0, 0.0]}
+    first = read_collection(**files, max_queries=1)
+    assert list(first.run) == ["q1"]
+    assert blend_scores(scores, first, Blend("bm25", 1.0)) == blend_scores(scores, collection, Blend("bm25", 1.0))
+    files["corpus"].write_text("\n".join(json.dumps({"id": name, "text": CORPUS[name]}) for name in ("d1", "d2", "d3")))
+    assert list(read_collection(**files, max_queries=1).documents) == ["d1", "d2", "d3"], "others need not be there"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

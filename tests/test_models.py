@@ -144,6 +144,16 @@ def test_a_folder_is_named_by_its_name_and_asks_no_network(checkpoint: Path, hub
     assert hub.requests == []
 
 
+def test_a_revision_of_what_has_none_is_passed_over_aloud(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for model, kind in ((str(checkpoint), "tiny-reranker is a folder here"), (None, "local-rerank-nano is built in")):
+        caplog.clear()
+        assert open_checkpoint(model, "main").revision is None
+        assert f"revision 'main' is passed over: only models of a hub have revisions, and {kind}" in caplog.messages
+        caplog.clear()
+        open_checkpoint(model, "")
+        assert "revision" not in caplog.text, "an image's variable may be empty"
+
+
 def test_a_model_in_the_cache_asks_no_network_even_where_there_is_one(
     checkpoint: Path, hub: FakeHub, tmp_path: Path
 ) -> None:

@@ -102,6 +102,8 @@ class ServerConfig:
     drain_seconds: Annotated[
         int, Parameter(help="Seconds that accepted requests get to finish after SIGTERM or Ctrl-C.")
     ] = 30
+    max_query_chars: Annotated[int, Parameter(help="Characters of a query, on every route.")] = 300_000
+    max_instruction_chars: Annotated[int, Parameter(help="Characters of an instruction, on every route.")] = 50_000
     max_documents: Annotated[int, Parameter(help="Documents of a request, on routes other than DashScope's.")] = 1000
     max_document_chars: Annotated[
         int, Parameter(help="Characters of a document, on routes other than DashScope's.")
@@ -201,6 +203,8 @@ class ServerConfig:
         """What one request may hold on every route but DashScope's."""
         return Limits(
             max_documents=self.max_documents,
+            max_query_chars=self.max_query_chars,
+            max_instruction_chars=self.max_instruction_chars,
             max_document_chars=self.max_document_chars,
             max_request_tokens=self.max_request_tokens,
             allow_empty_documents=not self.strict,
@@ -211,6 +215,8 @@ class ServerConfig:
         """What one request may hold on the DashScope routes: the hosted service's limits by default."""
         return Limits(
             max_documents=self.dashscope_max_documents,
+            max_query_chars=self.max_query_chars,
+            max_instruction_chars=self.max_instruction_chars,
             max_document_chars=self.dashscope_max_document_chars,
             max_request_tokens=self.dashscope_max_request_tokens,
             allow_empty_documents=not self.strict,
@@ -229,6 +235,8 @@ _LEAST = {
     "write_timeout_seconds": 1,
     "request_timeout_ms": 1,
     "drain_seconds": 0,
+    "max_query_chars": 1,
+    "max_instruction_chars": 1,
     "max_documents": 1,
     "max_document_chars": 1,
     "max_request_tokens": 1,

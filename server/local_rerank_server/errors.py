@@ -47,6 +47,7 @@ from local_rerank.errors import (
     OutOfMemory,
     Overloaded,
     TextTooLong,
+    TooManyCharacters,
     TooManyTokens,
 )
 
@@ -145,6 +146,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     InvalidDocumentCount: 400,
     NoDocuments: 400,
     DocumentTooLong: 400,
+    TooManyCharacters: 400,
     TooManyTokens: 400,
     TextTooLong: 400,
     InstructionTooLong: 400,

@@ -17,6 +17,8 @@ class RequestLimits(TypedDict):
     """Of one request; over them it is refused."""
 
     max_documents: int | None
+    max_query_chars: int | None
+    max_instruction_chars: int | None
     max_document_chars: int | None
     max_request_tokens: int | None
     allow_empty_documents: bool
@@ -75,6 +77,8 @@ def all_limits(state: ServerState) -> AllLimits:
 def _of(limits: Limits) -> RequestLimits:
     return RequestLimits(
         max_documents=limits.max_documents,
+        max_query_chars=limits.max_query_chars,
+        max_instruction_chars=limits.max_instruction_chars,
         max_document_chars=limits.max_document_chars,
         max_request_tokens=limits.max_request_tokens,
         allow_empty_documents=limits.allow_empty_documents,

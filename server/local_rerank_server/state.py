@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from local_rerank.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
+TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock
+LONG_CHARS = 1_000_000  # about half a second of tokenization; a request of more waits for those of its kind alone
+LONG_THREADS = 1  # the tokenizers' own threads share one request's documents
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class ServerState:
         self.rates = KeyRates(config)
         self._reranker: Ranker | None = None
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._long_tokenizers = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="tokenize-long")
 
     @property
     def status(self) -> str:
@@ -114,7 +117,8 @@ class ServerState:
         """Let go of the model and the threads; whoever still waits is answered with `ModelUnavailable`."""
         if self._reranker is not None:
             self._reranker.close()
-        self._tokenizers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._tokenizers, self._long_tokenizers):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -181,13 +185,19 @@ class ServerState:
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""
-        submission = self._tokenizers.submit(self.reranker.submit, request, name=request_id)
+        threads = self._long_tokenizers if num_chars(request) > LONG_CHARS else self._tokenizers
+        submission = threads.submit(self.reranker.submit, request, name=request_id)
         try:
             pending = await asyncio.wrap_future(submission)
         except asyncio.CancelledError:
             submission.add_done_callback(_cancel_outcome)
             raise
         return await asyncio.wrap_future(pending)
+
+
+def num_chars(request: RerankRequest) -> int:
+    """Of its query and its documents."""
+    return len(request.query) + sum(map(len, request.documents))
 
 
 def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:

@@ -58,8 +58,11 @@ def test_only_a_host_beyond_this_machine_needs_a_key(options: dict[str, Any]) ->
 
 def test_limits_are_the_hosted_ones_on_dashscope_and_larger_elsewhere() -> None:
     config = ServerConfig()
-    assert config.dashscope_limits == Limits(max_documents=500, max_document_chars=300_000, max_request_tokens=120_000)
-    assert config.limits == Limits(max_documents=1000, max_document_chars=2_000_000, max_request_tokens=500_000)
+    texts = {"max_query_chars": 300_000, "max_instruction_chars": 50_000}
+    hosted = {"max_documents": 500, "max_document_chars": 300_000, "max_request_tokens": 120_000}
+    larger = {"max_documents": 1000, "max_document_chars": 2_000_000, "max_request_tokens": 500_000}
+    assert config.dashscope_limits == Limits(**texts, **hosted)
+    assert config.limits == Limits(**texts, **larger)
     strict = ServerConfig(strict=True)
     assert not strict.limits.allow_empty_documents
     assert not strict.dashscope_limits.allow_empty_documents

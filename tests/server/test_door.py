@@ -135,10 +135,13 @@ async def test_a_browsers_page_from_elsewhere_is_let_in_only_where_its_origin_is
 
 
 async def test_limits_are_published_as_they_are_set(serve: Serve) -> None:
-    async with serve(HeldRanker(), dashscope_max_documents=7, key_tokens_per_minute=9, strict=True) as client:
+    options = {"dashscope_max_documents": 7, "max_query_chars": 9, "key_tokens_per_minute": 9, "strict": True}
+    async with serve(HeldRanker(), **options) as client:
         published = (await client.get("/limits")).json()
     assert published["dashscope"] == {
         "max_documents": 7,
+        "max_query_chars": 9,
+        "max_instruction_chars": 50_000,
         "max_document_chars": 300_000,
         "max_request_tokens": 120_000,
         "allow_empty_documents": False,

@@ -25,6 +25,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.InvalidDocumentCount(limit=500, value=501),
         library_errors.NoDocuments(limit=500),
         library_errors.DocumentTooLong(index=1, limit=10, value=11),
+        library_errors.TooManyCharacters(field="query", limit=10, value=11),
         library_errors.TooManyTokens(limit=120_000, value=120_001),
         library_errors.TextTooLong(field="query", limit=10, value=11),
         library_errors.InstructionTooLong(limit=1024, value=1025),

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 from httpx2 import Client
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.server.test_process import WAIT_SECONDS, Server, options, started
@@ -48,7 +48,8 @@ def test_the_servers_own_description_holds_for_every_case_that_schemathesis_make
     num_cases = pytestconfig.getoption("--num-cases")
     command = [str(SCHEMATHESIS), "run", f"{server.address}/openapi.json", "--checks", "all"]
     command += ["--exclude-checks", ",".join(SWITCHED_OFF), "--phases", "examples,coverage,fuzzing"]
-    command += ["--max-examples", str(num_cases // CASES_AN_EXAMPLE), "--seed", "1", "--no-color"]
+    command += ["--max-examples", str(num_cases // CASES_AN_EXAMPLE), "--no-color"]
+    command += ["--seed", str(pytestconfig.getoption("--fuzz-seed"))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout
     generated = re.search(r"(\d+) generated", done.stdout)
@@ -85,7 +86,22 @@ fields: dict[str, st.SearchStrategy[Any]] = {
     "instruct": mostly(odd_texts),
     "instruction": mostly(odd_texts),
     "max_document_tokens": mostly(st.integers(0, 50)),
-    "truncation": mostly(st.sampled_from(["start", "end", "error"])),
+    "truncation": mostly(st.sampled_from(["start", "end", "error", True, False])),
+    "top_k": mostly(st.integers(-1, 8)),
+    "texts": documents,
+    "text_1": mostly(odd_texts),
+    "text_2": documents,
+    "queries": documents,
+    "rank_fields": mostly(st.lists(odd_texts, max_size=3)),
+    "raw_scores": mostly(st.booleans()),
+    "use_activation": mostly(st.booleans()),
+    "truncate": mostly(st.booleans()),
+    "truncation_direction": mostly(st.sampled_from(["Left", "right"])),
+    "max_tokens_per_doc": mostly(st.integers(-1, 50)),
+    "max_tokens_per_query": mostly(st.integers(-1, 50)),
+    "truncate_prompt_tokens": mostly(st.integers(-1, 200)),
+    "chat_template_kwargs": mostly(st.fixed_dictionaries({"instruction": odd_texts})),
+    "kwargs": mostly(st.sampled_from(['{"instruction": "i"}', "{", "[]"])),
     "parameters": mostly(st.fixed_dictionaries({}, optional={"top_n": mostly(st.integers(-1, 8))})),
     "input": mostly(st.fixed_dictionaries({}, optional={"query": mostly(odd_texts), "documents": documents})),
 }
@@ -97,9 +113,16 @@ def but(*names: str) -> dict[str, st.SearchStrategy[Any]]:
 
 flat = {"model": mostly(st.just("qwen3-rerank")), "query": odd_texts, "documents": documents}
 nested = {"model": st.just("qwen3-rerank"), "input": fields["input"]}
+others: list[dict[str, st.SearchStrategy[Any]]] = [
+    {"query": odd_texts, "texts": documents},
+    {"query": odd_texts, "input": documents},
+    {"text_1": odd_texts, "text_2": documents},
+    {"queries": documents, "documents": documents},
+]
 bodies = st.one_of(
     st.fixed_dictionaries(flat, optional=but("query", "documents")),
     st.fixed_dictionaries(nested, optional=but("input")),
+    *(st.fixed_dictionaries(form, optional=but(*form)) for form in others),
     st.fixed_dictionaries({}, optional=fields),
     anything,
 )
@@ -111,6 +134,7 @@ def test_every_made_up_body_is_ranked_or_refused_as_described(server: Server, py
         routes = sorted(path for path, methods in description["paths"].items() if "post" in methods)
         assert len(routes) >= 3
 
+        @seed(pytestconfig.getoption("--fuzz-seed"))
         @settings(
             max_examples=pytestconfig.getoption("--num-bodies"),
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -14,7 +14,7 @@ from local_rerank import RerankRequest, RerankResult
 from local_rerank.errors import DeadlineExceeded, ModelUnavailable
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
-from local_rerank_server.state import ServerState
+from local_rerank_server.state import LONG_CHARS, TOKENIZER_THREADS, ServerState
 from tests.server.conftest import HeldRanker
 
 pytestmark = pytest.mark.anyio
@@ -116,6 +116,28 @@ async def test_tokenization_does_not_hold_up_the_event_loop() -> None:
     await until(lambda: ranker.futures)
     ranker.futures[0].set_result(result())
     await answer
+
+
+async def test_long_requests_hold_up_the_tokenization_of_each_other_alone() -> None:
+    go_on = threading.Event()
+
+    class SlowWithLong(HeldRanker):
+        def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+            assert len(request.documents[0]) < 10 or go_on.wait(5)
+            return super().submit(request, name=name)
+
+    ranker = SlowWithLong()
+    state = state_over(ranker)
+    long = RerankRequest(query="q", documents=("d" * LONG_CHARS,))
+    answers = [asyncio.create_task(state.rank(http_request(), long)) for _ in range(2 * TOKENIZER_THREADS)]
+    answers.append(asyncio.create_task(state.rank(http_request(), REQUEST)))
+    await until(lambda: ranker.futures)
+    assert len(ranker.futures) == 1, "the short one"
+    go_on.set()
+    await until(lambda: len(ranker.futures) == len(answers))
+    for future in ranker.futures:
+        future.set_result(result())
+    await asyncio.gather(*answers)
 
 
 async def test_closing_closes_the_model() -> None:

@@ -185,6 +185,22 @@ async def test_the_hosted_limits_hold_on_dashscope_and_larger_ones_elsewhere(
 
 
 @pytest.mark.parametrize("path", ROUTES)
+async def test_a_query_or_an_instruction_of_too_many_characters_is_refused_and_named(
+    path: str, serve: Serve, tiny_reranker: Reranker
+) -> None:
+    async with serve(tiny_reranker, max_query_chars=5, max_instruction_chars=9) as client:
+        name = "instruct" if path in (NATIVE, COMPATIBLE) else "instruction"
+        assert (await client.post(path, json=flat(query="é" * 5, **{name: "i" * 9}))).status_code == 200
+        for change, words in (
+            ({"query": "é" * 6}, "query has 6 characters; at most 5 are taken"),
+            ({name: "i" * 10}, "instruction has 10 characters; at most 9 are taken"),
+        ):
+            answer = await client.post(path, json=flat(**change))
+            assert answer.status_code == 400
+            assert words in message_of(answer.json())
+
+
+@pytest.mark.parametrize("path", ROUTES)
 async def test_a_text_over_the_token_limit_is_cut_and_ranked(path: str, serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker) as client:
         answer = await client.post(path, json=flat(query="q " * 2100, documents=["d " * 2100]))

@@ -20,6 +20,7 @@ from local_rerank.errors import (
     LocalRerankError,
     NoDocuments,
     TextTooLong,
+    TooManyCharacters,
     TooManyTokens,
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
@@ -128,6 +129,7 @@ dialect = Dialect(
     status={
         InvalidDocumentCount: 413,
         DocumentTooLong: 413,
+        TooManyCharacters: 413,
         TooManyTokens: 413,
         TextTooLong: 413,
         MissingField: 422,

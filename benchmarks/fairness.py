@@ -1,0 +1,149 @@
+"""Does a large request hold up small ones? Requests of 8 passages, alone and beside one of 500 documents at a time.
+
+    python -m benchmarks.fairness                                     # the built-in model
+    python -m benchmarks.fairness --layers 4 --samples 100            # random weights, 0.6B shape, 4 layers of 28
+    python -m benchmarks.fairness --model FOLDER -- --dtype int8      # what stands after -- goes to the server
+
+The bar: the 99th percentiles are at most two batch times apart, a batch time being the mean of those that ran beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import re
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.serving_load import body, post, server
+from local_rerank.bench.shapes import make_checkpoint
+
+SMALL_DOCUMENTS, LARGE_DOCUMENTS, WORDS = 8, 500, 50
+WARM_UP = 10
+BARS = 2  # batch times
+LARGE_NUMBERS = 1_000_000  # numbers of large requests start here, so that no text is seen twice
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Seconds of one small request, and what they went into."""
+
+    total: float
+    tokenizing: float
+    waiting: float  # for the first batch that holds something of it
+    scoring: float
+
+    @property
+    def rest(self) -> float:
+        """Both sides' HTTP, and the event loop."""
+        return self.total - self.tokenizing - self.waiting - self.scoring
+
+
+def samples(address: str, count: int, first: int) -> list[Sample]:
+    """Small requests, one after the other; the quickest first."""
+    connection = http.client.HTTPConnection(address)
+    return sorted((sample(connection, number) for number in range(first, first + count)), key=lambda each: each.total)
+
+
+def sample(connection: http.client.HTTPConnection, number: int) -> Sample:
+    content = body(number, SMALL_DOCUMENTS, WORDS, spread=0.3)
+    started = time.perf_counter()
+    answer = post(connection, content)
+    total = time.perf_counter() - started
+    tokenizing, waiting = answer["tokenize_ms"] / 1e3, answer["queue_ms"] / 1e3
+    return Sample(total, tokenizing, waiting, answer["total_ms"] / 1e3 - tokenizing - waiting)
+
+
+@contextmanager
+def large_requests(address: str) -> Iterator[list[float]]:
+    """One large request after the other while the block runs; yields the seconds of those that were answered."""
+    over, answered = threading.Event(), list[float]()
+
+    def forever() -> None:
+        connection, number = http.client.HTTPConnection(address), LARGE_NUMBERS
+        while not over.is_set():
+            content, started = body(number, LARGE_DOCUMENTS, WORDS, spread=0.3), time.perf_counter()
+            post(connection, content)
+            answered.append(time.perf_counter() - started)
+            number += 1
+
+    thread = threading.Thread(target=forever)
+    thread.start()
+    try:
+        wait_until_queued(address)
+        yield answered
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_until_queued(address: str) -> None:
+    while not metrics(address)["queued_tokens"]:
+        time.sleep(0.01)
+
+
+def metrics(address: str) -> dict[str, float]:
+    """Those without labels, by name without the prefix."""
+    text = urllib.request.urlopen(f"http://{address}/metrics").read().decode()
+    return {name: float(value) for name, value in re.findall(r"^local_rerank_(\w+) (\S+)$", text, re.MULTILINE)}
+
+
+def percentile(values: list[Sample], share: float) -> float:
+    return values[round(share * (len(values) - 1))].total
+
+
+def mean_parts(values: list[Sample]) -> str:
+    parts = ("tokenizing", "waiting", "scoring", "rest")
+    return ", ".join(f"{part} {statistics.fmean(getattr(value, part) for value in values):.3f}" for part in parts)
+
+
+def measure(address: str, count: int) -> None:
+    samples(address, WARM_UP, first=0)
+    alone = samples(address, count, first=1000)
+    with large_requests(address) as answered:
+        before = metrics(address)
+        beside = samples(address, count, first=100_000)
+        after = metrics(address)
+    batches = after["batch_seconds_count"] - before["batch_seconds_count"]
+    batch = (after["batch_seconds_sum"] - before["batch_seconds_sum"]) / batches
+    tokens = (after["batch_tokens_sum"] - before["batch_tokens_sum"]) / batches
+    apart = (percentile(beside, 0.99) - percentile(alone, 0.99)) / batch
+    for name, values in (("alone", alone), ("beside", beside)):
+        print(
+            f"{name}: {count} requests of {SMALL_DOCUMENTS} passages, p50 {percentile(values, 0.5):.3f} s, "
+            f"p99 {percentile(values, 0.99):.3f} s, longest {values[-1].total:.3f} s (means: {mean_parts(values)})"
+        )
+    print(
+        f"{batches:.0f} batches beside, {tokens:.0f} tokens and {batch:.3f} s in the mean; {len(answered)} requests "
+        f"of {LARGE_DOCUMENTS} took {statistics.fmean(answered):.1f} s each; p99 {apart:.2f} batch times apart "
+        f"(bar {BARS}): {'holds' if apart <= BARS else 'missed'}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--layers", type=int, help="random weights in the 0.6B shape with so many layers")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("options", nargs="*", help="of local-rerank serve, after --")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--request-timeout-ms", "600000", *chosen.options]
+        if chosen.layers:
+            made = make_checkpoint(Path(folder) / "random", "qwen3-reranker-0.6b", num_layers=chosen.layers)
+            options += ["--model", str(made), "--no-self-test"]
+        elif chosen.model:
+            options += ["--model", chosen.model, "--no-self-test"]
+        with server(*options) as address:
+            measure(address, chosen.samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -280,7 +280,7 @@ def _fault(source: _Source, name: str, entry: FileEntry) -> str | None:
             found = _copy(stream, None)
     except FileNotFoundError:
         return "missing"
-    except _BROKEN as error:
+    except (*_BROKEN, OSError) as error:
         return f"damaged ({error})"
     if found.size != entry.size:
         return f"{found.size} bytes instead of {entry.size}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,6 @@ from local_rerank.known_pairs import STORED
 from tests.checkpoints import make_checkpoint
 from tests.commands import command
 from tests.reference import ModelCard
-from tests.server.test_process import started
 
 EXACT = ("--device", "cpu", "--dtype", "fp32", "--threads", "1")
 PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
@@ -345,27 +342,3 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
 def test_the_cache_stands_in_the_home_folder_where_no_variable_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "local-rerank"
-
-
-def environment(tmp_path: Path) -> dict[str, str]:
-    """A home without anything in it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LOCAL_RERANK_"))} | {
-        "HOME": str(tmp_path / "home"),
-        "XDG_CACHE_HOME": str(tmp_path / "home" / "cache"),
-    }
-
-
-def test_a_bundle_is_served_where_no_socket_may_leave_the_machine(
-    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    arguments = ("tests.no_network", "serve", "--port", "0", "--model", str(packed["file"]), *EXACT)
-    with started(tmp_path / "log", *arguments) as server:
-        server.wait_for("ready: ")
-        body = json.dumps({"model": "qwen3-rerank", "query": "q", "documents": ["a", "b"]}).encode()
-        request = urllib.request.Request(f"{server.address}/v1/reranks", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert len(json.load(answer)["results"]) == 2
-        assert server.stop() == 0
-    assert "forbidden" not in server.output

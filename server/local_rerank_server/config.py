@@ -22,6 +22,9 @@ HOSTED_INSTRUCTION = "Given a web search query, retrieve relevant passages that 
 DASHSCOPE_MODELS = ("qwen3-rerank", "gte-rerank-v2", "gte-rerank", "qwen3.7-text-rerank")
 """The names that DashScope clients send; several of them cannot be told to send another."""
 
+MOST_DOCUMENTS = 100_000
+"""To which the number of documents may be set. A tenth of a second is spent on looking at so many."""
+
 DocumentEcho = Literal["object", "string"]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -168,11 +171,12 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) > most:
+                raise ConfigError(f"{name} is {value}; it must be at most {most}")
         if self.max_total_body_bytes < self.max_body_bytes:
             what = f"max_total_body_bytes is {self.max_total_body_bytes}"
             raise ConfigError(f"{what}; it must be at least max_body_bytes, which is {self.max_body_bytes}")
-        if self.port > 65535:
-            raise ConfigError(f"port is {self.port}; it must be at most 65535")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path is {self.root_path!r}; it must begin with /")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
@@ -244,6 +248,9 @@ _LEAST = {
     "dashscope_max_document_chars": 1,
     "dashscope_max_request_tokens": 1,
 }
+
+
+_MOST = {"port": 65535, "max_documents": MOST_DOCUMENTS, "dashscope_max_documents": MOST_DOCUMENTS}
 
 
 def _is_loopback(host: str) -> bool:

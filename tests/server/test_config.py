@@ -23,6 +23,8 @@ from local_rerank_server.keys import ApiKeys
         ({"request_timeout_ms": 0}, "request_timeout_ms is 0"),
         ({"drain_seconds": -1}, "drain_seconds is -1"),
         ({"max_documents": 0}, "max_documents is 0"),
+        ({"max_documents": 100_001}, "max_documents is 100001; it must be at most 100000"),
+        ({"max_query_chars": 0}, "max_query_chars is 0"),
         ({"dashscope_max_request_tokens": 0}, "dashscope_max_request_tokens is 0"),
         ({"root_path": "rerank"}, "root_path is 'rerank'"),
         ({"ssl_certfile": Path("cert.pem")}, "ssl_certfile and ssl_keyfile go together"),

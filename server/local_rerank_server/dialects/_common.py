@@ -84,11 +84,15 @@ def score_of(item: RankedDocument, options: Options) -> float:
 def texts_of(
     documents: Sequence[str | dict[str, Any]], rank_fields: Sequence[str] | None = None, *, field: str = "documents"
 ) -> list[str]:
-    """The text of each document: of an object its `text`, or what stands in `rank_fields`, a line for each."""
-    return [_text_of(document, rank_fields, f"{field}.{index}") for index, document in enumerate(documents)]
+    """The text of each document: of an object its `text`, or what stands in `rank_fields`, a line for each.
+
+    A name that stands there twice is taken once: a short body could ask for any amount of text else.
+    """
+    names = tuple(dict.fromkeys(rank_fields or ()))
+    return [_text_of(document, names, f"{field}.{index}") for index, document in enumerate(documents)]
 
 
-def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str] | None, place: str) -> str:
+def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str], place: str) -> str:
     if isinstance(document, str):
         return document
     if not rank_fields:
@@ -98,5 +102,5 @@ def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str] | None, 
         raise InvalidField(place, "an object without rank_fields needs a text")
     given = [name for name in rank_fields if document.get(name) is not None]
     if not given:
-        raise InvalidField(place, f"it has none of the rank_fields {', '.join(rank_fields)}")
+        raise InvalidField(place, f"it has none of the {len(rank_fields)} rank_fields")
     return "\n".join(f"{name}: {document[name]}" for name in given)

@@ -23,6 +23,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from local_rerank_server.config import MOST_DOCUMENTS
+
 NOT_TEXT_ERROR = "not_text"
 """The type of the validation error for an image or a video; its context says which."""
 
@@ -83,6 +85,14 @@ def _refuse_images(value: dict[str, Any]) -> None:
             raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
 
 
+def _not_too_many(value: Any) -> Any:
+    """Before each of them is looked at: a million empty texts would hold up every other request."""
+    if isinstance(value, list) and len(value) > MOST_DOCUMENTS:
+        what = "List should have at most {limit} items, not {length}"
+        raise PydanticCustomError("too_many", what, {"limit": MOST_DOCUMENTS, "length": len(value)})
+    return value
+
+
 def _in_a_list(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
@@ -108,7 +118,7 @@ String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_ty
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
 """A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
 
-Texts = Annotated[list[Text], _FailFast()]
+Texts = Annotated[list[Text], _FailFast(), BeforeValidator(_not_too_many)]
 """Documents. One that is wrong ends the validation: a million error records would hold up every other request."""
 
 OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
@@ -117,8 +127,11 @@ OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
 Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
 """A document that may be an object of several fields, which is sent back as it came; `_common.texts_of` reads it."""
 
-Documents = Annotated[list[Document], _FailFast(), BeforeValidator(_in_a_list)]
+Documents = Annotated[list[Document], _FailFast(), BeforeValidator(_not_too_many), BeforeValidator(_in_a_list)]
 """Such documents; one text alone is a list of one, as vLLM has it."""
+
+FieldNames = Annotated[list[String], _FailFast(), BeforeValidator(_not_too_many)]
+"""Which fields of document objects are ranked."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
 """A boolean, or its word: at least one client sends "true"."""

@@ -12,6 +12,9 @@ from starlette.requests import Request
 from local_rerank_server.errors import MalformedBody, UnsupportedContent
 
 PARSED_IN_THE_LOOP_BYTES = 256 * 1024  # about 2 ms of JSON parsing; longer bodies are parsed in a thread
+MOST_OF = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
+"""Characters of a body, in its texts or between them. The parser lets no other thread run until it is done: a body of
+nothing but empty lists would stop the server for seconds and fill gigabytes."""
 
 
 class JsonRequest(Request):
@@ -50,6 +53,9 @@ def _check_content(http: Request) -> None:
 
 def parse_json(body: bytes) -> Any:
     """The JSON value of a body; raises `MalformedBody` for whatever stops it from being read."""
+    for character, most in MOST_OF.items():
+        if (count := body.count(character)) > most:
+            raise MalformedBody(f"the body holds {count} times {character.decode()!r}; at most {most} are read")
     try:
         return json.loads(
             body.decode("utf-8-sig"), parse_constant=_no_number

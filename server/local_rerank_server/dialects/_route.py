@@ -154,6 +154,8 @@ def as_ours(error: Exception, http: Request) -> LocalRerankError:
     match error:
         case LocalRerankError():
             return error
+        case RecursionError():  # what the parser's shallower stack could still hold
+            return MalformedBody("the body is nested too deeply")
         case RequestValidationError():
             return _first_wrong_field(error)
         case HTTPException(__cause__=LocalRerankError() as cause):  # FastAPI wraps so what reading the body raises

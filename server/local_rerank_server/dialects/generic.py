@@ -20,7 +20,7 @@ from local_rerank_server.config import DocumentEcho, ServerConfig
 from local_rerank_server.dialects._bodies import GenericError, Meta, Usage, make_meta, make_usage, render_generic_error
 from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import CountOrAll, Documents, Flag, String
+from local_rerank_server.dialects._fields import CountOrAll, Documents, FieldNames, Flag
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = ("/v1/rerank", "/rerank")
@@ -30,7 +30,7 @@ class GenericRequest(CommonRequest):
     documents: Documents
     top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; 0 is all.")
     return_documents: Flag | None = Field(default=None, description="false: leave the documents out of the answer.")
-    rank_fields: list[String] | None = Field(default=None, description="Which fields of document objects to rank.")
+    rank_fields: FieldNames | None = Field(default=None, description="Which fields of document objects to rank.")
     kwargs: Any = Field(default=None, description="Xinference's further arguments, as JSON in a string.")
 
     def given_instruction(self) -> str | None:

@@ -17,7 +17,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import Count, Documents, Flag, String
+from local_rerank_server.dialects._fields import Count, Documents, FieldNames, Flag
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = ("/v1/reranking", "/reranking")
@@ -27,7 +27,7 @@ class MixedbreadRequest(CommonRequest):
     input: Documents
     top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to answer.")
     return_input: Flag | None = Field(default=None, description="Whether to send the documents back.")
-    rank_fields: list[String] | None = Field(default=None, description="Which fields of document objects to rank.")
+    rank_fields: FieldNames | None = Field(default=None, description="Which fields of document objects to rank.")
 
 
 class MixedbreadResult(TypedDict):

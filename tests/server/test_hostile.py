@@ -161,6 +161,7 @@ def test_odd_json_is_read_as_it_is_meant_or_refused(dialect: str, client: Client
         check(post(client, path, usual.replace('"b"', number)), None, statuses=(400,))
     for number in ("1" + "0" * 5000, "1e999", "-0", "1E400", "0.1e-9999"):
         check(post(client, path, f'{usual[:-1]}, "top_n": {number}}}'), None)
+        check(post(client, path, usual.replace('"b"', f'{{"text": "b", "more": {number}}}')), None)
     for wrong in ("", "[]", "null", "1", '"x"', usual[:-1], usual + usual, usual.replace(":", "="), "\x00" + usual):
         check(post(client, path, wrong), None, statuses=(400,))
 
@@ -182,9 +183,10 @@ def test_a_short_body_cannot_ask_for_any_amount_of_text(client: Client) -> None:
     """Names in `rank_fields` count once, however often they stand there."""
     body = {"query": "q", "documents": [{"a": "x" * 20_000}], "return_documents": False}
     once = client.post("/v1/rerank", json=body | {"rank_fields": ["a"]})
-    many = client.post("/v1/rerank", json=body | {"rank_fields": ["a"] * 90_000})
+    many = client.post("/v1/rerank", json=body | {"rank_fields": ["a"] * 100})
     assert many.json()["usage"] == once.json()["usage"]
     assert many.json()["results"] == once.json()["results"]
+    check(client.post("/v1/rerank", json=body | {"rank_fields": ["a"] * 101}), None, statuses=(400,))
 
 
 def test_no_depth_of_nesting_is_an_internal_error(client: Client) -> None:

@@ -28,6 +28,7 @@ from local_rerank_server.config import MOST_DOCUMENTS
 NOT_TEXT_ERROR = "not_text"
 """The type of the validation error for an image or a video; its context says which."""
 
+MOST_FIELD_NAMES = 100  # each is looked for in each document
 _NOT_TEXT = ("image", "image_url", "video", "video_url", "audio")
 
 
@@ -73,10 +74,13 @@ def _document_of(value: Any) -> str | dict[str, Any]:
 def _well_formed_object(value: dict[str, Any]) -> dict[str, Any]:
     """It may be sent back, so every string in it must be one that UTF-8 holds."""
     try:
-        well_formed: dict[str, Any] = json.loads(_well_formed(json.dumps(value, ensure_ascii=False)))
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise PydanticCustomError("document_type", "Input is nested too deeply") from None
-    return well_formed
+    except ValueError:  # 1e999, which Python reads as infinity
+        raise PydanticCustomError("document_type", "Input holds a number that no answer could") from None
+    mended = _well_formed(written)
+    return value if mended is written else dict(json.loads(mended))
 
 
 def _refuse_images(value: dict[str, Any]) -> None:
@@ -85,12 +89,16 @@ def _refuse_images(value: dict[str, Any]) -> None:
             raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
 
 
-def _not_too_many(value: Any) -> Any:
-    """Before each of them is looked at: a million empty texts would hold up every other request."""
-    if isinstance(value, list) and len(value) > MOST_DOCUMENTS:
-        what = "List should have at most {limit} items, not {length}"
-        raise PydanticCustomError("too_many", what, {"limit": MOST_DOCUMENTS, "length": len(value)})
-    return value
+def _at_most(limit: int) -> BeforeValidator:
+    """Before each item is looked at: a million empty texts would hold up every other request."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list) and len(value) > limit:
+            what = "List should have at most {limit} items, not {length}"
+            raise PydanticCustomError("too_many", what, {"limit": limit, "length": len(value)})
+        return value
+
+    return BeforeValidator(check)
 
 
 def _in_a_list(value: Any) -> Any:
@@ -118,7 +126,7 @@ String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_ty
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
 """A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
 
-Texts = Annotated[list[Text], _FailFast(), BeforeValidator(_not_too_many)]
+Texts = Annotated[list[Text], _FailFast(), _at_most(MOST_DOCUMENTS)]
 """Documents. One that is wrong ends the validation: a million error records would hold up every other request."""
 
 OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
@@ -127,10 +135,10 @@ OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
 Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
 """A document that may be an object of several fields, which is sent back as it came; `_common.texts_of` reads it."""
 
-Documents = Annotated[list[Document], _FailFast(), BeforeValidator(_not_too_many), BeforeValidator(_in_a_list)]
+Documents = Annotated[list[Document], _FailFast(), _at_most(MOST_DOCUMENTS), BeforeValidator(_in_a_list)]
 """Such documents; one text alone is a list of one, as vLLM has it."""
 
-FieldNames = Annotated[list[String], _FailFast(), BeforeValidator(_not_too_many)]
+FieldNames = Annotated[list[String], _FailFast(), _at_most(MOST_FIELD_NAMES)]
 """Which fields of document objects are ranked."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 
+from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, ModelUnavailable, Overloaded
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from local_rerank.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
 
 logger = logging.getLogger(__name__)
 
@@ -181,18 +181,7 @@ class ServerState:
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""
-        submission = self._tokenizers.submit(self.reranker.submit, request, name=request_id)
-        try:
-            pending = await asyncio.wrap_future(submission)
-        except asyncio.CancelledError:
-            submission.add_done_callback(_cancel_outcome)
-            raise
-        return await asyncio.wrap_future(pending)
-
-
-def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:
-    if not submission.cancelled() and submission.exception() is None:
-        submission.result().cancel()
+        return await asyncio.wrap_future(await queued(self._tokenizers, self.reranker.submit, request, name=request_id))
 
 
 async def _until_disconnected(http: Request) -> None:

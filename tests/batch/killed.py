@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 
-PRELOADED = ["tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "transformers"]
+PRELOADED = [
+    "tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
+    "local_rerank.cli", "local_rerank.batch_command", "local_rerank.evaluation",
+    "transformers.models.qwen3.modeling_qwen3",
+]  # fmt: skip
 
 
 def forks() -> ForkServerContext:

@@ -1,57 +1,44 @@
-"""How far is `local_rerank.simulation` from a real server? Calibrate it on one request at a time, then compare.
+"""How far is `local_rerank.simulation` from a real server? Calibrate it on other runs, then compare.
 
-    python benchmarks/simulation_vs_server.py --seconds 30
+    python benchmarks/simulation_vs_server.py --seconds 45
 
-A server with an engine of one thread, or replicas of one (--replicas 2), gets requests of 16 documents of 100 tokens in
+A server with an engine of one thread, or replicas of one (--replicas 2), gets requests of 4 documents of 100 tokens in
 the mean (log-normal, spread 0.3) at random times, at three shares of what its engines can do. The simulation knows
-three numbers, from requests sent one after the other: seconds per token, per batch, and per request outside the engine.
+three numbers from other runs: seconds per token, per batch, and per request outside the engine. Few documents, so that
+there are enough requests for a p99.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
-import itertools
 import statistics
 import time
-from dataclasses import dataclass
 
-import numpy as np
-from serving_load import body, open_loop, post, server
+from serving_load import body, closed_loop, open_loop, post, server
 
-from local_rerank.scheduler import Scheduler
 from local_rerank.simulation import Outcome, Speed, Workload, simulate
-from local_rerank.tokenization import Pair
 
-DOCUMENTS, WORDS, SPREAD = 16, 100, 0.3
-CALIBRATION = (1, 4, 16, 48)  # documents
+DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
 BUDGET = 2048  # tokens of a batch on a CPU
-
-
-@dataclass(frozen=True)
-class Timing:
-    tokens: float
-    batches: int
-    engine_seconds: float
-    other_seconds: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=45.0, help="of each share")
     parser.add_argument("--replicas", type=int, default=0, help="0: one process, without Ray")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     options = parser.parse_args()
     how = ["--ray", "--replicas", str(options.replicas)] if options.replicas else []
     engines = max(1, options.replicas)
     with server("--threads", "1", *how) as address:
-        speed, mean_tokens, prefix_tokens = calibrate(address)
+        bodies = [body(number, DOCUMENTS, WORDS, SPREAD) for number in range(2000)]
+        speed, mean_tokens, prefix_tokens = calibrate(address, bodies, engines, options.seconds / 3)
         print(
             f"calibrated: {1 / speed.token_seconds:.0f} tokens/s, {speed.batch_seconds * 1e3:.1f} ms a batch, "
             f"{speed.request_seconds * 1e3:.1f} ms a request outside the engine; {mean_tokens:.0f} tokens a request"
         )
-        bodies = [body(1000 + number, DOCUMENTS, WORDS, SPREAD) for number in range(400)]
-        capacity = engines / (mean_tokens * speed.token_seconds + speed.batch_seconds * mean_tokens / BUDGET)
+        capacity = engines / (mean_tokens * (speed.token_seconds + speed.batch_seconds / BUDGET))
         errors = []
         for share in options.shares:
             rate = share * capacity
@@ -71,43 +58,34 @@ def main() -> None:
     )
 
 
-def calibrate(address: str) -> tuple[Speed, float, int]:
-    """The simulation's numbers, mean tokens of a request of the load, and those of its prefix."""
+def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -> tuple[Speed, float, int]:
+    """The simulation's numbers, mean tokens of a request of the load, and those of its prefix.
+
+    From requests one after the other, each a batch of its own, and from a server that is never idle, whose batches are
+    full: two equations for seconds per token and per batch.
+    """
     connection = http.client.HTTPConnection(address)
-    timings, tokens_of_load = [], []
-    prefix_tokens = 0
-    for documents in CALIBRATION:
-        for number in range(12):
-            content = body(100 * documents + number, documents, WORDS, SPREAD)
-            started = time.perf_counter()
-            answer = post(connection, content)
-            seconds = time.perf_counter() - started
-            engine = (answer["total_ms"] - answer["queue_ms"] - answer["tokenize_ms"]) / 1e3
-            if documents == 1:  # a document of the answer counts without its suffix, which is one token here
-                prefix_tokens = int(answer["num_computed_tokens"] - answer["num_document_tokens"]) - 1
-            if number >= 2:  # the first ones warm up
-                timings.append(
-                    Timing(answer["num_computed_tokens"], num_batches(answer, documents), engine, seconds - engine)
-                )
-                if documents == DOCUMENTS:
-                    tokens_of_load.append(answer["num_computed_tokens"])
-    matrix = np.array([[timing.tokens, timing.batches] for timing in timings])
-    token_seconds, batch_seconds = np.linalg.lstsq(matrix, [t.engine_seconds for t in timings], rcond=None)[0]
+    tokens, engine, other = [], [], []
+    for content in bodies[:60]:
+        started = time.perf_counter()
+        answer = post(connection, content)
+        engine.append((answer["total_ms"] - answer["queue_ms"] - answer["tokenize_ms"]) / 1e3)
+        other.append(time.perf_counter() - started - engine[-1])
+        tokens.append(answer["num_computed_tokens"])
+    # a document of the answer counts without its suffix, which is one token here
+    prefix_tokens = int(answer["num_computed_tokens"] - answer["num_document_tokens"]) - DOCUMENTS
+    mean_tokens = statistics.mean(tokens)
+    alone = statistics.mean(engine[5:])  # the first ones warm up
+    busy = engines / closed_loop(address, bodies[60:], 12 * engines, seconds)  # of an engine, for a request
+    requests_of_batch = BUDGET / mean_tokens
+    batch_seconds = max(0.0, (alone - busy) / (1 - 1 / requests_of_batch))
     speed = Speed(
-        token_seconds=float(token_seconds),
-        batch_seconds=max(0.0, float(batch_seconds)),
-        request_seconds=statistics.median(timing.other_seconds for timing in timings),
+        token_seconds=(busy - batch_seconds / requests_of_batch) / mean_tokens,
+        batch_seconds=batch_seconds,
+        request_seconds=statistics.median(other[5:]),
         max_batch_tokens=BUDGET,
     )
-    return speed, statistics.mean(tokens_of_load), prefix_tokens
-
-
-def num_batches(answer: dict[str, float], documents: int) -> int:
-    """How many batches the scheduler makes of that request, its documents taken as equal."""
-    length = int(answer["num_document_tokens"] / documents) + 1
-    scheduler = Scheduler(BUDGET)
-    scheduler.add(0, [Pair((0,) * 20, (0,) * length)] * documents)
-    return sum(1 for _ in itertools.takewhile(bool, iter(scheduler.next_batch, None)))
+    return speed, mean_tokens, prefix_tokens
 
 
 def compare(share: float, rate: float, real: list[float], simulated: Outcome) -> tuple[float, float, float]:

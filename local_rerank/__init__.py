@@ -16,16 +16,29 @@ from local_rerank.config import EngineConfig
 from local_rerank.types import Limits, RankedDocument, RerankRequest, RerankResult
 
 if TYPE_CHECKING:
+    from local_rerank.async_reranker import AsyncReranker
     from local_rerank.reranker import Reranker
 
 __version__ = "0.1.0"
-__all__ = ["EngineConfig", "Limits", "RankedDocument", "RerankRequest", "RerankResult", "Reranker"]
+__all__ = [
+    "AsyncReranker",
+    "EngineConfig",
+    "Limits",
+    "RankedDocument",
+    "RerankRequest",
+    "RerankResult",
+    "Reranker",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Reranker`, and torch with it, on first use: `local-rerank --help` must not wait for torch (2 s)."""
+    """Import the rerankers, and torch with `Reranker`, on first use: `local-rerank --help` must not wait (2 s)."""
     if name == "Reranker":
         from local_rerank.reranker import Reranker
 
         return Reranker
+    if name == "AsyncReranker":
+        from local_rerank.async_reranker import AsyncReranker
+
+        return AsyncReranker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

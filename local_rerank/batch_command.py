@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sqlite3
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from local_rerank.batch.sinks import SUFFIXES
 from local_rerank.blending import Blend, parse_blend
 from local_rerank.config import EngineConfig
 from local_rerank.console import option, say, status
@@ -55,6 +57,8 @@ class Job:
             raise InvalidRequest(f"{self.input} is no file here", field="input")
         if self.input.resolve() in (self.output.resolve(), self.rejects.resolve()):
             raise ConfigError(f"{self.input} is both input and output")
+        if self.output.suffix.lower() not in SUFFIXES:
+            raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(SUFFIXES)}")
         if not self.output.parent.is_dir():
             raise ConfigError(f"output is {self.output}, but there is no folder {self.output.parent}")
         if self.is_run:
@@ -83,14 +87,14 @@ class Job:
 
 def batch(
     input: Annotated[
-        Path,
+        str,
         option(
             help="File to score: .jsonl or .parquet (query with documents, or with one document), .csv or .tsv (a "
             "pair on each line), or a TREC run (.run, .trec, .txt), with --queries and --corpus or --dataset."
         ),
     ],
     *,
-    output: Annotated[Path, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
+    output: Annotated[str, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
     queries: Annotated[
         Path | None, option(help="Queries of a run: .jsonl (id or _id, text) or .tsv (id, text).")
     ] = None,
@@ -134,17 +138,18 @@ def batch(
     engine: EngineConfig | None = None,
 ) -> None:
     """Score a file. Killed and started again with the same command line it goes on where it was."""  # fmt: skip
+    mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
     if ray:
         return _run_on_ray(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
-            return_documents=return_documents, overwrite=overwrite, quiet=quiet,
+            return_documents=return_documents, overwrite=overwrite, mode=mode,
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
                     "cache": cache, "rejects": rejects},
         )  # fmt: skip
     job = Job(
-        input=input,
-        output=output,
-        rejects=rejects or output.with_name(output.name + ".rejects.jsonl"),
+        input=Path(input),
+        output=Path(output),
+        rejects=rejects or Path(f"{Path(output)}.rejects.jsonl"),
         queries=queries,
         corpus=corpus,
         dataset=dataset,
@@ -154,7 +159,6 @@ def batch(
         cache=cache,
         return_documents=return_documents,
     )
-    mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
     from local_rerank.evaluation import load_ir_measures
     from local_rerank.reranker import Reranker
 
@@ -162,23 +166,29 @@ def batch(
         load_ir_measures()  # before the work, not after it
     with status("loading the model") if mode == "bar" else nullcontext():
         reranker = Reranker(config=engine)
-    with reranker:
-        try:
-            _run(job, reranker, mode, overwrite)
-        except (OSError, sqlite3.Error) as error:  # a full disk, above all
-            raise ConfigError(f"the job stopped: {error}; the same command goes on from there") from error
+    with reranker, _stopped():
+        _run(job, reranker, mode, overwrite)
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    """A full disk, above all, is one line."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"the job stopped: {error}; the same command goes on from there") from error
 
 
 def _run_on_ray(
-    input: Path,
-    output: Path,
+    input: str,
+    output: str,
     address: str | None,
     config: EngineConfig,
     blend: str | None,
     *,
     return_documents: bool,
     overwrite: bool,
-    quiet: bool,
+    mode: Mode,
     others: dict[str, object],
 ) -> None:
     if given := [name for name, value in others.items() if value is not None]:
@@ -186,23 +196,30 @@ def _run_on_ray(
     from local_rerank.ray_cluster import require_ray
 
     require_ray()
+    from local_rerank.batch.display import Display
+    from local_rerank.batch.pieces import suffix_of
     from local_rerank.batch.ray_data import RayJob, absolute, run
 
     job = RayJob(
-        input=str(input),
-        output=str(output),
-        suffix=output.suffix.lower(),
+        input=input,
+        output=output,
+        suffix=suffix_of(output),
         with_documents=return_documents,
         blend=None if blend is None else parse_blend(blend),
         config=absolute(config),
     )
-    num_rows = num_pairs = num_rejected = 0
-    with nullcontext() if quiet else status("scoring on Ray"):
-        for done in run(job, address, overwrite=overwrite):
-            num_rows, num_pairs = num_rows + done.num_rows, num_pairs + done.num_pairs
-            num_rejected += done.num_rejected
-    if not quiet:
-        say(f"{output}: {num_rows} rows, {num_pairs} pairs, {num_rejected} rejected in this run")
+    num_rows = 0
+    with Display(mode, Path(input).name, 0) as display, _stopped():
+        for done in run(job, address, overwrite=overwrite, begin=display.begin):
+            num_rows += done.num_rows
+            display.piece(done.num_pairs, done.num_tokens, done.num_rejected)
+    counts = {"rows": num_rows, "pairs": display.num_pairs, "rejected": display.num_rejected}
+    display.event(
+        "done", output=output, **counts, tokens=display.num_tokens, seconds=display.seconds, **display.rates()
+    )
+    if mode == "bar":
+        say(f"{output}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()) + " in this run")
+        say(f"{display.seconds:.1f} s, {display.rates_text}")
 
 
 def _run(job: Job, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
@@ -271,7 +288,6 @@ def _measured(job: Job, qrels: Path, name: str) -> list[System]:
 def _summarize(
     job: Job, display: Display, progress: JobProgress, systems: list[System], mode: Mode, was_done: bool
 ) -> None:
-    rates = display.rates()
     if mode == "json":
         display.event(
             "done",
@@ -283,7 +299,7 @@ def _summarize(
             model_pairs=display.num_model_pairs,
             tokens=display.num_tokens,
             seconds=display.seconds,
-            **rates,
+            **display.rates(),
             measures=[{"name": one.name} | {name: one.mean(name) for name in one.values} for one in systems],
         )
     if mode != "bar":
@@ -292,10 +308,7 @@ def _summarize(
     if progress.num_rejected:
         say(f"{job.rejects}: {progress.num_rejected:,} records that could not be ranked")
     if not was_done:
-        say(
-            f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, "
-            f"{rates['pairs_per_second']:,.0f} pairs/s, {rates['tokens_per_second']:,.0f} tokens/s"
-        )
+        say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:
         from rich.console import Console
 

@@ -6,8 +6,8 @@ options stand in `local_rerank_server.config`). `auto` becomes a value once, whe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -102,3 +102,11 @@ _LEAST = {
     "max_batch_tokens": 1,
     "max_queued_tokens": 1,
 }
+
+
+def merged(config: EngineConfig, model: str | None, options: dict[str, Any]) -> EngineConfig:
+    """`config` with `model`, if it is given, and `options` by their names; raises ConfigError for an unknown one."""
+    names = {field.name for field in fields(EngineConfig)}
+    if unknown := sorted(set(options) - names):
+        raise ConfigError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    return replace(config, **options if model is None else options | {"model": model})

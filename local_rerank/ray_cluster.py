@@ -44,8 +44,10 @@ def require_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns that this default will change
 
 
-def connect(address: str | None = None) -> bool:
+def connect(address: str | None = None, *, log_to_driver: bool = True) -> bool:
     """Join the cluster at `address` or `RAY_ADDRESS`, else start one here; says whether it was started.
+
+    `log_to_driver`: whether what processes of the cluster print comes out here, too.
 
     Raises ConfigError where there is no cluster at that address.
     """
@@ -56,7 +58,7 @@ def connect(address: str | None = None) -> bool:
     def keep() -> None:
         """The kernel ends Ray's processes together with the thread that started them, so this one stays."""
         try:
-            _init(address)
+            _init(address, log_to_driver)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"at {address}" if address else "on this machine"
             connected.set_exception(ConfigError(f"there is no Ray cluster {where}: {error}"))
@@ -69,11 +71,11 @@ def connect(address: str | None = None) -> bool:
     return address is None
 
 
-def _init(address: str | None) -> None:
+def _init(address: str | None, log_to_driver: bool) -> None:
     import ray
 
     if address is not None:
-        ray.init(address=address, logging_level=logging.ERROR)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=log_to_driver)
         return
     ray.init(
         address="local",
@@ -81,6 +83,7 @@ def _init(address: str | None) -> None:
         _node_ip_address=LOOPBACK,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
+        log_to_driver=log_to_driver,
     )
 
 

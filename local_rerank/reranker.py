@@ -6,8 +6,6 @@ which pairs of several requests may share a forward pass. Every request that was
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +13,13 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from local_rerank.config import EngineConfig
+from local_rerank.config import EngineConfig, merged
 from local_rerank.engine import Engine, ModelInfo, load_engine
-from local_rerank.errors import ConfigError, InvalidRequest, Overloaded
+from local_rerank.errors import InvalidRequest, Overloaded
 from local_rerank.jobs import Job
 from local_rerank.models import open_checkpoint
 from local_rerank.tokenization import PairTokenizer
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
 from local_rerank.worker import BatchReport, Worker
 
 
@@ -38,7 +36,7 @@ class Reranker:
     """
 
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
-        self.config = _merge(config or EngineConfig(), model, options)
+        self.config = merged(config or EngineConfig(), model, options)
         self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision)
         self.tokenizer = PairTokenizer.from_folder(
             checkpoint.folder,
@@ -109,15 +107,8 @@ class Reranker:
 
         Neighbouring pairs with the same query share its tokens.
         """
-        requests = (
-            RerankRequest(query=query, documents=tuple(document for _, document in group), instruction=instruction)
-            for query, group in itertools.groupby(pairs, key=lambda pair: pair[0])
-        )
-        scores: list[float] = []
-        for result in self.rank_batch(requests):
-            in_order = sorted(result, key=lambda item: item.index)
-            scores += [item.log_odds if logits else item.relevance_score for item in in_order]
-        return scores
+        results = self.rank_batch(requests_of(pairs, instruction))
+        return [score for result in results for score in scores_of(result, logits=logits)]
 
     @overload
     def rank_batch(
@@ -140,7 +131,7 @@ class Reranker:
         in_flight: deque[Future[RerankResult] | Future[RerankResult | InvalidRequest]] = deque()
         try:
             for request in requests:
-                while (future := self._submit_if_room(request, not in_flight, return_errors)) is None:
+                while (future := self.submit_if_room(request, not in_flight, return_errors)) is None:
                     yield in_flight.popleft().result()
                 in_flight.append(future)
                 while in_flight and in_flight[0].done():
@@ -151,7 +142,7 @@ class Reranker:
             for future in in_flight:
                 future.cancel()
 
-    def _submit_if_room(
+    def submit_if_room(
         self, request: RerankRequest, must: bool, return_errors: bool
     ) -> Future[RerankResult] | Future[RerankResult | InvalidRequest] | None:
         """As `submit`, but None where the queue is full, unless it `must` go in now; perhaps an error as the result."""
@@ -198,12 +189,3 @@ class Reranker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _merge(config: EngineConfig, model: str | None, options: dict[str, Any]) -> EngineConfig:
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    if unknown := sorted(set(options) - names):
-        raise ConfigError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(names))}")
-    if model is not None:
-        options["model"] = model
-    return dataclasses.replace(config, **options)

@@ -1,14 +1,16 @@
 """The files of an evaluation -> `Collection`: documents, queries, judgements and a first stage's run.
 
-Texts are .jsonl (`id` or `_id`, `text`, and a `title` that is put before it, as BEIR has them) or .tsv (id, then text);
-judgements and runs are TREC's. A malformed line is an InvalidRequest that names file and line. Nothing here knows of
-models or measures.
+Texts are .jsonl (`id` or `_id`, `text`, and a `title` that is put before it, as BEIR has them) or .tsv (id, then text),
+queries also the topics of TREC's ad hoc tracks (.trec, .txt, .topics), of which the titles are taken; judgements and
+runs are TREC's. A malformed line is an InvalidRequest that names file and line. Nothing here knows of models or
+measures.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +20,10 @@ from local_rerank.errors import InvalidRequest
 
 WANTED = {".jsonl": "an object with id and text", ".tsv": "an id, a tab and a text"}
 """What each line of a file of texts must be."""
+TOPICS = (".trec", ".txt", ".topics")
+_TOPIC = re.compile(r"<top>(.*?)(?=<top>|</top>|\Z)", re.DOTALL | re.IGNORECASE)
+_NUMBER = re.compile(r"<num>\s*(?:Number:)?\s*([^\s<]+)", re.IGNORECASE)
+_TITLE = re.compile(r"<title>\s*(?:Topic:)?([^<]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +79,10 @@ def _named(runs: Iterable[Iterable[Candidate]]) -> set[str]:
 
 def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
     """Ids and texts of a .jsonl or .tsv file, one after the other; a query must hold some text."""
-    parse = text_parser(file, field)
     seen: set[str] = set()
-    for where, line in _lines(file, field):
-        parsed = parse(line)
+    for where, parsed in _parsed_texts(file, field):
         if parsed is None:
-            raise InvalidRequest(f"{where} is not {WANTED[file.suffix]}", field=field)
+            raise InvalidRequest(f"{where} is not {wanted(file)}", field=field)
         name, text = parsed
         if name in seen:
             raise InvalidRequest(f"{where} has the id {name} of an earlier line", field=field)
@@ -88,11 +92,43 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
+def _parsed_texts(file: Path, field: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Each with `file:number`; None of a line, or a topic, that is none."""
+    if is_topics(file, field):
+        text = "\n".join(line for _, line in _lines(file, field, blank=True))
+        yield from ((f"{file}:{number}", parsed) for number, _, parsed in parse_topics(text))
+        return
+    parse = text_parser(file, field)
+    yield from ((where, parse(line)) for where, line in _lines(file, field))
+
+
+def is_topics(file: Path, field: str) -> bool:
+    return field == "queries" and file.suffix in TOPICS
+
+
+def wanted(file: Path) -> str:
+    """What a line of a file of texts must be, or a topic."""
+    return WANTED.get(file.suffix, "a topic with <num> and <title>")
+
+
+def parse_topics(text: str) -> Iterator[tuple[int, str, tuple[str, str] | None]]:
+    """The topics of a file, each with its line, its content, and its number and title, if it has both.
+
+    >>> list(parse_topics("<top>\\n<num> Number: 301\\n<title> Organized crime\\n\\n<desc> ...\\n</top>"))[0][2]
+    ('301', 'Organized crime')
+    """
+    for found in _TOPIC.finditer(text):
+        number, title = _NUMBER.search(found[1]), _TITLE.search(found[1])
+        parsed = (number[1], " ".join(title[1].split())) if number and title else None
+        yield text.count("\n", 0, found.start()) + 1, found[0], parsed
+
+
 def text_parser(file: Path, field: str) -> Callable[[str], tuple[str, str] | None]:
     """What makes id and text of one line of a file, or None of a line that is none."""
     parse = {".jsonl": _parse_json, ".tsv": _parse_tsv}.get(file.suffix)
     if parse is None:
-        raise InvalidRequest(f"{file} must be a .jsonl or a .tsv file", field=field)
+        topics = f", or topics ({', '.join(TOPICS)})" if field == "queries" else ""
+        raise InvalidRequest(f"{file} must be a .jsonl or a .tsv file{topics}", field=field)
     return parse
 
 
@@ -149,13 +185,16 @@ def parse_run_line(line: str, where: str) -> tuple[str, str, float]:
     return query_id, document_id, value
 
 
-def _lines(file: Path, field: str) -> Iterator[tuple[str, str]]:
-    """Lines that hold something, each with `file:number`. Only \\n ends one: JSON may hold Unicode's other breaks."""
+def _lines(file: Path, field: str, *, blank: bool = False) -> Iterator[tuple[str, str]]:
+    """Lines that hold something (all with `blank`), each with `file:number`.
+
+    Only \\n ends one: JSON may hold Unicode's other breaks.
+    """
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 where = f"{file}:{number}"
-                if line.strip():
+                if blank or line.strip():
                     yield where, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{where} is not UTF-8: {error.reason}", field=field) from error

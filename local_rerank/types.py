@@ -6,7 +6,8 @@ back: the documents in order of relevance, with what each one cost and what was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,3 +131,15 @@ def _check_text(field: str, value: object, limit: int | None = None) -> None:
         raise InvalidRequest(f"{field} must be a string, not {type(value).__name__}", field=field)
     if limit is not None and len(value) > limit:
         raise TooManyCharacters(field=field, limit=limit, value=len(value))
+
+
+def requests_of(pairs: Iterable[tuple[str, str]], instruction: str | None) -> Iterator[RerankRequest]:
+    """Requests whose documents are those of (query, document) pairs, in order; neighbours of one query share one."""
+    for query, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield RerankRequest(query=query, documents=tuple(document for _, document in group), instruction=instruction)
+
+
+def scores_of(result: RerankResult, *, logits: bool) -> list[float]:
+    """Relevance scores, or log-odds, in the order of the request's documents; the result has all of them."""
+    in_order = sorted(result, key=lambda item: item.index)
+    return [item.log_odds if logits else item.relevance_score for item in in_order]

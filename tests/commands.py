@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import runpy
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 from local_rerank.cli import main
@@ -28,3 +31,11 @@ def command(*arguments: str) -> Done:
             status = exit.code
     assert isinstance(status, int), status
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def run_script(file: Path, *arguments: str) -> str:
+    """Run a script in this process; what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), mock.patch.object(sys, "argv", [str(file), *arguments]):
+        runpy.run_path(str(file), run_name="__main__")
+    return out.getvalue()

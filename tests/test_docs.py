@@ -15,7 +15,9 @@ from local_rerank_server.dialects import ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "server" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+FOLDERS = ("server", "examples")  # with a README of their own
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / name / "README.md" for name in FOLDERS)]
+PAGES += sorted(ROOT.glob("docs/*.md"))
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -255,7 +255,7 @@ def test_a_comparison_counts_wins_losses_and_ties_and_shows_the_largest() -> Non
 def test_p_is_exact_for_few_queries() -> None:
     """By hand: of the 32 ways to sign five equal gains, the two with all signs equal are as far from 0."""
     assert p_value([0.1] * 5) == pytest.approx(2 / 32)
-    assert p_value([0.1, -0.1]) == 1.0
+    assert p_value([0.1, -0.1]) == p_value([0.1]) == 1.0
 
 
 @pytest.mark.parametrize("differences", [[0.0] * 3, [0.0] * 40, [1e-17, -1e-17, 0.0], [0.0]])

@@ -23,6 +23,7 @@ def imports_of(path: Path) -> set[str]:
 
 def test_the_public_names_are_these() -> None:
     assert local_rerank.__all__ == [
+        "AsyncReranker",
         "EngineConfig",
         "Limits",
         "RankedDocument",
@@ -40,5 +41,5 @@ def test_the_library_imports_no_web_framework() -> None:
 
 
 def test_types_errors_prompts_and_scheduling_need_no_torch() -> None:
-    for name in ("types", "errors", "config", "prompts", "tokenization", "scheduler"):
+    for name in ("types", "errors", "config", "prompts", "tokenization", "scheduler", "async_reranker"):
         assert not imports_of(ROOT / "local_rerank" / f"{name}.py") & {"torch", "transformers"}, name

@@ -58,10 +58,11 @@ class Display:
     def seconds(self) -> float:
         return self._clock() - self._started
 
-    def begin(self, offset: int) -> None:
-        """The job goes on at this offset."""
+    def begin(self, offset: int, size: int | None = None) -> None:
+        """The job goes on at this offset, of `size` where that was not known before."""
         self._offset = float(offset)
-        self._bar.reset(self._task, completed=offset)  # time left is reckoned from here
+        self._size = self._size if size is None else size
+        self._bar.reset(self._task, completed=offset, total=self._size)  # time left is reckoned from here
 
     def block(self, block: Block) -> None:
         """A block is about to be scored."""
@@ -85,6 +86,13 @@ class Display:
             self._reject(each)
         self._show(self._offset)
 
+    def piece(self, num_pairs: int, num_tokens: int, num_rejected: int) -> None:
+        """An engine elsewhere has done one piece of the input; offsets count pieces then."""
+        self._offset += 1
+        self.num_rejected += num_rejected
+        self.advance(num_pairs, num_tokens)
+        self._show(self._offset)
+
     def event(self, name: str, **values: Any) -> None:
         """A line of JSON on standard output, in the mode that has them."""
         if self._mode == "json":
@@ -95,6 +103,11 @@ class Display:
         seconds = max(self.seconds, 1e-9)
         return {"pairs_per_second": self.num_pairs / seconds, "tokens_per_second": self.num_tokens / seconds}
 
+    @property
+    def rates_text(self) -> str:
+        rates = self.rates()
+        return f"{rates['pairs_per_second']:,.0f} pairs/s, {rates['tokens_per_second']:,.0f} tokens/s"
+
     def _reject(self, rejected: Rejected) -> None:
         self.num_rejected += 1
         self.event("rejected", file=rejected.file, line=rejected.number, error=rejected.error)
@@ -104,10 +117,8 @@ class Display:
             self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, offset: float) -> None:
-        rates = self.rates()
-        text = f"{rates['pairs_per_second']:,.0f} pairs/s, {rates['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=offset, rate=text)
+        self._bar.update(self._task, completed=offset, rate=self.rates_text)
         if self._mode == "json" and self._clock() - self._last_line >= JSON_SECONDS:
             self._last_line = self._clock()
             done = offset / self._size if self._size else 1.0
-            self.event("progress", done=round(done, 6), pairs=self.num_pairs, tokens=self.num_tokens, **rates)
+            self.event("progress", done=round(done, 6), pairs=self.num_pairs, tokens=self.num_tokens, **self.rates())

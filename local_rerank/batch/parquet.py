@@ -141,7 +141,7 @@ class ParquetSink:
         """Make a part of what was written since the last one; returns the number of parts."""
         if self._rows:
             with replace(self._part(self._num_parts)) as stream:
-                pq.write_table(self._table(), stream)
+                pq.write_table(table_of(self._rows, self._schema), stream)
             self._rows = []
             self._num_parts += 1
         return self._num_parts
@@ -161,11 +161,12 @@ class ParquetSink:
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:08}.parquet"
 
-    def _table(self) -> pa.Table:
-        """Values of JSON lines that are no strings (a number as id) become strings where the column is one."""
-        strings = [field.name for field in self._schema if pa.types.is_string(field.type)]
-        rows = [row | {name: _text(row.get(name)) for name in strings} for row in self._rows]
-        return pa.Table.from_pylist(rows, schema=self._schema)
+
+def table_of(records: Sequence[Record], schema: pa.Schema) -> pa.Table:
+    """A table of those columns. Values of JSON lines that are no strings (a number as id) become strings in them."""
+    strings = [field.name for field in schema if pa.types.is_string(field.type)]
+    rows = [record | {name: _text(record.get(name)) for name in strings} for record in records]
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def _text(value: object) -> str | None:

@@ -1,29 +1,33 @@
 """A large input in pieces that any worker can score alone: byte ranges of JSON lines, row groups of Parquet.
 
-Input and output are named by path or by URI (`s3://`, `gs://`, `hdfs://`, ...: what pyarrow's filesystems know), the
+Input and output are named by path or by URI (`s3://`, `gs://`, `hdfs://`, `fsspec+...://`: what pyarrow knows), the
 input may be a folder of files. Each piece becomes one part of the output folder, `part-00000.jsonl` or `.parquet`,
-which has its name only when it is whole; what is rejected stands beside it. Parts in order are the output.
+which has its name only when it is whole; what is rejected stands beside it. Parts in order are the output. What a
+`PartFormat` says holds for all of them, so that parts of one job have the same columns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from local_rerank.batch.parquet import output_fields
-from local_rerank.batch.rows import Record
+from local_rerank.batch.parquet import output_fields, table_of
+from local_rerank.batch.rows import Record, Row, parse_record, to_record
 from local_rerank.batch.scoring import BlockScorer
-from local_rerank.batch.sources import MAX_CONTENT_CHARS, parse_json_line
+from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, other_kind, parse_json_line
+from local_rerank.blending import Blend
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.reranker import Reranker
 
 PIECE_BYTES = 1 << 20  # of JSON lines: some thousand short pairs, seconds of a GPU's work
 SUFFIXES = (".jsonl", ".parquet")
@@ -46,31 +50,57 @@ class Done:
     number: int
     num_rows: int
     num_pairs: int
+    num_tokens: int  # that went through the model
     num_rejected: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartFormat:
+    """What is written of each row."""
+
+    suffix: str  # of the parts
+    with_documents: bool = False
+    is_blended: bool = False
+    is_pairs: bool = False  # of JSON lines, whose first record decides both
+    columns: tuple[str, ...] = ("query",)
+
+    def schema(self, found: pa.Schema | None) -> pa.Schema:
+        """Columns of a Parquet part: those of the Parquet file that was read, or of the JSON lines as strings."""
+        if found is None:
+            fields, is_pairs = {name: pa.string() for name in self.columns}, self.is_pairs
+        else:
+            fields, is_pairs = {field.name: field.type for field in found}, "document" in found.names
+        return output_fields(fields, is_pairs=is_pairs, with_documents=self.with_documents, is_blended=self.is_blended)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """A record of a piece: its row, or why it has none, and where it stands in its file."""
+
+    row: Row | InvalidRequest
+    place: dict[str, int]
+    content: str
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a path or URI and the path in it; raises ConfigError."""
-    whole = re.sub(r"^(\w+):/(?!/)", r"\1://", uri)  # a pathlib.Path has lost the second slash
-    if "://" not in whole:
-        return pafs.LocalFileSystem(), str(Path(whole).resolve())
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).resolve())
     try:
-        filesystem, path = pafs.FileSystem.from_uri(whole)
+        filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ConfigError(f"{whole} cannot be opened: {error}") from error
+        raise ConfigError(f"{uri} cannot be opened: {error}") from error
     return filesystem, path
+
+
+def suffix_of(uri: str) -> str:
+    """How the name ends, in lower case; `?region=...` behind it is the filesystem's."""
+    return Path(urlsplit(uri).path if "://" in uri else uri).suffix.lower()
 
 
 def find_pieces(uri: str) -> list[Piece]:
     """The pieces of a file, or of all .jsonl and .parquet files of a folder, in order; raises InvalidRequest."""
-    filesystem, path = open_filesystem(uri)
-    found = filesystem.get_file_info(path)
-    if found.type == pafs.FileType.NotFound:
-        raise InvalidRequest(f"{uri} is neither a file nor a folder", field="input")
-    files = [found]
-    if found.type == pafs.FileType.Directory:
-        selected = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-        files = sorted((file for file in selected if file.path.endswith(SUFFIXES)), key=lambda file: file.path)
+    filesystem, files = _files(uri)
     pieces: list[Piece] = []
     for file in files:
         for begin, end in _ranges(filesystem, file):
@@ -78,6 +108,23 @@ def find_pieces(uri: str) -> list[Piece]:
     if not pieces:
         raise InvalidRequest(f"{uri} holds no rows in {' or '.join(SUFFIXES)} files", field="input")
     return pieces
+
+
+def state_of(uri: str) -> str:
+    """What tells whether an input was changed: a digest of its files' names, sizes and times."""
+    states = [f"{file.path} {file.size} {file.mtime_ns}" for file in _files(uri)[1]]
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()[:16]
+
+
+def _files(uri: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
+    filesystem, path = open_filesystem(uri)
+    found = filesystem.get_file_info(path)
+    if found.type == pafs.FileType.NotFound:
+        raise InvalidRequest(f"{uri} is neither a file nor a folder", field="input")
+    if found.type != pafs.FileType.Directory:
+        return filesystem, [found]
+    selected = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    return filesystem, sorted((file for file in selected if file.path.endswith(SUFFIXES)), key=lambda file: file.path)
 
 
 def _ranges(filesystem: pafs.FileSystem, file: pafs.FileInfo) -> Iterator[tuple[int, int]]:
@@ -95,61 +142,69 @@ def part_path(folder: str, number: int, suffix: str) -> str:
     return f"{folder}/part-{number:05}{suffix}"
 
 
-class PieceScorer:
-    """Scores pieces with one `BlockScorer` and writes their parts."""
+def first_row(uri: str, pieces: list[Piece]) -> Row | None:
+    """The first record of the JSON lines that can be ranked, which decides the kind of all and their columns."""
+    filesystem, _ = open_filesystem(uri)
+    for piece in pieces:
+        if piece.path.endswith(".jsonl"):
+            with filesystem.open_input_file(piece.path) as stream:
+                for _, line in lines_between(io.BufferedReader(stream), piece.begin, piece.end):
+                    if line.strip() and isinstance(row := _row(line), Row):
+                        return row
+    return None
 
-    def __init__(self, scorer: BlockScorer, input: str, output: str, suffix: str, *, with_documents: bool) -> None:
-        self._scorer = scorer
+
+class PieceScorer:
+    """Scores pieces with a reranker of its own and writes their parts."""
+
+    def __init__(self, reranker: Reranker, input: str, output: str, parts: PartFormat, *, blend: Blend | None) -> None:
+        self._scorer = BlockScorer(reranker, blend=blend, advance=self._advance)
         self._input, _ = open_filesystem(input)
         self._output, self._folder = open_filesystem(output)
-        self._suffix = suffix
-        self._with_documents = with_documents
+        self._parts = parts
+        self._num_tokens = 0  # of the piece that is scored
 
     def __call__(self, piece: Piece) -> Done:
         """Done twice, it writes the same part."""
-        records, schema = self._read(piece)
-        outcomes = self._scorer.score_records(
-            [record for record in records if not isinstance(record, InvalidRequest)],
-            with_documents=self._with_documents,
-        )
-        scored = iter(outcomes)
-        whole = [record if isinstance(record, InvalidRequest) else next(scored) for record in records]
-        good = [outcome for outcome in whole if not isinstance(outcome, InvalidRequest)]
+        self._num_tokens = 0
+        items, schema = self._read(piece)
+        scored = iter(self._scorer.score([item.row for item in items if isinstance(item.row, Row)]))
+        outcomes = [next(scored) if isinstance(item.row, Row) else item.row for item in items]
+        good = [outcome for outcome in outcomes if not isinstance(outcome, InvalidRequest)]
         bad = [
-            {
-                "file": piece.path,
-                "piece": piece.number,
-                "place": place,
-                "error": str(outcome),
-                "content": _shown(record),
-            }
-            for place, (record, outcome) in enumerate(zip(records, whole, strict=True), 1)
+            {"file": piece.path, **item.place, "error": str(outcome), "content": item.content}
+            for item, outcome in zip(items, outcomes, strict=True)
             if isinstance(outcome, InvalidRequest)
         ]
         if bad:
             self._write(part_path(self._folder, piece.number, ".rejects.jsonl"), _lines(bad))
-        if self._suffix == ".parquet":
-            self._write(part_path(self._folder, piece.number, ".parquet"), _table_bytes(good, self._schema(schema)))
-        else:
-            self._write(part_path(self._folder, piece.number, ".jsonl"), _lines(good))
-        num_pairs = sum(len(record["results"]) if "results" in record else 1 for record in good)
-        return Done(number=piece.number, num_rows=len(good), num_pairs=num_pairs, num_rejected=len(bad))
+        records = [to_record(row, with_documents=self._parts.with_documents) for row in good]
+        is_parquet = self._parts.suffix == ".parquet"
+        data = _table_bytes(records, self._parts.schema(schema)) if is_parquet else _lines(records)
+        self._write(part_path(self._folder, piece.number, self._parts.suffix), data)
+        return Done(
+            number=piece.number,
+            num_rows=len(good),
+            num_pairs=sum(len(row.results) for row in good),
+            num_tokens=self._num_tokens,
+            num_rejected=len(bad),
+        )
 
-    def _read(self, piece: Piece) -> tuple[list[Record | InvalidRequest], pa.Schema | None]:
+    def _advance(self, num_pairs: int, num_tokens: int) -> None:
+        self._num_tokens += num_tokens
+
+    def _read(self, piece: Piece) -> tuple[list[_Item], pa.Schema | None]:
+        """The records of a piece, and the columns of a Parquet file."""
         with self._input.open_input_file(piece.path) as stream:
             if piece.path.endswith(".parquet"):
                 parquet = pq.ParquetFile(stream)
-                table = parquet.read_row_groups(list(range(piece.begin, piece.end)))
-                return table.to_pylist(), parquet.schema_arrow
+                return list(_rows_of(parquet, piece)), parquet.schema_arrow
             lines = lines_between(io.BufferedReader(stream), piece.begin, piece.end)  # pyarrow's own reads no lines
-            return [_record(line) for line in lines if line.strip()], None
-
-    def _schema(self, schema: pa.Schema | None) -> pa.Schema:
-        assert schema is not None
-        fields = {field.name: field.type for field in schema}
-        return output_fields(
-            fields, is_pairs="document" in fields, with_documents=self._with_documents, is_blended=False
-        )
+            return [
+                _Item(row=_row(line, is_pairs=self._parts.is_pairs), place={"byte": byte}, content=content_of(line))
+                for byte, line in lines
+                if line.strip()
+            ], None
 
     def _write(self, path: str, data: bytes) -> None:
         """A local file gets its name when it is whole; an object store shows an object only then."""
@@ -162,22 +217,40 @@ class PieceScorer:
         self._output.move(path + ".new", path)
 
 
-def lines_between(stream: IO[bytes], begin: int, end: int) -> Iterator[bytes]:
-    """The lines that begin in [begin, end): each line of a file belongs to one of its ranges."""
+def _rows_of(parquet: pq.ParquetFile, piece: Piece) -> Iterator[_Item]:
+    before = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.begin))
+    records = parquet.read_row_groups(list(range(piece.begin, piece.end))).to_pylist()
+    for number, record in enumerate(records, before + 1):
+        yield _Item(row=_parsed(record), place={"row": number}, content=str(record)[:MAX_CONTENT_CHARS])
+
+
+def lines_between(stream: IO[bytes], begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in [begin, end), each with its offset: each line of a file belongs to one of its ranges."""
     position = begin
     if begin:
         stream.seek(begin - 1)
         position = begin - 1 + len(stream.readline())  # the rest of a line that began before
     while position < end and (line := stream.readline()):
+        yield position, line
         position += len(line)
-        yield line
 
 
-def _record(line: bytes) -> Any:
+def _row(line: bytes, *, is_pairs: bool | None = None) -> Row | InvalidRequest:
+    """The row of a line, or why it is none; `is_pairs`: of what kind it must be."""
     try:
-        return parse_json_line(line)
+        row = _parsed(parse_json_line(line))
     except ValueError as error:
         return InvalidRequest(str(error), field="record")
+    if isinstance(row, Row) and is_pairs not in (None, row.is_pair):
+        return InvalidRequest(other_kind(not row.is_pair), field="record")
+    return row
+
+
+def _parsed(record: object) -> Row | InvalidRequest:
+    try:
+        return parse_record(record)
+    except InvalidRequest as error:
+        return error
 
 
 def _lines(records: list[Record]) -> bytes:
@@ -187,9 +260,5 @@ def _lines(records: list[Record]) -> bytes:
 
 def _table_bytes(records: list[Record], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(records, schema=schema), sink)
+    pq.write_table(table_of(records, schema), sink)
     return bytes(sink.getvalue())
-
-
-def _shown(record: object) -> str:
-    return "" if isinstance(record, InvalidRequest) else str(record)[:MAX_CONTENT_CHARS]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,20 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from local_rerank import ray_cluster
-from local_rerank.batch.pieces import SUFFIXES, Done, Piece, find_pieces, open_filesystem, part_path
+from local_rerank.batch.pieces import (
+    SUFFIXES,
+    Done,
+    PartFormat,
+    Piece,
+    find_pieces,
+    first_row,
+    open_filesystem,
+    part_path,
+    state_of,
+)
 from local_rerank.blending import Blend
 from local_rerank.config import EngineConfig
-from local_rerank.errors import ConfigError
+from local_rerank.errors import ConfigError, EngineFailure
 
 JOB_FILE = "job.json"
 
@@ -39,28 +51,39 @@ class RayJob:
     def __post_init__(self) -> None:
         if self.suffix not in SUFFIXES:
             raise ConfigError(f"output ends in {self.suffix}; on Ray it must end in {' or '.join(SUFFIXES)}")
-        if self.suffix == ".parquet" and self.blend is not None:
-            raise ConfigError("blended scores are written as .jsonl on Ray")
 
     def settings(self, num_pieces: int) -> dict[str, str]:
         """All that decides what is written."""
-        values = {name: getattr(self, name) for name in ("input", "suffix", "with_documents", "blend")}
+        values = {name: getattr(self, name) for name in ("suffix", "with_documents", "blend")}
+        values["input"] = re.sub(r"//[^/@]*@", "//", self.input)  # without a key that the URI may hold
         values |= {name: getattr(self.config, name) for name in ("model", "revision", "dtype", "instruction")}
-        return {name: str(value) for name, value in (values | {"num_pieces": num_pieces}).items()}
+        values |= {"input_state": state_of(self.input), "num_pieces": num_pieces}
+        return {name: str(value) for name, value in values.items()}
 
 
-def run(job: RayJob, address: str | None, *, overwrite: bool) -> Iterator[Done]:
+Begin = Callable[[int, int], None]
+"""Told how many pieces are done already, and how many there are."""
+
+
+def run(job: RayJob, address: str | None, *, overwrite: bool, begin: Begin) -> Iterator[Done]:
     """Score what is left of a job; yields what came of each piece as it is done. Ray is left when all are.
 
     Raises ConfigError where there is no cluster or the folder is another job's, InvalidRequest for an input that
-    cannot be read.
+    cannot be read, EngineFailure where an engine cannot be made or fails.
     """
     pieces = find_pieces(job.input)
-    if job.suffix == ".parquet" and not all(piece.path.endswith(".parquet") for piece in pieces):
-        raise ConfigError("a Parquet output on Ray needs a Parquet input, whose columns it keeps")
     left = _left(job, pieces, overwrite)
+    begin(len(pieces) - len(left), len(pieces))
     if left:
-        yield from _run(job, left, address)
+        yield from _run(job, left, _part_format(job, pieces), address)
+
+
+def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
+    first = first_row(job.input, pieces)
+    parts = PartFormat(suffix=job.suffix, with_documents=job.with_documents, is_blended=job.blend is not None)
+    if first is None:
+        return parts
+    return dataclasses.replace(parts, is_pairs=first.is_pair, columns=tuple(first.fields))
 
 
 def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
@@ -84,14 +107,16 @@ def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
     return [piece for piece in pieces if part_path(folder, piece.number, job.suffix) not in there]
 
 
-def _run(job: RayJob, pieces: list[Piece], address: str | None) -> Iterator[Done]:
+def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[Done]:
     ray_cluster.require_ray()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised here, too
     import ray
     import ray.data
 
+    _keep_to_file("ray.data")
     joined = ray.is_initialized()
     if not joined:
-        ray_cluster.connect(address)
+        ray_cluster.connect(address, log_to_driver=False)
     try:
         resources = ray_cluster.replica_resources(job.config, None)
         room = ray_cluster.room_for(resources)
@@ -102,29 +127,42 @@ def _run(job: RayJob, pieces: list[Piece], address: str | None) -> Iterator[Done
         rows = ray.data.from_items([dataclasses.asdict(piece) for piece in pieces], override_num_blocks=len(pieces))
         scored = rows.map(
             _Actor,  # type: ignore[arg-type]  # Ray takes a class whose instances are called, too
-            fn_constructor_args=(dataclasses.replace(job, config=config),),
+            fn_constructor_args=(dataclasses.replace(job, config=config), parts),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(room, len(pieces))),
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
         )
         for row in scored.iter_rows():
             yield Done(**row)
+    except ray.exceptions.RayError as error:
+        raise EngineFailure(f"an engine on the cluster failed: {_reason(error)}") from error
     finally:
         if not joined:
             ray.shutdown()
 
 
+def _keep_to_file(logger: str) -> None:
+    """Ray Data tells of each step, and of each fault with its traceback, on standard error and in a file of its own."""
+    for handler in logging.getLogger(logger).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL + 1)
+
+
+def _reason(error: Exception) -> str:
+    """What the engine said, without the traceback that Ray sends in its place."""
+    said = re.findall(r"^[\w.]+(?:Error|Exception|Failure): (.+)", str(error), re.MULTILINE)
+    return said[-1] if said else str(error)
+
+
 class _Actor:
     """One engine in a process of its own."""
 
-    def __init__(self, job: RayJob) -> None:
+    def __init__(self, job: RayJob, parts: PartFormat) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is next
         from local_rerank.batch.pieces import PieceScorer
-        from local_rerank.batch.scoring import BlockScorer
         from local_rerank.reranker import Reranker
 
-        scorer = BlockScorer(Reranker(config=job.config), blend=job.blend)
-        self._score = PieceScorer(scorer, job.input, job.output, job.suffix, with_documents=job.with_documents)
+        self._score = PieceScorer(Reranker(config=job.config), job.input, job.output, parts, blend=job.blend)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(self._score(Piece(**row)))

@@ -93,10 +93,9 @@ class JsonLines:
     def read(self, position: Position) -> Iterator[Item]:
         for item, behind in self._read(position):
             if isinstance(item, Row) and item.is_pair != self.is_pairs:
-                kinds = ("documents", "document") if self.is_pairs else ("document", "documents")
-                error = "the record has {}, where the first one of the file has {}".format(*kinds)
                 content = json.dumps(item.fields, ensure_ascii=False)[:MAX_CONTENT_CHARS]
-                yield Rejected(file=str(self.file), number=behind.number - 1, error=error, content=content), behind
+                number, error = behind.number - 1, other_kind(self.is_pairs)
+                yield Rejected(file=str(self.file), number=number, error=error, content=content), behind
             else:
                 yield item, behind
 
@@ -240,6 +239,12 @@ def _refuse_constant(name: str) -> NoReturn:
 def _without_blanks(record: dict[str, str]) -> dict[str, Any]:
     """CSV has no null: an empty instruction means that there is none."""
     return record | {"instruction": record.get("instruction") or None} if "instruction" in record else record
+
+
+def other_kind(is_pairs: bool) -> str:
+    """Why a record is rejected that is not of the kind of the first one; `is_pairs`: whether that is a pair."""
+    kinds = ("documents", "document") if is_pairs else ("document", "documents")
+    return "the record has {}, where the first one of the file has {}".format(*kinds)
 
 
 def content_of(line: bytes) -> str:

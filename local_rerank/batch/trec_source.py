@@ -19,7 +19,7 @@ from local_rerank.batch.durable import sync_folder
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, content_of, lines_of
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.trec_files import WANTED, parse_run_line, text_parser
+from local_rerank.trec_files import is_topics, parse_run_line, parse_topics, text_parser, wanted
 
 TABLES = """
 CREATE TABLE candidates (line INTEGER PRIMARY KEY, query_id TEXT, document_id TEXT, score REAL);
@@ -123,7 +123,8 @@ class FileTexts:
         self._corpus = corpus
         self._parse = text_parser(corpus, "corpus")
         for file, field in ((queries, "queries"), (corpus, "corpus")):
-            text_parser(file, field)
+            if not is_topics(file, field):
+                text_parser(file, field)
             if not file.is_file():
                 raise InvalidRequest(f"{field} {file} is no file here", field=field)
 
@@ -209,16 +210,35 @@ def _candidates(database: sqlite3.Connection, run: Path) -> Iterator[tuple[int, 
 
 
 def _texts(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[str, str, int]]:
-    """Id, text and offset of each line; a query must hold some text."""
-    parse = text_parser(file, field)
-    for number, offset, line in _text_lines(database, file, field):
-        parsed = parse(line)
+    """Id, text and offset of each line or topic; a query must hold some text."""
+    for number, offset, line, parsed in _parsed(database, file, field):
         if parsed is None:
-            _reject(database, file, number, f"the line is not {WANTED[file.suffix]}", line)
+            _reject(database, file, number, f"the line is not {wanted(file)}", line)
         elif field == "queries" and not parsed[1].strip():
             _reject(database, file, number, "the query is empty", line)
         else:
             yield *parsed, offset
+
+
+def _parsed(
+    database: sqlite3.Connection, file: Path, field: str
+) -> Iterator[tuple[int, int, str, tuple[str, str] | None]]:
+    """Number, offset, content, and id and text of what holds both; topics have no offset, and need none."""
+    if is_topics(file, field):
+        text = "\n".join(_padded(_text_lines(database, file, field)))
+        yield from ((number, 0, content, parsed) for number, content, parsed in parse_topics(text))
+        return
+    parse = text_parser(file, field)
+    yield from ((number, offset, line, parse(line)) for number, offset, line in _text_lines(database, file, field))
+
+
+def _padded(lines: Iterator[tuple[int, int, str]]) -> Iterator[str]:
+    """Lines with empty ones for those that were left out, so that they keep their numbers."""
+    last = 0
+    for number, _, line in lines:
+        yield from [""] * (number - last - 1)
+        yield line
+        last = number
 
 
 def _text_lines(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[int, int, str]]:

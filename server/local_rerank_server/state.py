@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 
+from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, ModelUnavailable, Overloaded
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from local_rerank.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock
 LONG_CHARS = 1_000_000  # about half a second of tokenization; a request of more waits for those of its kind alone
 LONG_THREADS = 1  # the tokenizers' own threads share one request's documents
 
@@ -186,23 +186,12 @@ class ServerState:
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Cancelled, it takes the request out of the engine's queue, whichever step it was at."""
         threads = self._long_tokenizers if num_chars(request) > LONG_CHARS else self._tokenizers
-        submission = threads.submit(self.reranker.submit, request, name=request_id)
-        try:
-            pending = await asyncio.wrap_future(submission)
-        except asyncio.CancelledError:
-            submission.add_done_callback(_cancel_outcome)
-            raise
-        return await asyncio.wrap_future(pending)
+        return await asyncio.wrap_future(await queued(threads, self.reranker.submit, request, name=request_id))
 
 
 def num_chars(request: RerankRequest) -> int:
     """Of its query and its documents."""
     return len(request.query) + sum(map(len, request.documents))
-
-
-def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:
-    if not submission.cancelled() and submission.exception() is None:
-        submission.result().cancel()
 
 
 async def _until_disconnected(http: Request) -> None:

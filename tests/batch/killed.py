@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,7 +15,11 @@ from typing import Any
 
 import pytest
 
-PRELOADED = ["tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "transformers"]
+PRELOADED = [
+    "tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
+    "local_rerank.cli", "local_rerank.batch_command", "local_rerank.evaluation",
+    "transformers.models.qwen3.modeling_qwen3",
+]  # fmt: skip
 
 
 def forks() -> ForkServerContext:
@@ -49,3 +55,19 @@ def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str
     patch.setattr(Path, "replace", counting(Path.replace))
     patch.setattr(Path, "unlink", counting(Path.unlink))
     do_job(Path(folder), input_name, output_name)
+
+
+def command_line(arguments: list[str]) -> None:
+    """`local-rerank ...`, to its end."""
+    from local_rerank.cli import main
+
+    main(arguments)
+
+
+def growth_of_memory(folder: str, input_name: str, output_name: str, answer: Connection) -> None:
+    """Send by how many bytes the most memory that this process ever held grew with a job of the stand-in."""
+    from tests.batch.test_job import do_job
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    do_job(Path(folder), input_name, output_name, block_pairs=1000)
+    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -20,7 +20,6 @@ from local_rerank.batch import sources
 from local_rerank.batch.rows import Row, ScoredRow, parse_record
 from local_rerank.batch.sinks import Sink, open_sink
 from local_rerank.batch.sources import Position, Rejected, Source, open_source
-from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import ConfigError, InvalidRequest
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: text.strip())
@@ -173,76 +172,6 @@ def test_reading_goes_on_behind_any_record(
     for place, (_, behind) in enumerate(items, 1):
         assert list(source.read(behind)) == items[place:]
     assert items[-1][1].offset == source.size
-
-
-# TREC runs
-
-
-@pytest.fixture
-def run_files(tmp_path: Path) -> dict[str, Path]:
-    queries = ['{"id": "q1", "text": "one"}', '{"id": "q2", "text": " "}', '{"id": "q3", "text": "three"}', "broken"]
-    corpus = ['{"_id": "d1", "text": "first"}', '{"_id": "d2", "title": "T", "text": "second"}', "\xff"]
-    run = ["q3 Q0 d2 1 1.5 x", "q1 Q0 d1 2 1 x", "q1 Q0 d2 1 3 x", "q1 Q0 d2 1 3 x", "q1 Q0 d3 1 2 x"]
-    run += ["q2 Q0 d1 1 1 x", "q4 Q0 d1 1 1 x", "q1 Q0 d1 9 nan x"]
-    return {
-        "queries": write(tmp_path / "queries.jsonl", "\n".join(queries)),
-        "corpus": write(tmp_path / "corpus.jsonl", "\n".join(corpus).encode("latin-1")),
-        "run": write(tmp_path / "in.run", "\n".join(run)),
-    }
-
-
-def run_source(files: dict[str, Path], folder: Path, **options: Any) -> RunSource:
-    folder.mkdir(exist_ok=True)
-    return RunSource(files["run"], FileTexts(files["queries"], files["corpus"]), folder, **options)
-
-
-def test_a_run_gives_queries_in_its_order_with_candidates_by_score(run_files: dict[str, Path], tmp_path: Path) -> None:
-    source = run_source(run_files, tmp_path / "job")
-    first, second = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
-    assert (first.id, first.documents, first.first_stage_scores) == ("q3", ("T second",), (1.5,))
-    assert (second.id, second.query, second.document_ids) == ("q1", "one", ("d2", "d1"))
-    (top,) = [
-        item
-        for item, _ in run_source(run_files, tmp_path / "job", top_k=1).read(Position())
-        if isinstance(item, Row) and item.id == "q1"
-    ]
-    assert (top.document_ids, top.tail_ids) == (("d2",), ("d1",))
-
-
-def test_lines_of_a_run_and_its_texts_that_are_of_no_use_are_told(run_files: dict[str, Path], tmp_path: Path) -> None:
-    items = [item for item, _ in run_source(run_files, tmp_path / "job").read(Position())]
-    told = {(Path(item.file).name, item.number, item.error) for item in items if isinstance(item, Rejected)}
-    assert told == {
-        ("in.run", 8, "the line has the score nan"),
-        ("queries.jsonl", 2, "the query is empty"),
-        ("queries.jsonl", 4, "the line is not an object with id and text"),
-        ("corpus.jsonl", 3, "not UTF-8: invalid start byte"),
-        ("in.run", 4, "document d2 is there a second time"),
-        ("in.run", 5, "document d3 is not among the documents"),
-        ("in.run", 6, "query q2 is not among the queries"),
-        ("in.run", 7, "query q4 is not among the queries"),
-    }
-
-
-def test_reading_a_run_goes_on_behind_any_item_and_finds_its_index_again(
-    run_files: dict[str, Path], tmp_path: Path
-) -> None:
-    items = list(run_source(run_files, tmp_path / "job").read(Position()))
-    built = (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns
-    for place, (_, behind) in enumerate(items, 1):
-        assert list(run_source(run_files, tmp_path / "job").read(behind)) == items[place:]
-    assert (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns == built
-
-
-def test_a_run_without_a_single_text_is_refused(run_files: dict[str, Path], tmp_path: Path) -> None:
-    write(run_files["corpus"], '{"_id": "other", "text": "x"}\n')
-    with pytest.raises(InvalidRequest, match=r"no line of .*in.run names a query and a document that have texts"):
-        run_source(run_files, tmp_path / "job")
-    write(run_files["queries"].with_suffix(".xml"), "")
-    with pytest.raises(InvalidRequest, match=r"queries.xml must be a .jsonl or a .tsv file"):
-        FileTexts(run_files["queries"].with_suffix(".xml"), run_files["corpus"])
-    with pytest.raises(InvalidRequest, match=r"corpus .*none.tsv is no file here"):
-        FileTexts(run_files["queries"], tmp_path / "none.tsv")
 
 
 # Out

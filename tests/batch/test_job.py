@@ -18,7 +18,7 @@ from local_rerank.batch.sinks import open_sink
 from local_rerank.batch.sources import Position, Rejected, Source, open_source
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import ConfigError, InvalidRequest
-from tests.batch.killed import job_killed_at_step, start
+from tests.batch.killed import forks, growth_of_memory, job_killed_at_step, start
 
 SETTINGS = {"input": "in", "model": "m"}
 BLOCK_PAIRS = 5
@@ -47,10 +47,12 @@ def score(row: Row) -> ScoredRow:
     )
 
 
-def do_job(folder: Path, input_name: str, output_name: str, *, overwrite: bool = False) -> JobProgress:
-    """A job in blocks of BLOCK_PAIRS pairs."""
+def do_job(
+    folder: Path, input_name: str, output_name: str, *, overwrite: bool = False, block_pairs: int = BLOCK_PAIRS
+) -> JobProgress:
+    """A job in blocks of `block_pairs` pairs."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(job, "MAX_BLOCK_PAIRS", BLOCK_PAIRS)
+    patch.setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
     output = folder / output_name
     rejects = folder / f"{output_name}.rejects"
     with patch.context(), job_folder(output, rejects, SETTINGS, overwrite=overwrite) as held:
@@ -191,6 +193,22 @@ def test_progress_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
     (folder / "out.job" / "progress.json").write_text(text)
     with pytest.raises(ConfigError, match=r"progress.json cannot be read \(.*\); --overwrite begins anew"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
+
+
+def test_a_file_of_ten_times_the_size_takes_no_more_memory(tmp_path: Path) -> None:
+    grown = []
+    for name, num_rows in (("small", 3_000), ("large", 30_000)):
+        with (tmp_path / f"{name}.jsonl").open("w") as stream:
+            for number in range(num_rows):
+                record = {"id": number, "query": f"q {number}", "documents": [f"{number} " + "text " * 200]}
+                stream.write(json.dumps(record) + "\n")
+        receive, send = forks().Pipe(duplex=False)
+        process = start(growth_of_memory, str(tmp_path), f"{name}.jsonl", f"{name}.out.jsonl", send)
+        assert receive.poll(120)
+        grown.append(receive.recv())
+        process.join()
+    assert (tmp_path / "large.jsonl").stat().st_size > 30_000_000
+    assert grown[1] - grown[0] < 10_000_000
 
 
 def test_blocks_are_bounded_in_pairs_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

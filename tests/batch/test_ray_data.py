@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pyarrow as pa
@@ -17,15 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from local_rerank import Reranker
 from local_rerank.batch import pieces
-from local_rerank.batch.pieces import find_pieces, lines_between
+from local_rerank.batch.pieces import find_pieces, lines_between, suffix_of
 from local_rerank.ray_cluster import require_ray
-from tests.commands import command
+from tests.commands import command, run_script
 
 pytestmark = pytest.mark.filterwarnings(  # of Ray Data, about its own options and pipes
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
 )
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_ROWS, NUM_DOCUMENTS = 1000, 20
 WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
 TOLERANCE = 1e-4  # log-odds in fp32, over batches
@@ -48,6 +51,12 @@ def cluster() -> Iterator[str]:
         made.shutdown()
 
 
+def shut_ray_down() -> None:
+    import ray
+
+    ray.shutdown()
+
+
 def record(number: int, num_documents: int) -> dict[str, Any]:
     documents = [f"{WORDS[(number + i) % 12]} {WORDS[i % 12]} {number} {i}" for i in range(num_documents)]
     return {"id": f"q{number}", "query": f"{WORDS[number % 12]} {number}", "documents": documents}
@@ -64,6 +73,11 @@ def on_ray(input: Path, output: Path, address: str, checkpoint: Path, *more: str
 
 def lines(output: Path) -> list[dict[str, Any]]:
     files = sorted(file for file in output.glob("part-*.jsonl") if ".rejects" not in file.name)
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def rejects(output: Path) -> list[dict[str, Any]]:
+    files = sorted(output.glob("*.rejects.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -91,7 +105,7 @@ def test_20_000_pairs_come_out_as_from_one_process_though_a_worker_is_killed(
     monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
     rows = [json.dumps(record(number, NUM_DOCUMENTS)) for number in range(NUM_ROWS)]
     rows.insert(500, '{"id": "broken", "query": "no documents"}')
-    rows.insert(700, "{no json")
+    rows.insert(701, "{no json")
     input, output, single = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "single.jsonl"
     input.write_text("\n".join(rows), encoding="utf-8")
     killed: list[int] = []
@@ -105,10 +119,11 @@ def test_20_000_pairs_come_out_as_from_one_process_though_a_worker_is_killed(
     found = lines(output)
     assert sum(len(row["results"]) for row in found) == NUM_ROWS * NUM_DOCUMENTS
     assert_same(found, [json.loads(line) for line in single.read_text(encoding="utf-8").splitlines()])
-    rejects = [json.loads(line) for file in output.glob("*.rejects.jsonl") for line in file.read_text().splitlines()]
-    assert sorted(reject["error"].split(":")[0] for reject in rejects) == [
-        "documents must be a list, not left out", "not JSON"
-    ]  # fmt: skip
+    content = input.read_bytes()
+    for error, line in (("documents must be a list, not left out", rows[500]), ("not JSON", rows[701])):
+        (reject,) = [reject for reject in rejects(output) if reject["error"].startswith(error)]
+        assert content[reject["byte"] :].startswith(line.encode() + b"\n")
+        assert (reject["file"], reject["content"]) == (str(input), line)
     assert len(find_pieces(str(input))) > 20
 
 
@@ -131,9 +146,71 @@ def test_parquet_keeps_its_columns_and_a_part_that_is_missing_is_all_that_is_don
     on_ray(input, output, cluster, tiny_checkpoint)
     assert_same(pa.concat_tables([pq.read_table(part) for part in parts]).to_pylist(), found.to_pylist())
     assert [part.stat().st_mtime_ns == before[part] for part in parts] == [True, False, True]
-    other = command("batch", str(input), "--output", str(output), "--ray", cluster, "--instruction", "x")
+    again = ["batch", str(input), "--output", str(output), "--ray", cluster, *options(tiny_checkpoint)]
+    other = command(*again, "--instruction", "x")
     assert other.returncode == 1
-    assert "was begun with" in other.stderr
+    assert "was begun with instruction " in other.stderr
+    pq.write_table(table.slice(1), input, row_group_size=20)
+    changed = command(*again)
+    assert changed.returncode == 1
+    assert "was begun with input_state " in changed.stderr
+
+
+def test_to_the_bit_what_one_process_writes_with_deterministic_from_json_lines_to_parquet_by_uri(
+    cluster: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    rows = [json.dumps(record(number, 4) | {"id": number, "tag": [number]}) for number in range(60)]
+    rows.insert(30, '{"query": "q", "document": "a pair among rankings"}')
+    input, output, single = tmp_path / "in.jsonl", tmp_path / "out.parquet", tmp_path / "single.parquet"
+    input.write_text("\n".join(rows), encoding="utf-8")
+    same = ["--deterministic", "--blend", "bm25=1", "--return-documents"]
+    model = [option for option in options(tiny_checkpoint) if option != "--quiet"]
+    done = command(
+        "batch", input.as_uri(), "--output", f"fsspec+{output.as_uri()}", "--ray", cluster, *model, *same, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    event = json.loads(done.stdout.splitlines()[-1])
+    assert (event["rows"], event["pairs"], event["rejected"]) == (60, 240, 1)
+    assert event["tokens"] > 240
+    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint), *same)
+    assert alone.returncode == 0, alone.stderr
+    parts = sorted(output.glob("part-*.parquet"))
+    assert len(parts) > 3
+    assert pa.concat_tables([pq.read_table(part) for part in parts]).equals(pq.read_table(single))
+    error = "the record has document, where the first one of the file has documents"
+    assert [reject["error"] for reject in rejects(output)] == [error]
+
+
+def test_the_example_of_a_pipeline_adds_a_score_to_each_pair(cluster: str, nano: Reranker, tmp_path: Path) -> None:
+    pairs = [(f"the {WORDS[i % 12]} of {i}", f"{WORDS[(i + i // 12) % 12]} {i}") for i in range(40)]
+    table = pa.table({"query": [query for query, _ in pairs], "document": [text for _, text in pairs], "n": range(40)})
+    pq.write_table(table, tmp_path / "in.parquet")
+    with mock.patch.dict("os.environ", RAY_ADDRESS=cluster):
+        try:
+            run_script(EXAMPLES / "parquet_on_ray.py", str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"))
+        finally:
+            shut_ray_down()
+    found = pq.read_table(tmp_path / "out.parquet").sort_by("n")
+    assert found.drop_columns("relevance_score").equals(table)
+    assert found.column("relevance_score").to_pylist() == pytest.approx(nano.score(pairs), abs=TOLERANCE)
+
+
+def test_an_engine_that_cannot_be_made_is_one_line(cluster: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(record(1, 2)))
+    output = tmp_path / "out.jsonl"
+    arguments = [str(tmp_path / "in.jsonl"), "--output", str(output), "--ray", cluster, "--model", "./nowhere"]
+    done = command("batch", *arguments)
+    assert done.returncode == 1
+    assert "local-rerank: an engine on the cluster failed: model './nowhere' is no folder or bundle" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("uri", "suffix"),
+    [("a/b.JSONL", ".jsonl"), ("s3://bucket/a.parquet?region=eu-west-1", ".parquet"), ("a?b.jsonl", ".jsonl")],
+)
+def test_how_a_name_ends_is_told_of_paths_and_uris(uri: str, suffix: str) -> None:
+    assert suffix_of(uri) == suffix
 
 
 @given(st.lists(st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"")), max_size=12), st.integers(1, 20))
@@ -142,7 +219,8 @@ def test_each_line_belongs_to_one_range_of_its_file(texts: list[bytes], size: in
     found = []
     for begin in range(0, len(content), size):
         found += lines_between(BytesIO(content), begin, min(begin + size, len(content)))
-    assert found == BytesIO(content).readlines()
+    assert [line for _, line in found] == BytesIO(content).readlines()
+    assert [content[offset : offset + len(line)] for offset, line in found] == [line for _, line in found]
 
 
 def test_what_ray_does_not_take_is_said_before_ray_starts(tmp_path: Path) -> None:
@@ -150,7 +228,8 @@ def test_what_ray_does_not_take_is_said_before_ray_starts(tmp_path: Path) -> Non
     input.write_text('{"query": "q", "documents": ["d"]}\n')
     for more, says in (
         (["--output", str(tmp_path / "out.csv")], "on Ray it must end in .jsonl or .parquet"),
-        (["--output", str(tmp_path / "out.parquet")], "a Parquet output on Ray needs a Parquet input"),
+        (["--output", "nowhere://bucket/out.jsonl"], "nowhere://bucket/out.jsonl cannot be opened"),
+        (["--output", f"{input}/out.jsonl"], "the job stopped: "),
         (["--output", str(tmp_path / "out.jsonl"), "--cache", "c"], "cache is not taken together with ray"),
     ):
         done = command("batch", str(input), *more, "--ray")

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from httpx2 import Client
 
+from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
-from local_rerank.ray_cluster import connect, require_ray
+from local_rerank.ray_cluster import ReplicaResources, connect, require_ray
+from local_rerank_server.config import ServerConfig
 from tests.server.test_process import WAIT_SECONDS, until
 
 pytestmark = pytest.mark.filterwarnings(  # of Ray
@@ -99,3 +101,31 @@ def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, A
 
     with pytest.raises(ConfigError, match=says):
         build(args)
+
+
+def test_more_replicas_than_there_is_room_for_are_refused(address: str) -> None:
+    from local_rerank_server.ray_serve.replica import engine_application
+
+    config = ServerConfig(ray=True, replicas="1000")
+    with pytest.raises(ConfigError, match=r"replicas is 1000; there is room for \d+ \(1 CPUs and 0 GPUs each\)"):
+        engine_application(EngineConfig(device="cpu", threads=1), config, may_grow=False)
+
+
+@pytest.mark.parametrize(("replicas", "bounds"), [("1-8", (1, 8)), ("auto", (1, 5)), ("2-2", None), ("3", None)])
+def test_a_range_of_replicas_follows_the_queue_and_a_number_does_not(
+    replicas: str, bounds: tuple[int, int] | None
+) -> None:
+    require_ray()
+    from ray.serve.deployment import deployment_to_schema
+
+    from local_rerank_server.ray_serve.replica import _deployment
+
+    config = ServerConfig(ray=True, replicas=replicas)
+    made = _deployment(config.num_replicas, ReplicaResources(num_cpus=1, num_gpus=0), room=5, server_config=config)
+    schema = deployment_to_schema(made)
+    if bounds is None:
+        assert schema.num_replicas == config.num_replicas.fixed
+    else:
+        scaling = schema.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == bounds
+        assert (scaling.target_ongoing_requests, scaling.upscale_delay_s, scaling.downscale_delay_s) == (4, 10, 300)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 import local_rerank
+from local_rerank.async_reranker import TOKENIZER_THREADS
 from local_rerank.errors import (
     DocumentTooLong,
     EmptyDocument,
@@ -30,7 +31,6 @@ from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._fields import CountOrAll, Flag, Texts
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
-from local_rerank_server.state import TOKENIZER_THREADS
 
 PATHS = ("/rerank", "/v1/rerank", "/reranking", "/v1/reranking")
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import importlib
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import ray.util
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.config import EngineConfig
 from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError, LocalRerankError
@@ -23,7 +24,6 @@ from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import Replicas, ServerConfig
 
 ROUTER = "local_rerank_server.ray_serve.routing.FewestTokensRouter"
-TOKENIZER_THREADS = 4
 MAX_ONGOING_REQUESTS = 10_000  # the engine's own queue, counted in tokens, is the limit
 TARGET_ONGOING_REQUESTS = 4.0
 """Requests at a replica above which another one is started: one that is scored, and three that wait for it."""
@@ -50,15 +50,10 @@ class EngineReplica:
         self, request: RerankRequest, *, num_tokens: int, name: str | None = None
     ) -> RerankResult | LocalRerankError:
         """`num_tokens` is the sender's estimate; its router counts with it."""
-        submission = self._tokenizers.submit(self._reranker.submit, request, name=name)
         try:
-            pending = await asyncio.wrap_future(submission)
-            return await asyncio.wrap_future(pending)
+            return await asyncio.wrap_future(await queued(self._tokenizers, self._reranker.submit, request, name=name))
         except LocalRerankError as error:
             return error
-        except asyncio.CancelledError:
-            submission.add_done_callback(_cancel_outcome)
-            raise
 
     async def info(self) -> ModelInfo:
         return self._reranker.info
@@ -71,11 +66,6 @@ def _stay_on_loopback() -> None:
     replica: Any = importlib.import_module("ray.serve._private.replica")
     add_port = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
-
-
-def _cancel_outcome(submission: Future[Future[RerankResult]]) -> None:
-    if not submission.cancelled() and submission.exception() is None:
-        submission.result().cancel()
 
 
 def engine_application(config: EngineConfig, server_config: ServerConfig, *, may_grow: bool) -> serve.Application:

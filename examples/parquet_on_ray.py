@@ -1,0 +1,44 @@
+"""A Parquet file of pairs through an actor pool of rerankers, in a Ray Data pipeline of your own.
+
+    pip install 'local-rerank[ray]'
+    python examples/parquet_on_ray.py pairs.parquet scored.parquet
+
+Columns: query and document in, those and relevance_score out. Where nothing has to stand before or behind it,
+`local-rerank batch pairs.parquet --output scored.parquet --ray` does the same, and goes on where it was ended.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from local_rerank import ray_cluster
+
+ray_cluster.connect()  # joins RAY_ADDRESS, or starts Ray on this machine's loopback, without usage statistics
+
+import ray  # noqa: E402
+
+BATCH_PAIRS = 512
+
+
+class Scorer:
+    """One engine for each actor; `Reranker(device="cuda")` and `num_gpus=1` below give each of them a GPU."""
+
+    def __init__(self) -> None:
+        from local_rerank import Reranker
+
+        self.reranker = Reranker(threads=1)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(batch["query"], batch["document"], strict=True)
+        return {**batch, "relevance_score": self.reranker.score(pairs)}
+
+
+def main(input: str, output: str) -> None:
+    pairs = ray.data.read_parquet(input)
+    scored = pairs.map_batches(Scorer, batch_size=BATCH_PAIRS, concurrency=(1, 2), num_cpus=1)
+    scored.write_parquet(output)
+    print(f"{output}: {ray.data.read_parquet(output).count()} pairs")
+
+
+if __name__ == "__main__":
+    main(*(str(Path(name).resolve()) if "://" not in name else name for name in sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""`AsyncReranker`, for asyncio: loading and tokenizing run in threads, the model in its own, and the loop only awaits.
+
+Concurrent calls meet in the model's queue (`worker.py`), so they share batches, as requests of a server do. Cancelling
+a call takes its pairs out of the queue. Needs no torch before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+
+from local_rerank.config import EngineConfig, merged
+from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable
+from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
+
+if TYPE_CHECKING:
+    from local_rerank.reranker import Reranker
+
+TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
+
+T = TypeVar("T")
+
+
+class AsyncReranker:
+    """Ranks documents as `Reranker` does, awaited. The constructor takes the same, and returns while the model loads.
+
+    Raises ConfigError for an unknown option; what keeps the model from being loaded (CheckpointError, ConfigError) is
+    raised by whatever is awaited first. Any number of calls may wait at a time.
+
+    >>> async def main() -> None:
+    ...     async with AsyncReranker() as reranker:
+    ...         result = await reranker.rank("capital of France", ["Rome is in Italy", "Paris is in France"])
+    ...         print([item.index for item in result])
+    >>> asyncio.run(main())
+    [1, 0]
+    """
+
+    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
+        self.config = merged(config or EngineConfig(), model, options)
+        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._loading = self._threads.submit(_load, self.config)
+        self._is_closed = False
+
+    async def load(self) -> Reranker:
+        """Wait until the model is loaded; the Reranker behind this one, whose every call and property holds here."""
+        return await asyncio.shield(asyncio.wrap_future(self._loading))  # a caller who leaves stops no loading
+
+    async def rank(
+        self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
+    ) -> RerankResult:
+        """Rank documents, most relevant first; raises a leaf of InvalidRequest, Overloaded or EngineFailure."""
+        documents = (documents,) if isinstance(documents, str) else tuple(documents)
+        return await self.submit(RerankRequest(query=query, documents=documents, instruction=instruction, top_n=top_n))
+
+    async def score(
+        self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
+    ) -> list[float]:
+        """Relevance scores of (query, document) pairs in their order; log-odds with `logits=True`."""
+        results = self.rank_batch(requests_of(pairs, instruction))
+        return [score async for result in results for score in scores_of(result, logits=logits)]
+
+    @overload
+    def rank_batch(
+        self,
+        requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest],
+        *,
+        return_errors: Literal[False] = False,
+    ) -> AsyncIterator[RerankResult]: ...
+
+    @overload
+    def rank_batch(
+        self, requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest], *, return_errors: bool
+    ) -> AsyncIterator[RerankResult | InvalidRequest]: ...
+
+    async def rank_batch(
+        self, requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest], *, return_errors: bool = False
+    ) -> AsyncIterator[RerankResult | InvalidRequest]:
+        """Rank many requests; yields results in the order of the requests, a bounded number ahead.
+
+        A request that cannot be ranked ends the iteration with its InvalidRequest or, with `return_errors=True`, is
+        answered with it; whatever else goes wrong is raised.
+        """
+        reranker = await self.load()
+        in_flight: deque[Future[Any]] = deque()
+        try:
+            async for request in _each(requests):
+                while (
+                    future := await self._queued(reranker.submit_if_room, request, not in_flight, return_errors)
+                ) is None:
+                    yield await asyncio.wrap_future(in_flight.popleft())
+                in_flight.append(future)
+                while in_flight and in_flight[0].done():
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield await asyncio.wrap_future(in_flight.popleft())
+        finally:  # a request that cannot be ranked, or a caller who stops, leaves nothing running
+            for future in in_flight:
+                future.cancel()
+
+    async def submit(self, request: RerankRequest, *, name: str | None = None) -> RerankResult:
+        """The answer to a whole request; `name` is what the log calls it. Raises what `rank` does."""
+        reranker = await self.load()
+        return await asyncio.wrap_future(await self._queued(reranker.submit, request, name=name))
+
+    async def _queued(self, submit: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        if self._is_closed:
+            raise ModelUnavailable("the reranker is closed")
+        return await queued(self._threads, submit, *arguments, **options)
+
+    async def close(self) -> None:
+        """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the threads."""
+        self._is_closed = True
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with suppress(LocalRerankError):  # no model was loaded, as whoever waited for it has heard
+            self._loading.result().close()
+        self._threads.shutdown()
+
+    async def __aenter__(self) -> Self:
+        """Waits until the model is loaded."""
+        try:
+            await self.load()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+async def queued(threads: Executor, submit: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """What `submit` returns, which tokenizes and queues a request, run in `threads`: a future of its answer.
+
+    Cancelled before that, it cancels the future as soon as there is one, so that nobody's request stays in the queue.
+    """
+    submission = threads.submit(submit, *arguments, **options)
+    try:
+        return await asyncio.wrap_future(submission)
+    except asyncio.CancelledError:
+        submission.add_done_callback(_cancel_outcome)
+        raise
+
+
+def _cancel_outcome(submission: Future[Any]) -> None:
+    if not submission.cancelled() and submission.exception() is None and submission.result() is not None:
+        submission.result().cancel()
+
+
+def _load(config: EngineConfig) -> Reranker:
+    from local_rerank.reranker import Reranker
+
+    return Reranker(config=config)
+
+
+async def _each(requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest]) -> AsyncIterator[RerankRequest]:
+    if isinstance(requests, AsyncIterable):
+        async for request in requests:
+            yield request
+    else:
+        for request in requests:
+            yield request

@@ -1,0 +1,346 @@
+"""`local-rerank batch` and `compare` as a user meets them: options, output, exit status, kills of the process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ir_datasets
+import ir_measures
+import pytest
+from ir_measures import RR, R, nDCG
+
+from local_rerank import Reranker
+from tests.batch.killed import command_line, start
+from tests.commands import Done, command
+
+NUM_PAIRS = 1200  # of the job that is killed: more than a block of them
+CLOSE = 1e-4  # of log-odds, fp32, in other batches
+WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> list[str]:
+    return ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
+
+
+def write_lines(file: Path, records: list[Any]) -> Path:
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def rankings(tmp_path: Path) -> Path:
+    """Six rankings of three documents, and two lines that are none."""
+    records: list[Any] = [
+        {"id": i, "query": f"the {WORDS[i]}", "documents": [f"{WORDS[i + j]} {j}" for j in range(3)]} for i in range(6)
+    ]
+    return write_lines(tmp_path / "in.jsonl", [*records[:2], "{broken", *records[2:], {"query": " ", "documents": []}])
+
+
+def batch(*arguments: str | Path) -> Done:
+    done = command("batch", *map(str, arguments))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# What is told
+
+
+def test_json_tells_of_each_reject_and_of_the_whole_job(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    done = batch(rankings, "--output", tmp_path / "out.jsonl", "--json", *model)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    rejected = [(event["line"], event["error"].split(":")[0]) for event in events if event["event"] == "rejected"]
+    assert rejected == [(3, "not JSON"), (8, "query is empty; it must hold some text")]
+    (last,) = [event for event in events if event["event"] == "done"]
+    assert last == events[-1]
+    assert {name: last[name] for name in ("rows", "pairs", "rejected", "model_pairs")} == {
+        "rows": 6, "pairs": 18, "rejected": 2, "model_pairs": 18
+    }  # fmt: skip
+    assert last["tokens"] > 18
+    assert last["pairs_per_second"] > 0
+    assert (last["output"], last["rejects"]) == (str(tmp_path / "out.jsonl"), str(tmp_path / "out.jsonl.rejects.jsonl"))
+    assert [reject["number"] for reject in read_lines(tmp_path / "out.jsonl.rejects.jsonl")] == [3, 8]
+    assert done.stderr == ""
+
+
+def test_quiet_says_nothing(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    done = batch(rankings, "--output", tmp_path / "out.jsonl", "--quiet", *model)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert len(read_lines(tmp_path / "out.jsonl")) == 6
+
+
+def test_on_a_terminal_a_bar_shows_rates_and_time_left(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    """A real process; its standard error is a terminal."""
+    terminal, theirs = pty.openpty()
+    arguments = ["batch", str(rankings), "--output", str(tmp_path / "out.csv"), *model]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "local_rerank", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+        text=True,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while more := os.read(terminal, 65536):
+            shown += more
+    except OSError:  # Linux ends a terminal that nobody holds with an error
+        pass
+    finally:
+        os.close(terminal)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, shown
+    text = shown.decode()
+    assert "in.jsonl:3: not JSON" in text
+    for part in ("in.jsonl ", "100%", " pairs/s, ", " tokens/s", "0:00:0"):
+        assert part in text, part
+    lines = said.splitlines()
+    assert lines[0] == f"{tmp_path / 'out.csv'}: 6 rows, 18 pairs"
+    assert lines[1].endswith("rejects.jsonl: 2 records that could not be ranked")
+    assert "18 pairs scored by the model" in lines[2]
+    with (tmp_path / "out.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == 18
+
+
+def test_a_job_that_is_complete_says_so(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    first = batch(rankings, "--output", tmp_path / "out.jsonl", *model)
+    second = batch(rankings, "--output", tmp_path / "out.jsonl", *model)
+    assert "(was complete)" not in first.stdout
+    assert second.stdout.splitlines()[0].endswith("6 rows, 18 pairs (was complete)")
+
+
+# What is scored
+
+
+def test_the_instruction_is_that_of_the_command_line_unless_a_record_has_its_own(
+    tmp_path: Path, model: list[str], tiny_reranker: Reranker
+) -> None:
+    records = [{"query": "q", "document": "one"}, {"query": "q", "document": "one", "instruction": "its own"}]
+    input = write_lines(tmp_path / "in.jsonl", records)
+    batch(input, "--output", tmp_path / "out.jsonl", "--instruction", "theirs", *model)
+    expected = [tiny_reranker.rank("q", ["one"], instruction=text)[0].log_odds for text in ("theirs", "its own")]
+    assert [row["log_odds"] for row in read_lines(tmp_path / "out.jsonl")] == pytest.approx(expected, abs=CLOSE)
+    other = command("batch", str(input), "--output", str(tmp_path / "out.jsonl"), "--instruction", "x", *model)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert "was begun with instruction theirs, not x; finish it so, or --overwrite begins anew" in other.stderr
+
+
+def test_a_cache_answers_for_another_job(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    done = []
+    for name in ("a.jsonl", "b.jsonl"):
+        arguments = ("--output", tmp_path / name, "--cache", tmp_path / "scores.sqlite", "--json")
+        done.append(json.loads(batch(rankings, *arguments, *model).stdout.splitlines()[-1]))
+    assert [event["model_pairs"] for event in done] == [18, 0]
+    assert [event["pairs"] for event in done] == [18, 18]
+    assert read_lines(tmp_path / "a.jsonl") == read_lines(tmp_path / "b.jsonl")
+
+
+# Runs and measures
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> dict[str, Path]:
+    """Ten queries with five candidates each, one of them right, as files."""
+    queries = [f"q{i}\t{WORDS[i]}" for i in range(10)]
+    corpus = [f"d{i}-{j}\t{WORDS[(i + j) % 12]} {i} {j}" for i in range(10) for j in range(5)]
+    run = [f"q{i} Q0 d{i}-{j} {j + 1} {10 - j} first" for i in range(10) for j in range(5)]
+    qrels = [f"q{i} 0 d{i}-{i % 5} 1" for i in range(10)]
+    content = {"queries.tsv": queries, "corpus.tsv": corpus, "first.run": run, "qrels.trec": qrels}
+    return {name.partition(".")[0]: write_lines(tmp_path / name, lines) for name, lines in content.items()}  # type: ignore[arg-type]
+
+
+def orders(file: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in file.read_text().splitlines():
+        query, _, document, *_ = line.split()
+        found.setdefault(query, []).append(document)
+    return found
+
+
+def test_a_run_is_reranked_to_its_depth_and_measured(
+    collection: dict[str, Path], tmp_path: Path, model: list[str], tiny_reranker: Reranker
+) -> None:
+    texts = ["--queries", str(collection["queries"]), "--corpus", str(collection["corpus"])]
+    output = tmp_path / "out.run"
+    arguments = [*texts, "--output", str(output), "--top-k", "3", "--qrels", str(collection["qrels"]), *model]
+    done = batch(collection["first"], *arguments, "--json")
+    found = orders(output)
+    corpus = dict(line.split("\t") for line in collection["corpus"].read_text().splitlines())
+    for i in range(10):
+        top = [f"d{i}-{j}" for j in range(3)]
+        ranked = tiny_reranker.rank(WORDS[i], [corpus[name] for name in top])
+        assert found[f"q{i}"] == [*(top[item.index] for item in ranked), f"d{i}-3", f"d{i}-4"]
+    means = json.loads(done.stdout.splitlines()[-1])["measures"]
+    qrels = list(ir_measures.read_trec_qrels(str(collection["qrels"])))
+    for file, told in zip((collection["first"], output), means, strict=True):
+        expected = ir_measures.calc_aggregate([nDCG @ 10, RR, R @ 3], qrels, ir_measures.read_trec_run(str(file)))
+        assert {name: told[name] for name in ("nDCG@10", "RR", "R@3")} == pytest.approx(
+            {str(name): value for name, value in expected.items()}
+        )
+    table = batch(collection["first"], *arguments).stdout
+    assert f"{means[1]['nDCG@10']:.4f}" in table
+    assert "first stage" in table
+
+
+def test_texts_may_be_those_of_an_ir_datasets_collection(
+    collection: dict[str, Path], tmp_path: Path, model: list[str]
+) -> None:
+    name = f"local-rerank-tests-{tmp_path.name}"
+    made = ir_datasets.create_dataset(str(collection["corpus"]), str(collection["queries"]), str(collection["qrels"]))
+    ir_datasets.registry.register(name, made)
+    try:
+        batch(collection["first"], "--dataset", name, "--output", tmp_path / "a.run", "--deterministic", *model)
+    finally:
+        del ir_datasets.registry._registered[name]
+    texts = ["--queries", str(collection["queries"]), "--corpus", str(collection["corpus"])]
+    batch(collection["first"], *texts, "--output", tmp_path / "b.run", "--deterministic", *model)
+    assert (tmp_path / "a.run").read_text() == (tmp_path / "b.run").read_text()
+    unknown = command("batch", str(collection["first"]), "--dataset", "no/such", "--output", str(tmp_path / "c.run"))
+    assert unknown.returncode == 1
+    assert "dataset is 'no/such', which ir_datasets does not know" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.jsonl", "--output", "o.jsonl"], "nowhere.jsonl is no file here"),
+        (["in.jsonl", "--output", "in.jsonl"], "in.jsonl is both input and output"),
+        (["in.jsonl", "--output", "no/o.jsonl"], "but there is no folder no"),
+        (["in.jsonl", "--output", "o.jsonl", "--top-k", "3"], "top_k is for a run (.run), but the input is in.jsonl"),
+        (["in.jsonl", "--output", "o.jsonl", "--qrels", "q"], "qrels measure a run, but the output is o.jsonl"),
+        (["in.jsonl", "--output", "o.jsonl", "--blend", "x=1"], "blend is 'x=1'"),
+        (["in.jsonl", "--output", "o.xml"], "output is o.xml; it must end in one of .jsonl"),
+        (["in.run", "--output", "o.run"], "its texts need --queries and --corpus, or --dataset"),
+        (["in.run", "--output", "o.run", "--top-k", "0"], "top_k is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_before_any_work(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "in.jsonl", [{"query": "q", "documents": ["d"]}])
+    write_lines(tmp_path / "in.run", ["q Q0 d 1 1 x"])
+    done = command("batch", *arguments, *model)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("o.*"))
+
+
+# Kills
+
+
+def test_the_command_killed_at_random_times_scores_every_pair_once(tmp_path: Path, model: list[str]) -> None:
+    """Longer and longer runs, each killed, until one comes to its end; pairs scored alone, so that bits are equal."""
+    records: list[Any] = [
+        {"id": str(i), "query": WORDS[i % 12], "document": f"{WORDS[i % 7]} {i}"} for i in range(NUM_PAIRS)
+    ]
+    records[1100] = "{broken"
+    input = write_lines(tmp_path / "in.jsonl", records)
+    arguments = ["batch", str(input), "--quiet", "--deterministic", *model]
+    draw = random.Random(7)
+    num_kills, longest = 0, 0.5
+    while True:
+        process = start(command_line, [*arguments, "--output", str(tmp_path / "out.jsonl")])
+        process.join(draw.uniform(0.1, longest))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        num_kills, longest = num_kills + 1, longest * 1.3
+    assert process.exitcode == 0
+    assert num_kills >= 3
+    undisturbed = start(command_line, [*arguments, "--output", str(tmp_path / "whole.jsonl")])
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert Counter(row["id"] for row in read_lines(tmp_path / "out.jsonl")) == Counter(
+        str(i) for i in range(NUM_PAIRS) if i != 1100
+    )
+    (reject,) = read_lines(tmp_path / "out.jsonl.rejects.jsonl")
+    assert (reject["number"], reject["content"]) == (1101, "{broken")
+
+
+# Two runs
+
+
+def better_run(collection: dict[str, Path], folder: Path) -> Path:
+    """The right document first for all but q1, where it is last."""
+    lines = []
+    for i in range(10):
+        right = f"d{i}-{i % 5}"
+        others = [f"d{i}-{j}" for j in range(5) if j != i % 5]
+        order = [*others, right] if i == 1 else [right, *others]
+        lines += [f"q{i} Q0 {name} {rank} {-rank} better" for rank, name in enumerate(order, 1)]
+    return write_lines(folder / "better.run", lines)  # type: ignore[arg-type]
+
+
+def test_compare_tells_wins_by_query_and_whether_they_are_chance(collection: dict[str, Path], tmp_path: Path) -> None:
+    better = better_run(collection, tmp_path)
+    runs = [str(collection["first"]), str(better)]
+    done = command("compare", *runs, "--qrels", str(collection["qrels"]), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    qrels = list(ir_measures.read_trec_qrels(str(collection["qrels"])))
+    for system, file in zip(told["systems"], runs, strict=True):
+        expected = ir_measures.calc_aggregate([nDCG @ 10, RR], qrels, ir_measures.read_trec_run(file))
+        assert {name: system["mean"][name] for name in ("nDCG@10", "RR")} == pytest.approx(
+            {str(name): value for name, value in expected.items()}
+        )
+    by_measure = {comparison["measure"]: comparison for comparison in told["comparisons"]}
+    assert {"nDCG@10", "RR", "AP", "R@10", "R@100"} <= by_measure.keys()
+    comparison = by_measure["nDCG@10"]
+    assert (comparison["wins"], comparison["losses"], comparison["ties"]) == (7, 1, 2)
+    assert comparison["p_value"] < 0.05
+    assert by_measure["R@100"]["p_value"] == 1.0  # both have every document
+    assert set(comparison["differences"]) == {f"q{i}" for i in range(10)}
+    same = json.loads(command("compare", runs[0], runs[0], "--qrels", str(collection["qrels"]), "--json").stdout)
+    assert {each["p_value"] for each in same["comparisons"]} == {1.0}
+
+
+def test_compare_prints_a_table_and_draws_a_plot(collection: dict[str, Path], tmp_path: Path) -> None:
+    better, plot = better_run(collection, tmp_path), tmp_path / "plot.svg"
+    done = command(
+        "compare", str(collection["first"]), str(better), "--qrels", str(collection["qrels"]), "--queries",
+        str(collection["queries"]), "--plot", str(plot), "--measure", "RR",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("RR ")]
+    assert row[4:7] == ["7", "1", "2"]
+    assert "10 judged queries" in done.stdout
+    assert WORDS[1] in done.stdout  # the query that lost, by its text
+    root = ET.fromstring(plot.read_text(encoding="utf-8"))
+    assert root.tag.endswith("svg")
+    bars = [element for element in root.iter() if element.tag.endswith(("rect", "circle", "line", "path"))]
+    assert len(bars) >= 8  # the queries that differ
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--depth", "0"], "depth is 0; it must be at least 1"),
+        (["--plot", "a.png"], "only .svg can be written"),
+        (["--measure", "nonsense"], "nonsense"),
+    ],
+)
+def test_compare_says_what_is_wrong(collection: dict[str, Path], more: list[str], says: str) -> None:
+    run = str(collection["first"])
+    done = command("compare", run, run, "--qrels", str(collection["qrels"]), *more)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr

@@ -1,0 +1,251 @@
+"""`AsyncReranker`: the scores of `Reranker`, shared batches, and calls that are cancelled, refused or cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from local_rerank import AsyncReranker, Reranker, RerankRequest, RerankResult
+from local_rerank.async_reranker import queued
+from local_rerank.errors import (
+    CheckpointError,
+    ConfigError,
+    EmptyQuery,
+    EngineFailure,
+    InvalidRequest,
+    ModelUnavailable,
+    NoDocuments,
+)
+from local_rerank.packing import PackedBatch
+
+pytestmark = pytest.mark.anyio
+CLOSE = 1e-4  # of log-odds, fp32, in other batches
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Gate:
+    """Stands before the model's forward pass: counts the pairs of each, holds them while it is closed."""
+
+    def __init__(self, reranker: Reranker) -> None:
+        self.num_pairs: list[int] = []
+        self.open = threading.Event()
+        self.fails = False
+        self._forward = reranker._engine.forward
+        reranker._engine.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        self.num_pairs.append(len(batch.pair_order))
+        assert self.open.wait(30)
+        if self.fails:
+            raise RuntimeError("a kernel failed")
+        return self._forward(batch)
+
+
+@asynccontextmanager
+async def held(checkpoint: Path) -> AsyncIterator[tuple[AsyncReranker, Gate]]:
+    """A reranker whose model waits for the gate, with room for everything in one batch."""
+    async with AsyncReranker(str(checkpoint), device="cpu", dtype="fp32", max_batch_tokens=100_000) as reranker:
+        gate = Gate(await reranker.load())
+        try:
+            yield reranker, gate
+        finally:
+            gate.open.set()
+
+
+async def until_waiting(reranker: AsyncReranker, num_requests: int, gate: Gate) -> None:
+    """Until that many requests are in the queue, behind the batch that runs."""
+    loaded = await reranker.load()
+    while not gate.num_pairs or loaded.num_queued_requests != num_requests:
+        await asyncio.sleep(0.001)
+
+
+def request(number: int) -> RerankRequest:
+    return RerankRequest(query=f"query {number}", documents=(f"one {number}", "two", f"three {number}"))
+
+
+def odds(result: RerankResult) -> dict[int, float]:
+    return {item.index: item.log_odds for item in result}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_reranker: Reranker) -> list[dict[int, float]]:
+    return [odds(result) for result in tiny_reranker.rank_batch(request(number) for number in range(50))]
+
+
+async def test_every_call_gives_what_the_reranker_gives(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
+    pairs = [("q", "one"), ("q", "two"), ("other", "one"), ("q", "three")]
+    async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+        ranked = await reranker.rank("q", ["one", "two", "three"], instruction="judge", top_n=2)
+        wanted = tiny_reranker.rank("q", ["one", "two", "three"], instruction="judge", top_n=2)
+        assert [(item.index, item.document) for item in ranked] == [(item.index, item.document) for item in wanted]
+        assert odds(ranked) == pytest.approx(odds(wanted), abs=CLOSE)
+        assert await reranker.score(pairs) == pytest.approx(tiny_reranker.score(pairs), abs=CLOSE)
+        assert await reranker.score(iter(pairs), logits=True) == pytest.approx(
+            tiny_reranker.score(pairs, logits=True), abs=CLOSE
+        )
+        assert (await reranker.load()).model_id == tiny_reranker.model_id
+        whole = await reranker.submit(RerankRequest(query="q", documents=("one two",), max_document_tokens=2))
+        assert whole.num_truncated_documents == 1
+
+
+async def test_fifty_calls_at_once_share_batches(tiny_checkpoint: Path, expected: list[dict[int, float]]) -> None:
+    async with held(tiny_checkpoint) as (reranker, gate):
+        calls = [asyncio.ensure_future(reranker.submit(request(0)))]
+        await until_waiting(reranker, 0, gate)
+        calls += [asyncio.ensure_future(reranker.submit(request(number))) for number in range(1, 50)]
+        await until_waiting(reranker, 49, gate)
+        gate.open.set()
+        results = await asyncio.gather(*calls)
+    assert gate.num_pairs == [3, 49 * 3]
+    for result, wanted in zip(results, expected, strict=True):
+        assert odds(result) == pytest.approx(wanted, abs=CLOSE)
+
+
+async def test_a_call_that_is_cancelled_takes_its_pairs_out_of_the_queue(tiny_checkpoint: Path) -> None:
+    async with held(tiny_checkpoint) as (reranker, gate):
+        first = asyncio.ensure_future(reranker.submit(request(0)))
+        await until_waiting(reranker, 0, gate)
+        second = asyncio.ensure_future(reranker.submit(request(1)))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await reranker.submit(request(2))
+        await until_waiting(reranker, 1, gate)
+        second.cancel()
+        await until_waiting(reranker, 0, gate)
+        gate.open.set()
+        await first
+        await reranker.submit(request(3))
+        with pytest.raises(asyncio.CancelledError):
+            await second
+    assert gate.num_pairs == [3, 3]  # of the first and the last
+
+
+async def test_a_call_that_is_cancelled_while_it_is_tokenized_leaves_nothing_in_the_queue() -> None:
+    tokenized, go_on = threading.Event(), threading.Event()
+    answer: Future[RerankResult] = Future()
+
+    def submit() -> Future[RerankResult]:
+        tokenized.set()
+        assert go_on.wait(30)
+        return answer
+
+    with ThreadPoolExecutor(1) as threads:
+        call = asyncio.ensure_future(queued(threads, submit))
+        await asyncio.to_thread(tokenized.wait, 30)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert not answer.cancelled()
+        go_on.set()
+    assert answer.cancelled()
+
+
+async def test_a_batch_comes_in_order_however_little_room_there_is(
+    tiny_checkpoint: Path, expected: list[dict[int, float]]
+) -> None:
+    async def requests() -> AsyncIterator[RerankRequest]:
+        for number in range(50):
+            yield request(number)
+
+    async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32", max_queued_tokens=300) as reranker:
+        results = [odds(result) async for result in reranker.rank_batch(requests())]
+    assert len(results) == 50
+    for result, wanted in zip(results, expected, strict=True):
+        assert result == pytest.approx(wanted, abs=CLOSE)
+
+
+async def test_a_batch_that_is_left_early_leaves_nothing_in_the_queue(tiny_checkpoint: Path) -> None:
+    async with held(tiny_checkpoint) as (reranker, gate):
+        first = asyncio.ensure_future(reranker.submit(request(0)))
+        await until_waiting(reranker, 0, gate)
+        batch = reranker.rank_batch(request(number) for number in range(50))
+        taking = asyncio.ensure_future(anext(batch))
+        await until_waiting(reranker, 50, gate)
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        await until_waiting(reranker, 0, gate)
+        gate.open.set()
+        await first
+    assert gate.num_pairs == [3]
+
+
+async def test_requests_that_cannot_be_ranked_are_told_and_harm_no_other(
+    tiny_checkpoint: Path, expected: list[dict[int, float]]
+) -> None:
+    long = RerankRequest(query="q", documents=("d",), instruction="word " * 2000)
+    async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+        with pytest.raises(EmptyQuery):
+            await reranker.rank(" ", ["d"])
+        with pytest.raises(NoDocuments):
+            await reranker.rank("q", [])
+        with pytest.raises(InvalidRequest, match="instruction has"):
+            await reranker.submit(long)
+        with pytest.raises(InvalidRequest, match="instruction has"):
+            [result async for result in reranker.rank_batch([request(0), long, request(1)])]
+        outcomes = [
+            outcome async for outcome in reranker.rank_batch([request(0), long, request(1)], return_errors=True)
+        ]
+    assert len(outcomes) == 3
+    assert isinstance(outcomes[1], InvalidRequest)
+    for number, outcome in ((0, outcomes[0]), (1, outcomes[2])):
+        assert isinstance(outcome, RerankResult)
+        assert odds(outcome) == pytest.approx(expected[number], abs=CLOSE)
+
+
+async def test_a_model_that_fails_fails_the_calls_of_its_batch_and_no_later_one(tiny_checkpoint: Path) -> None:
+    async with held(tiny_checkpoint) as (reranker, gate):
+        gate.open.set()
+        gate.fails = True
+        with pytest.raises(EngineFailure, match="a kernel failed"):
+            await reranker.submit(request(0))
+        gate.fails = False
+        assert len(await reranker.submit(request(1))) == 3
+
+
+async def test_closing_finishes_the_batch_that_runs_and_fails_what_waits(tiny_checkpoint: Path) -> None:
+    async with held(tiny_checkpoint) as (reranker, gate):
+        runs = asyncio.ensure_future(reranker.submit(request(0)))
+        await until_waiting(reranker, 0, gate)
+        waits = asyncio.ensure_future(reranker.submit(request(1)))
+        await until_waiting(reranker, 1, gate)
+        closing = asyncio.ensure_future(reranker.close())
+        await asyncio.sleep(0)
+        with pytest.raises(ModelUnavailable, match="the reranker is closed"):
+            await reranker.submit(request(2))
+        gate.open.set()
+        await closing
+        assert len(await runs) == 3
+        with pytest.raises(ModelUnavailable, match="the engine is closing"):
+            await waits
+        await reranker.close()  # once more does nothing
+
+
+async def test_what_cannot_be_loaded_is_raised_where_it_is_awaited() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'treads'"):
+        AsyncReranker(treads=2)
+    with pytest.raises(CheckpointError, match=r"'./nowhere' is no folder"):
+        async with AsyncReranker("./nowhere"):
+            pass
+    reranker = AsyncReranker("./nowhere")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"'./nowhere' is no folder"):
+            await reranker.rank("q", ["d"])
+    await reranker.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("tokenize")] == []

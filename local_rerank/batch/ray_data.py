@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from local_rerank.batch.pieces import SUFFIXES, Done, Piece, find_pieces, open_f
 from local_rerank.blending import Blend
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
+from local_rerank.openmp import wait_briefly
 
 JOB_FILE = "job.json"
 
@@ -118,7 +118,7 @@ class _Actor:
     """One engine in a process of its own."""
 
     def __init__(self, job: RayJob) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is next
+        wait_briefly()  # before torch is loaded, which is next
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.batch.scoring import BlockScorer
         from local_rerank.reranker import Reranker

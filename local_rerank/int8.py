@@ -30,54 +30,24 @@ class Int8Linear(nn.Module):
         self.weight: Tensor = torch.ops.onednn.qlinear_prepack(quantized, None)
         self._scales = scales
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        rows = x.reshape(-1, self.in_features)
-        operand = Int8Operand(rows.shape[0], self.in_features)
-        operand.store(slice(None), rows)
-        return operand.multiply(self).finish(slice(None)).view(*x.shape[:-1], self.out_features)
+        return self.multiply(*quantize(x))
 
-    def multiply(self, quantized: Tensor) -> Tensor:
-        """(tokens, inputs) uint8 to (tokens, outputs) fp32, before the scale of each token and the bias."""
+    def multiply(self, quantized: Tensor, scales: Tensor) -> Tensor:
+        """What `quantize` made of (..., inputs): (..., outputs) fp32."""
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            quantized, 1.0, ZERO, self.weight, self._scales, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return out
-
-
-class Int8Operand:
-    """What int8 layers multiply: (tokens, inputs) uint8 around `ZERO` and a scale for each token."""
-
-    def __init__(self, num_tokens: int, num_inputs: int) -> None:
-        self._quantized = torch.empty(num_tokens, num_inputs, dtype=torch.uint8)
-        self._scales = torch.empty(num_tokens, 1)
-
-    def store(self, rows: slice, x: Tensor) -> None:
-        """Quantize (rows, inputs) fp32."""
-        self._quantized[rows], self._scales[rows] = quantize(x)
-
-    def multiply(self, linear: Int8Linear) -> Int8Product:
-        return Int8Product(linear.multiply(self._quantized), self._scales, linear.bias)
-
-
-class Int8Product:
-    """What came of a multiplication, (tokens, outputs) fp32; each row is right once it is finished."""
-
-    def __init__(self, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
-        self.values = values
-        self._scales = scales
-        self._bias = bias
-
-    def finish(self, rows: slice) -> Tensor:
-        """Scale some rows, once; a view of them."""
-        finished = self.values[rows].mul_(self._scales[rows])
-        return finished if self._bias is None else finished.add_(self._bias)
+            quantized.flatten(0, -2), 1.0, ZERO, self.weight, self._scales, self._zeros, None, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
+        out = out.view(*quantized.shape[:-1], self.out_features).mul_(scales)
+        return out if self._bias is None else out.add_(self._bias)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(tokens, inputs) fp32 to uint8 around `ZERO`, and the scale of each token, (tokens, 1) fp32."""
+    """(..., inputs) fp32 to uint8 around `ZERO`, and the scale of each token, (..., 1) fp32."""
     most = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
     scales = most.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
     return torch.mul(x, scales.reciprocal()).round_().add_(ZERO).to(torch.uint8), scales
@@ -92,3 +62,11 @@ def quantize_layers(layers: nn.ModuleList) -> None:
             for name, child in list(block.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(block, name, Int8Linear(child))
+
+
+def project(x: Tensor, *linears: Any) -> list[Tensor]:
+    """`x` through several linear layers, quantized once where they are int8."""
+    if isinstance(linears[0], Int8Linear):
+        quantized, scales = quantize(x)
+        return [linear.multiply(quantized, scales) for linear in linears]
+    return [linear(x) for linear in linears]

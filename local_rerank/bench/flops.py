@@ -95,8 +95,8 @@ def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torc
 def _linear(arithmetic: str, num_tokens: int, inputs: int, outputs: int, device: torch.device) -> Callable[[], Tensor]:
     if arithmetic == "int8":
         layer = Int8Linear(torch.nn.Linear(inputs, outputs, bias=False))
-        x, _ = quantize(torch.randn(num_tokens, inputs))
-        return lambda: layer.multiply(x)
+        x, scales = quantize(torch.randn(num_tokens, inputs))
+        return lambda: layer.multiply(x, scales)
     a, b = (torch.randn(size, device=device).to(DTYPES[arithmetic]) for size in
             ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
     return lambda: torch.nn.functional.linear(a, b)

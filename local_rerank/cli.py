@@ -16,6 +16,7 @@ from rich.console import Console
 
 from local_rerank import __version__
 from local_rerank.errors import ConfigError, LocalRerankError
+from local_rerank.openmp import wait_briefly
 
 ENV_PREFIX = "LOCAL_RERANK_"
 
@@ -42,8 +43,7 @@ app.command("local_rerank.doctor_command:doctor", name="doctor", help="Say wheth
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    # OpenMP's threads spin while they wait; beside other work that made a request of 32 tokens take 350 ms, not 10-16
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is later
+    wait_briefly()
     try:
         _refuse_unknown_variables()
         sys.exit(app(arguments) or 0)

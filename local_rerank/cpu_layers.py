@@ -32,21 +32,29 @@ class CpuLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
         """(1, tokens, hidden) to the same."""
-        attention, mlp = self.self_attn, self.mlp
-        half = attention.head_dim // 2
-        # both halves of cos and sin are the same: (1, tokens, 1, head_dim / 2)
-        cos, sin = (part[..., :half].unsqueeze(2) for part in position_embeddings)
-        x = rms_norm(hidden_states, self.input_layernorm)
-        parts: list[Any] = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in parts)  # (1, tokens, heads, head_dim)
-        q, k = rotate(rms_norm(q, attention.q_norm), cos, sin), rotate(rms_norm(k, attention.k_norm), cos, sin)
-        by_head = (part.transpose(1, 2) for part in (q, k, v))
-        attended, _ = self._attend(attention, *by_head, scaling=attention.scaling, **options)
-        (hidden,) = project(attended.flatten(2), attention.o_proj)
-        hidden = hidden.add_(hidden_states)
-        gate, up = project(rms_norm(hidden, self.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
+        hidden, mlp = hidden_states[0], self.mlp
+        (x,) = project(self._attention(hidden, position_embeddings, options), self.self_attn.o_proj)
+        x = x.add_(hidden)
+        gate, up = project(rms_norm(x, self.post_attention_layernorm), mlp.gate_proj, mlp.up_proj)
         (out,) = project(F.silu(gate, inplace=True).mul_(up), mlp.down_proj)
-        return out.add_(hidden)
+        return out.add_(x).unsqueeze(0)
+
+    def _attention(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], options: dict[str, Any]) -> Tensor:
+        """(tokens, hidden) to (tokens, heads x head_dim), before the output projection."""
+        attention = self.self_attn
+        x = rms_norm(hidden, self.input_layernorm)
+        parts = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
+        by_token = [part.view(part.shape[0], -1, attention.head_dim) for part in parts]
+        # attention reads heads one by one, a quarter faster where each is in one piece: (heads, tokens, head_dim)
+        q, k, v = (torch.empty_like(part.transpose(0, 1), memory_format=torch.contiguous_format) for part in by_token)
+        # both halves of cos and sin are the same: (tokens, 1, head_dim / 2)
+        cos, sin = (part[0, :, : attention.head_dim // 2].unsqueeze(1) for part in position_embeddings)
+        rotate(rms_norm(by_token[0], attention.q_norm), cos, sin, out=q.transpose(0, 1))
+        rotate(rms_norm(by_token[1], attention.k_norm), cos, sin, out=k.transpose(0, 1))
+        v.copy_(by_token[2].transpose(0, 1))
+        by_head = (part.unsqueeze(0) for part in (q, k, v))
+        attended: Tensor = self._attend(attention, *by_head, scaling=attention.scaling, **options)[0]
+        return attended[0].flatten(1)
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
@@ -56,13 +64,11 @@ def rms_norm(x: Tensor, norm: Any) -> Tensor:
     return torch.mul(x, scale).to(x.dtype).mul_(norm.weight)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (1, tokens, heads, head_dim)."""
-    out = torch.empty_like(x)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
+    """Rotary embedding of (tokens, heads, head_dim)."""
     (first, second), (a, b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(first, cos, out=a).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=b).addcmul_(first, sin)
-    return out
 
 
 def replace_layers(backbone: Any, attend: Callable[..., tuple[Tensor, None]]) -> None:

@@ -14,7 +14,6 @@ import copy
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +30,12 @@ from local_rerank.int8 import quantize_layers
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.packing import PackedBatch
+from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
+from local_rerank.wide_layers import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_QUANTIZED_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
 
@@ -49,7 +48,8 @@ class ModelInfo:
     source: str  # embedded, folder, bundle or hub
     revision: str | None
     device: str
-    dtype: str
+    dtype: str  # of the weights
+    compute_dtype: str  # of the matrix products
     kernel: str
     kernel_reason: str
     threads: int
@@ -106,7 +106,7 @@ class Engine:
     @property
     def weights_dtype(self) -> str:
         """Precision of the weights that are there, whatever was asked for."""
-        return _name_of(self._last_layer.mlp.down_proj.weight.dtype)
+        return name_of(self._last_layer.mlp.down_proj.weight.dtype)
 
     def with_kernel(self, kernel: KernelRow) -> Engine:
         """The same model behind another kernel and without graphs."""
@@ -190,21 +190,24 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    dtype = choose_dtype("fp32" if config.dtype == "auto" and checkpoint.needs_fp32 else config.dtype, device)
+    weights, compute = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
     if config.dtype == "int8" and (device.type != "cpu" or config.device_map is not None):
         raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
-    kernel, reason = choose_kernel(config.attention, device, dtype)
+    kernel, reason = choose_kernel(config.attention, device, compute)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = load_model(checkpoint, dtype=dtype, device=device, device_map=config.device_map)
+    model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     head = _head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     first_device = _entry_device(model)
     if device.type == "cuda":
         cuda.prepare(model.model, config, _packed_attention, device)
     if config.dtype == "int8":
         quantize_layers(model.model.layers)
+    if weights != compute:
+        widen(model.model)
     if device.type == "cpu" and config.device_map is None:
         replace_layers(model.model, _packed_attention)
     info = ModelInfo(
@@ -212,11 +215,12 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
         source=checkpoint.source,
         revision=checkpoint.revision,
         device=str(device),
-        dtype=config.dtype if config.dtype in _QUANTIZED_DTYPES else _name_of(dtype),
+        dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(weights),
+        compute_dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(compute),
         kernel=kernel,
         kernel_reason=reason,
         threads=torch.get_num_threads(),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         num_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
         max_length=min(config.max_length, checkpoint.max_length),
@@ -231,11 +235,6 @@ def _default_budget(model: PreTrainedModel, device: torch.device) -> int:
     if device.type == "cuda":
         return cuda.token_budget(model, device, at_most=GPU_BATCH_TOKENS)
     return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    names = _DTYPES | _QUANTIZED_DTYPES
-    return next((name for name, value in names.items() if value == dtype), str(dtype))
 
 
 def choose_device(name: str) -> torch.device:
@@ -253,40 +252,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device is 'mps', but torch sees none")
     return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Of what is not quantized. `auto`: bf16 where a GPU multiplies it natively or this CPU multiplies it faster."""
-    if name in _DTYPES:
-        return _DTYPES[name]
-    if name in _QUANTIZED_DTYPES:
-        return torch.bfloat16 if name == "fp8" else torch.float32
-    if name != "auto":
-        raise ConfigError(f"dtype is {name!r}; it must be auto, {', '.join([*_DTYPES, *_QUANTIZED_DTYPES])}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_bf16_faster() else torch.float32
-
-
-@cache
-def _cpu_multiplies_bf16_faster() -> bool:
-    """Measured, a few milliseconds: of two CPUs with the same AVX512-BF16, Zen 4 ran bf16 2.5x as fast as fp32 and a
-    Sapphire Rapids whose AMX a hypervisor hides .54x. bf16 costs exactness, so that it has to be clearly faster."""
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    fp32, bf16 = (_seconds_of_product(dtype) for dtype in (torch.float32, torch.bfloat16))
-    return bf16 * 1.2 < fp32
-
-
-def _seconds_of_product(dtype: torch.dtype) -> float:
-    """The best of five, which is not the one in which other work had the cores."""
-    x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        nn.functional.linear(x, weight)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:

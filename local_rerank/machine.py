@@ -15,9 +15,10 @@ import torch
 from local_rerank import __version__
 from local_rerank.attention import choose_kernel
 from local_rerank.disk import gigabytes
-from local_rerank.engine import ModelInfo, choose_dtype
+from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError
 from local_rerank.models import Checkpoint
+from local_rerank.precision import choose_dtype
 
 NOTHING = "nothing"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -70,24 +71,29 @@ def _device(info: ModelInfo) -> Row:
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
     if checkpoint.needs_fp32:
         return Row(value=info.dtype, faster=f"{NOTHING}: this model's scores are off in lower precision")
-    device = torch.device(info.device)
     if info.dtype == "int8":
         return Row(value="int8 weights and activations, the rest fp32", faster=NOTHING)
+    device = torch.device(info.device)
+    value = (
+        info.dtype if info.dtype == info.compute_dtype else f"{info.dtype} weights, multiplied in {info.compute_dtype}"
+    )
     best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == choose_dtype("auto", device))
-    if info.dtype != "fp32":
+    if info.compute_dtype != "fp32":
         faster = "--dtype fp32: this device multiplies it faster" if best == "fp32" else NOTHING
     elif best != "fp32":
         faster = f"--dtype {best}: this device multiplies it natively"
+    elif device.type == "cpu":
+        faster = "--dtype int8, at the price of exactness (docs/performance.md)"
     else:
-        faster = "a device that multiplies bf16 natively (a GPU, or a CPU with AVX512-BF16 or AMX)"
-    return Row(value=info.dtype, faster=faster)
+        faster = "a device that multiplies bf16 natively"
+    return Row(value=value, faster=faster)
 
 
 def _kernel(info: ModelInfo) -> Row:
     value = f"{info.kernel}: {info.kernel_reason}"
     device = torch.device(info.device)
     try:
-        best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.dtype, torch.float32))
+        best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.compute_dtype, torch.float32))
     except ConfigError:
         return Row(value=value, faster=NOTHING)
     if best != info.kernel:

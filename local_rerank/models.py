@@ -61,6 +61,11 @@ class Checkpoint:
         return self.model_id == EMBEDDED_MODEL
 
     @property
+    def stored_dtype(self) -> str:
+        """Precision of the weights in the files, as config.json names it; empty where it does not."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+
+    @property
     def max_length(self) -> int:
         """Tokens of a prompt that the model was made for."""
         return int(self.config.get("max_position_embeddings", 8192))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from local_rerank import Reranker, cuda_layers, fp8
 from local_rerank.attention import KERNELS
-from local_rerank.engine import Engine, _head_rows, _packed_attention, _register_attention, choose_dtype
+from local_rerank.engine import Engine, _head_rows, _packed_attention, _register_attention
 from local_rerank.errors import ConfigError
 from local_rerank.models import load_model, open_checkpoint
 from local_rerank.packing import PackedBatch, pack
+from local_rerank.precision import choose_dtype
 from local_rerank.tokenization import Pair
 from tests.checkpoints import make_checkpoint
 from tests.test_scores import FP32_TOLERANCE

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from local_rerank import EngineConfig, Reranker
+from local_rerank import EngineConfig, Reranker, precision
 from local_rerank.attention import KERNELS, Layout
 from local_rerank.doctor import TOLERANCE, SelfTest, require_self_test, self_test
-from local_rerank.engine import choose_dtype
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.known_pairs import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
 from local_rerank.machine import Row, describe
 from local_rerank.models import EMBEDDED_MODEL, open_checkpoint
+from local_rerank.precision import choose_dtype
 from local_rerank.prompts import PromptTemplate
 from local_rerank.tokenization import PairTokenizer
 from tests.checkpoints import make_checkpoint
@@ -252,7 +252,8 @@ def test_weights_that_were_rounded_on_disk_look_like_a_wrong_dtype(known: Path, 
     assert "as much as a lower precision" in outcome.detail
 
 
-def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so() -> None:
+def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: True)
     with Reranker(device="cpu", dtype="bf16", threads=1) as reranker:
         outcome = self_test(reranker)
     assert outcome.fault == "wrong dtype"
@@ -333,10 +334,12 @@ def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
     assert "CUDA" in machine.device.faster or "--device cuda" in machine.device.faster
     best = describe(dataclasses.replace(info, kernel="cpu-flash", threads=cores), checkpoint)
     assert (best.kernel.faster, best.threads.faster) == ("nothing", "more cores")
-    rounding = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype.faster
+    rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
     native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
-    assert machine.dtype.faster.startswith("--dtype bf16" if native else "a device that multiplies bf16")
+    assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
+    widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype
+    assert widened.value == "bf16 weights, multiplied in fp32"
     embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
     assert describe(info, embedded).dtype.faster.startswith("nothing")
 

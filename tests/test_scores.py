@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from local_rerank import Reranker
+from local_rerank import Reranker, precision
 from local_rerank.attention import KERNELS
 from local_rerank.engine import Engine, _entry_device, _head_rows
 from local_rerank.models import load_model, open_checkpoint
@@ -57,15 +58,37 @@ def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_bf16_scores_stay_near_those_of_the_pair_alone(kernel: str, tmp_path: Path) -> None:
+def test_bf16_scores_stay_near_those_of_the_pair_alone(
+    kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: True)
     folder = make_checkpoint(tmp_path / "model", seed=6)
     exact = ModelCard(folder)
     documents = texts(3, 20)
     with Reranker(str(folder), device="cpu", dtype="bf16", attention=kernel) as reranker:
+        assert (reranker.info.dtype, reranker.info.compute_dtype) == ("bf16", "bf16")
         result = reranker.rank("a query", documents)
     alone = torch.tensor([exact.pair("a query", item.document) for item in result])
     ours = torch.tensor([item.log_odds for item in result])
     assert (ours - alone).abs().max() < BF16_TOLERANCE * (alone.max() - alone.min())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
+    shape: dict[str, int], dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: False)
+    stored = torch.float16 if dtype == "fp16" else torch.bfloat16
+    folder = make_checkpoint(tmp_path / "model", dtype=stored, **shape)
+    card = ModelCard(folder)  # in fp32
+    with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
+        expected = "fp16" if dtype == "fp16" else "bf16"
+        assert (reranker.info.dtype, reranker.info.compute_dtype) == (expected, "fp32")
+        assert reranker._engine.weights_dtype == expected
+        for item in reranker.rank("a query", texts(3, 20)):
+            alone = card.pair("a query", item.document)
+            assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

@@ -33,6 +33,7 @@ from local_rerank.batch.pieces import (
 from local_rerank.blending import Blend
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, EngineFailure
+from local_rerank.openmp import wait_briefly
 
 JOB_FILE = "job.json"
 
@@ -158,7 +159,7 @@ class _Actor:
     """One engine in a process of its own."""
 
     def __init__(self, job: RayJob, parts: PartFormat) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, which is next
+        wait_briefly()  # before torch is loaded, which is next
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.reranker import Reranker
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest
 
 CEILING_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 16384}  # of the GEMM: the default token budget
+WARM_UP_DOCUMENTS = 8
 LogOdds = Sequence[Sequence[float]]
 
 
@@ -66,7 +68,7 @@ def measure(
     rounds: int,
     advance: Callable[[], None],
 ) -> Measured:
-    """Warm every system up with one round, then take turns; `systems[0]` is what the ratios refer to."""
+    """Warm every system up with a few documents, then take turns; `systems[0]` is what the ratios refer to."""
     ours = next(system for system in systems if isinstance(system, Ours))
     requests = workload_requests(workload, ours.reranker)
     tokenized = [ours.reranker.tokenizer.pairs(request) for request in requests]
@@ -76,8 +78,9 @@ def measure(
     exact = None if reference is None else Ours("reference", reference, "", None).run(requests, concurrent=False)
     samples: dict[str, list[Sample]] = {system.name: [] for system in systems}
     ceilings: dict[str, list[float]] = {system.name: [] for system in systems if isinstance(system, Ours)}
+    few = dataclasses.replace(requests[0], documents=requests[0].documents[:WARM_UP_DOCUMENTS])
     for system in systems:
-        system.run(requests[:1], concurrent=False)
+        system.run([few], concurrent=False)
     for _ in range(rounds):
         for system in systems:
             if isinstance(system, Ours):
@@ -107,7 +110,7 @@ def _ceiling(reranker: Reranker, shape: Shape) -> float:
     """What the hardware can do in the arithmetic of that engine, now: the machine may be slower than a minute ago."""
     device = torch.device(reranker.info.device)
     num_tokens = CEILING_TOKENS[device.type]
-    return gemm_ceiling(shape, arithmetic=reranker.info.dtype, num_tokens=num_tokens, device=device)
+    return gemm_ceiling(shape, arithmetic=reranker.info.compute_dtype, num_tokens=num_tokens, device=device)
 
 
 def _row(

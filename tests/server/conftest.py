@@ -30,6 +30,7 @@ class HeldRanker:
         revision=None,
         device="cpu",
         dtype="fp32",
+        compute_dtype="fp32",
         kernel="dense",
         kernel_reason="",
         threads=1,

@@ -1,0 +1,86 @@
+"""What does HTTP cost? The same requests through a Reranker here and through a server, in turn, medians and ratios.
+
+    python benchmarks/http_overhead.py [--clients 16] [--documents 8] [--words 60] [--rounds 5] -- [OPTIONS of serve]
+
+Client and server share the machine. Two figures: requests a second of so many clients at once, HTTP over in-process;
+and the milliseconds that HTTP adds to one small request at a time, at the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.serving_load import body, post, server
+from local_rerank import Reranker
+
+Ask = Callable[[bytes], object]
+SMALL_REQUESTS = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--words", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", default="auto")
+    options = parser.parse_args()
+    serve = ["--dtype", options.dtype, *(["--model", options.model] if options.model else [])]
+    bodies = [body(number, options.documents, options.words) for number in range(options.clients)]
+    with Reranker(options.model, dtype=options.dtype) as reranker, server(*serve) as address:
+
+        def in_process(content: bytes) -> object:
+            request = json.loads(content)
+            return reranker.rank(request["query"], request["documents"])
+
+        def over_http(content: bytes) -> object:
+            return post(http.client.HTTPConnection(address), content)
+
+        ways = {"in process": in_process, "HTTP": over_http}
+        for ask in ways.values():
+            at_once(ask, bodies)
+        print(f"{reranker.model_id} {reranker.info.dtype}, {options.clients} clients, "
+              f"{options.documents} documents of {options.words} words")  # fmt: skip
+        print_rounds("requests/s", [{name: len(bodies) / at_once(ask, bodies) for name, ask in ways.items()}
+                                    for _ in range(options.rounds)])  # fmt: skip
+        small = body(0, options.documents, options.words)
+        print_rounds("ms of one request, p50", [{name: one_at_a_time(ask, small) for name, ask in ways.items()}
+                                                for _ in range(options.rounds)])  # fmt: skip
+
+
+def at_once(ask: Ask, bodies: list[bytes]) -> float:
+    """Seconds until all are answered, each by a client of its own."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        list(pool.map(ask, bodies))
+    return time.perf_counter() - started
+
+
+def one_at_a_time(ask: Ask, content: bytes) -> float:
+    """Milliseconds of a request at the median; fewer are asked where they take long."""
+    times: list[float] = []
+    while len(times) < SMALL_REQUESTS and (len(times) < 3 or sum(times) < 3.0):
+        started = time.perf_counter()
+        ask(content)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
+
+
+def print_rounds(what: str, rounds: list[dict[str, float]]) -> None:
+    ways = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    ratio = statistics.median(each["HTTP"] / each["in process"] for each in rounds)
+    difference = statistics.median(each["HTTP"] - each["in process"] for each in rounds)
+    medians = ", ".join(f"{name} {value:.4g}" for name, value in ways.items())
+    print(f"{what}: {medians}; HTTP over in process {ratio:.3f}, difference {difference:.4g} (medians of "
+          f"{len(rounds)} rounds)", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

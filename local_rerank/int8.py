@@ -16,6 +16,7 @@ from local_rerank.errors import ConfigError
 
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
+_ZERO_AND_HALF = torch.tensor(ZERO + 0.5)
 
 
 class Int8Linear(nn.Module):
@@ -46,11 +47,13 @@ class Int8Linear(nn.Module):
         return out if self._bias is None else out.add_(self._bias)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., inputs) fp32 to uint8 around `ZERO`, and the scale of each token, (..., 1) fp32."""
+def quantize(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(..., inputs) fp32 to uint8 around `ZERO`, and the scale of each token, (..., 1) fp32; may overwrite x."""
     most = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
     scales = most.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    return torch.mul(x, scales.reciprocal()).round_().add_(ZERO).to(torch.uint8), scales
+    # all are positive, so that the conversion, which cuts, rounds to the nearest
+    steps = torch.addcmul(_ZERO_AND_HALF, x, scales.reciprocal(), out=x if in_place else None)
+    return steps.to(torch.uint8), scales
 
 
 def quantize_layers(layers: nn.ModuleList) -> None:
@@ -65,8 +68,8 @@ def quantize_layers(layers: nn.ModuleList) -> None:
 
 
 def project(x: Tensor, *linears: Any) -> list[Tensor]:
-    """`x` through several linear layers, quantized once where they are int8."""
+    """`x` through several linear layers; where they are int8, it is quantized once and overwritten."""
     if isinstance(linears[0], Int8Linear):
-        quantized, scales = quantize(x)
+        quantized, scales = quantize(x, in_place=True)
         return [linear.multiply(quantized, scales) for linear in linears]
     return [linear(x) for linear in linears]

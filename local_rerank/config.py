@@ -34,8 +34,9 @@ class EngineConfig:
     dtype: Annotated[
         DType,
         Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs that multiply it faster than fp32, "
-                       "else fp32, and fp32 for the built-in model; int8 is for CPUs, fp8 for GPUs of compute "
-                       "capability 8.9 or later. Head and softmax are always fp32."),
+                       "else that of the checkpoint, and fp32 for the built-in model. Other CPUs multiply 16-bit "
+                       "weights in fp32. int8 is for CPUs, fp8 for GPUs of compute capability 8.9 or later. Head and "
+                       "softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
         str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")

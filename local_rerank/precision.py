@@ -57,7 +57,7 @@ def _cpu_multiplies_bf16_faster() -> bool:
     # in turn, and the best of each, so that other work on the cores does not decide
     rounds = [[_seconds_of_product(dtype) for dtype in (torch.float32, torch.bfloat16)] for _ in range(NUM_ROUNDS)]
     fp32, bf16 = (min(times) for times in zip(*rounds, strict=True))
-    return bf16 * 1.2 < fp32
+    return bool(bf16 * 1.2 < fp32)
 
 
 def _seconds_of_product(dtype: torch.dtype) -> float:

@@ -12,6 +12,7 @@ one script are called from one process: importing an SDK takes seconds.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ ENVIRONMENTS = HERE.parents[1] / ".venv-clients"
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
+
+
+VARIABLES = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # LiteLLM fetches a list of prices as it is imported
+"""What a client's process is started with."""
 
 
 def environment_bin(environment: str) -> Path:
@@ -70,8 +75,9 @@ def answer(environment: str, script: str, jobs: Sequence[dict[str, Any]]) -> lis
     else:
         command = [str(environment_bin(environment) / "python"), str(path)]
     done = subprocess.run(
-        command, input=json.dumps(jobs), cwd=ENVIRONMENTS / environment, capture_output=True, text=True, timeout=240
-    )
+        command, input=json.dumps(jobs), cwd=ENVIRONMENTS / environment, capture_output=True, text=True, timeout=240,
+        env=VARIABLES,
+    )  # fmt: skip
     assert done.returncode == 0, f"{script}: {done.stderr}"
     answers: list[Answer] = json.loads(done.stdout)
     return answers

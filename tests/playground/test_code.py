@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from local_rerank_server.config import HOSTED_INSTRUCTION
-from tests.clients.driver import environment_bin
+from tests.clients.driver import VARIABLES, environment_bin
 from tests.playground.conftest import OTHER_NAME, Open, rank, shown
 
 QUERY = 'it\'s "quoted", costs $HOME `date` \\n 什么?'
@@ -91,7 +91,7 @@ def test_the_copied_curl_command_gives_the_same_ranking(open_page: Open, base_ur
 def run(code: str, environment: str) -> list[tuple[int, float]]:
     """The index and score of each line that a client's code prints."""
     program = environment_bin(environment) / "python"
-    done = subprocess.run([program, "-"], input=code, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program, "-"], input=code, capture_output=True, text=True, timeout=120, env=VARIABLES)
     assert done.returncode == 0, done.stderr
     printed = re.findall(r"^(\d+) (\S+)$", done.stdout, re.MULTILINE)
     return [(int(index), float(score)) for index, score in printed]

@@ -122,7 +122,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         done = run("rank", "q", "d", "--json", *flags, *model, **variables)
         odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
     expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
-    assert odds == pytest.approx(expected, abs=1e-5)
+    assert odds == pytest.approx(expected, abs=1e-4)  # another instruction moves them by a hundred times as much
 
 
 def test_the_version_is_the_packages() -> None:

@@ -145,7 +145,7 @@ def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | Non
 def _keep_to_file(logger: str) -> None:
     """Ray Data tells of each step, and of each fault with its traceback, on standard error and in a file of its own."""
     for handler in logging.getLogger(logger).handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.CRITICAL + 1)
 
 

@@ -1,6 +1,6 @@
 """What does HTTP cost? The same requests through a Reranker here and through a server, in turn, medians and ratios.
 
-    python benchmarks/http_overhead.py [--clients 16] [--documents 8] [--words 60] [--rounds 5] -- [OPTIONS of serve]
+    python -m benchmarks.http_overhead [--clients 16] [--documents 8] [--words 60] [--rounds 5] -- [OPTIONS of serve]
 
 Client and server share the machine. Two figures: requests a second of so many clients at once, HTTP over in-process;
 and the milliseconds that HTTP adds to one small request at a time, at the median.

@@ -1,6 +1,6 @@
 """What does a precision cost in quality? nDCG@10 and Kendall's tau per query against fp32, as in docs/performance.md.
 
-    python benchmarks/precision_quality.py --data DIR [--model MODEL] [--dtype int8]
+    python -m benchmarks.precision_quality --data DIR [--model MODEL] [--dtype int8]
 
 DIR and the number of queries as in quality.py. Needs `local-rerank[eval]`.
 """

@@ -1,8 +1,9 @@
 """What does HTTP cost? The same requests through a Reranker here and through a server, in turn, medians and ratios.
 
-    python -m benchmarks.http_overhead [--clients 16] [--documents 8] [--words 60] [--rounds 5] -- [OPTIONS of serve]
+    OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=20000 python -m benchmarks.http_overhead [--clients 16] [--rounds 5]
 
-Client and server share the machine. Two figures: requests a second of so many clients at once, HTTP over in-process;
+The variables are those that the server sets for itself. Client and server share the machine. Two figures: requests a
+second of so many clients at once, HTTP over in-process;
 and the milliseconds that HTTP adds to one small request at a time, at the median.
 """
 

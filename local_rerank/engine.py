@@ -29,6 +29,7 @@ from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
 from local_rerank.int8 import quantize_layers
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
+from local_rerank.openmp import compute
 from local_rerank.packing import PackedBatch
 from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
 from local_rerank.wide_layers import widen
@@ -117,8 +118,12 @@ class Engine:
     def forward(self, batch: PackedBatch) -> Tensor:
         """Log-odds of "yes" over "no", (num_pairs,) fp32 on the CPU, in the order of the pairs that were packed.
 
-        Raises OutOfMemory where the device has no room for the batch; what it had taken is free again by then.
+        Any thread may call it. Raises OutOfMemory where the device has no room for the batch; what it had taken is free
+        again by then.
         """
+        return compute(lambda: self._forward(batch)) if self._device.type == "cpu" else self._forward(batch)
+
+    def _forward(self, batch: PackedBatch) -> Tensor:
         try:
             with torch.inference_mode():
                 packed = self._odds(batch).cpu()  # the one place that waits for the device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -123,6 +124,8 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
     if checkpoint.source == "embedded" or not sys.stderr.isatty():  # a blink, or nobody to look
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # its loading threads gain nothing, and libgomp may count their pools for ever (see `openmp.py`)
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     try:
         model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
             checkpoint.folder,

@@ -18,6 +18,7 @@ from local_rerank.engine import Engine, ModelInfo, load_engine
 from local_rerank.errors import InvalidRequest, Overloaded
 from local_rerank.jobs import Job
 from local_rerank.models import open_checkpoint
+from local_rerank.openmp import compute
 from local_rerank.tokenization import PairTokenizer
 from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
 from local_rerank.worker import BatchReport, Worker
@@ -46,9 +47,8 @@ class Reranker:
             max_document_tokens=self.config.max_document_tokens,
             default_instruction=self.config.instruction,
         )
-        engine, self.info = load_engine(
-            self.config, checkpoint, yes_id=self.tokenizer.yes_id, no_id=self.tokenizer.no_id
-        )
+        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
+        engine, self.info = compute(lambda: load_engine(self.config, checkpoint, **ids))
         self._start(engine, self.info)
 
     def _start(self, engine: Engine, info: ModelInfo) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from local_rerank.int8 import Int8Linear, quantize
+from local_rerank.openmp import compute
 from local_rerank.tokenization import TokenizedRequest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +84,10 @@ def _causal(length: int) -> int:
 
 def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torch.device) -> float:
     """Operations per second over a layer's seven projections of `num_tokens` tokens each."""
+    return compute(lambda: _ceiling(shape, arithmetic, num_tokens, device))
+
+
+def _ceiling(shape: Shape, arithmetic: str, num_tokens: int, device: torch.device) -> float:
     flops = seconds = 0.0
     for inputs, outputs in shape.matrices:
         multiply = _linear(arithmetic, num_tokens, inputs, outputs, device)

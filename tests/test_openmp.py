@@ -1,0 +1,56 @@
+"""All that is computed on a CPU is computed by one thread, so that libgomp keeps one pool of threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_rerank import Reranker
+from local_rerank.openmp import compute
+
+COUNT_THREADS = """
+import os
+import torch
+from local_rerank.packing import pack
+from local_rerank.tokenization import Pair
+
+torch.set_num_threads(2)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+pack([Pair(prefix_ids=(1, 2, 3), document_ids=tuple(range(2000)))] * 100)
+between = threads()
+torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts threads for whoever calls it
+print(between - before, threads() - between)
+"""
+
+
+def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
+    seen: list[int] = []
+    with Reranker(str(tiny_checkpoint)) as first, Reranker(str(tiny_checkpoint)) as second:
+        for reranker in (first, second):
+            layer: Any = reranker._engine._last_layer.self_attn.o_proj
+            layer.register_forward_hook(lambda *_: seen.append(threading.get_ident()))
+        with ThreadPoolExecutor(4) as callers:
+            list(callers.map(lambda i: (first, second)[i % 2].rank("a query", [f"document {i}"]), range(8)))
+    assert seen
+    assert set(seen) == {compute(threading.get_ident)}
+
+
+def test_what_a_call_raises_reaches_its_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        compute(lambda: 1 / 0)
+    assert compute(lambda: compute(lambda: 3)) == 3  # one that computes already does not wait for itself
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_packing_starts_no_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    by_packing, by_torch = map(int, done.stdout.split())
+    assert by_torch > 0  # else the count would show nothing
+    assert by_packing == 0

@@ -18,6 +18,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from local_rerank import int8
 from local_rerank.attention import KERNELS
 from local_rerank.engine import Engine
 from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
@@ -40,7 +41,7 @@ Fault = Literal[
     "other scores",
 ]
 
-TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06, "int8": 0.15, "fp8": 0.25}
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06, "int8": int8.TOLERANCE, "fp8": 0.25}
 """By how much log-odds may differ, as a share of the spread of the known ones (of 1 at least): fp32 sums in another
 order, fp16 has 11 bits of mantissa, bf16 8, int8 7 of the largest value of a row and fp8 4 (from which its share
 follows; it is not measured)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,13 @@ from local_rerank.cpu_layers import replace_layers
 from local_rerank.cuda_graphs import GraphRunner
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
-from local_rerank.int8 import quantize_layers
+from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.openmp import compute
-from local_rerank.packing import PackedBatch
+from local_rerank.packing import PackedBatch, pack
 from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
+from local_rerank.tokenization import Pair
 from local_rerank.wide_layers import widen
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class ModelInfo:
     max_length: int  # tokens of a prompt
     max_batch_tokens: int
     load_seconds: float
+    unquantized: tuple[str, ...] = ()  # with int8: linear layers that stay in fp32, because int8 would spoil the scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,8 @@ class Engine:
     @property
     def weights_dtype(self) -> str:
         """Precision of the weights that are there, whatever was asked for."""
+        if any(isinstance(module, Int8Linear) for module in self._backbone.modules()):
+            return "int8"
         return name_of(self._last_layer.mlp.down_proj.weight.dtype)
 
     def with_kernel(self, kernel: KernelRow) -> Engine:
@@ -190,8 +195,13 @@ class Engine:
         return result
 
 
-def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> tuple[Engine, ModelInfo]:
-    """Load the checkpoint's weights; raises CheckpointError or ConfigError."""
+def load_engine(
+    config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no_id: int, known: Callable[[], list[Pair]]
+) -> tuple[Engine, ModelInfo]:
+    """Load the checkpoint's weights; raises CheckpointError or ConfigError.
+
+    `known`: pairs whose scores tell int8 which layers it would spoil.
+    """
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
@@ -200,21 +210,25 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
         cuda.check_fp8(config, device)
     if config.dtype == "int8" and (device.type != "cpu" or config.device_map is not None):
         raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
+    if config.dtype == "int8" and not torch._C._has_mkldnn:
+        raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
     kernel, reason = choose_kernel(config.attention, device, compute)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_layers = model.config.num_hidden_layers
     head = _head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     first_device = _entry_device(model)
     if device.type == "cuda":
         cuda.prepare(model.model, config, _packed_attention, device)
-    if config.dtype == "int8":
-        quantize_layers(model.model.layers)
     if weights != compute:
         widen(model.model)
     if device.type == "cpu" and config.device_map is None:
         replace_layers(model.model, _packed_attention)
+    graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
+    engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs)
+    unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
     info = ModelInfo(
         model_id=checkpoint.model_id,
         source=checkpoint.source,
@@ -226,14 +240,23 @@ def load_engine(config: EngineConfig, checkpoint: Checkpoint, *, yes_id: int, no
         kernel_reason=reason,
         threads=torch.get_num_threads(),
         num_parameters=num_parameters,
-        num_layers=model.config.num_hidden_layers,
+        num_layers=num_layers,
         hidden_size=model.config.hidden_size,
         max_length=min(config.max_length, checkpoint.max_length),
         max_batch_tokens=config.max_batch_tokens or _default_budget(model, device),
         load_seconds=time.perf_counter() - start,
+        unquantized=tuple(unquantized),
     )
-    graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
-    return Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs), info
+    return engine, info
+
+
+def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair]]) -> list[str]:
+    """Decoder layers to int8; the names of the linear layers that stay."""
+    layers = engine._backbone.layers
+    if num_parameters > MAX_SEARCHED_PARAMETERS:
+        return quantize_layers(layers)
+    batch = pack(known())
+    return quantize_layers(layers, lambda: engine.forward(batch))
 
 
 def _default_budget(model: PreTrainedModel, device: torch.device) -> int:

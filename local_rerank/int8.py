@@ -7,15 +7,16 @@ so that 128 stands for zero: signed ones fell back to a reference loop, 4.4 s in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from local_rerank.errors import ConfigError
-
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
+MAX_SEARCHED_PARAMETERS = 1_000_000_000  # a larger model is not kept twice, to be searched for what int8 spoils
+TOLERANCE = 0.15  # of log-odds, times their range where that is above 1
 _ZERO_AND_HALF = torch.tensor(ZERO + 0.5)
 
 
@@ -56,15 +57,73 @@ def quantize(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
     return steps.to(torch.uint8), scales
 
 
-def quantize_layers(layers: nn.ModuleList) -> None:
-    """Replace every linear layer of the decoder's layers; raises ConfigError where torch has no oneDNN."""
-    if not torch._C._has_mkldnn:
-        raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
-    for layer in list[Any](layers):
-        for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block, name, Int8Linear(child))
+class _Group:
+    """Linear layers of one block that read the same input: all are int8, or none is."""
+
+    def __init__(self, block: Any, where: str, names: Sequence[str]) -> None:
+        self.names = [f"{where}.{name}" for name in names]
+        self._block = block
+        self._exact = {name: getattr(block, name) for name in names}
+        self._int8: dict[str, Int8Linear] = {}
+
+    def quantize(self) -> None:
+        self._int8 = self._int8 or {name: Int8Linear(linear) for name, linear in self._exact.items()}
+        self._use(self._int8)
+
+    def restore(self) -> None:
+        self._use(self._exact)
+
+    def _use(self, modules: Mapping[str, Any]) -> None:
+        for name, module in modules.items():
+            setattr(self._block, name, module)
+
+
+def quantize_layers(layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None = None) -> list[str]:
+    """Replace the linear layers of the decoder's layers, but those that int8 would spoil; the names of these.
+
+    `log_odds`: what the model as it is gives known pairs, (num_pairs,). Where int8 moves them by more than the
+    self-test allows, each group of layers is tried alone, and what makes a twentieth of that by itself stays as it is:
+    int8 has no room for numbers far apart, which few layers have. Without it all are replaced, one after the other.
+    """
+    groups = _groups(layers)
+    if log_odds is None:
+        while groups:
+            groups.pop().quantize()  # and lets go of what it replaces
+        return []
+    exact = log_odds()
+    allowed = TOLERANCE * max(1.0, float(exact.max() - exact.min()))
+
+    def is_moved_by(limit: float) -> bool:
+        return not float((log_odds() - exact).abs().max()) <= limit  # what is no number is moved
+
+    for group in groups:
+        group.quantize()
+    if not is_moved_by(allowed):
+        return []
+    spoiled = []
+    for group in groups:
+        group.restore()
+    for group in groups:
+        group.quantize()
+        spoiled += [group] if is_moved_by(allowed / 20) else []
+        group.restore()
+    for group in groups:
+        if group not in spoiled:
+            group.quantize()
+    return [name for group in spoiled for name in group.names]
+
+
+def _groups(layers: nn.ModuleList) -> list[_Group]:
+    return [
+        _Group(block, f"layers.{index}.{where}", names)
+        for index, layer in enumerate(list[Any](layers))
+        for where, block, names in (
+            ("self_attn", layer.self_attn, ("q_proj", "k_proj", "v_proj")),
+            ("self_attn", layer.self_attn, ("o_proj",)),
+            ("mlp", layer.mlp, ("gate_proj", "up_proj")),
+            ("mlp", layer.mlp, ("down_proj",)),
+        )
+    ]
 
 
 def project(x: Tensor, *linears: Any) -> list[Tensor]:

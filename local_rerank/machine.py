@@ -69,10 +69,13 @@ def _device(info: ModelInfo) -> Row:
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
+    if info.dtype == "int8":
+        value = "int8 weights and activations, the rest fp32"
+        if info.unquantized:
+            value += f"; so are linear layers that int8 would spoil: {', '.join(info.unquantized)}"
+        return Row(value=value, faster=NOTHING)
     if checkpoint.needs_fp32:
         return Row(value=info.dtype, faster=f"{NOTHING}: this model's scores are off in lower precision")
-    if info.dtype == "int8":
-        return Row(value="int8 weights and activations, the rest fp32", faster=NOTHING)
     device = torch.device(info.device)
     value = (
         info.dtype if info.dtype == info.compute_dtype else f"{info.dtype} weights, multiplied in {info.compute_dtype}"

@@ -13,13 +13,14 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from local_rerank.config import EngineConfig, merged
+from local_rerank.config import DEFAULT_INSTRUCTION, EngineConfig, merged
 from local_rerank.engine import Engine, ModelInfo, load_engine
 from local_rerank.errors import InvalidRequest, Overloaded
 from local_rerank.jobs import Job
-from local_rerank.models import open_checkpoint
+from local_rerank.known_pairs import ORDERED
+from local_rerank.models import Checkpoint, open_checkpoint
 from local_rerank.openmp import compute
-from local_rerank.tokenization import PairTokenizer
+from local_rerank.tokenization import Pair, PairTokenizer
 from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
 from local_rerank.worker import BatchReport, Worker
 
@@ -48,7 +49,9 @@ class Reranker:
             default_instruction=self.config.instruction,
         )
         ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
-        engine, self.info = compute(lambda: load_engine(self.config, checkpoint, **ids))
+        engine, self.info = compute(
+            lambda: load_engine(self.config, checkpoint, **ids, known=lambda: _known_pairs(checkpoint))
+        )
         self._start(engine, self.info)
 
     def _start(self, engine: Engine, info: ModelInfo) -> None:
@@ -189,3 +192,14 @@ class Reranker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _known_pairs(checkpoint: Checkpoint) -> list[Pair]:
+    """The pairs of the self-test's plain questions, whatever limits are set."""
+    limit = checkpoint.max_length
+    limits = {"max_length": limit, "max_query_tokens": limit, "max_document_tokens": limit}
+    tokenizer = PairTokenizer.from_folder(
+        checkpoint.folder, checkpoint.template, **limits, default_instruction=DEFAULT_INSTRUCTION
+    )
+    requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
+    return [pair for request in requests for pair in tokenizer.pairs(request).pairs]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from local_rerank import Reranker
+from local_rerank.bench.flops import kendall_tau
+from local_rerank.doctor import require_self_test
 from local_rerank.errors import ConfigError
-from local_rerank.int8 import LARGEST, ZERO, Int8Linear, quantize
+from local_rerank.int8 import LARGEST, ZERO, Int8Linear, quantize, quantize_layers
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -39,3 +44,51 @@ def test_a_token_of_zeros_stays_zero() -> None:
 def test_int8_on_another_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="int8 runs on a CPU"):
         Reranker(device="cpu", dtype="int8", device_map="auto")
+
+
+def layers_of(reranker: Reranker) -> dict[str, Any]:
+    modules = reranker._engine._backbone.named_modules()
+    return {name: module for name, module in modules if name.endswith("_proj")}
+
+
+def test_layers_that_int8_would_spoil_stay_and_the_ranking_with_them() -> None:
+    documents = ["Paris is the capital of France.", "Rome is in Italy.", "Lyon lies in France.", "A cat sleeps.", ""]
+    with Reranker(device="cpu", dtype="fp32") as exact, Reranker(device="cpu", dtype="int8") as ours:
+        layers = layers_of(ours)
+        assert set(ours.info.unquantized) == {n for n, module in layers.items() if not isinstance(module, Int8Linear)}
+        assert "layers.2.self_attn.o_proj" in ours.info.unquantized  # holds a few large numbers among small ones
+        assert 0 < len(ours.info.unquantized) < len(layers) / 2
+        assert ours._engine.weights_dtype == "int8"
+        require_self_test(ours)
+        for query in ("capital of France", "sleeping animals", "Italian cities"):
+            scores = [[item.log_odds for item in sorted(reranker.rank(query, documents), key=lambda item: item.index)]
+                      for reranker in (exact, ours)]  # fmt: skip
+            assert kendall_tau(*scores) > 0.9
+            assert max(abs(a - b) for a, b in zip(*scores, strict=True)) > 0  # what is int8 is used
+
+
+def test_every_layer_of_an_ordinary_model_is_replaced(tiny_checkpoint: Path) -> None:
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="int8") as reranker:
+        assert reranker.info.unquantized == ()
+        assert all(isinstance(module, Int8Linear) for module in layers_of(reranker).values())
+
+
+def test_a_large_model_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("local_rerank.engine.MAX_SEARCHED_PARAMETERS", 10)
+    with Reranker(device="cpu", dtype="int8") as reranker:
+        assert reranker.info.unquantized == ()
+        assert all(isinstance(module, Int8Linear) for module in layers_of(reranker).values())
+
+
+def test_a_model_that_int8_makes_undefined_is_left_as_it_is(tiny_checkpoint: Path) -> None:
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+        layers = reranker._engine._backbone.layers
+        before = layers_of(reranker)
+        answers = iter([torch.zeros(2), *[torch.full((2,), torch.nan)] * 100])
+        assert set(quantize_layers(layers, lambda: next(answers))) == set(before)
+        assert layers_of(reranker) == before
+
+
+def test_limits_that_leave_no_room_for_known_pairs_do_not_matter(tiny_checkpoint: Path) -> None:
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="int8", max_query_tokens=2) as reranker:
+        assert len(reranker.rank("a", ["b"])) == 1

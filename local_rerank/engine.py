@@ -205,14 +205,14 @@ def load_engine(
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    weights, compute = choose_dtypes(config, checkpoint, device)
+    weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
     if config.dtype == "int8" and (device.type != "cpu" or config.device_map is not None):
         raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
     if config.dtype == "int8" and not torch._C._has_mkldnn:
         raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
-    kernel, reason = choose_kernel(config.attention, device, compute)
+    kernel, reason = choose_kernel(config.attention, device, arithmetic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
@@ -222,10 +222,11 @@ def load_engine(
     first_device = _entry_device(model)
     if device.type == "cuda":
         cuda.prepare(model.model, config, _packed_attention, device)
-    if weights != compute:
+    if weights != arithmetic:
         widen(model.model)
     if device.type == "cpu" and config.device_map is None:
         replace_layers(model.model, _packed_attention)
+    max_batch_tokens = config.max_batch_tokens or _default_budget(model, device)  # by the memory that is free now
     graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
     engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs)
     unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
@@ -235,7 +236,7 @@ def load_engine(
         revision=checkpoint.revision,
         device=str(device),
         dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(weights),
-        compute_dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(compute),
+        compute_dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(arithmetic),
         kernel=kernel,
         kernel_reason=reason,
         threads=torch.get_num_threads(),
@@ -243,7 +244,7 @@ def load_engine(
         num_layers=num_layers,
         hidden_size=model.config.hidden_size,
         max_length=min(config.max_length, checkpoint.max_length),
-        max_batch_tokens=config.max_batch_tokens or _default_budget(model, device),
+        max_batch_tokens=max_batch_tokens,
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
     )

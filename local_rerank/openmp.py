@@ -7,6 +7,8 @@ process runs all that is computed on a CPU.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -35,7 +37,7 @@ def compute(call: Callable[[], T]) -> T:
 
 class _ComputeThread:
     def __init__(self) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -47,6 +49,11 @@ class _ComputeThread:
         self._calls.put((future, call))
         try:
             return future.result()
+        except KeyboardInterrupt:  # the main thread's, which loads models: what it waits for ends too, at its next step
+            if not future.done() and self._thread is not None and self._thread.ident is not None:
+                thread = ctypes.c_ulong(self._thread.ident)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(KeyboardInterrupt))
+            raise
         finally:
             del future  # an exception's traceback would hold it, and it the exception
 
@@ -56,15 +63,22 @@ class _ComputeThread:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="local-rerank-compute", daemon=True)
                 self._thread.start()
+                atexit.register(self._stop, self._thread)
+
+    def _stop(self, thread: threading.Thread) -> None:
+        """Lets the call that runs come to its end: a process that ends below an operator is aborted."""
+        if thread.is_alive():
+            self._calls.put(None)
+            thread.join()
 
     def _work(self) -> None:
-        while True:
-            future, call = self._calls.get()
+        while (given := self._calls.get()) is not None:
+            future, call = given
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
-            del future, call  # what they hold is free while the next call is waited for
+            del given, future, call  # what they hold is free while the next call is waited for
 
 
 _compute_thread = _ComputeThread()

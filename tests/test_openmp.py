@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -46,6 +47,24 @@ def test_what_a_call_raises_reaches_its_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         compute(lambda: 1 / 0)
     assert compute(lambda: compute(lambda: 3)) == 3  # one that computes already does not wait for itself
+
+
+def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
+    """Without waiting for the operator that runs, the process is aborted on its way out."""
+    code = (
+        "import torch; from local_rerank.openmp import compute; x = torch.ones(200, 200)\n"
+        "compute(lambda: [print('computing', flush=True), [x @ x for _ in range(10**7)]])"  # a quarter of an hour
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "computing\n"
+    process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT, said
+    assert "KeyboardInterrupt" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

@@ -50,12 +50,18 @@ class _ComputeThread:
         try:
             return future.result()
         except KeyboardInterrupt:  # the main thread's, which loads models: what it waits for ends too, at its next step
-            if not future.done() and self._thread is not None and self._thread.ident is not None:
-                thread = ctypes.c_ulong(self._thread.ident)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(KeyboardInterrupt))
+            if not (future.cancel() or future.done()):
+                self._interrupt()
             raise
         finally:
             del future  # an exception's traceback would hold it, and it the exception
+
+    def _interrupt(self) -> None:
+        """Raises KeyboardInterrupt in the call that runs."""
+        assert self._thread is not None
+        assert self._thread.ident is not None
+        error = ctypes.py_object(KeyboardInterrupt)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), error)
 
     def _start(self) -> None:
         """Starts the thread unless it runs; the child of a fork has none."""
@@ -74,10 +80,11 @@ class _ComputeThread:
     def _work(self) -> None:
         while (given := self._calls.get()) is not None:
             future, call = given
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
             del given, future, call  # what they hold is free while the next call is waited for
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,33 @@ def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
         process.kill()
     assert process.returncode == -signal.SIGINT, said
     assert "KeyboardInterrupt" in said
+
+
+def test_an_interrupt_leaves_alone_what_another_thread_waits_for() -> None:
+    code = """
+import threading, time
+from local_rerank.openmp import compute
+
+started, answers = threading.Event(), []
+call = lambda: (started.set(), [time.sleep(0.01) for _ in range(200)], "done")[-1]
+other = threading.Thread(target=lambda: answers.append(compute(call)))
+other.start()
+started.wait()
+print("waiting", flush=True)
+try:
+    compute(lambda: answers.append("never"))
+except KeyboardInterrupt:
+    answers.append("interrupted")
+other.join()
+print(answers, compute(lambda: 3))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    time.sleep(0.2)  # by now it waits
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert said == "['interrupted', 'done'] 3\n", errors
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

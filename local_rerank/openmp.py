@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ VARIABLES = {  # read when torch is loaded
     "OMP_WAIT_POLICY": "passive",  # spinning without end made a request of 32 tokens take 350 ms beside other work
     "GOMP_SPINCOUNT": "20000",  # some ten microseconds: without them waking takes longer than a block of tokens
 }
+
+LOOK = 1.0  # seconds after which a caller looks up: Python misses an interrupt that comes just before a thread sleeps
 
 T = TypeVar("T")
 
@@ -46,8 +48,10 @@ class _ComputeThread:
             return call()
         self._start()
         future: Future[T] = Future()
-        self._calls.put((future, call))
         try:
+            self._calls.put((future, call))  # within the try: an interrupt may come as soon as the call runs
+            while not wait([future], timeout=LOOK).done:
+                pass
             return future.result()
         except KeyboardInterrupt:  # the main thread's, which loads models: what it waits for ends too, at its next step
             if not (future.cancel() or future.done()):

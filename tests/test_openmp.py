@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ between = threads()
 torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts threads for whoever calls it
 print(between - before, threads() - between)
 """
+
+
+@contextmanager
+def _running(code: str) -> Iterator[Any]:
+    """A Python program that runs `code`; it is ended, and its pipes closed, whatever a test finds."""
+    program = [sys.executable, "-c", code]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
@@ -56,14 +69,10 @@ def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
         "import torch; from local_rerank.openmp import compute; x = torch.ones(200, 200)\n"
         "compute(lambda: [print('computing', flush=True), [x @ x for _ in range(10**7)]])"  # a quarter of an hour
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "computing\n"
-    process.send_signal(signal.SIGINT)
-    try:
+    with _running(code) as process:
+        assert process.stdout.readline() == "computing\n"
+        process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == -signal.SIGINT, said
     assert "KeyboardInterrupt" in said
 
@@ -86,12 +95,11 @@ except KeyboardInterrupt:
 other.join()
 print(answers, compute(lambda: 3))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
-    time.sleep(0.2)  # by now it waits
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    with _running(code) as process:
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)  # by now it waits
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
     assert said == "['interrupted', 'done'] 3\n", errors
 
 

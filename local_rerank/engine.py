@@ -28,6 +28,7 @@ from local_rerank.cuda_graphs import GraphRunner
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
 from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
+from local_rerank.malloc import keep_freed_memory
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.openmp import compute
@@ -230,6 +231,8 @@ def load_engine(
     graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
     engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs)
     unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
+    if device.type == "cpu":
+        keep_freed_memory()
     info = ModelInfo(
         model_id=checkpoint.model_id,
         source=checkpoint.source,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
+SMALLEST = 1e-20  # scale of a token: its square is still a number
 MAX_SEARCHED_PARAMETERS = 1_000_000_000  # a larger model is not kept twice, to be searched for what int8 spoils
 TOLERANCE = 0.15  # of log-odds, times their range where that is above 1
-_ZERO_AND_HALF = torch.tensor(ZERO + 0.5)
 
 
 class Int8Linear(nn.Module):
@@ -36,25 +36,26 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        return self.multiply(*quantize(x))
+        quantized, scales = quantize(x)
+        return self.multiply(quantized, scales).mul_(scales)
 
     def multiply(self, quantized: Tensor, scales: Tensor) -> Tensor:
-        """What `quantize` made of (..., inputs): (..., outputs) fp32."""
+        """What `quantize` made of (..., inputs): (..., outputs) fp32, still to be multiplied by the tokens' scales."""
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             quantized.flatten(0, -2), 1.0, ZERO, self.weight, self._scales, self._zeros, None, 1.0, 0, torch.float32,
             "none", [], "",
         )  # fmt: skip
-        out = out.view(*quantized.shape[:-1], self.out_features).mul_(scales)
-        return out if self._bias is None else out.add_(self._bias)
+        out = out.view(*quantized.shape[:-1], self.out_features)
+        return out if self._bias is None else out.add_(self._bias / scales)
 
 
 def quantize(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """(..., inputs) fp32 to uint8 around `ZERO`, and the scale of each token, (..., 1) fp32; may overwrite x."""
     most = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
-    scales = most.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    # all are positive, so that the conversion, which cuts, rounds to the nearest
-    steps = torch.addcmul(_ZERO_AND_HALF, x, scales.reciprocal(), out=x if in_place else None)
-    return steps.to(torch.uint8), scales
+    scales = most.div_(LARGEST).clamp_min_(SMALLEST)
+    steps = torch.mul(x, scales.reciprocal(), out=x if in_place else None).round_()
+    # torch converts to int8 twice as fast as to uint8; turning the highest bit adds 128
+    return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO), scales
 
 
 class _Group:
@@ -126,9 +127,16 @@ def _groups(layers: nn.ModuleList) -> list[_Group]:
     ]
 
 
-def project(x: Tensor, *linears: Any) -> list[Tensor]:
-    """`x` through several linear layers; where they are int8, it is quantized once and overwritten."""
+def project(x: Tensor, *linears: Any, scales: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+    """(tokens, inputs) through several linear layers, and the scales of the tokens, (tokens, 1), where these are still
+    to be multiplied by them: a pass over memory that what follows may not need. x may be overwritten.
+
+    `scales`: those that x is still to be multiplied by. int8 quantizes x once, whatever its tokens' scales.
+    """
     if isinstance(linears[0], Int8Linear):
-        quantized, scales = quantize(x, in_place=True)
-        return [linear.multiply(quantized, scales) for linear in linears]
-    return [linear(x) for linear in linears]
+        quantized, own = quantize(x, in_place=True)
+        if scales is not None:
+            own = own.mul_(scales)
+        return [linear.multiply(quantized, own) for linear in linears], own
+    x = x if scales is None else x.mul_(scales)
+    return [linear(x) for linear in linears], None

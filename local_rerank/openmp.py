@@ -16,6 +16,8 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from local_rerank.malloc import share_one_arena
+
 VARIABLES = {  # read when torch is loaded
     "OMP_WAIT_POLICY": "passive",  # spinning without end made a request of 32 tokens take 350 ms beside other work
     "GOMP_SPINCOUNT": "20000",  # some ten microseconds: without them waking takes longer than a block of tokens
@@ -71,6 +73,7 @@ class _ComputeThread:
         """Starts the thread unless it runs; the child of a fork has none."""
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
+                share_one_arena()
                 self._thread = threading.Thread(target=self._work, name="local-rerank-compute", daemon=True)
                 self._thread.start()
                 atexit.register(self._stop, self._thread)

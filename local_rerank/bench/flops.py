@@ -101,7 +101,7 @@ def _linear(arithmetic: str, num_tokens: int, inputs: int, outputs: int, device:
     if arithmetic == "int8":
         layer = Int8Linear(torch.nn.Linear(inputs, outputs, bias=False))
         x, scales = quantize(torch.randn(num_tokens, inputs))
-        return lambda: layer.multiply(x, scales)
+        return lambda: layer.multiply(x, scales).mul_(scales)
     a, b = (torch.randn(size, device=device).to(DTYPES[arithmetic]) for size in
             ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
     return lambda: torch.nn.functional.linear(a, b)

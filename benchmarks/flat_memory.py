@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if len(options.documents) == 1:
+    if len(options.documents) == 1 and options.shape is None:
         print(measure(options))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -36,8 +36,11 @@ print(between - before, threads() - between)
 
 @contextmanager
 def _running(code: str) -> Iterator[Any]:
-    """A Python program that runs `code`; it is ended, and its pipes closed, whatever a test finds."""
-    program = [sys.executable, "-c", code]
+    """A Python program that runs `code`; it is ended, and its pipes closed, whatever a test finds.
+
+    Interrupts reach it where the tests' own process ignores them, as a shell's background jobs do.
+    """
+    program = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

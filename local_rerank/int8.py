@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
-SMALLEST = 1e-20  # scale of a token: its square is still a number
+SMALLEST = 1e-12  # scale of a token: a bias divided by it, and its square, are still numbers
 MAX_SEARCHED_PARAMETERS = 1_000_000_000  # a larger model is not kept twice, to be searched for what int8 spoils
 TOLERANCE = 0.15  # of log-odds, times their range where that is above 1
 
@@ -136,7 +136,7 @@ def project(x: Tensor, *linears: Any, scales: Tensor | None = None) -> tuple[lis
     if isinstance(linears[0], Int8Linear):
         quantized, own = quantize(x, in_place=True)
         if scales is not None:
-            own = own.mul_(scales)
+            own = own.mul_(scales).clamp_min_(SMALLEST)
         return [linear.multiply(quantized, own) for linear in linears], own
     x = x if scales is None else x.mul_(scales)
     return [linear(x) for linear in linears], None

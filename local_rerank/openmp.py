@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -50,9 +50,12 @@ class _ComputeThread:
             return call()
         self._start()
         future: Future[T] = Future()
+        ended = threading.Lock()  # an interrupt while the future's own lock is held would leave it held
+        ended.acquire()
+        future.add_done_callback(lambda _: ended.release())
         try:
             self._calls.put((future, call))  # within the try: an interrupt may come as soon as the call runs
-            while not wait([future], timeout=LOOK).done:
+            while not ended.acquire(timeout=LOOK):
                 pass
             return future.result()
         except KeyboardInterrupt:  # the main thread's, which loads models: what it waits for ends too, at its next step

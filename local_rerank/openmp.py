@@ -44,6 +44,8 @@ class _ComputeThread:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()  # held while a call begins, ends or is interrupted
+        self._running: Future[Any] | None = None
 
     def run(self, call: Callable[[], T]) -> T:
         if threading.current_thread() is self._thread:
@@ -59,43 +61,76 @@ class _ComputeThread:
                 pass
             return future.result()
         except KeyboardInterrupt:  # the main thread's, which loads models: what it waits for ends too, at its next step
-            if not (future.cancel() or future.done()):
-                self._interrupt()
+            if not future.cancel():
+                self._interrupt(future)
             raise
         finally:
             del future  # an exception's traceback would hold it, and it the exception
 
-    def _interrupt(self) -> None:
-        """Raises KeyboardInterrupt in the call that runs."""
+    def _interrupt(self, future: Future[Any]) -> None:
+        """Raises KeyboardInterrupt in the call that `future` stands for, if it still runs."""
+        with self._turn:
+            if self._running is future:
+                self._raise(ctypes.py_object(KeyboardInterrupt))
+
+    def _raise(self, error: Any) -> None:
+        """Has the thread raise `error` at its next step; None takes back what it has not raised yet."""
         assert self._thread is not None
         assert self._thread.ident is not None
-        error = ctypes.py_object(KeyboardInterrupt)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), error)
 
     def _start(self) -> None:
-        """Starts the thread unless it runs; the child of a fork has none."""
+        """Starts the thread unless there is one."""
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:  # an interrupt of is_alive() would mark a thread that runs as ended
                 share_one_arena()
-                self._thread = threading.Thread(target=self._work, name="local-rerank-compute", daemon=True)
-                self._thread.start()
-                atexit.register(self._stop, self._thread)
+                threading.Thread(target=self._work, name="local-rerank-compute", daemon=True).start()
 
     def _stop(self, thread: threading.Thread) -> None:
         """Lets the call that runs come to its end: a process that ends below an operator is aborted."""
-        if thread.is_alive():
+        if thread is self._thread:
             self._calls.put(None)
             thread.join()
 
     def _work(self) -> None:
+        with self._starting:  # whoever started it may have been interrupted and have started another
+            if self._thread is not None:
+                return
+            self._thread = threading.current_thread()
+        atexit.register(self._stop, self._thread)
         while (given := self._calls.get()) is not None:
             future, call = given
             if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as error:
+                result, error = self._attempt(future, call)
+                if error is None:
+                    future.set_result(result)
+                else:
                     future.set_exception(error)
+                del result, error
             del given, future, call  # what they hold is free while the next call is waited for
+
+    def _attempt(self, future: Future[Any], call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """What `call` returns or raises. An interrupt that comes after its end is met here, not by the next call."""
+        result, error = None, None
+        try:
+            with self._turn:
+                self._running = future
+            result = call()
+        except BaseException as caught:
+            error = caught
+        try:
+            while True:
+                try:
+                    with self._turn:
+                        self._running = None
+                        self._raise(None)
+                    return result, error
+                except KeyboardInterrupt as late:
+                    error = late
+        finally:
+            del result, error  # else an error's traceback would hold itself
 
 
 _compute_thread = _ComputeThread()
+if hasattr(os, "register_at_fork"):  # a child has no threads, and locks that others held
+    os.register_at_fork(after_in_child=lambda: _ComputeThread.__init__(_compute_thread))

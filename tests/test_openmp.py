@@ -106,6 +106,35 @@ print(answers, compute(lambda: 3))
     assert said == "['interrupted', 'done'] 3\n", errors
 
 
+def test_an_interrupt_as_a_call_begins_or_ends_reaches_no_other_call() -> None:
+    code = """
+import random, threading, time
+from local_rerank.openmp import compute
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+answers, interrupts = [], 0
+
+def ask():
+    for number in range(20000):
+        answers.append(compute(lambda: number) == number)
+
+others = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+for other in others:
+    other.start()
+while any(other.is_alive() for other in others) and len(answers) < 40000:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.random() * 6e-4)
+        compute(lambda: sum(range(random.randrange(20000))))
+        time.sleep(0.001)
+    except KeyboardInterrupt:
+        interrupts += 1
+print(sum(answers), interrupts > 100)
+"""
+    with _running(code) as process:
+        said, errors = process.communicate(timeout=120)
+    assert said == "40000 True\n", errors
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_packing_starts_no_threads() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)

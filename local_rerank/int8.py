@@ -82,8 +82,8 @@ class _Group:
 def quantize_layers(layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None = None) -> list[str]:
     """Replace the linear layers of the decoder's layers, but those that int8 would spoil; the names of these.
 
-    `log_odds`: what the model as it is gives known pairs, (num_pairs,). Where int8 moves them by more than the
-    self-test allows, each group of layers is tried alone, and what makes a twentieth of that by itself stays as it is:
+    `log_odds`: what the model as it is gives known pairs, (num_pairs,). Where int8 moves them by more than a third of
+    what the self-test allows, each group of layers is tried alone, and what makes a fortieth by itself stays as it is:
     int8 has no room for numbers far apart, which few layers have. Without it all are replaced, one after the other.
     """
     groups = _groups(layers)
@@ -99,14 +99,14 @@ def quantize_layers(layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None
 
     for group in groups:
         group.quantize()
-    if not is_moved_by(allowed):
+    if not is_moved_by(allowed / 3):
         return []
     spoiled = []
     for group in groups:
         group.restore()
     for group in groups:
         group.quantize()
-        spoiled += [group] if is_moved_by(allowed / 20) else []
+        spoiled += [group] if is_moved_by(allowed / 40) else []
         group.restore()
     for group in groups:
         if group not in spoiled:

@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def needs_fp32(self) -> bool:
-        """The embedded model's matching heads, compiled by hand, lose up to 1.5 of log-odds in bf16."""
+        """The embedded model's matching heads, compiled by hand, lose up to .3 of log-odds in bf16."""
         return self.model_id == EMBEDDED_MODEL
 
     @property

@@ -57,7 +57,7 @@ def test_layers_that_int8_would_spoil_stay_and_the_ranking_with_them() -> None:
         layers = layers_of(ours)
         assert set(ours.info.unquantized) == {n for n, module in layers.items() if not isinstance(module, Int8Linear)}
         assert "layers.2.self_attn.o_proj" in ours.info.unquantized  # holds a few large numbers among small ones
-        assert 0 < len(ours.info.unquantized) < len(layers) / 2
+        assert 0 < len(ours.info.unquantized) < len(layers) * 3 / 4
         assert ours._engine.weights_dtype == "int8"
         require_self_test(ours)
         for query in ("capital of France", "sleeping animals", "Italian cities"):

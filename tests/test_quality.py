@@ -27,7 +27,7 @@ FIRST_STAGE = {"xquad_sent_en": 0.857, "xquad_sent_zh": 0.814, "med": 0.698, "cr
 SAMPLE = {"xquad_sent_en": 100, "xquad_sent_zh": 100, "med": 30, "cran": 25}
 """Queries that the model is asked about here, fewer where documents are long; benchmarks/quality.py takes them all."""
 MIN_MEAN = 0.72  # nDCG@10 over that sample, where BM25 has .722 and the shipped weights have .730
-MIN_RIGHT = 26  # of the 40 hand-written cases: what the shipped weights reach; the bar is 36, see docs/log.md
+MIN_RIGHT = 33  # of the 40 hand-written cases: what the shipped weights reach; the bar is 36, see docs/log.md
 
 needs_collections = pytest.mark.skipif(not IR.is_dir(), reason="the evaluation collections are not beside this tree")
 

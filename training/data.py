@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from teach import count
 from tokenizers import Tokenizer
 from vocabulary import INSTRUCTION, Prompt
 
@@ -19,9 +20,9 @@ INSTRUCTIONS = [
     ("Retrieve semantically similar text", 0.03),
     ("找出能够回答问题的段落", 0.03),
 ]
-LEXICAL = 9.0  # weight of BM25 relative to the query's best, in deviations of the teachers' scores
-MIDPOINT = {"en": 8.6, "zh": 8.0}  # teachers' score (with the lexical share) that counts as even odds
-SLOPE = 1.0  # log-odds per deviation
+LEXICAL = 1.0  # weight of BM25 relative to the query's best, in deviations of the teacher's scores
+MIDPOINT = {"en": 3.9, "zh": 3.5}  # teacher's score (with the lexical share) that counts as even odds
+SLOPE = 1.2  # log-odds per deviation
 LARGEST = 6.0  # log-odds
 DEV = 400  # last queries, held out
 
@@ -34,6 +35,7 @@ class Groups:
     passages: list[list[int]]
     queries: list[str]
     languages: list[str]
+    asked: np.ndarray  # which queries are only in the manner of some
     candidates: np.ndarray
     targets: np.ndarray  # log-odds
     by_language: dict[str, np.ndarray]
@@ -59,9 +61,12 @@ class Groups:
 def load(work: Path) -> Groups:
     """Read texts, candidates and scores."""
     prompt = Prompt(Tokenizer.from_file(str(work / "tokenizer.json")))
-    records = [json.loads(line) for line in (work / "passages.jsonl").open()]
-    queries = [json.loads(line) for line in (work / "queries.jsonl").open()]
+    records, every = (
+        [json.loads(line) for kind in kinds for line in (work / f"{kind}.jsonl").open()]
+        for kinds in (("passages", "everyday"), ("queries", "asked"))
+    )
     stored = np.load(work / "pairs.npz")
+    queries = [every[i] for i in stored["queries"]]
     languages = [q["language"] for q in queries]
     lexical = stored["bm25"] / np.maximum(stored["best"], 1e-6)[:, None]
     midpoint = np.array([MIDPOINT[language] for language in languages])[:, None]
@@ -72,4 +77,13 @@ def load(work: Path) -> Groups:
     ]
     targets = np.clip(targets, -LARGEST, LARGEST).astype(np.float32)
     places = {x: np.array([i for i, r in enumerate(records) if r["language"] == x]) for x in ("en", "zh")}
-    return Groups(prompt, ids, [q["text"] for q in queries], languages, stored["candidates"], targets, places)
+    return Groups(
+        prompt,
+        ids,
+        [q["text"] for q in queries],
+        languages,
+        stored["queries"] >= count(work, "queries"),
+        stored["candidates"],
+        targets,
+        places,
+    )

@@ -22,8 +22,8 @@ class Shape:
     """Sizes of the decoder."""
 
     vocabulary: int
-    hidden: int = 256
-    layers: int = 4
+    hidden: int = 352
+    layers: int = 6
     heads: int = 8
     head: int = 64
     inner: int = 512

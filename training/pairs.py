@@ -1,25 +1,32 @@
 """Step 4: candidates of every query, with their BM25 scores and the teachers' scores.
 
 Candidates are the query's source, passages that BM25 ranks high (the near misses a reranker must tell apart), some of
-its middle ranks, and a random one. Teachers' cosines are standardised by random pairs; English takes the mean of both.
+its middle ranks, some that the language's teacher ranks high (they may share no word), and a random one. Texts in the
+manner of queries (``asked.jsonl``) have no source: what the teacher ranks first stands for it. The teacher's cosines
+are standardised by random pairs; English has two teachers, and the mean of their scores.
 
-``python pairs.py --work training/work`` writes ``pairs.npz``.
+``python pairs.py --work training/work`` writes ``pairs.npz``. Its numbers of candidates count ``passages.jsonl`` and
+then ``everyday.jsonl``, those of queries ``queries.jsonl`` and then ``asked.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import Stemmer
 from scipy import sparse
+from teach import chosen, count, load_vectors
+from tqdm import tqdm
 
 SEED = 20261123
 K1, B = 1.2, 0.75
-TOP, MIDDLE = 5, 2  # candidates from ranks 1-12 and 13-50
+TOP, MIDDLE, ALIKE = 4, 2, 3  # candidates from BM25's ranks 1-12 and 13-50, and from the teacher's ranks 1-12
+WIDTH = 1 + TOP + MIDDLE + ALIKE + 1
+ASKED = 1000  # texts in the manner of queries, of five characters and more
 
 
 def terms(texts: list[str]) -> list[list[str]]:
@@ -69,61 +76,65 @@ def standardised(queries: np.ndarray, passages: np.ndarray, rows: np.ndarray, ca
     return np.asarray((cosines - chance.mean()) / chance.std(), np.float32)
 
 
-def draw(scores: np.ndarray, source: int, rng: np.random.Generator) -> np.ndarray:
-    """Candidates of one query (positions within its language)."""
-    ranked = [i for i in np.argsort(-scores)[:51] if i != source and scores[i] > 0]
-    top, middle = ranked[:12], ranked[12:50]
-    picked = [source, *rng.permutation(top)[:TOP], *rng.permutation(middle)[:MIDDLE]]
-    while len(picked) < 1 + TOP + MIDDLE + 1:
+def draw(scores: np.ndarray, cosines: np.ndarray, source: int | None, rng: np.random.Generator) -> np.ndarray:
+    """The source, then sampled candidates, none twice."""
+    source = int(cosines.argmax()) if source is None else source
+    ranked = [i for i in np.argsort(-scores, kind="stable")[:50] if i != source]
+    picked = [source, *rng.permutation(ranked[:12])[:TOP], *rng.permutation(ranked[12:])[:MIDDLE]]
+    alike = [i for i in np.argsort(-cosines, kind="stable")[:20] if i not in picked]
+    picked += list(rng.permutation(alike[:12])[:ALIKE])
+    while len(picked) < WIDTH:
         other = int(rng.integers(len(scores)))
         if other not in picked:
             picked.append(other)
     return np.array(picked)
 
 
+Gathered = tuple[np.ndarray, list[dict[str, Any]], list[np.ndarray]]
+
+
+def gather(work: Path, kinds: tuple[str, str], language: str, most: int | None = None) -> Gathered:
+    """Texts of two kinds as one: their numbers, their records, their vectors by each teacher; `most` of the second."""
+    places, records, vectors, before = [], [], [], 0
+    for kind in kinds:
+        rows, found = chosen(work, kind, language)
+        kept = [i for i, r in enumerate(found) if most is None or kind == kinds[0] or len(r["text"]) >= 5]
+        kept = kept if kind == kinds[0] else kept[:most]
+        places += [rows[i] + before for i in kept]
+        records += [found[i] for i in kept]
+        vectors.append([v[kept].astype(np.float32) for v in load_vectors(work, kind, language)])
+        before += count(work, kind)
+    return np.array(places), records, [np.concatenate(parts) for parts in zip(*vectors, strict=True)]
+
+
 def main() -> None:
     """Candidates per language, then all scores."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    arguments = parser.parse_args()
+    work = parser.parse_args().work
     rng = np.random.default_rng(SEED)
-    passages = [json.loads(line) for line in (arguments.work / "passages.jsonl").open()]
-    queries = [json.loads(line) for line in (arguments.work / "queries.jsonl").open()]
-    width = 2 + TOP + MIDDLE
-    candidates = np.zeros((len(queries), width), np.int32)
-    bm25 = np.zeros((len(queries), width), np.float32)
-    teacher = np.zeros((len(queries), width), np.float32)
-    best = np.zeros(len(queries), np.float32)
+    found: list[dict[str, np.ndarray]] = []
     for language in ("en", "zh"):
-        places = np.array([i for i, p in enumerate(passages) if p["language"] == language])
+        places, passages, texts = gather(work, ("passages", "everyday"), language)
+        rows, queries, asks = gather(work, ("queries", "asked"), language, ASKED)
         inside = {place: i for i, place in enumerate(places.tolist())}
-        rows = np.array([i for i, q in enumerate(queries) if q["language"] == language])
-        index = BM25([passages[i]["text"] for i in places])
-        local = np.zeros((len(rows), width), np.int64)
-        for start in range(0, len(rows), 512):
-            block = rows[start : start + 512]
-            scores = index.score([queries[i]["text"] for i in block]).toarray()
-            for offset, row in enumerate(block):
-                local[start + offset] = draw(scores[offset], inside[queries[row]["source"]], rng)
-                bm25[row] = scores[offset][local[start + offset]]
-                best[row] = scores[offset].max()
-        candidates[rows] = places[local]
-        found = []
-        for name in ("minilm", "e5") if language == "en" else ("e5",):
-            file = arguments.work / f"passages.{name}.npy"
-            if not file.exists() or not (arguments.work / f"queries.{name}.npy").exists():
-                print("no", file.name)
-                continue
-            texts, asks = np.load(file), np.load(arguments.work / f"queries.{name}.npy")
-            if name == "e5":
-                texts, asks = texts[places], asks[rows]
-            else:
-                asks = asks[: len(rows)]
-            found.append(standardised(asks, texts, np.arange(len(rows)), local, rng))
-        if found:
-            teacher[rows] = np.mean(found, 0)
-        print(language, len(rows), "queries", flush=True)
-    np.savez(arguments.work / "pairs.npz", candidates=candidates, bm25=bm25, best=best, teacher=teacher)
+        index = BM25([p["text"] for p in passages])
+        bm25, best = np.zeros((len(rows), WIDTH), np.float32), np.zeros(len(rows), np.float32)
+        local = np.zeros((len(rows), WIDTH), np.int64)
+        for start in tqdm(range(0, len(rows), 512), desc=language, mininterval=10):
+            block = queries[start : start + 512]
+            scores = index.score([q["text"] for q in block]).toarray()
+            cosines = np.mean([a[start : start + 512] @ t.T for a, t in zip(asks, texts, strict=True)], axis=0)
+            for row, query in enumerate(block, start):
+                source = inside[query["source"]] if "source" in query else None
+                local[row] = draw(scores[row - start], cosines[row - start], source, rng)
+                bm25[row] = scores[row - start][local[row]]
+                best[row] = scores[row - start].max()
+        scored = [standardised(a, t, np.arange(len(rows)), local, rng) for a, t in zip(asks, texts, strict=True)]
+        found.append({"queries": rows, "candidates": places[local], "bm25": bm25, "best": best,
+                      "teacher": np.mean(scored, axis=0)})  # fmt: skip
+    order = np.random.default_rng(SEED).permutation(sum(len(part["best"]) for part in found))
+    np.savez(work / "pairs.npz", **{k: np.concatenate([part[k] for part in found])[order] for k in found[0]})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
-from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
 Q4_BLOCK = 32  # weights per block: one fp16 scale and 16 bytes of nibbles
@@ -38,38 +37,50 @@ class Teacher:
     query_prefix: str = ""
     passage_prefix: str = ""
 
-    @torch.inference_mode()
-    def encode(self, texts: list[str], query: bool, max_tokens: int = 128, budget: int = 4096) -> np.ndarray:
-        """Unit vectors of `texts`, computed in batches of about `budget` tokens, sorted by length."""
+    def tokens(self, texts: list[str], query: bool, max_tokens: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of each text without the frame, and the characters each stands for (without those of the prefix)."""
         prefix = self.query_prefix if query else self.passage_prefix
-        encoded = self.tokenizer.encode_batch_fast([prefix + text for text in texts], add_special_tokens=False)
-        ids = [[self.begin, *e.ids[: max_tokens - 2], self.end] for e in encoded]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        out = np.zeros((len(ids), self.model.config.hidden_size), np.float32)
-        with tqdm(
-            total=sum(map(len, ids)), desc=f"{self.name} {'queries' if query else 'passages'}", unit="tok"
-        ) as bar:
-            start = 0
-            while start < len(order):
-                stop = start + 1
-                while stop < len(order) and (stop + 1 - start) * len(ids[order[stop]]) <= budget:
-                    stop += 1
-                rows = order[start:stop]
-                out[rows] = self._embed([ids[i] for i in rows])
-                bar.update(sum(len(ids[i]) for i in rows))
-                start = stop
+        out = []
+        for encoded in self.tokenizer.encode_batch([prefix + text for text in texts], add_special_tokens=False):
+            spans = [(max(0, a - len(prefix)), max(0, b - len(prefix))) for a, b in encoded.offsets]
+            out.append((encoded.ids[: max_tokens - 2], spans[: max_tokens - 2]))
         return out
 
-    def _embed(self, ids: list[list[int]]) -> np.ndarray:
+    def spans(self, texts: list[str], query: bool, max_tokens: int) -> list[list[tuple[int, int]]]:
+        """The characters that each token inside the frame stands for."""
+        return [spans for _, spans in self.tokens(texts, query, max_tokens)]
+
+    @torch.inference_mode()
+    def states(self, texts: list[str], query: bool, max_tokens: int = 128, budget: int = 4096) -> list[np.ndarray]:
+        """Last states of all tokens, frame included, in batches of about `budget` tokens of like lengths."""
+        ids = [[self.begin, *found, self.end] for found, _ in self.tokens(texts, query, max_tokens)]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        out: list[np.ndarray] = [np.zeros(0)] * len(ids)
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * len(ids[order[stop]]) <= budget:
+                stop += 1
+            rows = order[start:stop]
+            for row, hidden in zip(rows, self._hidden([ids[i] for i in rows]), strict=True):
+                out[row] = hidden[: len(ids[row])]
+            start = stop
+        return out
+
+    def encode(self, texts: list[str], query: bool, max_tokens: int = 128, budget: int = 4096) -> np.ndarray:
+        """Unit vectors of `texts`."""
+        pooled = np.stack([hidden.mean(0) for hidden in self.states(texts, query, max_tokens, budget)])
+        return np.asarray(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), np.float32)
+
+    def _hidden(self, ids: list[list[int]]) -> np.ndarray:
         width = max(map(len, ids))
         batch = torch.zeros(len(ids), width, dtype=torch.long)
         mask = torch.zeros(len(ids), width, dtype=torch.long)
         for row, tokens in enumerate(ids):
             batch[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state
-        pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return torch.nn.functional.normalize(pooled, dim=-1).numpy()
+        hidden: np.ndarray = self.model(input_ids=batch, attention_mask=mask).last_hidden_state.numpy()
+        return hidden
 
 
 def load_minilm(package: Path) -> Teacher:

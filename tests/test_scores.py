@@ -95,12 +95,16 @@ def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_int8_scores_stay_near_those_of_the_pair_alone(shape: dict[str, int], kernel: str, tmp_path: Path) -> None:
+def test_int8_scores_stay_near_those_of_the_pair_alone(
+    shape: dict[str, int], kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_rerank.engine.MAX_SEARCHED_PARAMETERS", 0)  # all of it in int8, whatever that does
     folder = make_checkpoint(tmp_path / "model", **shape)
     exact = ModelCard(folder)
     documents = texts(3, 20)
     with Reranker(str(folder), device="cpu", dtype="int8", attention=kernel, max_batch_tokens=500) as reranker:
         assert reranker.info.dtype == reranker._engine.weights_dtype == "int8"
+        assert not reranker.info.unquantized
         result = reranker.rank("a query", documents)
     alone = torch.tensor([exact.pair("a query", item.document) for item in result])
     ours = torch.tensor([item.log_odds for item in result])

@@ -3,7 +3,7 @@
 # and sentence-transformers: random weights in the 0.6B shape are made on the spot, nothing is installed or downloaded.
 #
 #   benchmarks/gpu.sh --out gpu.json          # everything, on the first GPU
-#   benchmarks/gpu.sh --only latency          # one part
+#   benchmarks/gpu.sh --only latency,peer     # some parts
 #   benchmarks/gpu.sh --device cpu --shape tiny --out /tmp/try.json   # does the script run?
 #
 # Each part is a process of its own with a limit, so that one that fails takes nothing else with it. The file of results

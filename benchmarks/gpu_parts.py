@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from benchmarks.gpu_setup import (
     gemm_flops_per_second,
     median,
     percentile,
+    synchronize,
     timed,
     useful_flops,
 )
 from local_rerank import Reranker, RerankRequest
-from local_rerank.attention import KERNELS, is_installed
+from local_rerank.attention import KERNELS, is_installed, layout_to
+from local_rerank.cuda_attention import tile_layout
 from local_rerank.errors import ConfigError, OutOfMemory
+from local_rerank.fp8 import FP8
 from local_rerank.packing import pack
 from local_rerank.tokenization import Pair
 
 Result = dict[str, Any]
+BATCHES = 8  # one behind the other, in a round of a measurement
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,17 @@ def seconds_of(setting: Setting, reranker: Reranker, pairs: list[Pair]) -> float
     return median([timed(lambda: reranker._engine.forward(pack(pairs)), setting.device) for _ in range(setting.rounds)])
 
 
+def run_batches(reranker: Reranker, pairs: list[Pair], number: int) -> None:
+    """The same batch again and again, each launched before the scores of the one before are fetched, as in a server."""
+    engine = reranker._engine
+    running = engine.launch(pack(pairs))
+    for _ in range(number - 1):
+        following = engine.launch(pack(pairs))
+        running()
+        running = following
+    running()
+
+
 def exact_log_odds(setting: Setting, pairs: list[Pair]) -> torch.Tensor:
     """The same weights in fp32 through SDPA on the same device."""
     with loaded(setting, dtype="fp32", attention="sdpa") as reranker:
@@ -88,7 +105,7 @@ def exact_log_odds(setting: Setting, pairs: list[Pair]) -> torch.Tensor:
 
 
 def throughput(setting: Setting) -> Result:
-    """Useful operations per second on 300-token pairs, and the ceiling, in turn."""
+    """Useful operations per second on 300-token pairs, packing included, and the ceiling, in turn."""
     shape = SHAPES[setting.shape]
     with loaded(setting) as reranker:
         pairs = pairs_of_300(setting, reranker)
@@ -97,7 +114,8 @@ def throughput(setting: Setting) -> Result:
         rates, ceilings = [], []
         for _ in range(setting.rounds):
             ceilings.append(gemm_flops_per_second(shape, setting.batch_tokens, setting.device, rounds=2))
-            rates.append(flops / timed(lambda: reranker._engine.forward(pack(pairs)), setting.device))
+            taken = timed(lambda: run_batches(reranker, pairs, BATCHES), setting.device)
+            rates.append(BATCHES * flops / taken)
         ours = reranker._engine.forward(pack(pairs))
         info = reranker.info
     share = median([rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)])
@@ -113,33 +131,125 @@ def throughput(setting: Setting) -> Result:
     }
 
 
-def variants(setting: Setting) -> Result:
-    """Each attention row, and layers that are not compiled: time of a batch, difference to fp32."""
-    rows = [
-        name
-        for name, row in KERNELS.items()
-        if setting.device.type in row.device_types
-        and torch.bfloat16 in row.dtypes
-        and is_installed(row)
-        and name != "dense"
-    ]
-    cases: dict[str, dict[str, Any]] = {f"attention {name}": {"attention": name} for name in rows}
-    if setting.device.type == "cuda":
-        cases["layers not compiled"] = {"no_compile": True}
+def breakdown(setting: Setting) -> Result:
+    """Where a batch of 300-token pairs spends its time: packing, launching, and the device's kernels by kind."""
+    with loaded(setting) as reranker:
+        pairs, engine = pairs_of_300(setting, reranker), reranker._engine
+        whole = seconds_of(setting, reranker, pairs)
+        packing, launching = [], []
+        for _ in range(setting.rounds):
+            start = time.perf_counter()
+            batch = pack(pairs)
+            packed = time.perf_counter()
+            with torch.inference_mode():
+                engine._odds(batch)
+            launching.append(time.perf_counter() - packed)
+            packing.append(packed - start)
+            synchronize(setting.device)
+        with torch.profiler.profile() as profile:
+            for _ in range(3):
+                engine.forward(pack(pairs))
+    kernels: dict[str, float] = {}
+    for event in profile.key_averages():
+        if event.self_device_time_total and event.device_type != torch.autograd.DeviceType.CPU:
+            kernels[event.key[:60]] = kernels.get(event.key[:60], 0.0) + event.self_device_time_total / 3e3
+    kinds = dict.fromkeys(("products", "attention", "other"), 0.0)
+    for name, milliseconds in kernels.items():
+        is_product = any(part in name.lower() for part in ("gemm", "nvjet", "cutlass", "cublas"))
+        kinds[
+            "attention" if "flash" in name.lower() or "attend" in name else "products" if is_product else "other"
+        ] += milliseconds
+    return {
+        "batch_ms": 1e3 * whole,
+        "packing_ms": 1e3 * median(packing),
+        "launching_ms": 1e3 * median(launching),
+        **{f"{kind}_ms": round(milliseconds, 3) for kind, milliseconds in kinds.items()},
+        "kernels_ms": {
+            name: round(milliseconds, 3)
+            for name, milliseconds in sorted(kernels.items(), key=lambda item: -item[1])[:18]
+        },
+    }
+
+
+def attention(setting: Setting) -> Result:
+    """Each attention row by itself, in one layer: milliseconds and the largest difference to the definition in fp32."""
+    shape, device = SHAPES[setting.shape], setting.device
+    heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    texts = Texts(setting.folder)
+    with loaded(setting) as reranker:
+        loads = {
+            "chunks": pairs_of_300(setting, reranker),
+            "passages": passages(setting, reranker, setting.batch_tokens // 80),
+            "titles": list(reranker.tokenizer.pairs(texts.request(15, [11] * (setting.batch_tokens // 32))).pairs),
+        }
     results: Result = {"not_installed": [name for name, row in KERNELS.items() if not is_installed(row)]}
-    exact: dict[str, torch.Tensor] = {}
-    for case, options in cases.items():
-        try:
-            with loaded(setting, **options) as reranker:
-                loads = {"chunks": pairs_of_300(setting, reranker), "passages": passages(setting, reranker, 150)}
-                results[case] = {}
-                for load, pairs in loads.items():
-                    if load not in exact:
-                        exact[load] = exact_log_odds(setting, pairs)
-                    results[case][f"{load}_ms"] = 1e3 * seconds_of(setting, reranker, pairs)
-                    results[case][load] = difference(reranker._engine.forward(pack(pairs)), exact[load])
-        except Exception as error:  # the other rows are measured all the same
-            results[case] = {"failed": f"{type(error).__name__}: {error}"}
+    for load, pairs in loads.items():
+        batch = pack(pairs)
+        joined = torch.randn(batch.num_tokens, (heads + 2 * key_heads), width, device=device)
+        parts = joined.bfloat16().tensor_split((-2 * key_heads, -key_heads), dim=1)
+        exact: torch.Tensor | None = None
+        for name, row in reversed(KERNELS.items()):  # the last two are for any device
+            if name == "dense" or device.type not in row.device_types or not is_installed(row):
+                continue
+            layout = layout_to(row.layout(batch, False), device)
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+            with torch.inference_mode():
+                if exact is None:
+                    exact = row.attend(q.float(), k.float(), v.float(), layout, width**-0.5)
+                ours = row.attend(q, k, v, layout, width**-0.5)
+                attend = partial(row.attend, q, k, v, layout, width**-0.5)
+                taken = [timed(attend, device) for _ in range(3 if setting.quick else 50)]
+            results[f"{name} {load}"] = [round(1e3 * median(taken), 4), float((ours - exact).abs().max())]
+    return results
+
+
+def tuning(setting: Setting) -> Result:
+    """Kernels alone: microseconds of attention by tile, block, warps and stages; bytes a second of the rest."""
+    if setting.device.type != "cuda":
+        return {"not_here": "kernels are compiled for a GPU only"}
+    from local_rerank import triton_kernels
+
+    shape, device = SHAPES[setting.shape], setting.device
+    heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    num_tokens, hidden, inner = setting.batch_tokens, shape["hidden_size"], shape["intermediate_size"]
+    results: Result = {}
+
+    def microseconds(run: Callable[[], object]) -> float:
+        for _ in range(3):
+            run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # without the time of launching
+            for _ in range(10):
+                run()
+        return 1e5 * median([timed(graph.replay, device) for _ in range(10)])
+
+    with torch.inference_mode():
+        for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
+            batch = pack([Pair((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
+            joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
+            parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+            for queries in (32, 64, 128):
+                layout = layout_to(tile_layout(batch, False, queries_per_tile=queries), device)
+                own = (layout.tiles, layout.first_own, layout.last_own, queries, width**-0.5)
+                for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3)):
+                    options = {"BLOCK_K": block, "num_warps": warps, "num_stages": stages}
+                    name = f"{load}: {queries} queries, {block} keys, {warps} warps, {stages} stages"
+                    results[name] = round(microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options)))
+        x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
+        weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
+        gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
+        q = torch.randn(num_tokens, heads, width, device=device).bfloat16()
+        norm = torch.ones(width, device=device).bfloat16()
+        runs: dict[str, tuple[Callable[[], object], int]] = {
+            "add_rms_norm": (partial(triton_kernels.add_rms_norm_, x, residual, weight, 1e-6), 4 * x.nbytes),
+            "norm_rotate": (
+                partial(triton_kernels.norm_rotate_, q, norm, angles.bfloat16(), angles.bfloat16(), 1e-6), 2 * q.nbytes
+            ),
+            "silu_mul": (partial(triton_kernels.silu_mul, gate_up), 3 * gate_up.nbytes // 2),
+            "quantize_rows": (partial(triton_kernels.quantize_rows, gate_up, FP8), 3 * gate_up.nbytes // 2),
+        }  # fmt: skip
+        for name, (run, num_bytes) in runs.items():
+            results[f"{name}, TB/s"] = round(num_bytes / microseconds(run) / 1e6, 2)
     return results
 
 
@@ -149,10 +259,12 @@ def serving(setting: Setting) -> Result:
     with loaded(setting) as reranker:
         texts = Texts(setting.folder)
         requests = texts.requests_of_300(4 if setting.quick else 128, 10, overhead_of(reranker))
-        list(reranker.rank_batch(requests[:8]))  # compile and warm up
         for num_clients in (2,) if setting.quick else (1, 8, 16, 32, 64):
+            _closed_loop(
+                reranker, requests, num_clients, seconds=1 if setting.quick else 2
+            )  # compile, capture, warm up
             results[f"{num_clients} clients"] = _closed_loop(
-                reranker, requests, num_clients, seconds=1 if setting.quick else 6
+                reranker, requests, num_clients, seconds=1 if setting.quick else 5
             )
     return results
 
@@ -192,7 +304,7 @@ def latency(setting: Setting) -> Result:
     if setting.device.type == "cuda":
         cases |= {
             "no graphs": {"no_cuda_graphs": True},
-            "no graphs, not compiled": {"no_cuda_graphs": True, "no_compile": True},
+            "transformers' own layers": {"no_compile": True},
         }
     for case, options in cases.items():
         with loaded(setting, **options) as reranker:
@@ -314,11 +426,13 @@ def memory(setting: Setting) -> Result:
 
 PARTS: dict[str, tuple[Callable[[Setting], Result], int]] = {
     "throughput": (throughput, 90),
+    "breakdown": (breakdown, 60),
     "serving": (serving, 75),
     "latency": (latency, 75),
     "peer": (peer, 75),
-    "variants": (variants, 120),
+    "attention": (attention, 60),
     "memory": (memory, 45),
     "fp8": (fp8, 100),
+    "tuning": (tuning, 100),
 }
 """In order of importance, with the seconds that each may take."""

@@ -83,9 +83,13 @@ def _batches(engine: Engine, pairs: Sequence[Pair], num_tokens: int) -> Callable
 
 
 def _unpruned(engine: Engine, pairs: Sequence[Pair]) -> None:
+    """Every token asks in the last layer, as if a document ended at each."""
     batch = pack(pairs)
+    layout = engine._kernel.layout(batch, False)
     with torch.inference_mode():
-        engine._unpruned_odds(batch, engine._kernel.layout(batch, False))
+        engine._odds_of(
+            dataclasses.replace(batch, last_token_index=torch.arange(batch.num_tokens)), layout, lambda: layout
+        )
 
 
 def _in_turn(ways: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:

@@ -26,8 +26,10 @@ from torch import Tensor
 from local_rerank.cuda_attention import (
     attend_flash_attn,
     attend_merged,
+    attend_tiles,
     attend_varlen,
     merged_layout,
+    tile_layout,
     varlen_layout,
 )
 from local_rerank.errors import ConfigError
@@ -181,6 +183,7 @@ _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
     "cpu-flash": KernelRow(segment_layout, attend_cpu, ("cpu",), _ANY_DTYPE, "two parts, merged by log-sum-exp"),
+    "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "our own kernel, in one pass", "triton"),
     "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, "torch's varlen_attn, two parts merged"),
     "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, "torch's varlen_attn, keys gathered"),
     "flash-attn": KernelRow(merged_layout, attend_flash_attn, ("cuda",), _HALF, "as cuda-merged", "flash_attn"),
@@ -190,11 +193,14 @@ KERNELS: dict[str, KernelRow] = {
 """In order of preference: `auto` takes the first row that runs on the device and dtype."""
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernel's name and why it was taken; raises ConfigError for one that is unknown or cannot run here."""
+def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool = True) -> tuple[str, str]:
+    """The kernel's name and why it was taken; raises ConfigError for one that is unknown or cannot run here.
+
+    `compiled`: whether `auto` may take one that is compiled here.
+    """
     if name == "auto":
         for candidate, row in KERNELS.items():
-            if _runs(row, device, dtype):
+            if _runs(row, device, dtype) and (compiled or row.package != "triton"):
                 return candidate, f"first of the table that takes {device.type} and {_short(dtype)}"
         raise ConfigError(f"no attention kernel takes {device.type} and {_short(dtype)}")
     if name not in KERNELS:

@@ -43,7 +43,9 @@ class EngineConfig:
     ] = None
     attention: Annotated[
         str,
-        Parameter(help="Attention kernel: auto, cpu-flash, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."),
+        Parameter(
+            help="Attention kernel: auto, cpu-flash, cuda-tiles, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."
+        ),
     ] = "auto"
     threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
     instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
@@ -56,10 +58,10 @@ class EngineConfig:
                        "memory, at most 16384."),
     ] = None  # fmt: skip
     no_cuda_graphs: Annotated[
-        bool, Parameter(help="Launch the kernels of small batches one by one on CUDA.", negative="")
+        bool, Parameter(help="Launch the kernels of a batch one by one on CUDA.", negative="")
     ] = False  # fmt: skip
     no_compile: Annotated[
-        bool, Parameter(help="Do not use torch.compile on CUDA: a faster start, slower batches.", negative="")
+        bool, Parameter(help="Compile no kernels on CUDA: a faster start, slower batches.", negative="")
     ] = False  # fmt: skip
     max_queued_tokens: Annotated[
         int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")

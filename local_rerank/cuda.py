@@ -6,34 +6,45 @@ Nothing here is needed for right scores: each step is left out where it does not
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from local_rerank import cuda_layers, fp8
 from local_rerank.attention import KernelRow
 from local_rerank.config import EngineConfig
-from local_rerank.cuda_attention import merged_layout
+from local_rerank.cuda_attention import tile_layout
+from local_rerank.cuda_layers import FusedDecoder
 from local_rerank.errors import ConfigError
 from local_rerank.memory import LayerShape, bytes_per_token, fitted_budget, free_bytes
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(
-    backbone: Any, config: EngineConfig, attend: Callable[..., tuple[Tensor, None]], device: torch.device
-) -> None:
-    """Fuse the layers of a half-precision model on one GPU, then quantize them if fp8 is asked for."""
-    if config.device_map is not None or backbone.norm.weight.dtype == torch.float32:
-        logger.info("layers are transformers' own: the model is spread over devices, or in fp32")
-        return
-    can_compile = not config.no_compile
-    logger.info(cuda_layers.fuse(backbone, attend, compiled=can_compile, device=device))
+def prepare(model: Any, config: EngineConfig, device: torch.device) -> bool:
+    """Put a decoder of ours into a half-precision model on one GPU, then quantize it if fp8 is asked for.
+
+    Returns whether it is there. Raises ConfigError for fp8 without it.
+    """
+    reason = _why_not_fused(model, config, device)
+    if reason is not None:
+        if config.dtype == "fp8":
+            raise ConfigError(f"dtype is 'fp8', which needs fused layers, and these are left out: {reason}")
+        logger.info("layers are transformers' own: %s", reason)
+        return False
+    model.model = FusedDecoder(model.model)
+    logger.info("layers are fused")
     if config.dtype == "fp8":
-        can_compile = can_compile and cuda_layers.can_compile(device)
-        fp8.quantize_model(backbone, torch.compile(fp8.quantize) if can_compile else fp8.quantize)
+        fp8.quantize_model(model.model)
+    return True
+
+
+def _why_not_fused(model: Any, config: EngineConfig, device: torch.device) -> str | None:
+    if config.device_map is not None:
+        return "the model is spread over devices"
+    if model.dtype == torch.float32:
+        return "the model is in fp32"
+    return "as asked for" if config.no_compile else cuda_layers.why_not_fused(model.config, device, model.dtype)
 
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:
@@ -43,14 +54,10 @@ def check_fp8(config: EngineConfig, device: torch.device) -> None:
     fp8.require_fp8(device)
 
 
-def uses_graphs(config: EngineConfig, kernel: KernelRow, device: torch.device) -> bool:
-    """Whether small batches are captured: on one GPU, with a kernel whose layout can be padded."""
-    if device.type != "cuda" or config.no_cuda_graphs:
-        return False
-    if config.device_map is not None or kernel.layout is not merged_layout:
-        logger.info("CUDA graphs are off: the model is spread over devices, or its kernel gathers keys")
-        return False
-    return True
+def uses_graphs(config: EngineConfig, kernel: KernelRow, decoder: Any) -> bool:
+    """Whether batches are captured: those of a fused decoder, with the kernel whose layout can be padded."""
+    can = isinstance(decoder, FusedDecoder) and kernel.layout is tile_layout
+    return can and not config.no_cuda_graphs
 
 
 def token_budget(model: Any, device: torch.device, *, at_most: int) -> int:

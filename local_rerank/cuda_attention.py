@@ -1,12 +1,16 @@
-"""The rows of the attention table for CUDA in bf16 and fp16: what each asks of a variable-length operator.
+"""The rows of the attention table for CUDA in bf16 and fp16.
 
-Two ways to let a document see its group's prefix. *Merged*: the documents' own part, where queries and keys are the
-packed tokens as they are, and the prefix part, one long segment per group, joined by log-sum-exp; no key is copied.
-*Gathered*: one call, whose keys are prefix + document written out for each document. Only a document's last token asks
-in the last layer, so there both gather.
+*Tiles*, our own kernel in Triton: queries of one group side by side, whatever documents they belong to, read their
+prefix and then the keys of these documents, of which each query sees its own. Nothing is copied, merged or run twice,
+and short documents share a tile.
 
-The operator is torch's own (`varlen_attn`, which runs Flash Attention), or that of the package flash-attn. Layouts are
-built on the host and hold lists no longer than the batch; nothing here waits for the device.
+The others ask a variable-length operator: torch's own (`varlen_attn`, which runs Flash Attention), or that of the
+package flash-attn. *Merged*: the documents' own part, where queries and keys are the packed tokens as they are, and the
+prefix part, one long segment per group, joined by log-sum-exp; no key is copied. *Gathered*: one call, whose keys are
+prefix + document written out for each document. Only a document's last token asks in the last layer, so there both
+gather.
+
+Layouts are built on the host and hold lists no longer than the batch; nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -16,10 +20,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from local_rerank.packing import PackedBatch, ranges
+
+QUERIES_PER_TILE = 64
+QUERIES_OF_LAST_TOKENS = 16  # for each a document's keys are read: the fewer in a tile, the more tiles side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,19 @@ class MergedLayout:
     is_document: Tensor  # (num_tokens,) bool: false where the prefix part must not count
 
 
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """Tiles of queries that have one prefix; padding is tiles without queries."""
+
+    tiles: (
+        Tensor  # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix, first own
+    )
+    # key and one past the last; tokens of a prefix have no prefix
+    first_own: Tensor  # (num_queries,) int32: first token of the query's segment
+    last_own: Tensor  # (num_queries,) int32: the query's own token
+    queries_per_tile: int
+
+
 class VarlenOperator(Protocol):
     """Attention over segments: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
 
@@ -59,6 +80,41 @@ class VarlenOperator(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *,
         causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile: int | None = None) -> TileLayout:
+    """Queries in packed order: all tokens, or each document's last."""
+    per_tile = queries_per_tile or (QUERIES_OF_LAST_TOKENS if last_tokens_only else QUERIES_PER_TILE)
+    parts: list[
+        tuple[int, int, int, int]
+    ] = []  # first query, number of queries, first token and length of their prefix
+    starts: list[int] = []  # of the segments that have queries
+    lengths: list[int] = []
+    for group in batch.groups:
+        documents = group.start + group.prefix_length
+        if last_tokens_only:
+            parts.append((group.first_document, group.num_documents, group.start, group.prefix_length))
+        else:
+            parts.append((group.start, group.prefix_length, 0, 0))
+            parts.append((documents, group.end - documents, group.start, group.prefix_length))
+            starts.append(group.start)
+            lengths.append(group.prefix_length)
+        for run in group.runs:
+            starts += range(run.start, run.start + run.count * run.length, run.length)
+            lengths += [run.length] * run.count
+    if last_tokens_only:
+        first_own, last_own = np.asarray(starts), batch.last_token_index.numpy()
+    else:
+        first_own, last_own = np.repeat(starts, lengths), np.arange(batch.num_tokens)
+    first, num_queries, prefix, prefix_length = np.asarray(parts).T
+    counts = -(-num_queries // per_tile)
+    offsets = ranges([0] * len(counts), counts).numpy() * per_tile
+    first = np.repeat(first, counts) + offsets
+    num_queries = np.minimum(np.repeat(num_queries, counts) - offsets, per_tile)
+    of_prefix = (np.repeat(prefix, counts), np.repeat(prefix_length, counts))
+    tiles = np.stack([first, num_queries, *of_prefix, first_own[first], last_own[first + num_queries - 1] + 1], axis=1)
+    on_host = [torch.from_numpy(numbers.astype(np.int32)) for numbers in (tiles, first_own, last_own)]
+    return TileLayout(on_host[0], on_host[1], on_host[2], per_tile)
 
 
 def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
@@ -112,6 +168,16 @@ def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | 
         max_seqlen_prefix=max(prefixes),
         is_document=is_document,
     )
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    """One kernel over both parts; see `TileLayout`."""
+    from local_rerank import triton_kernels  # where a GPU is used
+
+    q, k, v = _by_token(q, k, v)
+    own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        return triton_kernels.attend_tiles(q, k, v, *own, scale).unsqueeze(0)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:

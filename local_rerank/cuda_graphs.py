@@ -1,12 +1,11 @@
-"""Small batches as CUDA graphs: their kernels, a few hundred of them, are launched as one.
+"""Batches as CUDA graphs: the kernels of a forward pass, a few hundred of them, are launched as one.
 
 A graph replays a forward pass over buffers whose sizes never change. A batch is therefore put into the buffers of its
-`GraphShape`, the next larger bucket in tokens, segments, groups and longest segment. What is left over is padding that
-no segment holds: no attention reads it, every other step treats tokens alone, and no score is read from it.
+`GraphShape`, the next larger bucket in tokens, pairs and groups. What is left over is padding: no tile has queries
+there, every other step treats tokens alone, and no score is read from it.
 
 A shape is captured when it comes the second time, at most MAX_GRAPHS of them, in one pool of memory: a replay is done
-before the next one begins, so they need room for the largest only. Batches over MAX_TOKENS gain nothing, because there
-the GPU is the slower of the two.
+before the next one begins, so they need room for the largest only.
 """
 
 from __future__ import annotations
@@ -21,80 +20,89 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from local_rerank.attention import layout_to
-from local_rerank.cuda_attention import MergedLayout, merged_layout
+from local_rerank.cuda_attention import QUERIES_OF_LAST_TOKENS, QUERIES_PER_TILE, TileLayout, tile_layout
+from local_rerank.memory import is_out_of_memory
 from local_rerank.packing import PackedBatch, copy_to
 
 logger = logging.getLogger(__name__)
 
-TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, *range(1024, 4096, 512), *range(4096, 16384 + 1, 1024))
 MAX_TOKENS = TOKEN_BUCKETS[-1]
-MAX_SEGMENTS = 128
-MAX_GRAPHS = 32
+MAX_GRAPHS = 64
 CAPTURE_AT = 2  # times a shape has come: a capture takes as long as several passes, and most odd shapes come once
 
-Compute = Callable[[PackedBatch, MergedLayout], Tensor]
-"""(num_pairs,) fp32 from a batch and its layout, all on the device."""
+Inputs = tuple[PackedBatch, TileLayout, TileLayout]
+"""A batch, the layout of all its tokens and that of each document's last."""
+Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
+"""(num_pairs,) fp32 from a batch and its layouts, all on the device."""
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A pass to the function that replays it and the tensor that then holds its result."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """Sizes of a graph's buffers; pairs have room for as many as segments."""
+    """Sizes of a graph's buffers."""
 
     num_tokens: int
-    num_segments: int
+    num_pairs: int
     num_groups: int
-    max_seqlen: int
+
+    @property
+    def num_tiles(self) -> int:
+        """At most: a group begins two tiles, one of its prefix and one of its documents."""
+        return self.num_tokens // QUERIES_PER_TILE + 2 * self.num_groups
+
+    @property
+    def num_last_tiles(self) -> int:
+        return self.num_pairs // QUERIES_OF_LAST_TOKENS + self.num_groups
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedGraph:
-    batch: PackedBatch  # the buffers that a replay reads
-    layout: MergedLayout
+    inputs: Inputs  # the buffers that a replay reads
     replay: Callable[[], None]
-    output: Tensor  # (num_segments,) fp32
+    output: Tensor  # (num_pairs,) fp32
 
 
-def shape_of(batch: PackedBatch, layout: MergedLayout) -> GraphShape | None:
+def shape_of(batch: PackedBatch) -> GraphShape | None:
     """The smallest shape that holds a batch; None where it is too large for a graph."""
-    num_segments = layout.cu_seqlens.shape[0] - 1
-    if batch.num_tokens > MAX_TOKENS or num_segments > MAX_SEGMENTS:
+    if batch.num_tokens > MAX_TOKENS:
         return None
     return GraphShape(
         num_tokens=next(size for size in TOKEN_BUCKETS if size >= batch.num_tokens),
-        num_segments=_power_of_two(num_segments, at_least=8),
-        num_groups=_power_of_two(layout.cu_seqlens_group.shape[0] - 1, at_least=1),
-        max_seqlen=_power_of_two(layout.max_seqlen, at_least=128),  # rows of a block of the kernel
+        num_pairs=_power_of_two(batch.num_pairs, at_least=QUERIES_OF_LAST_TOKENS),
+        num_groups=_power_of_two(len(batch.groups), at_least=1),
     )
 
 
-def padded(batch: PackedBatch, layout: MergedLayout, shape: GraphShape) -> tuple[PackedBatch, MergedLayout]:
-    """The batch and its layout in the sizes of `shape`, on the host."""
-    tokens = shape.num_tokens
+def padded(batch: PackedBatch, shape: GraphShape) -> Inputs:
+    """The batch and its layouts in the sizes of `shape`, on the host."""
+    wide = replace(
+        batch,
+        input_ids=_zeros_after(batch.input_ids, shape.num_tokens),
+        position_ids=_zeros_after(batch.position_ids, shape.num_tokens),
+        last_token_index=_zeros_after(batch.last_token_index, shape.num_pairs),
+        groups=(),
+    )
+    layout, last_layout = tile_layout(batch, False), tile_layout(batch, True)
     return (
-        replace(
-            batch,
-            input_ids=_zeros_after(batch.input_ids, tokens),
-            position_ids=_zeros_after(batch.position_ids, tokens),
-            last_token_index=_zeros_after(batch.last_token_index, shape.num_segments),
-            groups=(),
-        ),
-        MergedLayout(
-            cu_seqlens=_last_repeated(layout.cu_seqlens, shape.num_segments + 1),
-            max_seqlen=shape.max_seqlen,
-            prefix_index=_zeros_after(layout.prefix_index, tokens),
-            cu_seqlens_group=_last_repeated(layout.cu_seqlens_group, shape.num_groups + 1),
-            cu_seqlens_prefix=_last_repeated(layout.cu_seqlens_prefix, shape.num_groups + 1),
-            max_seqlen_group=tokens,
-            max_seqlen_prefix=tokens,
-            is_document=_zeros_after(layout.is_document, tokens),
-        ),
+        wide,
+        _padded_layout(layout, shape.num_tiles, shape.num_tokens),
+        _padded_layout(last_layout, shape.num_last_tiles, shape.num_pairs),
+    )
+
+
+def _padded_layout(layout: TileLayout, num_tiles: int, num_queries: int) -> TileLayout:
+    return replace(
+        layout,
+        tiles=F.pad(layout.tiles, (0, 0, 0, num_tiles - layout.tiles.shape[0])),
+        first_own=_zeros_after(layout.first_own, num_queries),
+        last_own=_zeros_after(layout.last_own, num_queries),
     )
 
 
 class GraphRunner:
-    """Runs small batches through captured graphs; one thread at a time."""
+    """Runs batches through captured graphs; one thread at a time."""
 
     def __init__(self, compute: Compute, device: torch.device, capture: Capture | None = None) -> None:
         self._compute = compute
@@ -110,35 +118,51 @@ class GraphRunner:
 
     def run(self, batch: PackedBatch) -> Tensor | None:
         """(num_pairs,) fp32 in packed order, on the device; None where the batch is not one for a graph."""
-        if self._broken or batch.num_tokens > MAX_TOKENS:
-            return None
-        layout = merged_layout(batch, last_tokens_only=False)
-        assert isinstance(layout, MergedLayout)
-        shape = shape_of(batch, layout)
+        shape = None if self._broken else shape_of(batch)
         if shape is None:
             return None
-        inputs = padded(batch, layout, shape)
-        graph = self._graphs.get(shape) or self._captured(shape, *inputs)
+        graph = self._graphs.get(shape)
+        if graph is None and not self._is_worth_it(shape):
+            return None
+        inputs = padded(batch, shape)
+        graph = graph or self._captured(shape, inputs)
         if graph is None:
             return None
-        _load(graph, *inputs)
+        for buffer, value in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
+            buffer.copy_(copy_to(value, buffer.device), non_blocking=True)
         graph.replay()
         return graph.output[: batch.num_pairs]
 
-    def _captured(self, shape: GraphShape, batch: PackedBatch, layout: MergedLayout) -> CapturedGraph | None:
-        """Capture a shape that has come often enough, while there is room for it."""
+    def clear(self) -> None:
+        """Let go of all graphs and of their memory."""
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _is_worth_it(self, shape: GraphShape) -> bool:
+        """Whether a shape has come often enough, and there is room for it."""
         self._seen[shape] += 1
-        if self._seen[shape] < CAPTURE_AT or len(self._graphs) >= MAX_GRAPHS:
-            return None
-        on_device, layout_on_device = batch.to(self._device), layout_to(layout, self._device)
+        return self._seen[shape] >= CAPTURE_AT and len(self._graphs) < MAX_GRAPHS
+
+    def _captured(self, shape: GraphShape, inputs: Inputs) -> CapturedGraph | None:
+        batch, layout, last_layout = (
+            inputs[0].to(self._device), layout_to(inputs[1], self._device), layout_to(inputs[2], self._device)
+        )  # fmt: skip
         try:
-            replay, output = self._capture(lambda: self._compute(on_device, layout_on_device))
+            replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             logger.warning("CUDA graphs are off from here on: a capture failed (%s)", error)
             self._broken = True
             return None
-        self._graphs[shape] = graph = CapturedGraph(on_device, layout_on_device, replay, output)
+        self._graphs[shape] = graph = CapturedGraph((batch, layout, last_layout), replay, output)
         return graph
+
+
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    batch, *layouts = inputs
+    of_layouts = [tensor for layout in layouts for tensor in (layout.tiles, layout.first_own, layout.last_own)]
+    return [batch.input_ids, batch.position_ids, batch.last_token_index, *of_layouts]
 
 
 def cuda_capture() -> Capture:
@@ -159,18 +183,6 @@ def cuda_capture() -> Capture:
     return capture
 
 
-def _load(graph: CapturedGraph, batch: PackedBatch, layout: MergedLayout) -> None:
-    """Fill the buffers of a graph from the host, without waiting."""
-    pairs = [(getattr(graph.batch, name), getattr(batch, name)) for name in _BATCH_BUFFERS]
-    pairs += [(getattr(graph.layout, name), getattr(layout, name)) for name in _LAYOUT_BUFFERS]
-    for buffer, value in pairs:
-        buffer.copy_(copy_to(value, buffer.device), non_blocking=True)
-
-
-_BATCH_BUFFERS = ("input_ids", "position_ids", "last_token_index")
-_LAYOUT_BUFFERS = ("cu_seqlens", "prefix_index", "cu_seqlens_group", "cu_seqlens_prefix", "is_document")
-
-
 def _power_of_two(value: int, *, at_least: int) -> int:
     return max(at_least, 1 << (value - 1).bit_length())
 
@@ -178,8 +190,3 @@ def _power_of_two(value: int, *, at_least: int) -> int:
 def _zeros_after(tensor: Tensor, size: int) -> Tensor:
     """The last dimension padded with zeros up to `size`."""
     return F.pad(tensor, (0, size - tensor.shape[-1]))
-
-
-def _last_repeated(sums: Tensor, size: int) -> Tensor:
-    """Cumulative lengths padded with segments of no length."""
-    return torch.cat([sums, sums[-1:].expand(size - sums.shape[0])])

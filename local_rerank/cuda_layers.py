@@ -1,128 +1,191 @@
-"""Decoder layers for a GPU in bf16 or fp16: GEMMs that share an input are joined, the work between GEMMs is fused.
+"""The decoder for a GPU in bf16 or fp16: products that share an input are joined, the rest are kernels of ours.
 
-transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors. On
-a fast GPU that traffic takes longer than the GEMMs: for Qwen3-0.6B about 4 GB a layer at 16,384 tokens, 30 ms in all
-at 4 TB/s against 20 ms of GEMMs at 700 TFLOP/s (arithmetic, not measured). `torch.compile` makes one kernel of each
-function below; where it cannot (it needs a C compiler on the machine), torch's own operators run one after the other.
-
-`fuse` replaces all layers but the last, which the engine drives by hand.
+transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors,
+and takes 2 ms of a CPU core to launch a layer's, longer than an H200 takes to run them. Here a layer is four products
+and six kernels, which also run in a CUDA graph. Of the last layer only each document's last token is computed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from local_rerank.attention import KERNELS, Layout, layout_to
+from local_rerank.packing import PackedBatch, pack
+from local_rerank.tokenization import Pair
+
 logger = logging.getLogger(__name__)
 
+LARGEST_DIFFERENCE = 0.03  # of a kernel in bf16 to fp32, as a share of the largest number; bf16 rounds by 0.004 of each
+EPSILON = 1e-6
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The sum (..., hidden) and its RMSNorm."""
-    total = x + residual
-    return total, F.rms_norm(total, weight.shape, weight, eps)
-
-
-def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """RMSNorm and rotary embedding of each head, (1, tokens, heads, head_dim); cos and sin (1, tokens, 1, head_dim)."""
-    normed = F.rms_norm(x, weight.shape, weight, eps)
-    first, second = normed.chunk(2, dim=-1)
-    return normed * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """(..., 2 * intermediate), gate first: (..., intermediate)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-@dataclass(frozen=True, slots=True)
-class Pointwise:
-    """The functions between the GEMMs, compiled or as they are."""
-
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_rms_norm
-    norm_rotate: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = norm_rotate
-    silu_mul: Callable[[Tensor], Tensor] = silu_mul
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
 
 
 class FusedLayer(nn.Module):
-    """Stands in for a Qwen3DecoderLayer, with its weights; called as transformers calls one."""
+    """A decoder layer's weights, and what it does with a stream of residuals that is added to in place."""
 
-    def __init__(self, layer: Any, attend: Callable[..., tuple[Tensor, None]], pointwise: Pointwise) -> None:
-        """`attend`: the function that transformers' attention modules call."""
+    def __init__(self, layer: Any, *, is_last: bool) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv_proj = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        joined = [attention.q_proj], [attention.k_proj, attention.v_proj]
+        # in the last layer few tokens have a query
+        self.projections = nn.ModuleList(map(_joined, joined if is_last else [[*joined[0], *joined[1]]]))
         self.o_proj: Any = attention.o_proj
-        self.gate_up_proj = _joined(mlp.gate_proj, mlp.up_proj)
+        self.gate_up_proj: Any = _joined([mlp.gate_proj, mlp.up_proj])
         self.down_proj: Any = mlp.down_proj
         self.input_layernorm: Any = layer.input_layernorm
         self.post_attention_layernorm: Any = layer.post_attention_layernorm
         self.q_norm: Any = attention.q_norm
         self.k_norm: Any = attention.k_norm
-        self._head_dim = int(attention.head_dim)
-        self._widths = [p.out_features for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self._scaling = float(attention.scaling)
-        self._eps = float(layer.input_layernorm.variance_epsilon)
-        self._attend = attend
-        self._pointwise = pointwise
+        self.head_dim = int(attention.head_dim)
+        self.num_key_heads = attention.k_proj.out_features // self.head_dim
+        self.scaling = float(attention.scaling)
+        self.eps = float(layer.input_layernorm.variance_epsilon)
 
-    def forward(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
-        """(1, tokens, hidden) to the same."""
-        cos, sin = (x.unsqueeze(2) for x in position_embeddings)  # (1, tokens, 1, head_dim)
-        norm = self.input_layernorm.weight
-        x = F.rms_norm(hidden_states, norm.shape, norm, self._eps)
-        parts = self.qkv_proj(x).split(self._widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)  # (1, tokens, heads, head_dim)
-        q = self._pointwise.norm_rotate(q, self.q_norm.weight, cos, sin, self._eps)
-        k = self._pointwise.norm_rotate(k, self.k_norm.weight, cos, sin, self._eps)
-        by_head = (part.transpose(1, 2) for part in (q, k, v))
-        attended, _ = self._attend(self, *by_head, scaling=self._scaling, **options)
-        out = self.o_proj(attended.flatten(2))
-        hidden, x = self._pointwise.add_rms_norm(out, hidden_states, self.post_attention_layernorm.weight, self._eps)
-        result: Tensor = hidden + self.down_proj(self._pointwise.silu_mul(self.gate_up_proj(x)))
-        return result
+    def forward(
+        self, delta: Tensor | None, residual: Tensor, rotation: tuple[Tensor, Tensor], asking: Tensor | None,
+        attend: Attend, layout: Layout,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`delta` is still to be added to `residual`, (tokens, hidden); so are the two that are returned.
 
+        `asking`: the tokens that have a query and come out, all where it is None; rotation: (tokens, head_dim) each.
+        """
+        from local_rerank.triton_kernels import add_rms_norm_, norm_rotate_, silu_mul
 
-def fuse(backbone: Any, attend: Callable[..., tuple[Tensor, None]], *, compiled: bool, device: torch.device) -> str:
-    """Replace all layers but the last by fused ones; says what was done, for the log."""
-    if backbone.config.hidden_act != "silu":
-        return f"layers are transformers' own: the activation is {backbone.config.hidden_act}"
-    pointwise, how = _choose_pointwise(compiled, device)
-    for index in range(len(backbone.layers) - 1):
-        backbone.layers[index] = FusedLayer(backbone.layers[index], attend, pointwise)
-    return f"layers are fused, {how}"
-
-
-def _choose_pointwise(compiled: bool, device: torch.device) -> tuple[Pointwise, str]:
-    if not compiled:
-        return Pointwise(), "not compiled, as asked for"
-    if not can_compile(device):
-        return Pointwise(), "not compiled: torch.compile does not work here"
-    return Pointwise(torch.compile(add_rms_norm), torch.compile(norm_rotate), torch.compile(silu_mul)), "compiled"
+        x = add_rms_norm_(delta, residual, self.input_layernorm.weight, self.eps)
+        q_rotation = rotation
+        if asking is None:
+            heads = self.projections[0](x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.tensor_split((-2 * self.num_key_heads, -self.num_key_heads), dim=1)
+        else:
+            q = self.projections[0](x[asking]).unflatten(-1, (-1, self.head_dim))
+            k, v = self.projections[1](x).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=1)
+            residual, q_rotation = residual[asking], (rotation[0][asking], rotation[1][asking])
+        norm_rotate_(q, self.q_norm.weight, *q_rotation, self.eps)
+        norm_rotate_(k, self.k_norm.weight, *rotation, self.eps)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
+        attended = self.o_proj(attend(q, k, v, layout, self.scaling)[0].flatten(1))
+        x = add_rms_norm_(attended, residual, self.post_attention_layernorm.weight, self.eps)
+        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return out, residual
 
 
-@cache
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for a device, tried once: it needs a C compiler, and Triton on a GPU."""
+class FusedDecoder(nn.Module):
+    """Embedding, layers and final norm; takes the place of transformers' own forward."""
+
+    def __init__(self, backbone: Any) -> None:
+        """`backbone`: a Qwen3Model, whose layers are taken apart one by one, so that no two copies are held."""
+        super().__init__()
+        self.embed_tokens: Any = backbone.embed_tokens
+        self.rotary_emb: Any = backbone.rotary_emb
+        self.norm: Any = backbone.norm
+        last = len(backbone.layers) - 1
+        for index, layer in enumerate(backbone.layers):
+            backbone.layers[index] = FusedLayer(layer, is_last=index == last)
+        self.layers: Any = backbone.layers
+
+    def forward(self, batch: PackedBatch, attend: Attend, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
+        """The last hidden state of each pair's last token, normed: (num_pairs, hidden).
+
+        Batch and layouts are on the device; `last_layout` is called once the layers before are on their way.
+        """
+        from local_rerank.triton_kernels import add_rms_norm_
+
+        residual = F.embedding(batch.input_ids[0], self.embed_tokens.weight)
+        cos, sin = (part[0] for part in self.rotary_emb(residual, batch.position_ids))
+        delta: Tensor | None = None
+        for layer in self.layers[:-1]:
+            delta, residual = layer(delta, residual, (cos, sin), None, attend, layout)
+        last = self.layers[-1]
+        delta, residual = last(delta, residual, (cos, sin), batch.last_token_index, attend, last_layout())
+        return add_rms_norm_(delta, residual, self.norm.weight, last.eps)
+
+
+def why_not_fused(config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason for which a model stays as transformers has it; None where it can be fused.
+
+    Every kernel runs once, in the widths of the model, beside torch's own operators: whatever the compiler, its back
+    end and the card make of it, a wrong score is worse than a slow one.
+    """
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}"
     try:
-        with torch.inference_mode():
-            torch.compile(silu_mul)(torch.ones(32, 64, device=device))
-    except Exception as error:  # whatever compilers, their back ends and the linker raise
+        with torch.inference_mode(), torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
+            differences = kernel_differences(config, device, dtype)
+    except Exception as error:  # whatever the compiler, its back end and the linker raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        logger.warning("torch.compile does not work here (%s: %s)", type(error).__name__, reason)
-        return False
-    return True
+        logger.warning("Triton does not work here (%s: %s)", type(error).__name__, reason)
+        return "Triton does not work here"
+    wrong = {name: value for name, value in differences.items() if not value < LARGEST_DIFFERENCE}
+    if wrong:
+        logger.warning("kernels compute something else here: %s", wrong)
+        return f"kernels compute something else here: {', '.join(wrong)}"
+    return None
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear:
+def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """For each kernel the largest difference to torch's operators in fp32, as a share of the largest number."""
+    from local_rerank import triton_kernels
+
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    lengths = (1, 1, 7, 7, 40, 130)
+    batch = pack([Pair((1,) * (70 + number % 2), (2,) * length) for number, length in enumerate(lengths)])
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    differences: dict[str, float] = {}
+
+    def compare(name: str, ours: Tensor, exact: Tensor) -> None:
+        difference = float((ours.float() - exact).abs().max() / exact.abs().max())
+        differences[name] = max(difference, differences.get(name, 0.0))
+
+    delta, residual, weight = numbers(batch.num_tokens, width), numbers(batch.num_tokens, width), numbers(width)
+    total = (delta + residual).float()
+    normed = triton_kernels.add_rms_norm_(delta, residual, weight, EPSILON)
+    compare("add_rms_norm", normed, F.rms_norm(total, (width,), weight.float(), EPSILON))
+    compare("add_rms_norm", residual, total)
+
+    joined = numbers(batch.num_tokens, heads + 2 * key_heads, head_dim)
+    q, k, v = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+    weight, angles = numbers(head_dim), numbers(batch.num_tokens, head_dim // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    for part in (q, k):
+        first, second = F.rms_norm(part.float(), (head_dim,), weight.float(), EPSILON).chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        exact = torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+        triton_kernels.norm_rotate_(part, weight, cos, sin, EPSILON)
+        compare("norm_rotate", part, exact)
+
+    gate_up = numbers(batch.num_tokens, 2 * inner)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    compare("silu_mul", triton_kernels.silu_mul(gate_up), F.silu(gate) * up)
+
+    tiles, dense = KERNELS["cuda-tiles"], KERNELS["dense"]
+    by_head = [part.transpose(0, 1).unsqueeze(0) for part in (q, k, v)]
+    for last_tokens_only in (False, True):
+        if last_tokens_only:
+            by_head[0] = by_head[0][:, :, batch.last_token_index.to(device)].contiguous()
+        ours, exact = (
+            row.attend(q, k, v, layout_to(row.layout(batch, last_tokens_only), device), head_dim**-0.5)
+            for row, (q, k, v) in ((tiles, by_head), (dense, [part.float() for part in by_head]))
+        )
+        compare("attend_tiles", ours, exact)
+    return differences
+
+
+def _joined(layers: list[Any]) -> nn.Module:
     """One linear layer whose output is that of `layers`, side by side."""
+    if len(layers) == 1:
+        return layers[0]  # type: ignore[no-any-return]  # transformers is untyped
     weight = torch.cat([layer.weight.detach() for layer in layers])
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)

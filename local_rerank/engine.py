@@ -1,11 +1,12 @@
 """Holds the model: PackedBatch -> log-odds. One thread at a time may call `forward`.
 
 All but the last decoder layer run through transformers' own forward, with our attention plugged in. The last layer is
-driven by hand, because there only each document's last token needs a query, an output projection and an MLP. The head
-is two rows, "yes" and "no", multiplied in fp32: the logits over the vocabulary are never formed.
+driven by hand, because there only each document's last token needs a query, an output projection and an MLP. A GPU in
+half precision has a decoder of its own for all of that (`cuda_layers.py`). The head is two rows, "yes" and "no",
+multiplied in fp32: the logits over the vocabulary are never formed.
 
 On a GPU nothing inside a forward pass waits for the device: layouts are built on the host and go there through pinned
-memory, and the scores are fetched once, at the end.
+memory, and the scores are fetched once, at the end. `launch` returns before, so that the next batch can follow at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, la
 from local_rerank.config import EngineConfig
 from local_rerank.cpu_layers import replace_layers
 from local_rerank.cuda_graphs import GraphRunner
+from local_rerank.cuda_layers import FusedDecoder
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
 from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
@@ -95,7 +98,7 @@ class Engine:
     ) -> None:
         """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where batches enter the model.
 
-        `graphs`: small batches run as CUDA graphs, for which the kernel's layout must be the merged one.
+        `graphs`: batches run as CUDA graphs, for which the decoder must be fused and the kernel's layout that of tiles.
         """
         self._backbone: Any = model.model
         self._head = head
@@ -103,17 +106,20 @@ class Engine:
         self._device = device
         self._last_layer: Any = self._backbone.layers[-1]
         self._final_norm: nn.Module = self._backbone.norm
-        # transformers' forward ends with the final norm; ours comes after the last layer
-        self._backbone.norm = nn.Identity()
-        self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
-        self._graphs = GraphRunner(self._unpruned_odds, device) if graphs else None
+        self._is_fused = isinstance(self._backbone, FusedDecoder)
+        if not self._is_fused:
+            # transformers' forward ends with the final norm; ours comes after the last layer
+            self._backbone.norm = nn.Identity()
+            self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
+        self._graphs = GraphRunner(self._odds_of, device) if graphs else None
 
     @property
     def weights_dtype(self) -> str:
         """Precision of the weights that are there, whatever was asked for."""
         if any(isinstance(module, Int8Linear) for module in self._backbone.modules()):
             return "int8"
-        return name_of(self._last_layer.mlp.down_proj.weight.dtype)
+        layer = self._last_layer if self._is_fused else self._last_layer.mlp
+        return name_of(layer.down_proj.weight.dtype)
 
     def with_kernel(self, kernel: KernelRow) -> Engine:
         """The same model behind another kernel and without graphs."""
@@ -127,31 +133,61 @@ class Engine:
         Any thread may call it. Raises OutOfMemory where the device has no room for the batch; what it had taken is free
         again by then.
         """
-        return compute(lambda: self._forward(batch)) if self._device.type == "cpu" else self._forward(batch)
+        return compute(lambda: self.launch(batch)()) if self._device.type == "cpu" else self.launch(batch)()
 
-    def _forward(self, batch: PackedBatch) -> Tensor:
+    def launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
+        """Starts a forward pass; what is returned waits for its log-odds, as `forward` gives them.
+
+        A GPU works on meanwhile; elsewhere the pass is done by then. Raises OutOfMemory.
+        """
         try:
-            with torch.inference_mode():
-                packed = self._odds(batch).cpu()  # the one place that waits for the device
-                return torch.empty_like(packed).scatter_(0, batch.pair_order, packed)
+            with torch.inference_mode(), self._on_device():
+                return self._launch(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+        if self._graphs is not None:
+            self._graphs.clear()
         release_cached()  # out here nothing holds the failed pass's tensors any more
         raise OutOfMemory(num_tokens=batch.num_tokens)
+
+    def _launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
+        odds = self._odds(batch)
+        on_host = torch.empty(odds.shape, dtype=odds.dtype, pin_memory=odds.is_cuda)
+        on_host.copy_(odds, non_blocking=True)
+        done = torch.cuda.Event() if odds.is_cuda else None  # type: ignore[no-untyped-call]
+        if done is not None:
+            done.record()
+
+        def wait() -> Tensor:
+            if done is not None:
+                done.synchronize()  # the one place that waits for the device
+            return torch.empty_like(on_host).scatter_(0, batch.pair_order, on_host)
+
+        return wait
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _odds(self, batch: PackedBatch) -> Tensor:
         """(num_pairs,) fp32 in packed order, on the device of the last layer."""
         if self._graphs is not None and (odds := self._graphs.run(batch)) is not None:
             return odds
-        on_device = batch.to(self._device)
-        hidden = self._run_layers(on_device, self._kernel.layout(batch, False))
-        last_layout = self._kernel.layout(batch, True)  # built while a GPU works on the layers before
-        return self._read_odds(self._run_last_layer(hidden, on_device, last_layout, pruned=True))
+        # the last layer's layout is built while a GPU works on the layers before
+        return self._odds_of(
+            batch.to(self._device), self._kernel.layout(batch, False), lambda: self._kernel.layout(batch, True)
+        )
 
-    def _unpruned_odds(self, batch: PackedBatch, layout: Layout) -> Tensor:
-        """As `_odds`, from tensors on the device alone: all tokens ask in the last layer too, with the same layout."""
-        return self._read_odds(self._run_last_layer(self._run_layers(batch, layout), batch, layout, pruned=False))
+    def _odds_of(self, batch: PackedBatch, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
+        """As `_odds`, of a batch on the device."""
+        if self._is_fused:
+            to_device = partial(layout_to, device=self._device)
+            last = self._backbone(batch, self._kernel.attend, to_device(layout), lambda: to_device(last_layout()))
+        else:
+            last = self._run_last_layer(self._run_layers(batch, layout), batch, last_layout())
+        logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
+        odds: Tensor = logits[:, 1] - logits[:, 0]
+        return odds
 
     def _run_layers(self, batch: PackedBatch, layout: Layout) -> Tensor:
         """All but the last layer: (1, num_tokens, hidden_size)."""
@@ -164,17 +200,10 @@ class Engine:
         ).last_hidden_state
         return hidden
 
-    def _read_odds(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: (1, num_pairs, hidden_size) to (num_pairs,) fp32."""
-        last = self._final_norm(hidden)[0]
-        logits = last.float() @ self._head.T.to(last.device)  # (num_pairs, 2)
-        odds: Tensor = logits[:, 1] - logits[:, 0]
-        return odds
+    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch, layout: Layout) -> Tensor:
+        """transformers' decoder layer, step by step, and the final norm, for the last tokens: (num_pairs, hidden).
 
-    def _run_last_layer(self, hidden: Tensor, batch: PackedBatch, layout: Layout, *, pruned: bool) -> Tensor:
-        """The decoder layer of transformers, step by step, for the last tokens: (1, num_pairs, hidden_size).
-
-        `pruned`: only they have a query, which is what `layout` must say too; else all tokens have.
+        Only they have a query, which is what `layout` must say too.
         """
         layer, attention = self._last_layer, self._last_layer.self_attn
         x = layer.input_layernorm(hidden)  # where accelerate spread the model, on the device of this layer
@@ -183,17 +212,16 @@ class Engine:
         rotation = self._backbone.rotary_emb(hidden, batch.position_ids.to(x.device))
         cos, sin = (part.to(x.device) for part in rotation)  # (1, num_tokens, head_dim)
         heads = (1, -1, attention.head_dim)
-        asking = last if pruned else slice(None)
-        q = attention.q_norm(attention.q_proj(x[:, asking]).unflatten(-1, heads[1:])).transpose(1, 2)
+        q = attention.q_norm(attention.q_proj(x[:, last]).unflatten(-1, heads[1:])).transpose(1, 2)
         k = attention.k_norm(attention.k_proj(x).unflatten(-1, heads[1:])).transpose(1, 2)
         v = attention.v_proj(x).unflatten(-1, heads[1:]).transpose(1, 2)
-        q = _rotate(q, cos[:, asking], sin[:, asking])
+        q = _rotate(q, cos[:, last], sin[:, last])
         k = _rotate(k, cos, sin)
         out = self._kernel.attend(q, k, v, layout_to(layout, q.device), attention.scaling)
-        out = out if pruned else out[:, last]
         hidden = hidden[:, last] + attention.o_proj(out.flatten(2))
-        result: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return result
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        normed: Tensor = self._final_norm(hidden)[0]
+        return normed
 
 
 def load_engine(
@@ -221,14 +249,14 @@ def load_engine(
     num_layers = model.config.num_hidden_layers
     head = _head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     first_device = _entry_device(model)
-    if device.type == "cuda":
-        cuda.prepare(model.model, config, _packed_attention, device)
+    if device.type == "cuda" and not cuda.prepare(model, config, device) and config.attention == "auto":
+        kernel, reason = choose_kernel("auto", device, arithmetic, compiled=False)
     if weights != arithmetic:
         widen(model.model)
     if device.type == "cpu" and config.device_map is None:
         replace_layers(model.model, _packed_attention)
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device)  # by the memory that is free now
-    graphs = cuda.uses_graphs(config, KERNELS[kernel], device)
+    graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
     engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs)
     unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
     if device.type == "cpu":

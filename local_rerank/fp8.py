@@ -6,7 +6,6 @@ come out in bf16. Embeddings, norms, attention, the last hidden state and the he
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 SIZE_MULTIPLE = 16  # of both sides of a weight, for the matrix units
-
-Quantize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,24 +41,24 @@ class Fp8Linear(nn.Module):
     scale: Tensor  # (out_features, 1) fp32
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, quantize_rows: Quantize) -> None:
-        """`quantize_rows`: how activations are quantized, `quantize` or what a compiler made of it."""
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantize(linear.weight.detach())
-        self._quantize = quantize_rows
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) bf16 to (..., out_features) bf16."""
-        values, scale = self._quantize(x.reshape(-1, self.in_features))
+        from local_rerank.triton_kernels import quantize_rows
+
+        values, scale = quantize_rows(x.reshape(-1, self.in_features), FP8)
         out = scaled_matmul(values, scale, self.weight, self.scale, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 
 
-def quantize_model(backbone: Any, quantize_rows: Quantize = quantize) -> None:
+def quantize_model(backbone: Any) -> None:
     """Put every linear layer of the decoder into fp8, one at a time; raises ConfigError where sizes do not allow it."""
     places = [
         (module, name)
@@ -72,7 +69,7 @@ def quantize_model(backbone: Any, quantize_rows: Quantize = quantize) -> None:
     for module, name in places:
         _check_size(name, getattr(module, name))
     for module, name in places:  # nothing here holds a weight once it is replaced
-        setattr(module, name, Fp8Linear(getattr(module, name), quantize_rows))
+        setattr(module, name, Fp8Linear(getattr(module, name)))
 
 
 def _check_size(name: str, linear: nn.Linear) -> None:

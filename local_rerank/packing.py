@@ -114,7 +114,7 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
     )
 
 
-def ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def ranges(starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> Tensor:
     """start, start + 1, ... of each range, one range behind the other: (sum of lengths,) int64.
 
     As lists these numbers took 15 ms of a batch of 16,000 tokens, in which a GPU has nothing to do. numpy's operators

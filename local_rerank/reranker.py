@@ -61,6 +61,7 @@ class Reranker:
             max_batch_tokens=info.max_batch_tokens,
             max_queued_tokens=self.config.max_queued_tokens,
             one_pair_at_a_time=self.config.deterministic,
+            launch=(lambda batch: self._engine.launch(batch)) if info.device.startswith("cuda") else None,
         )
 
     @property

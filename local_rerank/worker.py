@@ -3,6 +3,9 @@
 Admission is decided as a job is queued. A batch that does not fit into memory is tried again in halves, with a smaller
 budget from then on; one that fails for another reason in halves by request, so that only the guilty request fails. A
 score that is no finite number is an error of its request. A cancelled job leaves the queue at once.
+
+Where a GPU computes, the next batch is launched before the scores of the one that runs are fetched, so that the device
+does not wait while answers are written.
 """
 
 from __future__ import annotations
@@ -37,6 +40,15 @@ class BatchReport:
     seconds: float
 
 
+@dataclass(slots=True)
+class _Running:
+    """A batch between its start and its answers."""
+
+    batch: list[Entry]
+    started: float  # of time.perf_counter
+    log_odds: Callable[[], Tensor] | None = None  # waits for them; None where it is still to be scored
+
+
 class Worker:
     """Owns the thread that alone calls `forward`."""
 
@@ -47,10 +59,15 @@ class Worker:
         max_batch_tokens: int,
         max_queued_tokens: int,
         one_pair_at_a_time: bool = False,
+        launch: Callable[[PackedBatch], Callable[[], Tensor]] | None = None,
     ) -> None:
-        """`forward`: a batch to log-odds (num_pairs,); `one_pair_at_a_time`: every pair in a pass of its own."""
+        """`forward`: a batch to log-odds (num_pairs,); `one_pair_at_a_time`: every pair in a pass of its own.
+
+        `launch`: as `forward`, of a device that works by itself: returns at once, with what waits for the log-odds.
+        """
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._forward = forward
+        self._launch = None if one_pair_at_a_time else launch
         self._max_queued_tokens = max_queued_tokens
         self._one_pair_at_a_time = one_pair_at_a_time
         self._scheduler = Scheduler(max_batch_tokens)
@@ -59,6 +76,7 @@ class Worker:
         self._ids = itertools.count()
         self._changed = threading.Condition()  # guards scheduler, drain rate, jobs and closing
         self._closing = False
+        self._last_done = 0.0
         self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
         self._thread.start()
 
@@ -119,22 +137,46 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            started = time.perf_counter()
-            try:
-                self._score(batch)
-                self._report(batch, time.perf_counter() - started)
-            except Exception as error:  # a fault of ours: each waiter must hear of it
-                _log_failure(f"a batch of {len(batch)} pairs could not be delivered", self._names(batch), error)
-                for number in {entry.request_id for entry in batch}:
-                    self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
+        running: _Running | None = None
+        while (batch := self._next_batch(wait=running is None)) is not None:
+            following = self._started(batch) if batch else None
+            if running is not None:
+                self._finish(running)
+            running = following
+        if running is not None:
+            self._finish(running)
         with self._changed:
             jobs, self._jobs = self._jobs, {}
         for job in jobs.values():
             job.fail(ModelUnavailable("the engine is closing"))
 
-    def _next_batch(self) -> list[Entry] | None:
-        """Wait for work; None when closing."""
+    def _started(self, batch: list[Entry]) -> _Running | None:
+        """A batch that the device works on by now; None where it is done, or failed for good."""
+        running = _Running(batch, time.perf_counter())
+        if self._launch is None:
+            self._finish(running)
+            return None
+        try:
+            running.log_odds = self._launch(pack([entry.pair for entry in batch]))
+        except Exception as error:
+            logger.debug("a batch could not be launched (%s); it is tried again by itself", error)
+        return running
+
+    def _finish(self, running: _Running) -> None:
+        """Score and deliver a batch, whether it was launched or not."""
+        batch = running.batch
+        try:
+            self._score(batch, running.log_odds)
+            now = time.perf_counter()
+            self._report(batch, now - max(running.started, self._last_done))
+            self._last_done = now
+        except Exception as error:  # a fault of ours: each waiter must hear of it
+            _log_failure(f"a batch of {len(batch)} pairs could not be delivered", self._names(batch), error)
+            for number in {entry.request_id for entry in batch}:
+                self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
+
+    def _next_batch(self, *, wait: bool) -> list[Entry] | None:
+        """The next batch; without one wait for it, or return none at all. None when closing."""
         with self._changed:
             while not self._closing:
                 if batch := self._scheduler.next_batch():
@@ -142,13 +184,15 @@ class Worker:
                     for job in {self._jobs[entry.request_id] for entry in batch}:
                         job.first_batch = job.first_batch or now
                     return batch
+                if not wait:
+                    return []
                 self._changed.wait()
             return None
 
-    def _score(self, batch: list[Entry]) -> bool:
+    def _score(self, batch: list[Entry], launched: Callable[[], Tensor] | None = None) -> bool:
         """Score and deliver a batch, in parts where it fails; returns whether every request of it was served."""
         try:
-            log_odds = self._log_odds(batch)
+            log_odds = self._log_odds(batch) if launched is None else launched().tolist()
         except OutOfMemory as error:
             return self._score_with_less_memory(batch, error)
         except Exception as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# kernels for GPUs run in an interpreter, but in tests on a GPU; Triton must know before anything imports it
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from local_rerank import Reranker
 from tests.checkpoints import make_checkpoint

@@ -13,6 +13,7 @@ from typing import cast
 
 import huggingface_hub.constants
 import pytest
+import triton
 
 from local_rerank.cli import ENV_PREFIX, app, option_names
 from local_rerank.errors import ConfigError
@@ -57,7 +58,8 @@ def test_everything_that_the_build_reads_is_copied() -> None:
 def test_every_option_it_sets_is_an_option() -> None:
     ours = {ENV_PREFIX + name.upper() for name in option_names()}
     the_hub_s = set(re.findall(r'"(\w+)"', inspect.getsource(huggingface_hub.constants)))
-    assert [name for name in environment() if name not in {"PATH", *ours, *the_hub_s}] == []
+    triton_s = set(re.findall(r'"(\w+)"', inspect.getsource(triton.knobs)))
+    assert [name for name in environment() if name not in {"PATH", *ours, *the_hub_s, *triton_s}] == []
 
 
 def serve_as_the_image_does(monkeypatch: pytest.MonkeyPatch, **variables: str) -> ServerConfig:

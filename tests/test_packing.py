@@ -91,6 +91,8 @@ def test_auto_takes_the_first_kernel_that_runs_and_others_are_refused_by_name(mo
     assert choose_kernel("auto", cpu, torch.float32)[0] == "cpu-flash"
     assert choose_kernel("auto", cuda, torch.bfloat16)[0] == "cuda-merged"
     assert choose_kernel("auto", cuda, torch.float32)[0] == "sdpa"
+    with pytest.raises(ConfigError, match=r"'cuda-tiles' needs the package triton, which is not installed"):
+        choose_kernel("cuda-tiles", cuda, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"'flash-attn' needs the package flash_attn, which is not installed"):
         choose_kernel("flash-attn", cuda, torch.bfloat16)
     with pytest.raises(ConfigError, match="'cuda-varlen' does not take cpu"):

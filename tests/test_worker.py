@@ -53,6 +53,27 @@ class CountedEngine:
         return torch.empty_like(odds).scatter_(0, batch.pair_order, odds)
 
 
+class Gpu(CountedEngine):
+    """Launches a batch and computes it as its scores are fetched; or fails as it is launched."""
+
+    def __init__(self, *, fails_early: bool = False) -> None:
+        super().__init__()
+        self.fails_early = fails_early
+        self.log: list[str] = []
+
+    def launch(self, batch: PackedBatch) -> Callable[[], torch.Tensor]:
+        name = f"batch of {batch.num_pairs}"
+        self.log.append(f"launched {name}")
+        early = self.forward(batch) if self.fails_early else None
+
+        def wait() -> torch.Tensor:
+            assert self.gate.wait(30)
+            self.log.append(f"fetched {name}")
+            return self.forward(batch) if early is None else early
+
+        return wait
+
+
 Start = Callable[..., tuple[Worker, CountedEngine]]
 
 
@@ -60,11 +81,9 @@ Start = Callable[..., tuple[Worker, CountedEngine]]
 def start() -> Iterator[Start]:
     made: list[tuple[Worker, CountedEngine]] = []
 
-    def start(**options: int) -> tuple[Worker, CountedEngine]:
-        engine = CountedEngine()
-        made.append(
-            (Worker(engine.forward, **{"max_batch_tokens": BUDGET, "max_queued_tokens": 500_000} | options), engine)
-        )
+    def start(gpu: Gpu | None = None, **options: int) -> tuple[Worker, CountedEngine]:
+        engine, limits = gpu or CountedEngine(), {"max_batch_tokens": BUDGET, "max_queued_tokens": 500_000} | options
+        made.append((Worker(engine.forward, **limits, launch=None if gpu is None else gpu.launch), engine))  # type: ignore[arg-type]
         return made[-1]
 
     yield start
@@ -298,3 +317,59 @@ def test_a_batch_is_reported_with_the_prefix_tokens_that_sharing_saved(start: St
     assert (report.num_requests, report.num_pairs, report.num_tokens) == (1, 3, 10 + 3 * 70)
     assert report.num_prefix_tokens_saved == 2 * 10
     assert report.seconds > 0
+
+
+def test_a_gpu_gets_its_next_batch_before_the_scores_of_the_last_are_fetched(start: Start) -> None:
+    gpu = Gpu()
+    worker, _ = start(gpu, max_batch_tokens=100)
+    gpu.gate.clear()
+    submit(worker, first := job(1, 10))
+    while gpu.log != ["launched batch of 1"]:
+        time.sleep(0.001)
+    submit(worker, second := job(2, 20), third := job(3, 30))
+    gpu.gate.set()
+    assert [odds(one) for one in (first, second, third)] == [{0: 10.0}, {0: 20.0}, {0: 30.0}]
+    first_fetched = gpu.log.index("fetched batch of 1")
+    assert first_fetched == 1, "it waited for the only batch there was"
+    assert gpu.log[2:4] == ["launched batch of 1", "launched batch of 1"]
+    assert len(gpu.log) == 6
+
+
+@pytest.mark.parametrize("fails_early", [False, True])
+def test_a_gpu_that_fails_one_batch_answers_all_the_others(
+    start: Start, fails_early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = Gpu(fails_early=fails_early)
+    worker, _ = start(gpu, max_batch_tokens=300)
+    jobs = [job(number, 10 + number, GUILTY if number == 3 else 20, name=f"job-{number}") for number in range(8)]
+    submit(worker, *jobs)
+    with pytest.raises(EngineFailure, match="a kernel failed"):
+        jobs.pop(3).future.result(10)
+    assert all(odds(one)[1] == 20.0 for one in jobs)
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.__dict__["request_ids"] for record in errors] == [["job-3"]]
+
+
+@pytest.mark.parametrize("fails_early", [False, True])
+def test_a_gpu_that_runs_out_of_memory_gets_smaller_batches(start: Start, fails_early: bool) -> None:
+    gpu = Gpu(fails_early=fails_early)
+    gpu.memory = 600
+    worker, _ = start(gpu)
+    jobs = [job(number, *range(10, 30)) for number in range(5)]
+    submit(worker, *jobs)
+    assert all(odds(one) == {index: 10.0 + index for index in range(20)} for one in jobs)
+    assert worker.max_batch_tokens <= 600
+
+
+def test_closing_waits_for_what_a_gpu_computes(start: Start) -> None:
+    gpu = Gpu()
+    worker, _ = start(gpu)
+    gpu.gate.clear()
+    submit(worker, one := job(1, 10))
+    while not gpu.log:
+        time.sleep(0.001)
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    gpu.gate.set()
+    closing.join(10)
+    assert odds(one) == {0: 10.0}

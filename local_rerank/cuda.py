@@ -55,9 +55,12 @@ def check_fp8(config: EngineConfig, device: torch.device) -> None:
 
 
 def uses_graphs(config: EngineConfig, kernel: KernelRow, decoder: Any) -> bool:
-    """Whether batches are captured: those of a fused decoder, with the kernel whose layout can be padded."""
+    """Whether batches are captured: those of a fused decoder, with the kernel whose layout can be padded.
+
+    Not where scores must be equal to the bit: a first pass is no graph, and products of padded sizes sum otherwise.
+    """
     can = isinstance(decoder, FusedDecoder) and kernel.layout is tile_layout
-    return can and not config.no_cuda_graphs
+    return can and not (config.no_cuda_graphs or config.deterministic)
 
 
 def token_budget(model: Any, device: torch.device, *, at_most: int) -> int:

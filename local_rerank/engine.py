@@ -154,10 +154,10 @@ class Engine:
     def _launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
         odds = self._odds(batch)
         on_host = torch.empty(odds.shape, dtype=odds.dtype, pin_memory=odds.is_cuda)
-        on_host.copy_(odds, non_blocking=True)
+        on_host.copy_(odds, non_blocking=odds.is_cuda)  # elsewhere nothing would say when it is done
         done = torch.cuda.Event() if odds.is_cuda else None  # type: ignore[no-untyped-call]
         if done is not None:
-            done.record()
+            done.record(torch.cuda.current_stream(odds.device))  # of the last layer, where a model is spread
 
         def wait() -> Tensor:
             if done is not None:

@@ -16,6 +16,7 @@ from local_rerank.attention import KERNELS
 from local_rerank.cuda_attention import tile_layout
 from local_rerank.cuda_graphs import CAPTURE_AT, MAX_GRAPHS, MAX_TOKENS, GraphRunner, padded, shape_of
 from local_rerank.engine import Engine
+from local_rerank.errors import OutOfMemory
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.tokenization import Pair
 from tests.checkpoints import make_checkpoint
@@ -165,6 +166,23 @@ def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
     assert caplog.text.count("CUDA graphs are off") == 1
 
 
+def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs(engine: Engine) -> None:
+    engine._graphs = graphs = runner(engine)
+    batch = pack(pairs_of(3))
+    expected = captured(graphs, batch)
+
+    def runs_out(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs._capture = runs_out
+    other = pack(pairs_of(100))
+    engine.forward(other)
+    with pytest.raises(OutOfMemory):
+        engine.forward(other)
+    assert graphs.num_graphs == 0
+    assert near(engine.forward(batch), expected)
+
+
 def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
     batch = pack(pairs_of(4, 4, 11))
     expected = engine.forward(batch)
@@ -180,6 +198,7 @@ def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engi
     assert cuda.uses_graphs(EngineConfig(), tiles, ours)
     assert not cuda.uses_graphs(EngineConfig(), KERNELS["cuda-merged"], ours)
     assert not cuda.uses_graphs(EngineConfig(no_cuda_graphs=True), tiles, ours)
+    assert not cuda.uses_graphs(EngineConfig(deterministic=True), tiles, ours)
     assert not cuda.uses_graphs(EngineConfig(), tiles, tiny_reranker._engine._backbone)
 
 

@@ -68,6 +68,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results |= child(options, "checkpoint", options.shape, shapes[options.shape], 120)
     if options.device != "cpu" and (options.only is None or "gpu_tests" in options.only):
         results["gpu_tests"] = gpu_tests(min(90.0, end - time.monotonic()))
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for part, (_, limit) in PARTS.items():
         if options.only is not None and part not in options.only:
             continue

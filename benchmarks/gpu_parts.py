@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,6 +208,8 @@ def tuning(setting: Setting) -> Result:
     """Kernels alone: microseconds of attention by tile, block, warps and stages; bytes a second of the rest."""
     if setting.device.type != "cuda":
         return {"not_here": "kernels are compiled for a GPU only"}
+    import triton
+
     from local_rerank import triton_kernels
 
     shape, device = SHAPES[setting.shape], setting.device
@@ -215,8 +218,12 @@ def tuning(setting: Setting) -> Result:
     results: Result = {}
 
     def microseconds(run: Callable[[], object]) -> float:
-        for _ in range(3):
-            run()
+        """NaN where the card has no room for a kernel's blocks."""
+        try:
+            for _ in range(3):
+                run()
+        except triton.runtime.errors.OutOfResources:
+            return math.nan
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # without the time of launching
             for _ in range(10):
@@ -234,7 +241,9 @@ def tuning(setting: Setting) -> Result:
                 for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3)):
                     options = {"BLOCK_K": block, "num_warps": warps, "num_stages": stages}
                     name = f"{load}: {queries} queries, {block} keys, {warps} warps, {stages} stages"
-                    results[name] = round(microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options)))
+                    results[name] = round(
+                        microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options)), 1
+                    )
         x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
         weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
         gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
@@ -390,36 +399,45 @@ def fp8(setting: Setting) -> Result:
 
 
 def memory(setting: Setting) -> Result:
-    """The fitted budget, the peak of a full batch beside the estimate, and a batch that cannot fit."""
+    """The fitted budget, the peak of a full batch beside the estimate, what graphs hold, a batch that cannot fit."""
     if setting.device.type != "cuda":
         return {"not_here": "the CPU's budget is fixed"}
     from transformers import Qwen3Config
 
-    from local_rerank.memory import LayerShape, bytes_per_token
+    from local_rerank.cuda_graphs import CAPTURE_AT
+    from local_rerank.memory import LayerShape, bytes_per_token, release_cached
 
     with loaded(setting, max_batch_tokens=None) as reranker:
         pairs = pairs_of_300(setting, reranker)
-        engine, batch = reranker._engine, pack(pairs)
+        budget, with_graphs = reranker.info.max_batch_tokens, reranker._engine
+        engine, batch = with_graphs.with_kernel(with_graphs._kernel), pack(pairs)
         engine.forward(batch)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         engine.forward(batch)
         peak = torch.cuda.max_memory_allocated() - before
+        release_cached()
+        before = torch.cuda.memory_reserved()
+        for number in range(1, len(pairs) + 1, 4):  # from the smallest graph to the largest
+            for _ in range(CAPTURE_AT):
+                with_graphs.forward(pack(pairs[:number]))
+        release_cached()
+        held_by_graphs = torch.cuda.memory_reserved() - before
         torch.cuda.set_per_process_memory_fraction(0.05)
         try:
-            engine.forward(pack(pairs * 40))
+            with_graphs.forward(pack(pairs * 40))
             refused = "nothing: it fitted"
         except OutOfMemory as error:
             refused = str(error)
         torch.cuda.set_per_process_memory_fraction(1.0)
-        engine.forward(batch)
-        budget = reranker.info.max_batch_tokens
+        with_graphs.forward(batch)
     estimate = bytes_per_token(LayerShape.of(Qwen3Config(**SHAPES[setting.shape])), 2)
     return {
         "max_batch_tokens": budget,
         "peak_bytes_per_token": peak / batch.num_tokens,
         "estimated_bytes_per_token": estimate,
         "peak_bytes": peak,
+        "bytes_held_by_graphs": held_by_graphs,
         "too_large_a_batch": refused,
     }
 

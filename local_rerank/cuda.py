@@ -24,12 +24,14 @@ logger = logging.getLogger(__name__)
 def prepare(model: Any, config: EngineConfig, device: torch.device) -> bool:
     """Put a decoder of ours into a half-precision model on one GPU, then quantize it if fp8 is asked for.
 
-    Returns whether it is there. Raises ConfigError for fp8 without it.
+    Returns whether it is there. Raises ConfigError for fp8 or our attention kernel without it.
     """
     reason = _why_not_fused(model, config, device)
     if reason is not None:
         if config.dtype == "fp8":
             raise ConfigError(f"dtype is 'fp8', which needs fused layers, and these are left out: {reason}")
+        if config.attention == "cuda-tiles":
+            raise ConfigError(f"attention is 'cuda-tiles', which is compiled here, and that is left out: {reason}")
         logger.info("layers are transformers' own: %s", reason)
         return False
     model.model = FusedDecoder(model.model)
@@ -44,7 +46,11 @@ def _why_not_fused(model: Any, config: EngineConfig, device: torch.device) -> st
         return "the model is spread over devices"
     if model.dtype == torch.float32:
         return "the model is in fp32"
-    return "as asked for" if config.no_compile else cuda_layers.why_not_fused(model.config, device, model.dtype)
+    return (
+        "as asked for"
+        if config.no_compile
+        else cuda_layers.why_not_fused(model.config, device, model.dtype, fp8=config.dtype == "fp8")
+    )
 
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:
@@ -63,10 +69,13 @@ def uses_graphs(config: EngineConfig, kernel: KernelRow, decoder: Any) -> bool:
     return can and not (config.no_cuda_graphs or config.deterministic)
 
 
-def token_budget(model: Any, device: torch.device, *, at_most: int) -> int:
-    """Tokens of a batch that fit beside the weights, on the fullest of the model's GPUs."""
+def token_budget(model: Any, device: torch.device, *, at_most: int, graphs: bool = False) -> int:
+    """Tokens of a batch that fit beside the weights, on the fullest of the model's GPUs.
+
+    `graphs`: with CUDA graphs, whose pool of memory has room for a batch of its own.
+    """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    per_token = bytes_per_token(LayerShape.of(model.config), model.dtype.itemsize)
+    per_token = bytes_per_token(LayerShape.of(model.config), model.dtype.itemsize) * (2 if graphs else 1)
     free = free_bytes(devices or {device})  # none where accelerate keeps all weights outside
     budget = fitted_budget(free, per_token, at_most=at_most)
     logger.info("%d tokens a batch: %.1f GB free, about %d bytes a token", budget, free / 1e9, per_token)

@@ -4,8 +4,9 @@ A graph replays a forward pass over buffers whose sizes never change. A batch is
 `GraphShape`, the next larger bucket in tokens, pairs and groups. What is left over is padding: no tile has queries
 there, every other step treats tokens alone, and no score is read from it.
 
-A shape is captured when it comes the second time, at most MAX_GRAPHS of them, in one pool of memory: a replay is done
-before the next one begins, so they need room for the largest only.
+A shape is captured when it comes the second time, in one pool of memory: a replay is done before the next one begins,
+so all need room for the largest only. That one is captured first, because a pool whose graphs grow cannot join its
+blocks. Past MAX_GRAPHS a shape takes the place of one that comes less than half as often.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from local_rerank.attention import layout_to
 from local_rerank.cuda_attention import QUERIES_OF_LAST_TOKENS, QUERIES_PER_TILE, TileLayout, tile_layout
-from local_rerank.memory import is_out_of_memory
-from local_rerank.packing import PackedBatch, copy_to
+from local_rerank.memory import is_out_of_memory, release_cached
+from local_rerank.packing import PackedBatch, copy_to, pack
+from local_rerank.tokenization import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,11 @@ Inputs = tuple[PackedBatch, TileLayout, TileLayout]
 """A batch, the layout of all its tokens and that of each document's last."""
 Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
 """(num_pairs,) fp32 from a batch and its layouts, all on the device."""
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""A pass to the function that replays it and the tensor that then holds its result."""
+Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
+"""A pass, and whether no graph is held, to the function that replays it and the tensor that then holds its result."""
+
+
+_ANY_BATCH = pack([Pair((0,), (0,))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +70,9 @@ class CapturedGraph:
     output: Tensor  # (num_pairs,) fp32
 
 
-def shape_of(batch: PackedBatch) -> GraphShape | None:
-    """The smallest shape that holds a batch; None where it is too large for a graph."""
-    if batch.num_tokens > MAX_TOKENS:
+def shape_of(batch: PackedBatch, *, max_tokens: int = MAX_TOKENS) -> GraphShape | None:
+    """The smallest shape that holds a batch; None where it is too large for a graph of `max_tokens`."""
+    if batch.num_tokens > max_tokens:
         return None
     return GraphShape(
         num_tokens=next(size for size in TOKEN_BUCKETS if size >= batch.num_tokens),
@@ -104,13 +110,16 @@ def _padded_layout(layout: TileLayout, num_tiles: int, num_queries: int) -> Tile
 class GraphRunner:
     """Runs batches through captured graphs; one thread at a time."""
 
-    def __init__(self, compute: Compute, device: torch.device, capture: Capture | None = None) -> None:
+    def __init__(
+        self, compute: Compute, device: torch.device, *, max_tokens: int = MAX_TOKENS, capture: Capture | None = None
+    ) -> None:
+        """`max_tokens`: no batch of more will come."""
         self._compute = compute
         self._device = device
-        self._capture = capture or cuda_capture()
+        self._capture = capture or cuda_capture(device)
+        self._max_tokens = next((size for size in TOKEN_BUCKETS if size >= max_tokens), MAX_TOKENS)
         self._graphs: dict[GraphShape, CapturedGraph] = {}
         self._seen: Counter[GraphShape] = Counter()
-        self._broken = False
 
     @property
     def num_graphs(self) -> int:
@@ -118,45 +127,71 @@ class GraphRunner:
 
     def run(self, batch: PackedBatch) -> Tensor | None:
         """(num_pairs,) fp32 in packed order, on the device; None where the batch is not one for a graph."""
-        shape = None if self._broken else shape_of(batch)
+        shape = shape_of(batch, max_tokens=self._max_tokens)
         if shape is None:
             return None
-        graph = self._graphs.get(shape)
-        if graph is None and not self._is_worth_it(shape):
+        self._seen[shape] += 1
+        if shape not in self._graphs and not (self._is_worth_it(shape) and self._capture_shape(shape)):
             return None
-        inputs = padded(batch, shape)
-        graph = graph or self._captured(shape, inputs)
-        if graph is None:
-            return None
+        graph, inputs = self._graphs[shape], padded(batch, shape)
         for buffer, value in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
             buffer.copy_(copy_to(value, buffer.device), non_blocking=True)
         graph.replay()
         return graph.output[: batch.num_pairs]
 
-    def clear(self) -> None:
-        """Let go of all graphs and of their memory."""
-        self._graphs.clear()
+    def give_way(self) -> bool:
+        """Let go of all graphs, which are half as large from then on; whether there were any."""
+        had_any = bool(self._graphs)
+        if had_any:
+            self._shrink()
+        return had_any
+
+    def _shrink(self) -> None:
+        self._max_tokens = max((size for size in TOKEN_BUCKETS if size <= self._max_tokens // 2), default=0)
+        self._forget(list(self._graphs))
         self._seen.clear()
+        logger.warning("memory is short: CUDA graphs have at most %d tokens now", self._max_tokens)
+
+    def _forget(self, shapes: list[GraphShape]) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # one of them may be running
+        for shape in shapes:
+            del self._graphs[shape]
 
     def _is_worth_it(self, shape: GraphShape) -> bool:
-        """Whether a shape has come often enough, and there is room for it."""
-        self._seen[shape] += 1
-        return self._seen[shape] >= CAPTURE_AT and len(self._graphs) < MAX_GRAPHS
+        """Whether a shape has come often enough, and there is room for it or now is."""
+        if self._seen[shape] < CAPTURE_AT:
+            return False
+        if len(self._graphs) >= MAX_GRAPHS:
+            rarest = min(self._graphs, key=self._seen.__getitem__)
+            if self._seen[shape] <= 2 * self._seen[rarest]:
+                return False
+            self._forget([rarest])
+            self._seen = Counter({seen: times // 2 for seen, times in self._seen.items()})  # what was counts for less
+        return True
 
-    def _captured(self, shape: GraphShape, inputs: Inputs) -> CapturedGraph | None:
-        batch, layout, last_layout = (
-            inputs[0].to(self._device), layout_to(inputs[1], self._device), layout_to(inputs[2], self._device)
-        )  # fmt: skip
+    def _capture_shape(self, shape: GraphShape) -> bool:
+        """Capture a shape, and before the first one the largest there may be; whether it worked."""
+        shapes = [shape] if self._graphs else [replace(shape, num_tokens=self._max_tokens), shape]
         try:
-            replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout))
+            for each in dict.fromkeys(shapes):
+                self._graphs[each] = self._captured(each)
+            return True
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            logger.warning("CUDA graphs are off from here on: a capture failed (%s)", error)
-            self._broken = True
-            return None
-        self._graphs[shape] = graph = CapturedGraph((batch, layout, last_layout), replay, output)
-        return graph
+            # leaving a capture that failed may fail in turn
+            if not any(cause and is_out_of_memory(cause) for cause in (error, error.__context__)):
+                logger.warning("CUDA graphs are off from here on: a capture failed (%s)", error)
+                self._max_tokens = 0
+                return False
+        self._shrink()
+        release_cached()  # out here nothing holds the failed pass's tensors any more
+        return False
+
+    def _captured(self, shape: GraphShape) -> CapturedGraph:
+        wide, *layouts = padded(_ANY_BATCH, shape)  # what a pass reads does not matter until it is replayed
+        batch, (layout, last_layout) = wide.to(self._device), (layout_to(each, self._device) for each in layouts)
+        replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout), not self._graphs)
+        return CapturedGraph((batch, layout, last_layout), replay, output)
 
 
 def _tensors(inputs: Inputs) -> list[Tensor]:
@@ -165,18 +200,24 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
     return [batch.input_ids, batch.position_ids, batch.last_token_index, *of_layouts]
 
 
-def cuda_capture() -> Capture:
-    """Captures into one pool of memory that all its graphs share."""
-    pool = torch.cuda.graph_pool_handle()
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures into a pool of memory that all graphs share, on one stream.
 
-    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
+    A pool ends with its last graph, and torch takes no new one into it then. Each stream keeps a workspace; torch's own
+    for captures would be one of whichever device was first.
+    """
+    pool: Any = None
+    side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        nonlocal pool
+        pool = torch.cuda.graph_pool_handle() if is_first else pool
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()  # workspaces and compiled code must exist before a capture
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             output = run()
         return graph.replay, output
 

@@ -94,11 +94,12 @@ class Engine:
         *,
         kernel: KernelRow,
         device: torch.device,
-        graphs: bool = False,
+        graph_tokens: int | None = None,
     ) -> None:
         """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where batches enter the model.
 
-        `graphs`: batches run as CUDA graphs, for which the decoder must be fused and the kernel's layout that of tiles.
+        `graph_tokens`: batches up to so many run as CUDA graphs; the decoder must be fused then and the kernel's layout
+        that of tiles.
         """
         self._backbone: Any = model.model
         self._head = head
@@ -111,7 +112,7 @@ class Engine:
             # transformers' forward ends with the final norm; ours comes after the last layer
             self._backbone.norm = nn.Identity()
             self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
-        self._graphs = GraphRunner(self._odds_of, device) if graphs else None
+        self._graphs = None if graph_tokens is None else GraphRunner(self._odds_of, device, max_tokens=graph_tokens)
 
     @property
     def weights_dtype(self) -> str:
@@ -138,18 +139,20 @@ class Engine:
     def launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
         """Starts a forward pass; what is returned waits for its log-odds, as `forward` gives them.
 
-        A GPU works on meanwhile; elsewhere the pass is done by then. Raises OutOfMemory.
+        A GPU works on meanwhile; elsewhere the pass is done by then. Where memory runs out and graphs hold some,
+        they are let go and the pass is tried once more. Raises OutOfMemory.
         """
-        try:
-            with torch.inference_mode(), self._on_device():
-                return self._launch(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        if self._graphs is not None:
-            self._graphs.clear()
-        release_cached()  # out here nothing holds the failed pass's tensors any more
-        raise OutOfMemory(num_tokens=batch.num_tokens)
+        while True:
+            try:
+                with torch.inference_mode(), self._on_device():
+                    return self._launch(batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            gave_way = self._graphs is not None and self._graphs.give_way()
+            release_cached()  # out here nothing holds the failed pass's tensors any more
+            if not gave_way:
+                raise OutOfMemory(num_tokens=batch.num_tokens)
 
     def _launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
         odds = self._odds(batch)
@@ -255,9 +258,11 @@ def load_engine(
         widen(model.model)
     if device.type == "cpu" and config.device_map is None:
         replace_layers(model.model, _packed_attention)
-    max_batch_tokens = config.max_batch_tokens or _default_budget(model, device)  # by the memory that is free now
     graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
-    engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graphs=graphs)
+    # by the memory that is free now
+    max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
+    graph_tokens = max_batch_tokens if graphs else None
+    engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graph_tokens=graph_tokens)
     unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
     if device.type == "cpu":
         keep_freed_memory()
@@ -291,9 +296,9 @@ def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair
     return quantize_layers(layers, lambda: engine.forward(batch))
 
 
-def _default_budget(model: PreTrainedModel, device: torch.device) -> int:
+def _default_budget(model: PreTrainedModel, device: torch.device, *, graphs: bool) -> int:
     if device.type == "cuda":
-        return cuda.token_budget(model, device, at_most=GPU_BATCH_TOKENS)
+        return cuda.token_budget(model, device, at_most=GPU_BATCH_TOKENS, graphs=graphs)
     return CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
 
 

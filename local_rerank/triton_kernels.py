@@ -85,7 +85,9 @@ def _quantize_rows(x, out, scales, width, LARGEST: tl.constexpr, BLOCK: tl.const
     scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12) / LARGEST
     steps = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
     tl.store(out + row * width + columns, steps.to(out.dtype.element_ty), mask=mask)
-    tl.store(scales + row, scale)
+    # minimum and maximum drop NaN, of which no score must be made
+    is_number = tl.sum((values != values).to(tl.int32), axis=0) == 0
+    tl.store(scales + row, tl.where(is_number, scale, float("nan")))
 
 
 @triton.jit

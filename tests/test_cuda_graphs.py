@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from local_rerank.cuda_attention import tile_layout
 from local_rerank.cuda_graphs import CAPTURE_AT, MAX_GRAPHS, MAX_TOKENS, GraphRunner, padded, shape_of
 from local_rerank.engine import Engine
 from local_rerank.errors import OutOfMemory
+from local_rerank.memory import release_cached
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.tokenization import Pair
 from tests.checkpoints import make_checkpoint
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
-def rerun(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def rerun(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
     """In place of a capture: a replay runs the pass again over the same buffers, into the same output."""
     output = run()
     output.fill_(float("nan"))  # nothing is computed by capturing
@@ -51,8 +53,18 @@ def engine(loaded: Engine) -> Engine:
     return loaded.with_kernel(loaded._kernel)
 
 
-def runner(engine: Engine, capture: cuda_graphs.Capture = rerun) -> GraphRunner:
-    return GraphRunner(engine._odds_of, CPU, capture)
+def runner(engine: Engine, capture: cuda_graphs.Capture = rerun, *, max_tokens: int = 512) -> GraphRunner:
+    return GraphRunner(engine._odds_of, CPU, max_tokens=max_tokens, capture=capture)
+
+
+def runs_out(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+    """A capture for which there is no memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def sizes(graphs: GraphRunner) -> list[int]:
+    """Tokens of the graphs that are held, in the order of their captures."""
+    return [shape.num_tokens for shape in graphs._graphs]
 
 
 def run(graphs: GraphRunner, batch: PackedBatch) -> Tensor | None:
@@ -77,9 +89,9 @@ def test_a_shape_is_captured_when_it_comes_again_and_its_scores_are_the_same(eng
     graphs = runner(engine)
     batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
     assert run(graphs, batch) is None
-    assert graphs.num_graphs == 0
+    assert sizes(graphs) == []
     scores = run(graphs, batch)
-    assert graphs.num_graphs == 1
+    assert sizes(graphs) == [512, 64]  # the largest first, for the sake of the pool
     assert scores is not None
     packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
     assert near(packed, engine.forward(batch))
@@ -92,7 +104,7 @@ def test_other_batches_of_one_shape_share_a_graph_and_leave_nothing_of_the_one_b
         scores = captured(graphs, batch)
         packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
         assert near(packed, engine.forward(batch))
-    assert graphs.num_graphs == 1
+    assert sizes(graphs) == [512, 64]
 
 
 @given(pairs=some_pairs)
@@ -117,47 +129,108 @@ def test_padding_changes_sizes_and_nothing_that_a_tile_reads(pairs: list[Pair]) 
 
 
 def test_a_batch_that_is_too_large_is_left_to_the_plain_way(engine: Engine) -> None:
-    graphs = runner(engine)
+    graphs = runner(engine, max_tokens=MAX_TOKENS)
     batch = pack(pairs_of(MAX_TOKENS))
     assert [run(graphs, batch) for _ in range(3)] == [None] * 3
-    assert graphs.num_graphs == 0
+    assert sizes(graphs) == []
 
 
-def test_cleared_graphs_are_captured_anew(engine: Engine) -> None:
+@pytest.mark.parametrize(("max_tokens", "largest"), [(64, 64), (100, 128), (16_000, MAX_TOKENS), (90_000, MAX_TOKENS)])
+def test_the_largest_graph_is_that_of_the_token_budget(engine: Engine, max_tokens: int, largest: int) -> None:
+    graphs = runner(engine, lambda run, is_first: (lambda: None, torch.zeros(16)), max_tokens=max_tokens)
+    captured(graphs, pack(pairs_of(3)))
+    assert sizes(graphs) == ([64] if largest == 64 else [largest, 64])
+
+
+def test_the_pool_is_a_new_one_whenever_no_graph_is_held(engine: Engine) -> None:
+    first: list[bool] = []
+
+    def noted(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        first.append(is_first)
+        return rerun(run, is_first)
+
+    graphs = runner(engine, noted)
+    for num_tokens in (3, 100):
+        captured(graphs, pack(pairs_of(num_tokens)))
+    assert graphs.give_way()
+    captured(graphs, pack(pairs_of(3)))
+    assert first == [True, False, False, True, False]
+
+
+def test_graphs_that_give_way_are_captured_anew_half_as_large(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     graphs, batch = runner(engine), pack(pairs_of(3))
+    assert not graphs.give_way()  # there is none
     captured(graphs, batch)
-    graphs.clear()
-    assert graphs.num_graphs == 0
+    with caplog.at_level(logging.WARNING):
+        assert graphs.give_way()
+    assert "CUDA graphs have at most 256 tokens now" in caplog.text
+    assert sizes(graphs) == []
     assert run(graphs, batch) is None
     assert near(captured(graphs, batch), engine.forward(batch))
+    assert sizes(graphs) == [256, 64]
+    assert [run(graphs, pack(pairs_of(300))) for _ in range(3)] == [None] * 3
 
 
-def test_memory_that_runs_out_in_a_capture_is_told_from_one_that_cannot_be(engine: Engine) -> None:
-    def runs_out(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_memory_that_runs_out_in_a_capture_leaves_the_batch_to_the_plain_way(engine: Engine) -> None:
+    tried: list[int] = []
 
-    graphs = runner(engine, runs_out)
-    assert run(graphs, pack(pairs_of(3))) is None
-    with pytest.raises(torch.OutOfMemoryError):
-        run(graphs, pack(pairs_of(3)))
+    def short_of_memory(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        tried.append(len(tried))
+        if len(tried) <= 2:
+            try:
+                runs_out(run, is_first)
+            finally:
+                if len(tried) == 2:
+                    raise RuntimeError("capture was invalidated")  # as leaving it can, too
+        return rerun(run, is_first)
+
+    engine._graphs = graphs = runner(engine, short_of_memory)
+    batch = pack(pairs_of(20, 20))
+    expected = engine.with_kernel(engine._kernel).forward(batch)
+    held = []
+    for _ in range(6):
+        assert near(engine.forward(batch), expected)
+        held.append(sizes(graphs))
+    assert held == [[], [], [], [], [], [128, 64]]  # 512 and 256 tokens found no room
 
 
-def test_no_more_graphs_are_captured_than_there_is_room_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_takes_the_place_of_one_that_has_become_rare(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     assert MAX_GRAPHS > 2
-    graphs = runner(engine)
-    for num_tokens in (30, 100, 200, 300):
-        for _ in range(CAPTURE_AT):
-            run(graphs, pack(pairs_of(num_tokens)))
+    graphs = runner(engine, max_tokens=64)
+    often, before, now = (pack(pairs_of(*[1] * count)) for count in (1, 20, 40))
+    for _ in range(20):
+        run(graphs, often)
+    for _ in range(4):
+        run(graphs, before)
+    assert [run(graphs, now) for _ in range(8)] == [None] * 8
+    assert run(graphs, now) is not None
+    assert run(graphs, often) is not None
+    assert [run(graphs, before), run(graphs, before)] == [None, None]
     assert graphs.num_graphs == 2
-    assert run(graphs, pack(pairs_of(30))) is not None
-    assert run(graphs, pack(pairs_of(300))) is None
+
+
+def test_more_shapes_than_there_is_room_for_do_not_push_each_other_out(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    captures: list[bool] = []
+
+    def counted(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        captures.append(is_first)
+        return rerun(run, is_first)
+
+    graphs = runner(engine, counted, max_tokens=64)
+    for _ in range(20):
+        for count in (1, 20, 40):
+            run(graphs, pack(pairs_of(*[1] * count)))
+    assert len(captures) == 2
 
 
 def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def fails(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphs = runner(engine, fails)
@@ -166,21 +239,50 @@ def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
     assert caplog.text.count("CUDA graphs are off") == 1
 
 
-def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs(engine: Engine) -> None:
+def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine._graphs = graphs = runner(engine)
-    batch = pack(pairs_of(3))
+    batch, other = pack(pairs_of(3)), pack(pairs_of(100))
     expected = captured(graphs, batch)
-
-    def runs_out(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    graphs._capture = runs_out
-    other = pack(pairs_of(100))
-    engine.forward(other)
-    with pytest.raises(OutOfMemory):
-        engine.forward(other)
-    assert graphs.num_graphs == 0
+    monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=1))
+    assert near(engine.forward(other), engine.with_kernel(engine._kernel).forward(other))
+    assert sizes(graphs) == []
+    assert taken.calls == 3
     assert near(engine.forward(batch), expected)
+
+
+def test_memory_that_runs_out_without_graphs_too_is_an_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine._graphs = graphs = runner(engine)
+    captured(graphs, pack(pairs_of(3)))
+    monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=2))
+    with pytest.raises(OutOfMemory):
+        engine.forward(pack(pairs_of(100)))
+    assert taken.calls == 2
+
+
+class OutOfMemoryOnce:
+    """In place of a pass: the first calls find no memory."""
+
+    def __init__(self, compute: cuda_graphs.Compute, *, times: int) -> None:
+        self.calls, self._compute, self._times = 0, compute, times
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        if self.calls <= self._times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._compute(*arguments)
+
+
+def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_before(engine: Engine) -> None:
+    first, second = pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))
+    expected = [engine.forward(first), engine.forward(second)]
+    engine._graphs = runner(engine)
+    captured(engine._graphs, first)
+    waits = [engine.launch(first), engine.launch(second)]
+    assert sizes(engine._graphs) == [512, 64]
+    assert all(near(wait(), scores) for wait, scores in zip(waits, expected, strict=True))
+    assert not near(*expected)
 
 
 def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
@@ -190,7 +292,7 @@ def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
     for _ in range(3):
         scores = engine.forward(batch)
         assert near(scores, expected)
-    assert engine._graphs.num_graphs == 1
+    assert engine._graphs.num_graphs == 2
 
 
 def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engine, tiny_reranker: Reranker) -> None:
@@ -217,3 +319,25 @@ def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> N
                 scores = engine.forward(batch)
             assert torch.allclose(scores, expected, atol=0.05 * float(expected.abs().max()))
         assert engine._graphs.num_graphs > 0
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_each_other(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
+    with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=1024) as reranker:
+        engine = reranker._engine
+        graphs = engine._graphs
+        assert graphs is not None
+        batches = [pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))]
+        expected = [engine.with_kernel(engine._kernel).forward(batch) for batch in batches]
+        for largest in (1024, 512):
+            for batch in batches * CAPTURE_AT:
+                engine.forward(batch)
+            assert sizes(graphs) == [largest, 64]
+            for _ in range(10):
+                waits = [engine.launch(batch) for batch in batches]
+                for wait, scores in zip(waits, expected, strict=True):
+                    assert torch.allclose(wait(), scores, atol=0.05 * float(scores.abs().max()))
+            graphs.give_way()
+            release_cached()

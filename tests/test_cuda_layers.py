@@ -100,14 +100,45 @@ def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch
     assert set(differences) == {"add_rms_norm", "norm_rotate", "silu_mul", "attend_tiles"}
     assert max(differences.values()) < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
     assert cuda_layers.why_not_fused(a_model().config, CPU, dtype) is None
+    with_fp8 = cuda_layers.kernel_differences(a_model().config, CPU, dtype, fp8=True)
+    assert with_fp8.pop("quantize_rows") < 2e-6
+    assert with_fp8 == differences
 
 
-@pytest.mark.parametrize("name", ["add_rms_norm_", "silu_mul", "attend_tiles"])
-def test_a_kernel_that_computes_something_else_is_not_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(triton_kernels, name)
-    monkeypatch.setattr(triton_kernels, name, lambda *arguments: right(*arguments) * 1.1)
+@pytest.mark.parametrize("part", [0, 1])
+def test_fp8_is_refused_where_its_kernel_computes_something_else(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = triton_kernels.quantize_rows
+
+    def wrong(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        parts = list(right(rows, dtype))
+        parts[part] = (parts[part].float() * 1.25).to(parts[part].dtype)
+        return parts[0], parts[1]
+
+    monkeypatch.setattr(triton_kernels, "quantize_rows", wrong)
+    assert cuda_layers.why_not_fused(a_model().config, CPU, torch.float32) is None
+    reason = cuda_layers.why_not_fused(a_model().config, CPU, torch.float32, fp8=True)
+    assert reason == "kernels compute something else here: quantize_rows"
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # of the interpreter, which is made of numpy
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+@pytest.mark.parametrize("name", ["add_rms_norm_", "norm_rotate_", "silu_mul", "attend_tiles"])
+def test_a_kernel_that_computes_something_else_is_not_used(
+    name: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = getattr(triton_kernels, name), []
+
+    def wrong(*arguments: object) -> Tensor | None:
+        """The first time only."""
+        calls.append(out := right(*arguments))
+        if len(calls) > 1:
+            return out  # type: ignore[no-any-return]
+        return arguments[0].mul_(factor) if out is None else out * factor  # type: ignore[attr-defined, no-any-return]
+
+    monkeypatch.setattr(triton_kernels, name, wrong)
     reason = cuda_layers.why_not_fused(a_model().config, CPU, torch.float32)
-    assert reason == f"kernels compute something else here: {name.rstrip('_')}"
+    assert reason is not None  # NaN of one kernel goes on into the next
+    assert reason.split(", ")[0] == f"kernels compute something else here: {name.rstrip('_')}"
 
 
 def test_triton_that_cannot_compile_is_found_out_and_said(
@@ -119,6 +150,20 @@ def test_triton_that_cannot_compile_is_found_out_and_said(
     monkeypatch.setattr(triton_kernels, "silu_mul", no_compiler)
     assert cuda_layers.why_not_fused(a_model().config, CPU, torch.float32) == "Triton does not work here"
     assert "Triton does not work here (RuntimeError: Failed to find C compiler)" in caplog.text
+
+
+def test_an_attention_kernel_that_is_asked_for_and_cannot_be_trusted_is_refused(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_rerank.engine.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("local_rerank.engine.load_model", lambda *_, **__: engine_of_nothing(tiny_checkpoint))
+    with pytest.raises(ConfigError, match=r"attention is 'cuda-tiles', which is compiled here, .* as asked for"):
+        Reranker(str(tiny_checkpoint), dtype="bf16", attention="cuda-tiles", no_compile=True)
+
+
+def engine_of_nothing(folder: Path) -> object:
+    """The model as it is loaded, on the CPU."""
+    return load_model(open_checkpoint(str(folder)), dtype=torch.bfloat16, device=CPU)
 
 
 def test_without_fused_layers_auto_takes_a_kernel_that_is_not_compiled_here() -> None:
@@ -167,6 +212,8 @@ def test_rows_are_quantized_as_the_weights_are() -> None:
     (ours, scale), (expected, expected_scale) = triton_kernels.quantize_rows(x, fp8.FP8), fp8.quantize(x)
     assert torch.equal(ours.float(), expected.float())
     assert torch.allclose(scale, expected_scale, rtol=1e-6)
+    x[1, 2] = torch.nan
+    assert triton_kernels.quantize_rows(x, fp8.FP8)[1].isnan().flatten().tolist() == [False, True, False]
 
 
 def test_each_row_uses_the_whole_range_of_fp8() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3Model
 
-from local_rerank import Reranker
+from local_rerank import Reranker, cuda
 from local_rerank.attention import SegmentLayout
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
@@ -30,6 +32,15 @@ def test_a_roomy_gpu_gets_the_whole_budget_and_a_full_one_less() -> None:
     assert MIN_BATCH_TOKENS < large < small < 16384
 
 
+def test_graphs_take_room_for_a_batch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Qwen3Config(num_hidden_layers=1)
+    model, device = SimpleNamespace(parameters=list, config=config, dtype=torch.bfloat16), torch.device("cuda")
+    monkeypatch.setattr(cuda, "free_bytes", lambda devices: 2**30)
+    plain, with_graphs = (cuda.token_budget(model, device, at_most=10**6, graphs=graphs) for graphs in (False, True))
+    assert abs(plain - 2 * with_graphs) <= 1
+    assert cuda.token_budget(model, device, at_most=1000, graphs=True) == 1000
+
+
 def test_a_gpu_without_room_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert fitted_budget(1000, bytes_per_token(SMALL, 2), at_most=16384) == MIN_BATCH_TOKENS
@@ -47,7 +58,6 @@ def test_more_memory_never_means_a_smaller_budget_and_what_fits_is_never_passed(
 def test_the_estimate_covers_what_a_layer_holds_at_once() -> None:
     """Counted in a plain forward pass on the CPU, whose eager layers hold more than those for a GPU."""
     from torch.profiler import ProfilerActivity, profile
-    from transformers import Qwen3Config, Qwen3Model
 
     config = Qwen3Config(
         vocab_size=100, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4,

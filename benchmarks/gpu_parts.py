@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -217,18 +216,18 @@ def tuning(setting: Setting) -> Result:
     num_tokens, hidden, inner = setting.batch_tokens, shape["hidden_size"], shape["intermediate_size"]
     results: Result = {}
 
-    def microseconds(run: Callable[[], object]) -> float:
-        """NaN where the card has no room for a kernel's blocks."""
+    def microseconds(run: Callable[[], object]) -> float | None:
+        """None where the card has no room for a kernel's blocks."""
         try:
             for _ in range(3):
                 run()
         except triton.runtime.errors.OutOfResources:
-            return math.nan
+            return None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # without the time of launching
             for _ in range(10):
                 run()
-        return 1e5 * median([timed(graph.replay, device) for _ in range(10)])
+        return round(1e5 * median([timed(graph.replay, device) for _ in range(10)]), 1)
 
     with torch.inference_mode():
         for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
@@ -241,9 +240,7 @@ def tuning(setting: Setting) -> Result:
                 for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3)):
                     options = {"BLOCK_K": block, "num_warps": warps, "num_stages": stages}
                     name = f"{load}: {queries} queries, {block} keys, {warps} warps, {stages} stages"
-                    results[name] = round(
-                        microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options)), 1
-                    )
+                    results[name] = microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))
         x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
         weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
         gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
@@ -258,7 +255,8 @@ def tuning(setting: Setting) -> Result:
             "quantize_rows": (partial(triton_kernels.quantize_rows, gate_up, FP8), 3 * gate_up.nbytes // 2),
         }  # fmt: skip
         for name, (run, num_bytes) in runs.items():
-            results[f"{name}, TB/s"] = round(num_bytes / microseconds(run) / 1e6, 2)
+            taken = microseconds(run)
+            results[f"{name}, TB/s"] = taken and round(num_bytes / taken / 1e6, 2)
     return results
 
 

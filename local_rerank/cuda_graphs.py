@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, *range(1024, 4096, 512), *range(4096, 16384 + 1, 1024))
 MAX_TOKENS = TOKEN_BUCKETS[-1]
 MAX_GRAPHS = 64
+FORGET_AFTER = 1000  # batches, after which what came before counts for half
+CHANCE = 8  # times that one of two shapes may have come more often though both are as frequent
 CAPTURE_AT = 2  # times a shape has come: a capture takes as long as several passes, and most odd shapes come once
 
 Inputs = tuple[PackedBatch, TileLayout, TileLayout]
@@ -40,9 +42,6 @@ Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
 """(num_pairs,) fp32 from a batch and its layouts, all on the device."""
 Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
 """A pass, and whether no graph is held, to the function that replays it and the tensor that then holds its result."""
-
-
-_ANY_BATCH = pack([Pair((0,), (0,))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +112,14 @@ class GraphRunner:
     def __init__(
         self, compute: Compute, device: torch.device, *, max_tokens: int = MAX_TOKENS, capture: Capture | None = None
     ) -> None:
-        """`max_tokens`: no batch of more will come."""
+        """`max_tokens`: of a batch; one that has more is not for a graph."""
         self._compute = compute
         self._device = device
         self._capture = capture or cuda_capture(device)
         self._max_tokens = next((size for size in TOKEN_BUCKETS if size >= max_tokens), MAX_TOKENS)
         self._graphs: dict[GraphShape, CapturedGraph] = {}
         self._seen: Counter[GraphShape] = Counter()
+        self._num_counted = 0
 
     @property
     def num_graphs(self) -> int:
@@ -130,8 +130,8 @@ class GraphRunner:
         shape = shape_of(batch, max_tokens=self._max_tokens)
         if shape is None:
             return None
-        self._seen[shape] += 1
-        if shape not in self._graphs and not (self._is_worth_it(shape) and self._capture_shape(shape)):
+        self._count(shape)
+        if shape not in self._graphs and not (self._earns_a_graph(shape) and self._capture_shape(shape)):
             return None
         graph, inputs = self._graphs[shape], padded(batch, shape)
         for buffer, value in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
@@ -139,18 +139,37 @@ class GraphRunner:
         graph.replay()
         return graph.output[: batch.num_pairs]
 
-    def give_way(self) -> bool:
-        """Let go of all graphs, which are half as large from then on; whether there were any."""
-        had_any = bool(self._graphs)
-        if had_any:
-            self._shrink()
-        return had_any
+    def capture_largest(self) -> None:
+        """Take the memory that graphs need, so that no batch waits for that."""
+        self._capture_shape(GraphShape(self._max_tokens, QUERIES_OF_LAST_TOKENS, 1))
 
-    def _shrink(self) -> None:
-        self._max_tokens = max((size for size in TOKEN_BUCKETS if size <= self._max_tokens // 2), default=0)
+    def forget_all(self) -> bool:
+        """Let go of all graphs and of their memory; whether there were any."""
+        had_any = bool(self._graphs)
         self._forget(list(self._graphs))
         self._seen.clear()
-        logger.warning("memory is short: CUDA graphs have at most %d tokens now", self._max_tokens)
+        return had_any
+
+    def halve(self) -> None:
+        """Graphs are half as large from here on: memory is short."""
+        self._max_tokens = max((size for size in TOKEN_BUCKETS if size <= self._max_tokens // 2), default=0)
+        to = f"have at most {self._max_tokens} tokens" if self._max_tokens else "are off"
+        logger.warning("memory is short: CUDA graphs %s from here on", to)
+
+    def _count(self, shape: GraphShape) -> None:
+        self._seen[shape] += 1
+        self._num_counted += 1
+        if self._num_counted % FORGET_AFTER == 0:
+            self._seen = Counter({seen: times // 2 for seen, times in self._seen.items()})
+
+    def _earns_a_graph(self, shape: GraphShape) -> bool:
+        times = self._seen[shape]
+        if len(self._graphs) < MAX_GRAPHS:
+            return times >= CAPTURE_AT
+        return times > 2 * self._seen[self._rarest()] + CHANCE
+
+    def _rarest(self) -> GraphShape:
+        return min(self._graphs, key=lambda shape: self._seen[shape])
 
     def _forget(self, shapes: list[GraphShape]) -> None:
         if self._device.type == "cuda":
@@ -158,37 +177,29 @@ class GraphRunner:
         for shape in shapes:
             del self._graphs[shape]
 
-    def _is_worth_it(self, shape: GraphShape) -> bool:
-        """Whether a shape has come often enough, and there is room for it or now is."""
-        if self._seen[shape] < CAPTURE_AT:
-            return False
-        if len(self._graphs) >= MAX_GRAPHS:
-            rarest = min(self._graphs, key=self._seen.__getitem__)
-            if self._seen[shape] <= 2 * self._seen[rarest]:
-                return False
-            self._forget([rarest])
-            self._seen = Counter({seen: times // 2 for seen, times in self._seen.items()})  # what was counts for less
-        return True
-
     def _capture_shape(self, shape: GraphShape) -> bool:
         """Capture a shape, and before the first one the largest there may be; whether it worked."""
         shapes = [shape] if self._graphs else [replace(shape, num_tokens=self._max_tokens), shape]
+        if len(self._graphs) >= MAX_GRAPHS:
+            self._forget([self._rarest()])
         try:
             for each in dict.fromkeys(shapes):
                 self._graphs[each] = self._captured(each)
             return True
-        except RuntimeError as error:
-            # leaving a capture that failed may fail in turn
-            if not any(cause and is_out_of_memory(cause) for cause in (error, error.__context__)):
-                logger.warning("CUDA graphs are off from here on: a capture failed (%s)", error)
-                self._max_tokens = 0
-                return False
-        self._shrink()
-        release_cached()  # out here nothing holds the failed pass's tensors any more
+        except Exception as error:  # Triton's errors have no type of their own
+            is_too_large, reason = is_out_of_memory(error), str(error)
+        # out here nothing holds the failed pass's tensors any more
+        self.forget_all()
+        release_cached()
+        if is_too_large:
+            self.halve()
+        else:
+            logger.warning("CUDA graphs are off from here on: a capture failed (%s)", reason)
+            self._max_tokens = 0
         return False
 
     def _captured(self, shape: GraphShape) -> CapturedGraph:
-        wide, *layouts = padded(_ANY_BATCH, shape)  # what a pass reads does not matter until it is replayed
+        wide, *layouts = padded(pack([Pair((0,), (0,))]), shape)  # what is read does not matter until it is replayed
         batch, (layout, last_layout) = wide.to(self._device), (layout_to(each, self._device) for each in layouts)
         replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout), not self._graphs)
         return CapturedGraph((batch, layout, last_layout), replay, output)
@@ -204,7 +215,7 @@ def cuda_capture(device: torch.device) -> Capture:
     """Captures into a pool of memory that all graphs share, on one stream.
 
     A pool ends with its last graph, and torch takes no new one into it then. Each stream keeps a workspace; torch's own
-    for captures would be one of whichever device was first.
+    for captures would be one of whichever device was first, and stays set where a capture cannot be ended.
     """
     pool: Any = None
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -212,13 +223,13 @@ def cuda_capture(device: torch.device) -> Capture:
     def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         nonlocal pool
         pool = torch.cuda.graph_pool_handle() if is_first else pool
+        graph = torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()  # workspaces and compiled code must exist before a capture
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                output = run()
         torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            output = run()
         return graph.replay, output
 
     return capture

@@ -2,7 +2,8 @@
 
 transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors,
 and takes 2 ms of a CPU core to launch a layer's, longer than an H200 takes to run them. Here a layer is four products
-and four kernels in six launches, which also run in a CUDA graph. Of the last layer only each document's last token is computed.
+and six launches of kernels of ours, which also run in a CUDA graph. Of the last layer only each document's last token
+is computed.
 """
 
 from __future__ import annotations

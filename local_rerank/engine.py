@@ -142,17 +142,30 @@ class Engine:
         A GPU works on meanwhile; elsewhere the pass is done by then. Where memory runs out and graphs hold some,
         they are let go and the pass is tried once more. Raises OutOfMemory.
         """
-        while True:
-            try:
-                with torch.inference_mode(), self._on_device():
-                    return self._launch(batch)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            gave_way = self._graphs is not None and self._graphs.give_way()
-            release_cached()  # out here nothing holds the failed pass's tensors any more
-            if not gave_way:
-                raise OutOfMemory(num_tokens=batch.num_tokens)
+        if (wait := self._launch_if_it_fits(batch)) is not None:
+            return wait
+        if self._graphs is not None and self._graphs.forget_all():
+            release_cached()
+            if (wait := self._launch_if_it_fits(batch)) is not None:
+                self._graphs.halve()  # theirs was what lacked
+                return wait
+        raise OutOfMemory(num_tokens=batch.num_tokens)
+
+    def _launch_if_it_fits(self, batch: PackedBatch) -> Callable[[], Tensor] | None:
+        try:
+            with torch.inference_mode(), self._on_device():
+                return self._launch(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        release_cached()  # out here nothing holds the failed pass's tensors any more
+        return None
+
+    def capture_largest_graph(self) -> None:
+        """Where batches run as graphs: before the first of them, which would wait for it."""
+        if self._graphs is not None:
+            with torch.inference_mode(), self._on_device():
+                self._graphs.capture_largest()
 
     def _launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
         odds = self._odds(batch)
@@ -263,6 +276,7 @@ def load_engine(
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
     graph_tokens = max_batch_tokens if graphs else None
     engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graph_tokens=graph_tokens)
+    engine.capture_largest_graph()
     unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
     if device.type == "cpu":
         keep_freed_memory()

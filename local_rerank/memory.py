@@ -71,8 +71,9 @@ def _free_on(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up; on a CPU torch has no type of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether there was no room. Neither a CPU's allocator nor CUDA's own calls, to launch a graph, have a type for it."""
+    texts = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def release_cached() -> None:

@@ -71,7 +71,7 @@ def _free_on(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room. Neither a CPU's allocator nor CUDA's own calls, to launch a graph, have a type for it."""
+    """Whether there was no room; neither a CPU's allocator nor CUDA's own calls, as a graph's launch, have a type."""
     texts = ("can't allocate memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 

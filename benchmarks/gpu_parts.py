@@ -23,10 +23,10 @@ from benchmarks.gpu_setup import (
     percentile,
     synchronize,
     timed,
-    useful_flops,
 )
 from local_rerank import Reranker, RerankRequest
 from local_rerank.attention import KERNELS, is_installed, layout_to
+from local_rerank.bench.flops import Shape, useful_flops
 from local_rerank.cuda_attention import tile_layout
 from local_rerank.errors import ConfigError, OutOfMemory
 from local_rerank.fp8 import FP8
@@ -109,7 +109,7 @@ def throughput(setting: Setting) -> Result:
     shape = SHAPES[setting.shape]
     with loaded(setting) as reranker:
         pairs = pairs_of_300(setting, reranker)
-        flops = useful_flops(shape, pairs)
+        flops = useful_flops(Shape.from_config(shape), pairs)
         seconds_of(setting, reranker, pairs)
         rates, ceilings = [], []
         for _ in range(setting.rounds):

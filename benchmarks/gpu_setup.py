@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from local_rerank import RerankRequest
-from local_rerank.tokenization import Pair
 
 ROOT = Path(__file__).parents[1]
 SHAPES: dict[str, dict[str, int]] = {
@@ -85,20 +84,6 @@ class Texts:
     def passages(self, num_documents: int) -> RerankRequest:
         lengths = [max(1, round(self._random.gauss(67, 22))) for _ in range(num_documents)]
         return self.request(15, lengths)
-
-
-def useful_flops(shape: dict[str, int], pairs: Sequence[Pair]) -> float:
-    """Operations that are left once prefixes are shared and the last layer is pruned; causal attention included."""
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    q, kv = (shape[name] * shape["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    always, asking = 2 * hidden * kv, 2 * hidden * q + 3 * hidden * shape["intermediate_size"]
-    prefixes = {pair.prefix_ids for pair in pairs}
-    num_tokens = sum(map(len, prefixes)) + sum(len(pair.document_ids) for pair in pairs)
-    looks = sum(n * (n + 1) / 2 for n in map(len, prefixes))
-    looks += sum(len(p.document_ids) * (len(p.prefix_ids) + (len(p.document_ids) + 1) / 2) for p in pairs)
-    last_looks = sum(pair.num_tokens for pair in pairs)
-    multiplied = num_tokens * ((layers - 1) * (always + asking) + always) + len(pairs) * asking
-    return 2.0 * multiplied + 4.0 * q * ((layers - 1) * looks + last_looks)
 
 
 def gemm_flops_per_second(shape: dict[str, int], num_tokens: int, device: torch.device, rounds: int = 5) -> float:

@@ -43,7 +43,10 @@ def test_useful_operations_are_those_of_a_hand_count(tiny_reranker: Reranker) ->
     last = (prefix + a + b) * kv + 2 * rest
     looks = sum(range(1, prefix + 1)) + sum(prefix + i for n in (a, b) for i in range(1, n + 1))
     attention = 2 * 2 * 2 * (looks + (prefix + a) + (prefix + b))
-    assert useful_flops(shape, request) == 2 * (first + last + attention)
+    alone = 2 * (first + last + attention)
+    assert useful_flops(shape, request.pairs) == alone
+    other = tiny_reranker.tokenizer.pairs(RerankRequest(query="r", documents=("a", "bcd"))).pairs
+    assert useful_flops(shape, [*request.pairs, *other]) == 2 * alone  # a prefix each
 
 
 def test_kendalls_tau_is_that_of_scipy() -> None:

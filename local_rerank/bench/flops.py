@@ -18,7 +18,7 @@ from torch import Tensor
 
 from local_rerank.int8 import Int8Linear, quantize
 from local_rerank.openmp import compute
-from local_rerank.tokenization import TokenizedRequest
+from local_rerank.tokenization import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = 3
@@ -65,15 +65,16 @@ class Shape:
         return [(self.hidden_size, q), (self.hidden_size, kv), (self.hidden_size, kv), (q, self.hidden_size), *mlp]
 
 
-def useful_flops(shape: Shape, request: TokenizedRequest) -> float:
-    """Floating-point operations of one request."""
-    prefix = len(request.pairs[0].prefix_ids)
-    lengths = [len(pair.document_ids) for pair in request.pairs]
-    num_tokens, num_pairs = prefix + sum(lengths), len(lengths)
-    looks = _causal(prefix) + sum(length * prefix + _causal(length) for length in lengths)  # (query, key) pairs
-    last_looks = sum(prefix + length for length in lengths)
+def useful_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
+    """Floating-point operations of one batch, in which equal prefixes are computed once."""
+    prefixes = [len(ids) for ids in {pair.prefix_ids for pair in pairs}]
+    lengths = [(len(pair.prefix_ids), len(pair.document_ids)) for pair in pairs]
+    num_tokens = sum(prefixes) + sum(length for _, length in lengths)
+    looks = sum(map(_causal, prefixes))  # (query, key) pairs
+    looks += sum(length * prefix + _causal(length) for prefix, length in lengths)
+    last_looks = sum(prefix + length for prefix, length in lengths)
     products = num_tokens * (shape.num_layers - 1) * (shape.kv_weights + shape.other_weights)
-    products += num_tokens * shape.kv_weights + num_pairs * shape.other_weights
+    products += num_tokens * shape.kv_weights + len(pairs) * shape.other_weights
     attention = 2 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * looks + last_looks)
     return 2.0 * (products + attention)
 

@@ -73,7 +73,7 @@ def measure(
     requests = workload_requests(workload, ours.reranker)
     tokenized = [ours.reranker.tokenizer.pairs(request) for request in requests]
     shape = Shape.from_config(ours.reranker.checkpoint.config)
-    flops = sum(useful_flops(shape, each) for each in tokenized)
+    flops = sum(useful_flops(shape, each.pairs) for each in tokenized)
     num_tokens = sum(len(each.pairs[0].prefix_ids) + sum(len(p.document_ids) for p in each.pairs) for each in tokenized)
     exact = None if reference is None else Ours("reference", reference, "", None).run(requests, concurrent=False)
     samples: dict[str, list[Sample]] = {system.name: [] for system in systems}

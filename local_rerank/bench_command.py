@@ -108,7 +108,9 @@ def _load(stack: ExitStack, config: EngineConfig, mode: str, skip_start: bool) -
     config = dataclasses.replace(config, dtype=mode)  # type: ignore[arg-type]  # one of DType
     start = None if skip_start else _start_seconds(config)
     reranker = stack.enter_context(Reranker(config=config))
-    return Ours(f"local-rerank {reranker.info.dtype}", reranker, f"local-rerank {__version__}", start)
+    exact = len(reranker.info.unquantized)
+    version = f"local-rerank {__version__}" + (f", {exact} linear layers left in fp32" if exact else "")
+    return Ours(f"local-rerank {reranker.info.dtype}", reranker, version, start)
 
 
 def _start_seconds(config: EngineConfig) -> float:

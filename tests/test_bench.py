@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from local_rerank import Reranker
+from local_rerank import Reranker, __version__
 from local_rerank.bench.flops import Shape, kendall_tau, useful_flops
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.workloads import WORKLOADS, make_requests
@@ -76,6 +76,10 @@ def test_the_command_measures_precisions_and_a_peer(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    exact = len(report["engines"][1]["unquantized"])  # of the built-in model some are, which slows int8 down
+    assert exact > 0
+    said = [system["version"].removeprefix(f"local-rerank {__version__}") for system in report["systems"][:2]]
+    assert said == ["", f", {exact} linear layers left in fp32"]
     (workload,) = report["workloads"]
     rows = {row["system"]: row for row in workload["rows"]}
     assert list(rows) == ["local-rerank fp32", "local-rerank int8", "card fp32"]

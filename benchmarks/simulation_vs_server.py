@@ -20,7 +20,7 @@ from serving_load import body, closed_loop, open_loop, post, server
 from local_rerank.simulation import Outcome, Speed, Workload, simulate
 
 DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
-BUDGET = 2048  # tokens of a batch on a CPU
+BUDGET = 2560  # tokens of a batch on a CPU
 
 
 def main() -> None:

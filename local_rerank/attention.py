@@ -7,6 +7,8 @@ there is one query per document, its last token, in packed order.
 A kernel is two functions: `layout` says once per batch what every layer needs to know, `attend` runs in each layer.
 Layouts are built on the host, from the batch on the host; `layout_to` moves one to the device of a layer.
 
+Query and key may be fp32 where values are 16-bit, which the result is then too.
+
 Shapes: query (1, num_heads, num_queries, head_dim); key and value (1, num_kv_heads, num_tokens, head_dim), as
 transformers hands them over; the result is (1, num_queries, num_heads, head_dim).
 """
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from local_rerank.cpu_attention import attend_cpu_tiles, cpu_tiles_layout
 from local_rerank.cuda_attention import (
     attend_flash_attn,
     attend_merged,
@@ -69,12 +72,13 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """One mask over all tokens, quadratic in the batch: what the other kernels are tested against."""
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
     """Any device and dtype: torch's public SDPA by runs of equal length, keys of prefix and document joined."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
     out = torch.empty_like(q.transpose(1, 2))  # (1, num_queries, num_heads, head_dim)
     for group in layout.groups:
         prefix_k, prefix_v = (_segments(x, group.start, 1, group.prefix_length) for x in (k, v))
@@ -99,38 +103,6 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: f
     return out
 
 
-def attend_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
-    """CPU: the prefix part of all documents of a group in one call, the own parts by runs, merged by log-sum-exp.
-
-    Nothing is gathered or padded. torch's flash operator for CPUs is the only one there that returns the log-sum-exp;
-    it is private, so it is used in `_flash_cpu` alone.
-    """
-    out = torch.empty_like(q.transpose(1, 2))  # (1, num_queries, num_heads, head_dim)
-    for group in layout.groups:
-        prefix_k, prefix_v = (_segments(x, group.start, 1, group.prefix_length) for x in (k, v))
-        if layout.last_tokens_only:
-            start, end = group.first_document, group.first_document + group.num_documents
-        else:
-            prefix_q = _segments(q, group.start, 1, group.prefix_length)
-            _store(out, group.start, _flash_cpu(prefix_q, prefix_k, prefix_v, scale, causal=True)[0])
-            start, end = group.start + group.prefix_length, group.end
-        shared, shared_lse = _flash_cpu(_segments(q, start, 1, end - start), prefix_k, prefix_v, scale, causal=False)
-        own_lse = torch.empty_like(shared_lse)  # (1, num_heads, queries of the group)
-        for run in group.runs:
-            run_start, length = (run.first_document, 1) if layout.last_tokens_only else (run.start, run.length)
-            run_k, run_v = (_segments(x, run.start, run.count, run.length) for x in (k, v))
-            run_q = _segments(q, run_start, run.count, length)
-            run_out, run_lse = _flash_cpu(run_q, run_k, run_v, scale, causal=not layout.last_tokens_only)
-            _store(out, run_start, run_out)
-            first = run_start - start
-            own_lse[0, :, first : first + run.count * length] = run_lse.transpose(0, 1).flatten(1)
-        # softmax over both parts = the parts weighted by their share of the joint normaliser
-        weight = torch.sigmoid(shared_lse - own_lse).transpose(1, 2).unsqueeze(-1).to(out.dtype)
-        own = out[:, start:end]
-        own.lerp_(shared.transpose(1, 2), weight.expand_as(own))
-    return out
-
-
 def _segments(x: Tensor, start: int, count: int, length: int) -> Tensor:
     """`count` neighbouring segments of (1, heads, tokens, head_dim): (count, heads, length, head_dim), not copied."""
     tokens = x[0, :, start : start + count * length]  # (heads, count * length, head_dim)
@@ -142,12 +114,6 @@ def _store(out: Tensor, start: int, segments: Tensor) -> None:
     count, heads, length, head_dim = segments.shape
     target = out[0, start : start + count * length].view(count, length, heads, head_dim)
     target.copy_(segments.transpose(1, 2))
-
-
-def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output as q, and the log-sum-exp of the logits, (count, heads, length) fp32; heads of q may share those of k."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse
 
 
 def _prefix_causal_mask(prefix_length: int, length: int, device: torch.device) -> Tensor:
@@ -182,7 +148,7 @@ _ANY_DTYPE = (torch.float32, *_HALF)
 _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
-    "cpu-flash": KernelRow(segment_layout, attend_cpu, ("cpu",), _ANY_DTYPE, "two parts, merged by log-sum-exp"),
+    "cpu-tiles": KernelRow(cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE, "tiles of queries, as products"),
     "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "our own kernel, in one pass", "triton"),
     "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, "torch's varlen_attn, two parts merged"),
     "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, "torch's varlen_attn, keys gathered"),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from local_rerank import __version__
 from local_rerank.errors import ConfigError, LocalRerankError
-from local_rerank.openmp import wait_briefly
+from local_rerank.openmp import own_process
 
 ENV_PREFIX = "LOCAL_RERANK_"
 
@@ -43,7 +43,7 @@ app.command("local_rerank.doctor_command:doctor", name="doctor", help="Say wheth
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    wait_briefly()
+    own_process()
     try:
         _refuse_unknown_variables()
         sys.exit(app(arguments) or 0)

@@ -44,7 +44,7 @@ class EngineConfig:
     attention: Annotated[
         str,
         Parameter(
-            help="Attention kernel: auto, cpu-flash, cuda-tiles, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."
+            help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."
         ),
     ] = "auto"
     threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
@@ -54,7 +54,7 @@ class EngineConfig:
     max_document_tokens: Annotated[int, Parameter(help="Tokens of a document; more are cut.")] = 4000
     max_batch_tokens: Annotated[
         int | None,
-        Parameter(help="Tokens that one forward pass may hold; default: 2048 on CPU, on CUDA what fits into free "
+        Parameter(help="Tokens that one forward pass may hold; default: 2560 on CPU, on CUDA what fits into free "
                        "memory, at most 16384."),
     ] = None  # fmt: skip
     no_cuda_graphs: Annotated[

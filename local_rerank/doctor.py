@@ -8,7 +8,7 @@ engine while no request does: before a server is ready, or in `local-rerank doct
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import itertools
 import math
 import time
@@ -48,7 +48,7 @@ follows; it is not measured)."""
 LOW_PRECISION = "bf16"  # the roughest of them: a difference within its tolerance looks like rounding
 
 REFERENCE_KERNEL = "dense"
-MAX_COPIED_PARAMETERS = 1_000_000_000  # 4 GB in fp32: no larger model is copied to be run in fp32
+MAX_RELOADED_PARAMETERS = 1_000_000_000  # 4 GB in fp32: no larger model is loaded again to be run in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,12 +232,12 @@ class _Examination:
 
     def _is_right_in_fp32(self, expected: Sequence[float]) -> bool:
         info = self.reranker.info
-        if info.dtype not in ("bf16", "fp16") or info.num_parameters > MAX_COPIED_PARAMETERS:
+        if info.dtype not in ("bf16", "fp16") or info.num_parameters > MAX_RELOADED_PARAMETERS:
             return False
-        exact = copy.deepcopy(self.reranker._engine.with_kernel(KERNELS[REFERENCE_KERNEL]))
-        exact._backbone.float()
-        exact._final_norm.float()
-        return _difference(expected, self._right_scores(exact, self.known.pairs)) <= self.tolerance_of("fp32")
+        config = dataclasses.replace(self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL)
+        with Reranker(config=config) as exact:
+            scores = self._right_scores(exact._engine, self.known.pairs)
+        return _difference(expected, scores) <= self.tolerance_of("fp32")
 
     def _right_scores(self, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
         """What an engine gives for the model card's prompts."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from local_rerank import cuda
 from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, layout_to
+from local_rerank.blocked_linear import block_layers
 from local_rerank.config import EngineConfig
 from local_rerank.cpu_layers import replace_layers
 from local_rerank.cuda_graphs import GraphRunner
@@ -34,16 +35,23 @@ from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_laye
 from local_rerank.malloc import keep_freed_memory
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
-from local_rerank.openmp import compute
+from local_rerank.openmp import compute, owns_process
 from local_rerank.packing import PackedBatch, pack
-from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
+from local_rerank.precision import (
+    QUANTIZED_DTYPES,
+    blocks_weights,
+    choose_dtypes,
+    multiplies_bf16_faster,
+    name_of,
+    route_fp32_products,
+)
 from local_rerank.tokenization import Pair
 from local_rerank.wide_layers import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 2560
 GPU_BATCH_TOKENS = 16384
 
 
@@ -245,7 +253,7 @@ def load_engine(
 ) -> tuple[Engine, ModelInfo]:
     """Load the checkpoint's weights; raises CheckpointError or ConfigError.
 
-    `known`: pairs whose scores tell int8 which layers it would spoil.
+    `known`: pairs whose scores tell int8 which layers it would spoil, a relevant and an irrelevant one in turn.
     """
     start = time.perf_counter()
     _register_attention()
@@ -270,7 +278,13 @@ def load_engine(
     if weights != arithmetic:
         widen(model.model)
     if device.type == "cpu" and config.device_map is None:
-        replace_layers(model.model, _packed_attention)
+        # int8's scores are rounded far more than by values in bf16
+        bf16_values = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
+        replace_layers(model.model, _packed_attention, values=torch.bfloat16 if bf16_values else None)
+        if config.dtype != "int8" and weights == arithmetic and blocks_weights(arithmetic):
+            block_layers(model.model.layers)
+        if owns_process() and (config.dtype == "int8" or arithmetic == torch.bfloat16):
+            route_fp32_products()
     graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
     # by the memory that is free now
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
@@ -307,6 +321,9 @@ def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair
     if num_parameters > MAX_SEARCHED_PARAMETERS:
         return quantize_layers(layers)
     batch = pack(known())
+    odds = engine.forward(batch)
+    if not bool((odds[::2] > odds[1::2]).all()):  # it knows no answers, as random weights do: nothing can be spoiled
+        return quantize_layers(layers)
     return quantize_layers(layers, lambda: engine.forward(batch))
 
 

@@ -27,11 +27,23 @@ LOOK = 1.0  # seconds after which a caller looks up: Python misses an interrupt 
 
 T = TypeVar("T")
 
+_is_owned = False
 
-def wait_briefly() -> None:
-    """Let threads spin for a moment before they sleep, unless the environment says how they wait."""
+
+def own_process() -> None:
+    """What commands call first, before torch is loaded: this process is ours, and is set up as we like it.
+
+    Its threads spin for a moment before they sleep, unless the environment says how they wait.
+    """
+    global _is_owned
+    _is_owned = True
     if not VARIABLES.keys() & os.environ.keys():
         os.environ.update(VARIABLES)
+
+
+def owns_process() -> bool:
+    """False where the library serves another program, whose settings are its own."""
+    return _is_owned
 
 
 def compute(call: Callable[[], T]) -> T:

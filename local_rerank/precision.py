@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from local_rerank.blocked_linear import BlockedLinear, can_block
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
 from local_rerank.models import Checkpoint
@@ -45,26 +49,58 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ConfigError(f"dtype is {name!r}; it must be auto, {', '.join([*DTYPES, *QUANTIZED_DTYPES])}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_bf16_faster() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and multiplies_bf16_faster() else torch.float32
+
+
+def blocks_weights(arithmetic: torch.dtype) -> bool:
+    """Whether this CPU multiplies weights in oneDNN's layout faster: bf16 on every CPU, fp32 where measured."""
+    if not can_block() or arithmetic == torch.float16:
+        return False
+    if arithmetic == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _seconds_of_products()["blocked fp32"] < _seconds_of_products()["fp32"]
+
+
+def route_fp32_products() -> None:
+    """Let oneDNN multiply all fp32 matrices of this process where it is faster than MKL: attention's have no layout of
+    their own. The setting is called bf16 and lets AMX round; without AMX oneDNN multiplies in fp32, which is checked.
+    """
+    seconds = _seconds_of_products()
+    if seconds["fp32"] < 1.2 * seconds["blocked fp32"] or torch.cpu._is_amx_tile_supported():
+        return
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # torch's modules set it so
+    x = torch.full((256, 256), 1 + 2**-12)  # a number that bf16 rounds to 1
+    if not torch.allclose(x @ x, 256 * x.square(), rtol=1e-5):
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+
+
+def multiplies_bf16_faster() -> bool:
+    """Of two CPUs with the same AVX512-BF16, Zen 4 ran bf16 2.5x as fast as fp32 and a Sapphire Rapids whose AMX a
+    hypervisor hides .54x. bf16 costs exactness, so that it has to be clearly faster."""
+    seconds = _seconds_of_products()
+    return seconds["bf16"] * 1.2 < min(seconds["fp32"], seconds["blocked fp32"])
 
 
 @cache
-def _cpu_multiplies_bf16_faster() -> bool:
-    """Measured, some 30 milliseconds: of two CPUs with the same AVX512-BF16, Zen 4 ran bf16 2.5x as fast as fp32 and a
-    Sapphire Rapids whose AMX a hypervisor hides .54x. bf16 costs exactness, so that it has to be clearly faster."""
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    # in turn, and the best of each, so that other work on the cores does not decide
-    rounds = [[_seconds_of_product(dtype) for dtype in (torch.float32, torch.bfloat16)] for _ in range(NUM_ROUNDS)]
-    fp32, bf16 = (min(times) for times in zip(*rounds, strict=True))
-    return bool(bf16 * 1.2 < fp32)
-
-
-def _seconds_of_product(dtype: torch.dtype) -> float:
-    x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    start = time.perf_counter()
-    nn.functional.linear(x, weight)
-    return time.perf_counter() - start
+def _seconds_of_products() -> dict[str, float]:
+    """One product of 256 tokens in each way, measured for some 40 milliseconds; infinite where there is no such way."""
+    x, linear = torch.ones(256, 1024), nn.Linear(1024, 1024, bias=False)
+    calls: dict[str, Callable[[], Tensor]] = {"fp32": lambda: linear(x)}
+    if can_block():
+        blocked = BlockedLinear(linear)
+        calls["blocked fp32"] = lambda: blocked(x)
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        half, x_half = copy.deepcopy(linear).bfloat16(), x.bfloat16()
+        multiply = BlockedLinear(half) if can_block() else half
+        calls["bf16"] = lambda: multiply(x_half)
+    best = dict.fromkeys(("fp32", "blocked fp32", "bf16"), math.inf)
+    with torch.inference_mode():
+        for _ in range(NUM_ROUNDS):  # in turn, and the best of each, so that other work on the cores does not decide
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -50,7 +50,7 @@ def near(ours: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_fused_decoder_scores_as_transformers_own_layers(shape: dict[str, int], tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", **shape)
-    expected = engine_of(folder, fused=False, kernel="cpu-flash").forward(a_batch())
+    expected = engine_of(folder, fused=False, kernel="cpu-tiles").forward(a_batch())
     fused = engine_of(folder, fused=True, kernel="cuda-tiles")
     assert isinstance(fused._backbone, FusedDecoder)
     assert near(fused.forward(a_batch()), expected)
@@ -265,7 +265,7 @@ def test_an_fp8_layer_is_near_the_layer_it_was_made_from() -> None:
 @pytest.mark.usefixtures("fp8_on_a_cpu")
 def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", num_hidden_layers=3, seed=11)
-    exact_engine = engine_of(folder, fused=False, kernel="cpu-flash")
+    exact_engine = engine_of(folder, fused=False, kernel="cpu-tiles")
     engine = engine_of(folder, fused=True, kernel="sdpa")
     engine._backbone.bfloat16()
     fp8.quantize_model(engine._backbone)

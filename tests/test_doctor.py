@@ -69,7 +69,9 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["known", "unknown"])
-def reranker(request: pytest.FixtureRequest) -> Iterator[Reranker]:
+def reranker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reranker]:
+    """With torch's own linear layers, which can be damaged once they are loaded."""
+    monkeypatch.setattr("local_rerank.engine.blocks_weights", lambda arithmetic: False)
     with Reranker(str(request.getfixturevalue(request.param)), **EXACT) as made:
         yield made
 
@@ -253,7 +255,8 @@ def test_weights_that_were_rounded_on_disk_look_like_a_wrong_dtype(known: Path, 
 
 
 def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
+    monkeypatch.setitem(TOLERANCE, "bf16", 0.002)  # these weights' move by three to six percent of their spread
     with Reranker(device="cpu", dtype="bf16", threads=1) as reranker:
         outcome = self_test(reranker)
     assert outcome.fault == "wrong dtype"
@@ -328,11 +331,11 @@ def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
     with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
         info, checkpoint = reranker.info, reranker.checkpoint
     machine = describe(info, checkpoint)
-    assert machine.kernel == Row(value="sdpa: asked for", faster="--attention cpu-flash")
+    assert machine.kernel == Row(value="sdpa: asked for", faster="--attention cpu-tiles")
     assert machine.threads.value == f"1 on {cores} physical cores"
     assert machine.threads.faster.startswith("more cores" if cores == 1 else f"--threads {cores}")
     assert "CUDA" in machine.device.faster or "--device cuda" in machine.device.faster
-    best = describe(dataclasses.replace(info, kernel="cpu-flash", threads=cores), checkpoint)
+    best = describe(dataclasses.replace(info, kernel="cpu-tiles", threads=cores), checkpoint)
     assert (best.kernel.faster, best.threads.faster) == ("nothing", "more cores")
     rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
     native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16

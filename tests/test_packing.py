@@ -88,7 +88,7 @@ def test_the_variable_length_layout_names_the_keys_of_the_dense_definition(
 def test_auto_takes_the_first_kernel_that_runs_and_others_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where no further package is installed
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_kernel("auto", cpu, torch.float32)[0] == "cpu-flash"
+    assert choose_kernel("auto", cpu, torch.float32)[0] == "cpu-tiles"
     assert choose_kernel("auto", cuda, torch.bfloat16)[0] == "cuda-merged"
     assert choose_kernel("auto", cuda, torch.float32)[0] == "sdpa"
     with pytest.raises(ConfigError, match=r"'cuda-tiles' needs the package triton, which is not installed"):
@@ -97,5 +97,5 @@ def test_auto_takes_the_first_kernel_that_runs_and_others_are_refused_by_name(mo
         choose_kernel("flash-attn", cuda, torch.bfloat16)
     with pytest.raises(ConfigError, match="'cuda-varlen' does not take cpu"):
         choose_kernel("cuda-varlen", cpu, torch.float32)
-    with pytest.raises(ConfigError, match="auto or one of cpu-flash"):
+    with pytest.raises(ConfigError, match="auto or one of cpu-tiles"):
         choose_kernel("fast", cpu, torch.float32)

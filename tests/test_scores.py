@@ -63,7 +63,7 @@ def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel
 def test_bf16_scores_stay_near_those_of_the_pair_alone(
     kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: True)
+    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
     folder = make_checkpoint(tmp_path / "model", seed=6)
     exact = ModelCard(folder)
     documents = texts(3, 20)
@@ -80,7 +80,7 @@ def test_bf16_scores_stay_near_those_of_the_pair_alone(
 def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
     shape: dict[str, int], dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_cpu_multiplies_bf16_faster", lambda: False)
+    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: False)
     stored = torch.float16 if dtype == "fp16" else torch.bfloat16
     folder = make_checkpoint(tmp_path / "model", dtype=stored, **shape)
     card = ModelCard(folder)  # in fp32
@@ -117,7 +117,8 @@ def test_sequence_classification_conversions_score_like_plain_transformers(label
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         for item in reranker.rank("which one", ["this", "that one", ""]):
             prompt, ids = reranker.explain("which one", item.document)
-            assert item.log_odds == pytest.approx(classifier_log_odds(folder, ids), abs=FP32_TOLERANCE)
+            alone = classifier_log_odds(folder, ids)
+            assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
             assert prompt.startswith("<|im_start|>system\n")
 
 
@@ -133,7 +134,8 @@ def test_a_conversion_made_from_the_head_rows_scores_as_the_original(tmp_path: P
     save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
     with Reranker(str(converted), device="cpu", dtype="fp32") as reranker:
         for item in reranker.rank("which one", ["this", "that one", ""]):
-            assert item.log_odds == pytest.approx(card.pair("which one", item.document), abs=FP32_TOLERANCE)
+            alone = card.pair("which one", item.document)
+            assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
 
 
 def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_pa
     assert model.model.layers[1].mlp.down_proj.weight.device.type == "meta"
     assert _entry_device(model) == torch.device("cpu")
     head = _head_rows(model, checkpoint, **ids)
-    engine = Engine(model, head, kernel=KERNELS["cpu-flash"], device=_entry_device(model))
+    engine = Engine(model, head, kernel=KERNELS["cpu-tiles"], device=_entry_device(model))
     assert torch.allclose(engine.forward(batch), expected, atol=FP32_TOLERANCE)
 
 

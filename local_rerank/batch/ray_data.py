@@ -33,7 +33,7 @@ from local_rerank.batch.pieces import (
 from local_rerank.blending import Blend
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, EngineFailure
-from local_rerank.openmp import wait_briefly
+from local_rerank.openmp import own_process
 
 JOB_FILE = "job.json"
 
@@ -159,7 +159,7 @@ class _Actor:
     """One engine in a process of its own."""
 
     def __init__(self, job: RayJob, parts: PartFormat) -> None:
-        wait_briefly()  # before torch is loaded, which is next
+        own_process()  # before torch is loaded, which is next
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.reranker import Reranker
 

@@ -1,8 +1,8 @@
 """How much arithmetic a request needs, and how fast this machine multiplies matrices of the model's shapes.
 
 Useful operations are those that are left once the prefix is computed once per request and the last layer only where a
-score is read: two per weight and token in the projections, and causal attention. The ceiling is what
-`torch.nn.functional.linear` reaches on the same matrices, in the same run.
+score is read: two per weight and token in the projections, and causal attention. The ceiling is what the same matrices
+reach in the same run, on a CPU by `torch.nn.functional.linear` or in oneDNN's layout, whichever is the faster.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from local_rerank.blocked_linear import BlockedLinear
 from local_rerank.int8 import Int8Linear, quantize
 from local_rerank.openmp import compute
+from local_rerank.precision import blocks_weights
 from local_rerank.tokenization import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,21 +94,29 @@ def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torc
 def _ceiling(shape: Shape, arithmetic: str, num_tokens: int, device: torch.device) -> float:
     flops = seconds = 0.0
     for inputs, outputs in shape.matrices:
-        multiply = _linear(arithmetic, num_tokens, inputs, outputs, device)
-        multiply()
-        seconds += min(_timed(multiply, device) for _ in range(REPEATS))
+        ways = _products(arithmetic, num_tokens, inputs, outputs, device)
+        for multiply in ways:
+            multiply()
+        seconds += min(_timed(multiply, device) for multiply in ways for _ in range(REPEATS))
         flops += 2.0 * num_tokens * inputs * outputs
     return flops / seconds
 
 
-def _linear(arithmetic: str, num_tokens: int, inputs: int, outputs: int, device: torch.device) -> Callable[[], Tensor]:
+def _products(
+    arithmetic: str, num_tokens: int, inputs: int, outputs: int, device: torch.device
+) -> list[Callable[[], Tensor]]:
+    linear = torch.nn.Linear(inputs, outputs, bias=False, device=device).requires_grad_(False)
+    x = torch.randn(num_tokens, inputs, device=device)
     if arithmetic == "int8":
-        layer = Int8Linear(torch.nn.Linear(inputs, outputs, bias=False))
-        x, scales = quantize(torch.randn(num_tokens, inputs))
-        return lambda: layer.multiply(x, scales).mul_(scales)
-    a, b = (torch.randn(size, device=device).to(DTYPES[arithmetic]) for size in
-            ((num_tokens, inputs), (outputs, inputs)))  # fmt: skip
-    return lambda: torch.nn.functional.linear(a, b)
+        layer = Int8Linear(linear)
+        quantized, scales = quantize(x)
+        return [lambda: layer.multiply(quantized, scales).mul_(scales)]
+    dtype = DTYPES[arithmetic]
+    linear, x = linear.to(dtype), x.to(dtype)
+    modules: list[torch.nn.Module] = [linear]
+    if device.type == "cpu" and blocks_weights(dtype):
+        modules.append(BlockedLinear(linear))
+    return [partial(module, x) for module in modules]
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

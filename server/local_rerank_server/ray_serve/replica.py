@@ -18,7 +18,7 @@ from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.config import EngineConfig
 from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError, LocalRerankError
-from local_rerank.openmp import wait_briefly
+from local_rerank.openmp import own_process
 from local_rerank.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import Replicas, ServerConfig
@@ -36,7 +36,7 @@ class EngineReplica:
     """One engine. Answers are values, errors too: what is wrong with a request is no failure of the replica."""
 
     def __init__(self, config: EngineConfig, self_test: bool) -> None:
-        wait_briefly()  # before torch is loaded, which is next
+        own_process()  # before torch is loaded, which is next
         _stay_on_loopback()
         from local_rerank import Reranker
         from local_rerank.doctor import require_self_test

@@ -1,0 +1,62 @@
+"""Weights in oneDNN's layout against torch's linear layer, and when they are put so."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from local_rerank import Reranker, precision
+from local_rerank.blocked_linear import BlockedLinear, can_block
+from tests.checkpoints import make_checkpoint
+
+needs_operators = pytest.mark.skipif(not can_block(), reason="this torch has no such operators for this processor")
+
+
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 40), (257, 40), (1, 33, 40)])
+def test_it_multiplies_as_torch_does(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    if not precision.blocks_weights(torch.bfloat16) and dtype == torch.bfloat16:
+        pytest.skip("this processor multiplies no bf16")
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 56, bias=bias).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    with torch.inference_mode():
+        expected, actual = linear(x), BlockedLinear(linear)(x)
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@needs_operators
+@pytest.mark.parametrize("blocked_seconds", [0.5, 2.0])
+def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
+    blocked_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"fp32": 1.0, "blocked fp32": blocked_seconds, "bf16": math.inf}
+    monkeypatch.setattr(precision, "_seconds_of_products", lambda: seconds)
+    folder = make_checkpoint(tmp_path / "model", seed=12)
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        linears = [type(m) for m in reranker._engine._backbone.modules() if isinstance(m, nn.Linear | BlockedLinear)]
+        assert set(linears) == {BlockedLinear if blocked_seconds < 1 else nn.Linear}
+        assert reranker._engine.weights_dtype == "fp32"
+        scores = reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True)
+    with Reranker(str(folder), device="cpu", dtype="fp32", attention="dense") as other:
+        assert scores == pytest.approx(other.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plain", "blocked", "bf16", "is_faster"), [(2.0, 2.0, 1.0, True), (2.0, 1.1, 1.0, False), (1.1, 2.0, 1.0, False)]
+)
+def test_bf16_is_taken_where_it_is_clearly_faster_than_the_better_fp32(
+    plain: float, blocked: float, bf16: float, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"fp32": plain, "blocked fp32": blocked, "bf16": bf16}
+    monkeypatch.setattr(precision, "_seconds_of_products", lambda: seconds)
+    assert (precision.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16) == is_faster

@@ -256,8 +256,8 @@ def test_weights_that_were_rounded_on_disk_look_like_a_wrong_dtype(known: Path, 
 
 def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
-    monkeypatch.setitem(TOLERANCE, "bf16", 0.002)  # these weights' move by three to six percent of their spread
-    with Reranker(device="cpu", dtype="bf16", threads=1) as reranker:
+    monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
+    with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
         outcome = self_test(reranker)
     assert outcome.fault == "wrong dtype"
     assert "this model needs --dtype fp32" in outcome.detail

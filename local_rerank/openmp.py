@@ -33,10 +33,12 @@ _is_owned = False
 def own_process() -> None:
     """What commands call first, before torch is loaded: this process is ours, and is set up as we like it.
 
-    Its threads spin for a moment before they sleep, unless the environment says how they wait.
+    Its threads spin for a moment before they sleep, unless the environment says how they wait, and all that are started
+    from now on allocate from one arena: later, the thread that computes may be given that of another.
     """
     global _is_owned
     _is_owned = True
+    share_one_arena()
     if not VARIABLES.keys() & os.environ.keys():
         os.environ.update(VARIABLES)
 

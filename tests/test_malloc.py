@@ -10,6 +10,20 @@ from pathlib import Path
 
 import pytest
 
+ARENAS = """
+import ctypes, sys, threading
+from local_rerank.openmp import own_process
+
+own_process()
+thread = threading.Thread(target=bytearray, args=(100_000,))  # whose arena the next thread would be given
+thread.start()
+thread.join()
+from local_rerank import Reranker
+
+with Reranker(sys.argv[1], device="cpu") as reranker:
+    reranker.rank("a query", ["a document"])
+    ctypes.CDLL(None).malloc_stats()
+"""
 PASSES = """
 import resource, sys
 from local_rerank import Reranker
@@ -32,8 +46,20 @@ def _faults_of_a_pass(model: Path, **environment: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
+
+
+@glibc_only
 def test_a_pass_takes_no_new_memory_unless_the_environment_sets_the_allocator(tiny_checkpoint: Path) -> None:
     as_asked_for = _faults_of_a_pass(tiny_checkpoint, MALLOC_MMAP_THRESHOLD_="131072")
     assert as_asked_for > 1000
     assert _faults_of_a_pass(tiny_checkpoint) < as_asked_for / 10
+
+
+@glibc_only
+def test_a_command_has_one_arena_whatever_threads_it_had_before(tiny_checkpoint: Path) -> None:
+    """Others have heaps of 64 MiB, which are given back as soon as they are empty."""
+    program = [sys.executable, "-c", ARENAS, str(tiny_checkpoint)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
+    assert "Arena 0:" in done.stderr
+    assert "Arena 1:" not in done.stderr

@@ -17,10 +17,10 @@ import time
 
 from serving_load import body, closed_loop, open_loop, post, server
 
+from local_rerank.engine import CPU_BATCH_TOKENS
 from local_rerank.simulation import Outcome, Speed, Workload, simulate
 
 DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
-BUDGET = 2560  # tokens of a batch on a CPU
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
             f"calibrated: {1 / speed.token_seconds:.0f} tokens/s, {speed.batch_seconds * 1e3:.1f} ms a batch, "
             f"{speed.request_seconds * 1e3:.1f} ms a request outside the engine; {mean_tokens:.0f} tokens a request"
         )
-        capacity = engines / (mean_tokens * (speed.token_seconds + speed.batch_seconds / BUDGET))
+        capacity = engines / (mean_tokens * (speed.token_seconds + speed.batch_seconds / CPU_BATCH_TOKENS))
         errors = []
         for share in options.shares:
             rate = share * capacity
@@ -77,13 +77,13 @@ def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -
     mean_tokens = statistics.mean(tokens)
     alone = statistics.mean(engine[5:])  # the first ones warm up
     busy = engines / closed_loop(address, bodies[60:], 12 * engines, seconds)  # of an engine, for a request
-    requests_of_batch = BUDGET / mean_tokens
+    requests_of_batch = CPU_BATCH_TOKENS / mean_tokens
     batch_seconds = max(0.0, (alone - busy) / (1 - 1 / requests_of_batch))
     speed = Speed(
         token_seconds=(busy - batch_seconds / requests_of_batch) / mean_tokens,
         batch_seconds=batch_seconds,
         request_seconds=statistics.median(other[5:]),
-        max_batch_tokens=BUDGET,
+        max_batch_tokens=CPU_BATCH_TOKENS,
     )
     return speed, mean_tokens, prefix_tokens
 

@@ -7,7 +7,7 @@ there is one query per document, its last token, in packed order.
 A kernel is two functions: `layout` says once per batch what every layer needs to know, `attend` runs in each layer.
 Layouts are built on the host, from the batch on the host; `layout_to` moves one to the device of a layer.
 
-Query and key may be fp32 where values are 16-bit, which the result is then too.
+On a CPU query and key may be fp32 where values are 16-bit, which the result is then too.
 
 Shapes: query (1, num_heads, num_queries, head_dim); key and value (1, num_kv_heads, num_tokens, head_dim), as
 transformers hands them over; the result is (1, num_queries, num_heads, head_dim).
@@ -72,14 +72,13 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """One mask over all tokens, quadratic in the batch: what the other kernels are tested against."""
-    out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).to(v.dtype)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
     """Any device and dtype: torch's public SDPA by runs of equal length, keys of prefix and document joined."""
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    out = torch.empty_like(q.transpose(1, 2))  # (1, num_queries, num_heads, head_dim)
+    out, v = torch.empty_like(q.transpose(1, 2), dtype=v.dtype), v.to(q.dtype)  # (1, num_queries, num_heads, head_dim)
     for group in layout.groups:
         prefix_k, prefix_v = (_segments(x, group.start, 1, group.prefix_length) for x in (k, v))
         if not layout.last_tokens_only:

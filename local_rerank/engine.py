@@ -32,6 +32,7 @@ from local_rerank.cuda_layers import FusedDecoder
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
 from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
+from local_rerank.known_pairs import MAX_MISORDERED, num_misordered
 from local_rerank.malloc import keep_freed_memory
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
@@ -258,6 +259,8 @@ def load_engine(
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
@@ -266,8 +269,6 @@ def load_engine(
     if config.dtype == "int8" and not torch._C._has_mkldnn:
         raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
     kernel, reason = choose_kernel(config.attention, device, arithmetic)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_layers = model.config.num_hidden_layers
@@ -281,10 +282,7 @@ def load_engine(
         # int8's scores are rounded far more than by values in bf16
         bf16_values = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
         replace_layers(model.model, _packed_attention, values=torch.bfloat16 if bf16_values else None)
-        if config.dtype != "int8" and weights == arithmetic and blocks_weights(arithmetic):
-            block_layers(model.model.layers)
-        if owns_process() and (config.dtype == "int8" or arithmetic == torch.bfloat16):
-            route_fp32_products()
+        _choose_products(model, config, weights, arithmetic)
     graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
     # by the memory that is free now
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
@@ -315,6 +313,19 @@ def load_engine(
     return engine, info
 
 
+def _choose_products(
+    model: PreTrainedModel, config: EngineConfig, weights: torch.dtype, arithmetic: torch.dtype
+) -> None:
+    """The fastest way to multiply on this CPU; with `deterministic` none that a measurement decides."""
+    is_fp32 = arithmetic == torch.float32
+    if config.deterministic and is_fp32:
+        return
+    if config.dtype != "int8" and weights == arithmetic and blocks_weights(arithmetic):
+        block_layers(model.model.layers)
+    if owns_process() and not config.deterministic and (config.dtype == "int8" or not is_fp32):
+        route_fp32_products()
+
+
 def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair]]) -> list[str]:
     """Decoder layers to int8; the names of the linear layers that stay."""
     layers = engine._backbone.layers
@@ -322,7 +333,7 @@ def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair
         return quantize_layers(layers)
     batch = pack(known())
     odds = engine.forward(batch)
-    if not bool((odds[::2] > odds[1::2]).all()):  # it knows no answers, as random weights do: nothing can be spoiled
+    if num_misordered(odds.tolist()) > MAX_MISORDERED:  # as the self-test sees it: there is nothing to be spoiled
         return quantize_layers(layers)
     return quantize_layers(layers, lambda: engine.forward(batch))
 

@@ -62,6 +62,14 @@ ORDERED = tuple(
 )
 """A relevant document, then an irrelevant one, for each query."""
 
+MAX_MISORDERED = 1  # of the plain questions: a model need not know every language
+
+
+def num_misordered(log_odds: Sequence[float]) -> int:
+    """In how many of the plain questions the irrelevant document does not stand below the relevant one."""
+    return sum(bad >= good for good, bad in zip(log_odds[::2], log_odds[1::2], strict=True))
+
+
 STORED = (
     *ORDERED,
     *(KnownPair(query=_PLANET, document=document) for document in (_VENUS, _JUPITER, _SATURN, "")),

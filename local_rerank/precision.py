@@ -1,4 +1,7 @@
-"""Which precision weights are loaded in, and which one they are multiplied in: EngineConfig -> two dtypes."""
+"""Which precision weights are loaded in, which one they are multiplied in, and how a CPU does that fastest.
+
+EngineConfig -> two dtypes. What the features of a CPU do not tell is measured, once in a process.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,29 +66,34 @@ def blocks_weights(arithmetic: torch.dtype) -> bool:
 
 
 def route_fp32_products() -> None:
-    """Let oneDNN multiply all fp32 matrices of this process where it is faster than MKL: attention's have no layout of
-    their own. The setting is called bf16 and lets AMX round; without AMX oneDNN multiplies in fp32, which is checked.
+    """Let oneDNN multiply all fp32 matrices of this process where it is faster than MKL: those of attention, which no
+    layer can put into a layout of its own. Small ones lose, as the built-in model's, so that it is for larger models.
+
+    The setting is called bf16 and lets AMX round; without AMX oneDNN multiplies in fp32, which is checked. It stays.
     """
     seconds = _seconds_of_products()
     if seconds["fp32"] < 1.2 * seconds["blocked fp32"] or torch.cpu._is_amx_tile_supported():
         return
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]  # torch's modules set it so
-    x = torch.full((256, 256), 1 + 2**-12)  # a number that bf16 rounds to 1
+    onednn: Any = torch.backends.mkldnn
+    before, onednn.matmul.fp32_precision = onednn.matmul.fp32_precision, "bf16"
+    x = torch.full((256, 256), 1 + 2**-12, dtype=torch.float32)  # a number that bf16 rounds to 1
     if not torch.allclose(x @ x, 256 * x.square(), rtol=1e-5):
-        torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+        onednn.matmul.fp32_precision = before
 
 
 def multiplies_bf16_faster() -> bool:
     """Of two CPUs with the same AVX512-BF16, Zen 4 ran bf16 2.5x as fast as fp32 and a Sapphire Rapids whose AMX a
     hypervisor hides .54x. bf16 costs exactness, so that it has to be clearly faster."""
     seconds = _seconds_of_products()
-    return seconds["bf16"] * 1.2 < min(seconds["fp32"], seconds["blocked fp32"])
+    return seconds["bf16"] * 1.2 < seconds["fp32"]  # as weights of 16 bits are multiplied otherwise
 
 
 @cache
 def _seconds_of_products() -> dict[str, float]:
     """One product of 256 tokens in each way, measured for some 40 milliseconds; infinite where there is no such way."""
-    x, linear = torch.ones(256, 1024), nn.Linear(1024, 1024, bias=False)
+    x = torch.ones(256, 1024, dtype=torch.float32)
+    linear = nn.Linear(1024, 1024, bias=False, device="meta", dtype=torch.float32).to_empty(device="cpu")
+    nn.init.ones_(linear.weight)
     calls: dict[str, Callable[[], Tensor]] = {"fp32": lambda: linear(x)}
     if can_block():
         blocked = BlockedLinear(linear)
@@ -94,6 +103,8 @@ def _seconds_of_products() -> dict[str, float]:
         multiply = BlockedLinear(half) if can_block() else half
         calls["bf16"] = lambda: multiply(x_half)
     best = dict.fromkeys(("fp32", "blocked fp32", "bf16"), math.inf)
+    if len(calls) == 1:
+        return best
     with torch.inference_mode():
         for _ in range(NUM_ROUNDS):  # in turn, and the best of each, so that other work on the cores does not decide
             for name, call in calls.items():

@@ -24,7 +24,12 @@ def command(*arguments: str) -> Done:
     """Run a command line to its end, on a wide terminal."""
     out, err = io.StringIO(), io.StringIO()
     status: object = None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.dict("os.environ", COLUMNS="200"):
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict("os.environ", COLUMNS="200"),
+        mock.patch("local_rerank.cli.own_process"),  # this one is pytest's
+    ):
         try:
             main(arguments)
         except SystemExit as exit:

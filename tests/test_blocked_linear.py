@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from local_rerank import Reranker, precision
 from local_rerank.blocked_linear import BlockedLinear, can_block
 from tests.checkpoints import make_checkpoint
+from tests.reference import ModelCard
 
 needs_operators = pytest.mark.skipif(not can_block(), reason="this torch has no such operators for this processor")
 
@@ -47,16 +50,61 @@ def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
         assert set(linears) == {BlockedLinear if blocked_seconds < 1 else nn.Linear}
         assert reranker._engine.weights_dtype == "fp32"
         scores = reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True)
-    with Reranker(str(folder), device="cpu", dtype="fp32", attention="dense") as other:
-        assert scores == pytest.approx(other.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True), abs=1e-5)
+    card = ModelCard(folder)
+    assert scores == pytest.approx([card.pair(*pair) for pair in (("q", "a"), ("q", "bb"), ("r", "a"))], abs=1e-5)
+
+
+def test_a_measurement_decides_nothing_where_scores_must_be_the_same_to_the_bit(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_seconds_of_products", lambda: {"fp32": 1.0, "blocked fp32": 0.5, "bf16": math.inf})
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True) as reranker:
+        assert not any(isinstance(module, BlockedLinear) for module in reranker._engine._backbone.modules())
 
 
 @pytest.mark.parametrize(
-    ("plain", "blocked", "bf16", "is_faster"), [(2.0, 2.0, 1.0, True), (2.0, 1.1, 1.0, False), (1.1, 2.0, 1.0, False)]
+    ("plain", "blocked", "bf16", "is_faster"), [(2.0, 2.0, 1.0, True), (2.0, 1.1, 1.0, True), (1.1, 2.0, 1.0, False)]
 )
-def test_bf16_is_taken_where_it_is_clearly_faster_than_the_better_fp32(
+def test_bf16_is_taken_where_it_is_clearly_faster_than_what_16_bit_weights_are_multiplied_in_otherwise(
     plain: float, blocked: float, bf16: float, is_faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"fp32": plain, "blocked fp32": blocked, "bf16": bf16}
     monkeypatch.setattr(precision, "_seconds_of_products", lambda: seconds)
     assert (precision.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16) == is_faster
+
+
+ROUTED = """
+import sys
+import torch
+from local_rerank import Reranker, openmp, precision
+
+owned, fp32, rounds, has_amx = (int(value) for value in sys.argv[2:])
+seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
+precision._seconds_of_products = lambda: seconds
+torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
+if rounds:
+    torch.allclose = lambda *given, **options: False  # as where oneDNN rounds to bf16 without AMX
+if owned:
+    openmp.own_process()
+for dtype in ("fp32", "bf16"):
+    Reranker(sys.argv[1], device="cpu", dtype=dtype, threads=1).close()
+    print(torch.backends.mkldnn.matmul.fp32_precision)
+"""
+
+
+@pytest.mark.parametrize(
+    ("owned", "fp32", "rounds", "has_amx", "expected"),
+    [
+        (1, 2, 0, 0, ["none", "bf16"]),  # not for a model in fp32
+        (0, 2, 0, 0, ["none", "none"]),  # the process is another program's
+        (1, 1, 0, 0, ["none", "none"]),  # MKL is as fast
+        (1, 2, 1, 0, ["none", "none"]),  # it would round
+        (1, 2, 0, 1, ["none", "none"]),  # AMX would
+    ],
+)
+def test_fp32_products_go_to_onednn_where_that_is_faster_exact_and_ours_to_say(
+    owned: int, fp32: int, rounds: int, has_amx: int, expected: list[str], tiny_checkpoint: Path
+) -> None:
+    arguments = [str(tiny_checkpoint), *map(str, (owned, fp32, rounds, has_amx))]
+    done = subprocess.run([sys.executable, "-c", ROUTED, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == expected, done.stderr

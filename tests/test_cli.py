@@ -146,7 +146,7 @@ def test_help_and_import_load_neither_torch_nor_a_web_framework() -> None:
     [({}, "passive 20000 False"), ({"OMP_WAIT_POLICY": "active"}, "active None False")],
     ids=["by itself", "as the environment says"],
 )
-def test_threads_own_process_which_is_said_before_torch_is_loaded(variables: dict[str, str], expected: str) -> None:
+def test_threads_wait_briefly_which_is_said_before_torch_is_loaded(variables: dict[str, str], expected: str) -> None:
     script = (
         "import os, sys; from local_rerank import cli\n"
         "try: cli.main(['--version'])\n"

@@ -35,12 +35,12 @@ def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: 
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
-@pytest.mark.parametrize("logits", [cpu_attention.LOGITS_PER_QUERY_HEAD, 1000, 1])
+@pytest.mark.parametrize("logits", [cpu_attention.LOGITS_PER_HEAD, 1000, 1])
 def test_tiles_of_every_kind_attend_as_the_dense_definition(
     logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`logits`: the fewer a tile may have, the smaller the pieces of a long document, down to one query."""
-    monkeypatch.setattr(cpu_attention, "LOGITS_PER_QUERY_HEAD", logits)
+    monkeypatch.setattr(cpu_attention, "LOGITS_PER_HEAD", logits)
     batch = a_batch()
     tiles, dense = (attended(batch, kernel, last_tokens_only, dtype=torch.float32) for kernel in ("cpu-tiles", "dense"))
     assert torch.allclose(tiles, dense, atol=2e-6)
@@ -56,9 +56,15 @@ def test_values_in_bf16_give_bf16_from_queries_and_keys_in_fp32(kernel: str, las
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def test_no_tile_of_a_long_document_has_more_logits_than_it_may() -> None:
-    batch = pack([Pair(tuple(range(100)), tuple(range(4000)))])
-    tiles = KERNELS["cpu-tiles"].layout(batch, False).tiles
-    sizes = [(t.queries[1] - t.queries[0]) * (t.prefix[1] - t.prefix[0] + t.own[1] - t.own[0]) for t in tiles]
-    assert max(sizes) <= cpu_attention.LOGITS_PER_QUERY_HEAD
-    assert sorted(query for t in tiles for query in range(*t.queries)) == list(range(4100))
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+@pytest.mark.parametrize(("prefix_length", "lengths"), [(100, [4000]), (4000, [60] * 40), (3000, [3, 700, 1, 5] * 9)])
+def test_no_tile_of_several_queries_has_more_logits_than_it_may(
+    prefix_length: int, lengths: list[int], last_tokens_only: bool
+) -> None:
+    batch = pack([Pair(tuple(range(prefix_length)), tuple(range(length))) for length in lengths])
+    layout = KERNELS["cpu-tiles"].layout(batch, last_tokens_only)
+    tiles = [tile for group in layout.groups for part in group.parts for tile in part.tiles]
+    sizes = [(tile.queries[1] - tile.queries[0]) * tile.num_keys for tile in tiles]
+    assert max(sizes) <= cpu_attention.LOGITS_PER_HEAD
+    num_queries = batch.num_pairs if last_tokens_only else batch.num_tokens
+    assert sorted(query for tile in tiles for query in range(*tile.queries)) == list(range(num_queries))

@@ -11,6 +11,7 @@ import torch
 from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
 from local_rerank.doctor import require_self_test
+from local_rerank.engine import Engine
 from local_rerank.errors import ConfigError
 from local_rerank.int8 import LARGEST, ZERO, Int8Linear, quantize, quantize_layers
 from local_rerank.models import load_model, open_checkpoint
@@ -72,6 +73,19 @@ def test_every_layer_of_an_ordinary_model_is_replaced(tiny_checkpoint: Path) -> 
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="int8") as reranker:
         assert reranker.info.unquantized == ()
         assert all(isinstance(module, Int8Linear) for module in layers_of(reranker).values())
+
+
+@pytest.mark.parametrize(("relevant", "is_searched"), [([1, 1, 1, 0], True), ([1, 1, 0, 0], False)])
+def test_a_model_that_answers_no_plain_questions_is_not_searched(
+    relevant: list[int], is_searched: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`relevant`: for each question, what the relevant document's log-odds are above the other's."""
+    log_odds = torch.tensor([value for each in relevant for value in (each, 0)], dtype=torch.float32)
+    monkeypatch.setattr(Engine, "forward", lambda engine, batch: log_odds)
+    given: list[Any] = []
+    monkeypatch.setattr("local_rerank.engine.quantize_layers", lambda *options: given.append(options) or [])
+    Reranker(str(tiny_checkpoint), device="cpu", dtype="int8").close()
+    assert [len(options) > 1 for options in given] == [is_searched]
 
 
 def test_a_large_model_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class Checkpoint:
 
     @property
     def needs_fp32(self) -> bool:
-        """The embedded model's matching heads, compiled by hand, lose up to .3 of log-odds in bf16."""
+        """The embedded model's matching heads, compiled by hand, move log-odds by up to 2.2 in bf16."""
         return self.model_id == EMBEDDED_MODEL
 
     @property

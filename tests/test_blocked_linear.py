@@ -82,8 +82,7 @@ owned, fp32, rounds, has_amx = (int(value) for value in sys.argv[2:])
 seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
 precision._seconds_of_products = lambda: seconds
 torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
-if rounds:
-    torch.allclose = lambda *given, **options: False  # as where oneDNN rounds to bf16 without AMX
+torch.allclose = lambda *given, **options: not rounds  # whether oneDNN rounds to bf16 without AMX
 if owned:
     openmp.own_process()
 for dtype in ("fp32", "bf16"):

@@ -1,4 +1,4 @@
-"""The threads of torch's CPU operators: how they wait for one another, and which thread they work for.
+"""The threads of torch's CPU operators: how they wait, which thread they work for, and whether the process is ours.
 
 libgomp keeps a pool of threads for every thread that ever ran an operator, and once the pools hold more threads than
 there are cores none of them spins before it sleeps, which made short passes 1.6 times as slow. So one thread of the

@@ -22,32 +22,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from local_rerank import cuda
+from local_rerank import cpu, cuda
 from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, layout_to
-from local_rerank.blocked_linear import block_layers
 from local_rerank.config import EngineConfig
-from local_rerank.cpu_layers import replace_layers
 from local_rerank.cuda_graphs import GraphRunner
 from local_rerank.cuda_layers import FusedDecoder
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
 from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
-from local_rerank.known_pairs import MAX_MISORDERED, num_misordered
 from local_rerank.malloc import keep_freed_memory
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
-from local_rerank.openmp import compute, owns_process
+from local_rerank.openmp import compute
 from local_rerank.packing import PackedBatch, pack
-from local_rerank.precision import (
-    QUANTIZED_DTYPES,
-    blocks_weights,
-    choose_dtypes,
-    multiplies_bf16_faster,
-    name_of,
-    route_fp32_products,
-)
+from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
 from local_rerank.tokenization import Pair
-from local_rerank.wide_layers import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -264,10 +253,8 @@ def load_engine(
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
-    if config.dtype == "int8" and (device.type != "cpu" or config.device_map is not None):
-        raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
-    if config.dtype == "int8" and not torch._C._has_mkldnn:
-        raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
+    if config.dtype == "int8":
+        cpu.check_int8(config, device)
     kernel, reason = choose_kernel(config.attention, device, arithmetic)
     model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -276,13 +263,8 @@ def load_engine(
     first_device = _entry_device(model)
     if device.type == "cuda" and not cuda.prepare(model, config, device) and config.attention == "auto":
         kernel, reason = choose_kernel("auto", device, arithmetic, compiled=False)
-    if weights != arithmetic:
-        widen(model.model)
     if device.type == "cpu" and config.device_map is None:
-        # int8's scores are rounded far more than by values in bf16
-        bf16_values = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
-        replace_layers(model.model, _packed_attention, values=torch.bfloat16 if bf16_values else None)
-        _choose_products(model, config, weights, arithmetic)
+        cpu.prepare(model, config, checkpoint, weights, arithmetic, _packed_attention)
     graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
     # by the memory that is free now
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
@@ -313,28 +295,12 @@ def load_engine(
     return engine, info
 
 
-def _choose_products(
-    model: PreTrainedModel, config: EngineConfig, weights: torch.dtype, arithmetic: torch.dtype
-) -> None:
-    """The fastest way to multiply on this CPU; with `deterministic` none that a measurement decides."""
-    is_fp32 = arithmetic == torch.float32
-    if config.deterministic and is_fp32:
-        return
-    if config.dtype != "int8" and weights == arithmetic and blocks_weights(arithmetic):
-        block_layers(model.model.layers)
-    if owns_process() and not config.deterministic and (config.dtype == "int8" or not is_fp32):
-        route_fp32_products()
-
-
 def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair]]) -> list[str]:
     """Decoder layers to int8; the names of the linear layers that stay."""
     layers = engine._backbone.layers
     if num_parameters > MAX_SEARCHED_PARAMETERS:
         return quantize_layers(layers)
     batch = pack(known())
-    odds = engine.forward(batch)
-    if num_misordered(odds.tolist()) > MAX_MISORDERED:  # as the self-test sees it: there is nothing to be spoiled
-        return quantize_layers(layers)
     return quantize_layers(layers, lambda: engine.forward(batch))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from local_rerank.known_pairs import MAX_MISORDERED, num_misordered
+
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
 SMALLEST = 1e-12  # scale of a token: a bias divided by it, and its square, are still numbers
@@ -84,14 +86,14 @@ def quantize_layers(layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None
 
     `log_odds`: what the model as it is gives known pairs, (num_pairs,). Where int8 moves them by more than a third of
     what the self-test allows, each group of layers is tried alone, and what makes a fortieth by itself stays as it is:
-    int8 has no room for numbers far apart, which few layers have. Without it all are replaced, one after the other.
+    int8 has no room for numbers far apart, which few layers have. Without it all are replaced, one after the other, and
+    so they are where known pairs, relevant and irrelevant ones in turn, are misordered: nothing can be spoiled there.
     """
     groups = _groups(layers)
-    if log_odds is None:
+    if log_odds is None or num_misordered((exact := log_odds()).tolist()) > MAX_MISORDERED:
         while groups:
             groups.pop().quantize()  # and lets go of what it replaces
         return []
-    exact = log_odds()
     allowed = TOLERANCE * max(1.0, float(exact.max() - exact.min()))
 
     def is_moved_by(limit: float) -> bool:

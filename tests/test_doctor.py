@@ -71,7 +71,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["known", "unknown"])
 def reranker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reranker]:
     """With torch's own linear layers, which can be damaged once they are loaded."""
-    monkeypatch.setattr("local_rerank.engine.blocks_weights", lambda arithmetic: False)
+    monkeypatch.setattr("local_rerank.cpu.blocks_weights", lambda arithmetic: False)
     with Reranker(str(request.getfixturevalue(request.param)), **EXACT) as made:
         yield made
 

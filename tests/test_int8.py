@@ -11,7 +11,6 @@ import torch
 from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
 from local_rerank.doctor import require_self_test
-from local_rerank.engine import Engine
 from local_rerank.errors import ConfigError
 from local_rerank.int8 import LARGEST, ZERO, Int8Linear, quantize, quantize_layers
 from local_rerank.models import load_model, open_checkpoint
@@ -75,17 +74,17 @@ def test_every_layer_of_an_ordinary_model_is_replaced(tiny_checkpoint: Path) -> 
         assert all(isinstance(module, Int8Linear) for module in layers_of(reranker).values())
 
 
-@pytest.mark.parametrize(("relevant", "is_searched"), [([1, 1, 1, 0], True), ([1, 1, 0, 0], False)])
+@pytest.mark.parametrize(("wins", "is_searched"), [([1, 1, 1, 0], True), ([1, 1, 0, 0], False)])
 def test_a_model_that_answers_no_plain_questions_is_not_searched(
-    relevant: list[int], is_searched: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    wins: list[int], is_searched: bool, tiny_checkpoint: Path
 ) -> None:
-    """`relevant`: for each question, what the relevant document's log-odds are above the other's."""
-    log_odds = torch.tensor([value for each in relevant for value in (each, 0)], dtype=torch.float32)
-    monkeypatch.setattr(Engine, "forward", lambda engine, batch: log_odds)
-    given: list[Any] = []
-    monkeypatch.setattr("local_rerank.engine.quantize_layers", lambda *options: given.append(options) or [])
-    Reranker(str(tiny_checkpoint), device="cpu", dtype="int8").close()
-    assert [len(options) > 1 for options in given] == [is_searched]
+    """`wins`: by how much each question's relevant document stands above the other; any int8 spoils all."""
+    model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.float32, device=torch.device("cpu"))
+    exact = torch.tensor([value for each in wins for value in (each, 0)], dtype=torch.float32)
+    answers = iter([exact, *[torch.full((8,), torch.nan)] * 100])
+    assert bool(quantize_layers(model.model.layers, lambda: next(answers))) == is_searched
+    layers = [module for name, module in model.model.named_modules() if name.endswith("_proj")]
+    assert any(isinstance(layer, Int8Linear) for layer in layers) != is_searched
 
 
 def test_a_large_model_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:

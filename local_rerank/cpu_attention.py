@@ -5,7 +5,8 @@ or a piece of a long one. The keys of the prefix and those of the documents behi
 which a tile reads the first: logits, softmax and weighted sum are one operator each, over data that the cache holds.
 
 torch's flash operator for CPUs multiplies bf16 no faster than fp32; whole matrices run at the speed of the other
-products.
+products. oneDNN generates code for each shape that is new to it, some .3 ms and 500 KiB, and texts are seldom of the
+same lengths: where it multiplies, tiles are filled up with zeros to shapes that come again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 
 from local_rerank.packing import Group, PackedBatch
+from local_rerank.precision import are_fp32_products_routed
 
 TOKENS_PER_TILE = 64  # of several documents: each query multiplies the keys of all, to see its own alone
 QUERIES_PER_TILE = 128  # of a long document: the more, the more keys behind a query are multiplied for nothing
 KEYS_OF_LAST_TOKENS = 512  # of several documents, each of which has one query then
 LOGITS_PER_HEAD = 3 * 2**16  # at most in a tile, unless a single query has more
+SHAPE_STEP = 16  # what oneDNN multiplies is a multiple of so many queries and keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Tile:
 
     queries: tuple[int, int]  # first and one past the last
     num_keys: int  # of the prefix and of the documents, up to the last that a query sees
-    mask: Tensor | None  # (queries, m) fp32, added to the logits of the last m keys: 0 or minus infinity
+    num_common_keys: int  # so many of them every query sees
+    mask: Tensor  # fp32, 0 or minus infinity: (queries, other keys and then SHAPE_STEP or more that nobody sees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ def _parts(group: Group) -> Iterator[Part]:
             yield Part(own, tuple(_tiles_of_segment(start, length, prefix_length)))
         else:
             document = np.repeat(np.arange(len(lengths)), lengths)
-            mask = _mask((document[:, None] == document) & _not_after(length))
-            yield Part(own, (Tile(own, prefix_length + length, mask),))
+            mask = _mask((document[:, None] == document) & np.tri(length, dtype=bool))
+            yield Part(own, (Tile(own, prefix_length + length, prefix_length, mask),))
 
 
 def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[Tile]:
@@ -92,7 +96,13 @@ def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[T
     count = -(-length // most)
     bounds = [length * index // count for index in range(count + 1)]
     for first, end in itertools.pairwise(bounds):
-        yield Tile((start + first, start + end), prefix_length + end, _triangle(end - first))
+        yield _tile_of_segment((start + first, start + end), prefix_length + end)
+
+
+def _tile_of_segment(queries: tuple[int, int], num_keys: int) -> Tile:
+    """Neighbouring queries, the last of which sees all keys, and each before it one less."""
+    num_queries = queries[1] - queries[0]
+    return Tile(queries, num_keys, num_keys - num_queries + 1, _triangle()[:num_queries, 1:])
 
 
 def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
@@ -100,13 +110,17 @@ def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
         num_keys = sum(lengths)
         return num_keys <= KEYS_OF_LAST_TOKENS and len(lengths) * (group.prefix_length + num_keys) <= LOGITS_PER_HEAD
 
-    first = group.first_document
+    first, prefix_length = group.first_document, group.prefix_length
     for start, lengths in _joined(group, fits):
-        document = np.repeat(np.arange(len(lengths)), lengths)
-        mask = _mask(document == np.arange(len(lengths))[:, None]) if len(lengths) > 1 else None
-        tile = Tile((first, first + len(lengths)), group.prefix_length + len(document), mask)
-        yield Part((start, start + len(document)), (tile,))
-        first += len(lengths)
+        queries, num_own = (first, first + len(lengths)), sum(lengths)
+        if len(lengths) == 1:
+            tile = _tile_of_segment(queries, prefix_length + num_own)
+        else:
+            document = np.repeat(np.arange(len(lengths)), lengths)
+            mask = _mask(document == np.arange(len(lengths))[:, None])
+            tile = Tile(queries, prefix_length + num_own, prefix_length, mask)
+        yield Part((start, start + num_own), (tile,))
+        first = queries[1]
 
 
 def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[int, list[int]]]:
@@ -120,17 +134,14 @@ def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[i
     yield start, lengths
 
 
-def _not_after(length: int) -> np.ndarray:
-    return np.tri(length, dtype=bool)
-
-
 @cache
-def _triangle(length: int) -> Tensor | None:
-    return _mask(_not_after(length)) if length > 1 else None
+def _triangle() -> Tensor:
+    return _mask(np.tri(QUERIES_PER_TILE, dtype=bool))
 
 
 def _mask(visible: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.where(visible, np.float32(0), np.float32(-math.inf)))
+    hidden = np.pad(~visible, ((0, 0), (0, SHAPE_STEP)), constant_values=True)
+    return torch.from_numpy(np.where(hidden, np.float32(-math.inf), np.float32(0)))
 
 
 def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale: float) -> Tensor:
@@ -140,25 +151,41 @@ def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale
     out = q.new_empty(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim, dtype=v.dtype)
     q = q[0].view(num_kv_heads, -1, num_queries, head_dim)  # heads that share keys side by side
     k, v = k[0], v[0]
+    step = SHAPE_STEP if v.dtype != torch.float32 or are_fp32_products_routed() else 1
+    zeros = [x.new_zeros(num_kv_heads, step - 1, head_dim) for x in (k, v)]
     for group in layout.groups:
         for part in group.parts:
-            keys, values = (torch.cat([x[:, slice(*group.prefix)], x[:, slice(*part.own)]], dim=1) for x in (k, v))
+            num_keys = sum(end - start for start, end in (group.prefix, part.own))
+            keys, values = (
+                torch.cat([x[:, slice(*group.prefix)], x[:, slice(*part.own)], behind[:, : -num_keys % step]], dim=1)
+                for x, behind in zip((k, v), zeros, strict=True)
+            )
             keys = keys.float()
             for tile in part.tiles:
-                asking = q[:, :, slice(*tile.queries)]
+                seen = slice(_rounded_up(tile.num_keys, step))
                 # in one piece: oneDNN is slower at making them so
-                seen = keys[:, : tile.num_keys].contiguous()
-                attended = _attend_tile(asking, seen, values[:, : tile.num_keys], tile.mask, scale)
+                attended = _attend_tile(q, keys[:, seen].contiguous(), values[:, seen], tile, scale, step)
                 out[slice(*tile.queries)] = attended.permute(2, 0, 1, 3)
     return out.flatten(1, 2).unsqueeze(0)
 
 
-def _attend_tile(asking: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(kv_heads, heads of each, queries, head_dim) over (kv_heads, keys, head_dim) to the same."""
-    rows = torch.empty(asking.shape, dtype=torch.float32)
-    torch.mul(asking, scale, out=rows)  # in one piece
+def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float, step: int) -> Tensor:
+    """(kv_heads, heads of each, all queries, head_dim) over (kv_heads, keys, head_dim): as q, of the tile's queries.
+
+    Queries are multiplied in a multiple of `step`, as the keys are that come.
+    """
+    asking = q[:, :, slice(*tile.queries)]
+    num_queries = asking.shape[2]
+    size = (*asking.shape[:2], _rounded_up(num_queries, step), asking.shape[3])
+    rows = torch.empty(size, dtype=torch.float32)
+    torch.mul(asking, scale, out=rows[:, :, :num_queries])  # in one piece
+    rows[:, :, num_queries:] = 0
     logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2))
-    if mask is not None:
-        logits.view(*asking.shape[:3], -1)[..., -mask.shape[1] :].add_(mask)
+    if num_masked := keys.shape[1] - tile.num_common_keys:
+        logits.view(*size[:3], -1)[:, :, :num_queries, -num_masked:].add_(tile.mask[:, :num_masked])
     weights = torch.softmax(logits, dim=-1).to(values.dtype)
-    return torch.bmm(weights, values).view(asking.shape)
+    return torch.bmm(weights, values).view(size)[:, :, :num_queries]
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -23,6 +23,11 @@ VARIABLES = {  # read when torch is loaded
     "GOMP_SPINCOUNT": "20000",  # some ten microseconds: without them waking takes longer than a block of tokens
 }
 
+CACHES = {  # shapes of products whose code is kept, 1,024 by themselves, half a megabyte each; a pass has up to 90
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    "LRU_CACHE_CAPACITY": "16",  # torch's own in front of it
+}
+
 LOOK = 1.0  # seconds after which a caller looks up: Python misses an interrupt that comes just before a thread sleeps
 
 T = TypeVar("T")
@@ -33,14 +38,17 @@ _is_owned = False
 def own_process() -> None:
     """What commands call first, before torch is loaded: this process is ours, and is set up as we like it.
 
-    Its threads spin for a moment before they sleep, unless the environment says how they wait, and all that are started
-    from now on allocate from one arena: later, the thread that computes may be given that of another.
+    Its threads spin for a moment before they sleep, and code for shapes that do not come again is let go, unless the
+    environment says otherwise. All threads that are started from now on allocate from one arena: later, the thread that
+    computes may be given that of another.
     """
     global _is_owned
     _is_owned = True
     share_one_arena()
     if not VARIABLES.keys() & os.environ.keys():
         os.environ.update(VARIABLES)
+    for name, value in CACHES.items():
+        os.environ.setdefault(name, value)
 
 
 def owns_process() -> bool:

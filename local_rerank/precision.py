@@ -81,6 +81,12 @@ def route_fp32_products() -> None:
         onednn.matmul.fp32_precision = before
 
 
+def are_fp32_products_routed() -> bool:
+    """Whether oneDNN multiplies the fp32 matrices of this process."""
+    onednn: Any = torch.backends.mkldnn
+    return bool(onednn.matmul.fp32_precision == "bf16")
+
+
 def multiplies_bf16_faster() -> bool:
     """Of two CPUs with the same AVX512-BF16, Zen 4 ran bf16 2.5x as fast as fp32 and a Sapphire Rapids whose AMX a
     hypervisor hides .54x. bf16 costs exactness, so that it has to be clearly faster."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from local_rerank import Reranker, __version__
-from local_rerank.openmp import VARIABLES
+from local_rerank.openmp import CACHES, VARIABLES
 
 
 def run(*arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -143,17 +143,20 @@ def test_help_and_import_load_neither_torch_nor_a_web_framework() -> None:
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
-    [({}, "passive 20000 False"), ({"OMP_WAIT_POLICY": "active"}, "active None False")],
+    [
+        ({}, "passive 20000 256 16 False"),
+        ({"OMP_WAIT_POLICY": "active", "LRU_CACHE_CAPACITY": "5"}, "active None 256 5 False"),
+    ],
     ids=["by itself", "as the environment says"],
 )
-def test_threads_wait_briefly_which_is_said_before_torch_is_loaded(variables: dict[str, str], expected: str) -> None:
+def test_what_torch_reads_as_it_is_loaded_is_said_before(variables: dict[str, str], expected: str) -> None:
     script = (
         "import os, sys; from local_rerank import cli\n"
         "try: cli.main(['--version'])\n"
         "except SystemExit: pass\n"
-        "print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+        f"print(*map(os.environ.get, {[*VARIABLES, *CACHES]}), 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES | CACHES}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment | variables, capture_output=True, text=True, check=True
     )

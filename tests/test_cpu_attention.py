@@ -36,14 +36,37 @@ def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("logits", [cpu_attention.LOGITS_PER_HEAD, 1000, 1])
+@pytest.mark.parametrize("rounds_up", [False, True])
 def test_tiles_of_every_kind_attend_as_the_dense_definition(
-    logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
+    rounds_up: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`logits`: the fewer a tile may have, the smaller the pieces of a long document, down to one query."""
     monkeypatch.setattr(cpu_attention, "LOGITS_PER_HEAD", logits)
+    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: rounds_up)
     batch = a_batch()
     tiles, dense = (attended(batch, kernel, last_tokens_only, dtype=torch.float32) for kernel in ("cpu-tiles", "dense"))
     assert torch.allclose(tiles, dense, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_routed", "rounds_up"),
+    [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
+)
+def test_tiles_are_rounded_up_where_onednn_multiplies_them(
+    dtype: torch.dtype, is_routed: bool, rounds_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = set[int]()
+
+    def recorded(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        sizes.update({first.shape[1], *second.shape[1:]} - {HEAD_DIM})
+        return torch.matmul(first, second)
+
+    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: is_routed)
+    monkeypatch.setattr(torch, "bmm", recorded)
+    for last_tokens_only in (False, True):
+        attended(a_batch(), "cpu-tiles", last_tokens_only, dtype=dtype)
+    assert {size % cpu_attention.SHAPE_STEP == 0 for size in sizes} == ({True} if rounds_up else {True, False})
+    assert len(sizes) > 5
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from local_rerank.openmp import CACHES
+
 ARENAS = """
 import ctypes, sys, threading
 from local_rerank.openmp import own_process
@@ -37,6 +39,26 @@ with Reranker(sys.argv[1], device="cpu", max_length=8192) as reranker:
     reranker.rank("a query", documents)
     print(faults() - before)
 """
+LENGTHS = """
+import ctypes, random, sys
+from local_rerank.openmp import own_process
+
+own_process()
+from local_rerank import Reranker
+
+class Allocated(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f in_use g h".split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Allocated
+generator = random.Random(0)
+with Reranker(sys.argv[1], device="cpu", dtype=sys.argv[2]) as reranker:
+    reranker.rank("a query", ["a document"])
+    before = mallinfo2().in_use
+    for _ in range(200):
+        reranker.rank("a query", ["x" * generator.randrange(1, 900), "y" * generator.randrange(1, 900)])
+    print((mallinfo2().in_use - before) >> 20)
+"""
 
 
 def _faults_of_a_pass(model: Path, **environment: str) -> int:
@@ -63,3 +85,17 @@ def test_a_command_has_one_arena_whatever_threads_it_had_before(tiny_checkpoint:
     done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
     assert "Arena 0:" in done.stderr
     assert "Arena 1:" not in done.stderr
+
+
+@glibc_only
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])  # oneDNN multiplies both, whatever the CPU
+def test_a_command_keeps_little_of_the_code_for_texts_of_other_lengths(dtype: str, tiny_checkpoint: Path) -> None:
+    def kept_mib(**environment: str) -> int:
+        variables = {name: value for name, value in os.environ.items() if name not in CACHES} | environment
+        program = [sys.executable, "-c", LENGTHS, str(tiny_checkpoint), dtype]
+        done = subprocess.run(program, env=variables, capture_output=True, text=True, check=True, timeout=120)
+        return int(done.stdout)
+
+    by_default = kept_mib(**dict.fromkeys(CACHES, "1024"))
+    assert by_default > 200
+    assert kept_mib() < by_default / 2

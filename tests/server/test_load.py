@@ -15,11 +15,12 @@ import pytest
 from httpx2 import Client
 
 from local_rerank import Reranker
+from local_rerank.openmp import CACHES
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, make_cases, make_client, offer
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
 
 MILLISECONDS_PER_1000_TOKENS = 110  # so that about 20 requests a second are served
-MEMORY_MIB = 48  # that a few thousand requests may leave behind: buffers, not the requests
+MEMORY_MIB = 16  # that 800 requests may leave behind: buffers, not the requests
 READ_NOTHING_BYTES = 8 << 20  # more than the kernel buffers for a connection
 
 
@@ -64,14 +65,8 @@ def raw_request(body: dict[str, object]) -> bytes:
 def test_ten_times_what_it_can_do_is_answered_in_full_by_200_and_429(
     tiny_checkpoint: Path, cases: list[Case], tmp_path: Path
 ) -> None:
-    arguments = [
-        "tests.server.slow_server",
-        str(MILLISECONDS_PER_1000_TOKENS),
-        *options(tiny_checkpoint),
-        "--port",
-        "0",
-    ]
-    with started(tmp_path / "log", *arguments, "--max-queued-tokens", "20000") as server:
+    caches = dict.fromkeys(CACHES, "8")  # of code for the lengths that came, which would outweigh what requests leave
+    with started(tmp_path / "log", *slowed(tiny_checkpoint), "--max-queued-tokens", "20000", **caches) as server:
         server.wait_for("ready: ")
         process = psutil.Process(server.process.pid)
         asyncio.run(offer(server.address, cases, per_second=200, seconds=2))
@@ -96,14 +91,7 @@ def test_a_thousand_connections_at_once_get_their_own_right_answers(server: Serv
 def test_sigterm_under_load_loses_no_request_that_was_let_in(
     tiny_checkpoint: Path, cases: list[Case], tmp_path: Path
 ) -> None:
-    arguments = [
-        "tests.server.slow_server",
-        str(MILLISECONDS_PER_1000_TOKENS),
-        *options(tiny_checkpoint),
-        "--port",
-        "0",
-    ]
-    with started(tmp_path / "log", *arguments) as server:
+    with started(tmp_path / "log", *slowed(tiny_checkpoint)) as server:
         server.wait_for("ready: ")
 
         async def load() -> Tally:

@@ -57,14 +57,14 @@ def until(condition: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def started(log: Path, *arguments: str) -> Iterator[Server]:
+def started(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
     """`python -m ARGUMENTS`, ended when the block ends, whatever happened in it."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
         )
     try:
         yield Server(process, log)

@@ -6,12 +6,11 @@ which a tile reads the first: logits, softmax and weighted sum are one operator 
 
 torch's flash operator for CPUs multiplies bf16 no faster than fp32; whole matrices run at the speed of the other
 products. oneDNN generates code for each shape that is new to it, some .3 ms and 500 KiB, and texts are seldom of the
-same lengths: where it multiplies, tiles are filled up with zeros to shapes that come again.
+same lengths: where it multiplies, tiles are filled up to shapes that come again, with zeros or keys that are masked.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from local_rerank.precision import are_fp32_products_routed
 TOKENS_PER_TILE = 64  # of several documents: each query multiplies the keys of all, to see its own alone
 QUERIES_PER_TILE = 128  # of a long document: the more, the more keys behind a query are multiplied for nothing
 KEYS_OF_LAST_TOKENS = 512  # of several documents, each of which has one query then
-LOGITS_PER_HEAD = 3 * 2**16  # at most in a tile, unless a single query has more
-SHAPE_STEP = 16  # what oneDNN multiplies is a multiple of so many queries and keys
+LOGITS_PER_HEAD = 2**18  # at most in a tile, unless QUERY_STEP queries have more
+QUERY_STEP = 16  # what oneDNN multiplies is a multiple of so many queries; of 8 up to 9 % slower, of 32 the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Tile:
     queries: tuple[int, int]  # first and one past the last
     num_keys: int  # of the prefix and of the documents, up to the last that a query sees
     num_common_keys: int  # so many of them every query sees
-    mask: Tensor  # fp32, 0 or minus infinity: (queries, other keys and then SHAPE_STEP or more that nobody sees)
+    mask: Tensor  # fp32, 0 or minus infinity: (queries, other keys and then those up to `padded_keys` that nobody sees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def cpu_tiles_layout(batch: PackedBatch, last_tokens_only: bool) -> TilesLayout:
 def _parts(group: Group) -> Iterator[Part]:
     start, prefix_length = group.start, group.prefix_length
     yield Part((start, start), tuple(_tiles_of_segment(start, prefix_length, 0)))
-    most_tokens = min(TOKENS_PER_TILE, LOGITS_PER_HEAD // (prefix_length + TOKENS_PER_TILE))
+    most_tokens = _most_queries(TOKENS_PER_TILE, prefix_length + TOKENS_PER_TILE)
     for start, lengths in _joined(group, lambda lengths: sum(lengths) <= most_tokens):
         length = sum(lengths)
         own = (start, start + length)
@@ -86,29 +85,43 @@ def _parts(group: Group) -> Iterator[Part]:
             yield Part(own, tuple(_tiles_of_segment(start, length, prefix_length)))
         else:
             document = np.repeat(np.arange(len(lengths)), lengths)
-            mask = _mask((document[:, None] == document) & np.tri(length, dtype=bool))
-            yield Part(own, (Tile(own, prefix_length + length, prefix_length, mask),))
+            visible = (document[:, None] == document) & np.tri(length, dtype=bool)
+            yield Part(own, (_tile_of_documents(own, prefix_length, visible),))
 
 
 def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[Tile]:
     """A prefix, or one document behind its own; the more keys, the fewer queries."""
-    most = max(1, min(QUERIES_PER_TILE, LOGITS_PER_HEAD // (prefix_length + length)))
-    count = -(-length // most)
-    bounds = [length * index // count for index in range(count + 1)]
-    for first, end in itertools.pairwise(bounds):
+    most = _most_queries(QUERIES_PER_TILE, prefix_length + length)
+    size = _rounded_up(-(-length // -(-length // most)), QUERY_STEP)  # alike, as few as the most allows
+    for first in range(0, length, size):
+        end = min(first + size, length)
         yield _tile_of_segment((start + first, start + end), prefix_length + end)
+
+
+def _most_queries(most: int, num_keys: int) -> int:
+    """A multiple of QUERY_STEP."""
+    most = min(most, LOGITS_PER_HEAD // padded_keys(num_keys))
+    return max(QUERY_STEP, most - most % QUERY_STEP)
 
 
 def _tile_of_segment(queries: tuple[int, int], num_keys: int) -> Tile:
     """Neighbouring queries, the last of which sees all keys, and each before it one less."""
     num_queries = queries[1] - queries[0]
-    return Tile(queries, num_keys, num_keys - num_queries + 1, _triangle()[:num_queries, 1:])
+    mask = _triangle(_key_step(num_keys))[:num_queries, 1:]
+    return Tile(queries, num_keys, num_keys - num_queries + 1, mask)
+
+
+def _tile_of_documents(queries: tuple[int, int], prefix_length: int, visible: np.ndarray) -> Tile:
+    """Queries of several documents; `visible`: (queries, keys of the documents) bool."""
+    num_keys = prefix_length + visible.shape[1]
+    return Tile(queries, num_keys, prefix_length, _mask(visible, padded_keys(num_keys) - num_keys))
 
 
 def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
     def fits(lengths: list[int]) -> bool:
-        num_keys = sum(lengths)
-        return num_keys <= KEYS_OF_LAST_TOKENS and len(lengths) * (group.prefix_length + num_keys) <= LOGITS_PER_HEAD
+        num_own = sum(lengths)
+        most = _most_queries(LOGITS_PER_HEAD, group.prefix_length + num_own)
+        return num_own <= KEYS_OF_LAST_TOKENS and len(lengths) <= most
 
     first, prefix_length = group.first_document, group.prefix_length
     for start, lengths in _joined(group, fits):
@@ -117,8 +130,7 @@ def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
             tile = _tile_of_segment(queries, prefix_length + num_own)
         else:
             document = np.repeat(np.arange(len(lengths)), lengths)
-            mask = _mask(document == np.arange(len(lengths))[:, None])
-            tile = Tile(queries, prefix_length + num_own, prefix_length, mask)
+            tile = _tile_of_documents(queries, prefix_length, document == np.arange(len(lengths))[:, None])
         yield Part((start, start + num_own), (tile,))
         first = queries[1]
 
@@ -135,13 +147,26 @@ def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[i
 
 
 @cache
-def _triangle() -> Tensor:
-    return _mask(np.tri(QUERIES_PER_TILE, dtype=bool))
+def _triangle(num_hidden: int) -> Tensor:
+    """(QUERIES_PER_TILE, QUERIES_PER_TILE + num_hidden): the last columns nobody sees."""
+    return _mask(np.tri(QUERIES_PER_TILE, dtype=bool), num_hidden)
 
 
-def _mask(visible: np.ndarray) -> Tensor:
-    hidden = np.pad(~visible, ((0, 0), (0, SHAPE_STEP)), constant_values=True)
+def _mask(visible: np.ndarray, num_hidden: int) -> Tensor:
+    hidden = np.pad(~visible, ((0, 0), (0, num_hidden)), constant_values=True)
     return torch.from_numpy(np.where(hidden, np.float32(-math.inf), np.float32(0)))
+
+
+def padded_keys(num_keys: int) -> int:
+    """What a number of keys is filled up to: some 16 sizes an octave, at least 16 apart.
+
+    A document of 8,192 tokens has 512 tiles, each with more keys than the one before.
+    """
+    return _rounded_up(num_keys, _key_step(num_keys))
+
+
+def _key_step(num_keys: int) -> int:
+    return 1 << max(4, num_keys.bit_length() - 5)
 
 
 def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale: float) -> Tensor:
@@ -151,34 +176,36 @@ def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale
     out = q.new_empty(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim, dtype=v.dtype)
     q = q[0].view(num_kv_heads, -1, num_queries, head_dim)  # heads that share keys side by side
     k, v = k[0], v[0]
-    step = SHAPE_STEP if v.dtype != torch.float32 or are_fp32_products_routed() else 1
-    zeros = [x.new_zeros(num_kv_heads, step - 1, head_dim) for x in (k, v)]
+    fills_up = v.dtype != torch.float32 or are_fp32_products_routed()
     for group in layout.groups:
         for part in group.parts:
             num_keys = sum(end - start for start, end in (group.prefix, part.own))
+            zeros = k.new_zeros(num_kv_heads, padded_keys(num_keys) - num_keys if fills_up else 0, head_dim)
             keys, values = (
-                torch.cat([x[:, slice(*group.prefix)], x[:, slice(*part.own)], behind[:, : -num_keys % step]], dim=1)
-                for x, behind in zip((k, v), zeros, strict=True)
+                torch.cat([x[:, slice(*group.prefix)], x[:, slice(*part.own)], zeros.to(x.dtype)], dim=1)
+                for x in (k, v)
             )
             keys = keys.float()
             for tile in part.tiles:
-                seen = slice(_rounded_up(tile.num_keys, step))
+                seen = slice(padded_keys(tile.num_keys) if fills_up else tile.num_keys)
                 # in one piece: oneDNN is slower at making them so
-                attended = _attend_tile(q, keys[:, seen].contiguous(), values[:, seen], tile, scale, step)
+                attended = _attend_tile(
+                    q, keys[:, seen].contiguous(), values[:, seen], tile, scale, QUERY_STEP if fills_up else 1
+                )
                 out[slice(*tile.queries)] = attended.permute(2, 0, 1, 3)
     return out.flatten(1, 2).unsqueeze(0)
 
 
 def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float, step: int) -> Tensor:
-    """(kv_heads, heads of each, all queries, head_dim) over (kv_heads, keys, head_dim): as q, of the tile's queries.
+    """q: (kv_heads, heads of each, all queries, head_dim); keys and values: (kv_heads, keys, head_dim).
 
-    Queries are multiplied in a multiple of `step`, as the keys are that come.
+    The result is as q, of the tile's queries, which are multiplied as a multiple of `step`.
     """
     asking = q[:, :, slice(*tile.queries)]
     num_queries = asking.shape[2]
     size = (*asking.shape[:2], _rounded_up(num_queries, step), asking.shape[3])
-    rows = torch.empty(size, dtype=torch.float32)
-    torch.mul(asking, scale, out=rows[:, :, :num_queries])  # in one piece
+    rows = torch.empty(size, dtype=torch.float32)  # in one piece
+    torch.mul(asking, scale, out=rows[:, :, :num_queries])
     rows[:, :, num_queries:] = 0
     logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2))
     if num_masked := keys.shape[1] - tile.num_common_keys:

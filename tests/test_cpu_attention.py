@@ -8,6 +8,7 @@ import torch
 from local_rerank import cpu_attention
 from local_rerank.attention import KERNELS
 from local_rerank.cpu_attention import KEYS_OF_LAST_TOKENS, QUERIES_PER_TILE, TOKENS_PER_TILE
+from local_rerank.openmp import CACHES
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.tokenization import Pair
 
@@ -36,37 +37,53 @@ def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("logits", [cpu_attention.LOGITS_PER_HEAD, 1000, 1])
-@pytest.mark.parametrize("rounds_up", [False, True])
+@pytest.mark.parametrize("fills_up", [False, True])
 def test_tiles_of_every_kind_attend_as_the_dense_definition(
-    rounds_up: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
+    fills_up: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`logits`: the fewer a tile may have, the smaller the pieces of a long document, down to one query."""
+    """`logits`: the fewer a tile may have, the smaller the pieces of a long document."""
     monkeypatch.setattr(cpu_attention, "LOGITS_PER_HEAD", logits)
-    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: rounds_up)
+    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: fills_up)
     batch = a_batch()
     tiles, dense = (attended(batch, kernel, last_tokens_only, dtype=torch.float32) for kernel in ("cpu-tiles", "dense"))
     assert torch.allclose(tiles, dense, atol=2e-6)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_routed", "rounds_up"),
+    ("dtype", "is_routed", "fills_up"),
     [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
 )
-def test_tiles_are_rounded_up_where_onednn_multiplies_them(
-    dtype: torch.dtype, is_routed: bool, rounds_up: bool, monkeypatch: pytest.MonkeyPatch
+def test_tiles_are_filled_up_where_onednn_multiplies_them(
+    dtype: torch.dtype, is_routed: bool, fills_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = set[int]()
+    products = list[tuple[int, ...]]()
 
     def recorded(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        sizes.update({first.shape[1], *second.shape[1:]} - {HEAD_DIM})
+        products.append((*first.shape, second.shape[2]))
         return torch.matmul(first, second)
 
     monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: is_routed)
     monkeypatch.setattr(torch, "bmm", recorded)
     for last_tokens_only in (False, True):
         attended(a_batch(), "cpu-tiles", last_tokens_only, dtype=dtype)
-    assert {size % cpu_attention.SHAPE_STEP == 0 for size in sizes} == ({True} if rounds_up else {True, False})
-    assert len(sizes) > 5
+    logits = products[::2]  # (kv_heads, heads of each x queries, head_dim, keys); every other one sums up values
+    queries_filled_up = {rows // (HEADS // KV_HEADS) % cpu_attention.QUERY_STEP == 0 for _, rows, _, _ in logits}
+    keys_filled_up = {keys == cpu_attention.padded_keys(keys) for *_, keys in logits}
+    assert queries_filled_up == keys_filled_up == ({True} if fills_up else {True, False})
+
+
+@pytest.mark.parametrize("num_tokens", [2560, 5000, 8192])
+def test_a_pass_has_fewer_shapes_than_onednn_keeps(num_tokens: int) -> None:
+    """Else each layer would have their code generated anew."""
+    batch = pack([Pair(tuple(range(60)), tuple(range(num_tokens)))])
+    layout = KERNELS["cpu-tiles"].layout(batch, False)
+    shapes = {
+        (-(-(tile.queries[1] - tile.queries[0]) // cpu_attention.QUERY_STEP), cpu_attention.padded_keys(tile.num_keys))
+        for group in layout.groups
+        for part in group.parts
+        for tile in part.tiles
+    }
+    assert 2 * len(shapes) < int(CACHES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) - 40  # which linear layers may have
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
@@ -89,7 +106,11 @@ def test_no_tile_of_several_queries_has_more_logits_than_it_may(
     batch = pack([Pair(tuple(range(prefix_length)), tuple(range(length))) for length in lengths])
     layout = KERNELS["cpu-tiles"].layout(batch, last_tokens_only)
     tiles = [tile for group in layout.groups for part in group.parts for tile in part.tiles]
-    sizes = [(tile.queries[1] - tile.queries[0]) * tile.num_keys for tile in tiles]
+    step = cpu_attention.QUERY_STEP
+    sizes = [
+        -(-(tile.queries[1] - tile.queries[0]) // step) * step * cpu_attention.padded_keys(tile.num_keys)
+        for tile in tiles
+    ]
     assert max(sizes) <= cpu_attention.LOGITS_PER_HEAD
     num_queries = batch.num_pairs if last_tokens_only else batch.num_tokens
     assert sorted(query for tile in tiles for query in range(*tile.queries)) == list(range(num_queries))

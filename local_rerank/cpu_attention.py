@@ -160,7 +160,7 @@ def _mask(visible: np.ndarray, num_hidden: int) -> Tensor:
 def padded_keys(num_keys: int) -> int:
     """What a number of keys is filled up to: some 16 sizes an octave, at least 16 apart.
 
-    A document of 8,192 tokens has 512 tiles, each with more keys than the one before.
+    A prefix and a document of 8,192 tokens together have 256 tiles, nearly all of different keys.
     """
     return _rounded_up(num_keys, _key_step(num_keys))
 

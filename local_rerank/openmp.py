@@ -23,7 +23,7 @@ VARIABLES = {  # read when torch is loaded
     "GOMP_SPINCOUNT": "20000",  # some ten microseconds: without them waking takes longer than a block of tokens
 }
 
-CACHES = {  # shapes of products whose code is kept, 1,024 by themselves, half a megabyte each; a pass has up to 90
+CACHES = {  # shapes of products whose code is kept, by themselves 1,024, half a megabyte each; 8,192 tokens have 190
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     "LRU_CACHE_CAPACITY": "16",  # torch's own in front of it
 }

@@ -98,7 +98,7 @@ def test_values_in_bf16_give_bf16_from_queries_and_keys_in_fp32(kernel: str, las
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize(
-    ("prefix_length", "lengths"), [(100, [4000]), (4000, [60] * 40), (4000, [5] * 100), (10, [700, 3])]
+    ("prefix_length", "lengths"), [(100, [4000]), (60, [5400]), (4000, [60] * 40), (4000, [5] * 100), (10, [700, 3])]
 )
 def test_no_tile_of_several_queries_has_more_logits_than_it_may(
     prefix_length: int, lengths: list[int], last_tokens_only: bool

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from local_rerank.int8 import Int8Linear
+from local_rerank.int8 import Int8Linear, saturates
 
 SHAPES = {"up": (1024, 3072), "down": (3072, 1024)}
 Multiply = Callable[[Tensor], Tensor]
@@ -29,7 +29,8 @@ def main() -> None:
     torch.manual_seed(0)
     for name, (inputs, outputs) in SHAPES.items():
         linear, x = nn.Linear(inputs, outputs, bias=False), torch.randn(options.tokens, inputs)
-        ways = {"fp32": linear, "oneDNN (ours)": Int8Linear(linear), "torch._int_mm": _int_mm(linear)}
+        ours = Int8Linear(linear, limit_pairs=saturates())
+        ways = {"fp32": linear, "oneDNN (ours)": ours, "torch._int_mm": _int_mm(linear)}
         if (torchao := _torchao(linear)) is not None:
             ways["torchao"] = torchao
         print(f"{name}: {_in_turn(ways, x, options.rounds)}", flush=True)

@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from local_rerank.cpu_layers import CpuLayer
-from local_rerank.int8 import Int8Linear
+from local_rerank.int8 import Int8Linear, saturates
 
 NUM_TOKENS = 24
 GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -44,7 +44,11 @@ def test_tokens_scales_are_applied_once_wherever_they_are_left_out(
     for block, names in GROUPS.items():
         for name in names:
             if name not in exact:
-                setattr(getattr(layer, block), name, Int8Linear(getattr(getattr(layer, block), name)))
+                setattr(
+                    getattr(layer, block),
+                    name,
+                    Int8Linear(getattr(getattr(layer, block), name), limit_pairs=saturates()),
+                )
     hidden = torch.randn(1, NUM_TOKENS, 64) * torch.logspace(-3, 2, NUM_TOKENS).unsqueeze(1)
     hidden[:, 0] = 0
     rotation = Qwen3RotaryEmbedding(config)(hidden, torch.arange(NUM_TOKENS).unsqueeze(0))

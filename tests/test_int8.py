@@ -12,23 +12,38 @@ from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
 from local_rerank.doctor import require_self_test
 from local_rerank.errors import ConfigError
-from local_rerank.int8 import LARGEST, ZERO, Int8Linear, quantize, quantize_layers
+from local_rerank.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize, quantize_layers, saturates
 from local_rerank.models import load_model, open_checkpoint
 
+needs_full_range = pytest.mark.skipif(saturates(), reason="this CPU has no VNNI: full-range products saturate")
 
+
+@pytest.mark.parametrize("limit_pairs", [True, pytest.param(False, marks=needs_full_range)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("size", [(1, 16, 8), (7, 64, 96), (300, 96, 33)])
-def test_a_product_is_that_of_the_rounded_numbers(size: tuple[int, int, int], bias: bool) -> None:
+@pytest.mark.parametrize("size", [(1, 16, 8), (7, 64, 96), (300, 96, 33), (5, 33, 7)])
+def test_a_product_is_that_of_the_rounded_numbers(size: tuple[int, int, int], bias: bool, limit_pairs: bool) -> None:
     num_tokens, inputs, outputs = size
     torch.manual_seed(0)
     linear = torch.nn.Linear(inputs, outputs, bias=bias)
     x = torch.randn(2, num_tokens, inputs)
     rounded, scales = quantize(x)
-    of_channel = linear.weight.abs().amax(dim=1, keepdim=True) / LARGEST
+    largest = pair_sums(linear.weight) if limit_pairs else linear.weight.abs().amax(dim=1)
+    of_channel = largest.unsqueeze(1) / LARGEST
     expected = ((rounded.float() - ZERO) * scales) @ ((linear.weight / of_channel).round() * of_channel).T
     expected = expected if linear.bias is None else expected + linear.bias
     with torch.inference_mode():
-        assert torch.allclose(Int8Linear(linear)(x), expected, atol=1e-4)
+        assert torch.allclose(Int8Linear(linear, limit_pairs=limit_pairs)(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [(1, 1), (-1, -1), (1, 0.7), (1, -1), (1, -1, -1), (0, 1, 1)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 200])
+def test_values_at_full_range_and_of_one_sign_do_not_saturate(pattern: tuple[float, ...], num_tokens: int) -> None:
+    linear = torch.nn.Linear(1002, 40, bias=False)
+    with torch.inference_mode():
+        linear.weight.copy_(torch.tensor(pattern).repeat(40, 1002 // len(pattern)))
+        for x in (torch.ones(num_tokens, 1002), -torch.ones(num_tokens, 1002)):
+            actual = Int8Linear(linear, limit_pairs=saturates())(x)
+            assert (actual - linear(x)).abs().max() < 0.01 * 1002
 
 
 def test_quantizing_moves_a_value_by_at_most_half_a_step() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from local_rerank.blocked_linear import BlockedLinear
-from local_rerank.int8 import Int8Linear, quantize
+from local_rerank.int8 import Int8Linear, quantize, saturates
 from local_rerank.openmp import compute
 from local_rerank.precision import blocks_weights
 from local_rerank.tokenization import Pair
@@ -108,7 +108,7 @@ def _products(
     linear = torch.nn.Linear(inputs, outputs, bias=False, device=device).requires_grad_(False)
     x = torch.randn(num_tokens, inputs, device=device)
     if arithmetic == "int8":
-        layer = Int8Linear(linear)
+        layer = Int8Linear(linear, limit_pairs=saturates())
         quantized, scales = quantize(x)
         return [lambda: layer.multiply(quantized, scales).mul_(scales)]
     dtype = DTYPES[arithmetic]

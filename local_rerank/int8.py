@@ -96,7 +96,7 @@ def pair_sums(weight: Tensor) -> Tensor:
 
     Divided by it and rounded to 127 steps, a pair holds 128 at most, of which 255 times as much fits into 16 bits.
     """
-    pairs = F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+    pairs = F.pad(weight, (0, weight.shape[1] % 2)).view(weight.shape[0], -1, 2)
     above, below = pairs.clamp_min(0).sum(-1), pairs.clamp_max(0).sum(-1).neg_()  # (outputs, inputs / 2)
     return torch.maximum(above, below).amax(dim=1)
 

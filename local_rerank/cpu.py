@@ -12,6 +12,7 @@ from local_rerank.blocked_linear import block_layers
 from local_rerank.config import EngineConfig
 from local_rerank.cpu_layers import replace_layers
 from local_rerank.errors import ConfigError
+from local_rerank.int8 import saturates
 from local_rerank.models import Checkpoint
 from local_rerank.openmp import owns_process
 from local_rerank.precision import blocks_weights, multiplies_bf16_faster, route_fp32_products
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def check_int8(config: EngineConfig, device: torch.device) -> None:
-    """Raises ConfigError where int8 cannot run."""
+    """Raises ConfigError where int8 cannot run or is wrong, before any weight is loaded."""
     if device.type != "cpu" or config.device_map is not None:
         raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
     if not torch._C._has_mkldnn:
         raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
+    saturates()
 
 
 def prepare(

@@ -14,6 +14,8 @@ from local_rerank.doctor import require_self_test
 from local_rerank.errors import ConfigError
 from local_rerank.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize, quantize_layers, saturates
 from local_rerank.models import load_model, open_checkpoint
+from tests.checkpoints import make_checkpoint
+from tests.reference import ModelCard
 
 needs_full_range = pytest.mark.skipif(saturates(), reason="this CPU has no VNNI: full-range products saturate")
 
@@ -44,6 +46,38 @@ def test_values_at_full_range_and_of_one_sign_do_not_saturate(pattern: tuple[flo
         for x in (torch.ones(num_tokens, 1002), -torch.ones(num_tokens, 1002)):
             actual = Int8Linear(linear, limit_pairs=saturates())(x)
             assert (actual - linear(x)).abs().max() < 0.01 * 1002
+
+
+def test_int8_is_refused_where_its_products_are_wrong_even_with_limited_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = Int8Linear.multiply
+    monkeypatch.setattr(Int8Linear, "multiply", lambda *given: multiply(*given).clamp(max=100))  # saturates early
+    with pytest.raises(ConfigError, match="int8 is wrong on this CPU"):
+        saturates.__wrapped__()
+
+
+@pytest.mark.parametrize("shape", [{"seed": 0}, {"num_attention_heads": 6, "num_key_value_heads": 1, "seed": 5}])
+def test_the_error_is_at_most_twice_that_of_exact_8_bit_quantization(
+    shape: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_rerank.engine.MAX_SEARCHED_PARAMETERS", 0)  # every layer in int8
+    folder = make_checkpoint(tmp_path / "model", **shape)
+    documents = [f"document {number} " + "word " * number for number in range(20)]
+    card, rounded = ModelCard(folder), ModelCard(folder)
+    for layer in rounded.model.model.layers:
+        for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
+            linear.weight.data = _rounded_to_8_bits(linear.weight.data)
+            linear.register_forward_pre_hook(lambda _, given: (_rounded_to_8_bits(given[0]),))
+    with Reranker(str(folder), device="cpu", dtype="int8") as reranker:
+        ours = {item.document: item.log_odds for item in reranker.rank("a query", documents)}
+    exact = [card.pair("a query", document) for document in documents]
+    largest = max(abs(rounded.pair("a query", d) - value) for d, value in zip(documents, exact, strict=True))
+    assert max(abs(ours[d] - value) for d, value in zip(documents, exact, strict=True)) <= 2 * largest
+
+
+def _rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """Each row in 127 steps on both sides of zero, in floats."""
+    step = x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / step).round() * step
 
 
 def test_quantizing_moves_a_value_by_at_most_half_a_step() -> None:

@@ -90,7 +90,7 @@ def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
         assert reranker._engine.weights_dtype == expected
         result = reranker.rank("a query", texts(3, 20))
     alone = [card.pair("a query", item.document) for item in result]
-    # card and packed scores each round by up to 8e-6 around fp64's, in proportion to the logits (see above)
+    # the card's scores and ours each differ from fp64's by up to 8e-6, in proportion to the size of the logits
     assert [item.log_odds for item in result] == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, *map(abs, alone)))
 
 

@@ -45,10 +45,14 @@ def prepare(
     """
     if weights != arithmetic:
         widen(model.model)
-    # int8's scores are rounded far more than by values in bf16
-    bf16_values = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
-    replace_layers(model.model, attend, values=torch.bfloat16 if bf16_values else None)
+    replace_layers(model.model, attend, values=values_dtype(config, checkpoint))
     _choose_products(model, config, weights, arithmetic)
+
+
+def values_dtype(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype | None:
+    """In which attention sums values up, where that is not the one of the hidden states: bf16 rounds less than int8."""
+    is_bf16 = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
+    return torch.bfloat16 if is_bf16 else None
 
 
 def _choose_products(

@@ -29,7 +29,8 @@ from local_rerank.cuda_graphs import GraphRunner
 from local_rerank.cuda_layers import FusedDecoder
 from local_rerank.download import silence_telemetry
 from local_rerank.errors import CheckpointError, ConfigError, OutOfMemory
-from local_rerank.int8 import MAX_SEARCHED_PARAMETERS, Int8Linear, quantize_layers
+from local_rerank.int8 import Int8Linear
+from local_rerank.int8_search import MAX_SEARCHED_PARAMETERS, facts_of, quantize_layers
 from local_rerank.malloc import keep_freed_memory
 from local_rerank.memory import is_out_of_memory, release_cached
 from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
@@ -119,6 +120,12 @@ class Engine:
             return "int8"
         layer = self._last_layer if self._is_fused else self._last_layer.mlp
         return name_of(layer.down_proj.weight.dtype)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """All that a score is computed with, by name."""
+        backbone: dict[str, Tensor] = self._backbone.state_dict()
+        return backbone | self._final_norm.state_dict(prefix="final_norm.") | {"head": self._head}
 
     def with_kernel(self, kernel: KernelRow) -> Engine:
         """The same model behind another kernel and without graphs."""
@@ -271,7 +278,11 @@ def load_engine(
     graph_tokens = max_batch_tokens if graphs else None
     engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graph_tokens=graph_tokens)
     engine.capture_largest_graph()
-    unquantized = _quantize(engine, num_parameters, known) if config.dtype == "int8" else []
+    unquantized = []
+    if config.dtype == "int8":
+        values = str(cpu.values_dtype(config, checkpoint))
+        decided = {"attention": kernel, "values": values, "deterministic": config.deterministic}
+        unquantized = _quantize(engine, num_parameters, known, checkpoint.config, decided)
     if device.type == "cpu":
         keep_freed_memory()
     info = ModelInfo(
@@ -295,13 +306,23 @@ def load_engine(
     return engine, info
 
 
-def _quantize(engine: Engine, num_parameters: int, known: Callable[[], list[Pair]]) -> list[str]:
-    """Decoder layers to int8; the names of the linear layers that stay."""
+def _quantize(
+    engine: Engine,
+    num_parameters: int,
+    known: Callable[[], list[Pair]],
+    config: dict[str, Any],
+    decided: dict[str, Any],
+) -> list[str]:
+    """Decoder layers to int8; the names of the linear layers that stay.
+
+    `config` is the checkpoint's; `decided` holds the choices of the loader that change scores.
+    """
     layers = engine._backbone.layers
     if num_parameters > MAX_SEARCHED_PARAMETERS:
         return quantize_layers(layers)
     batch = pack(known())
-    return quantize_layers(layers, lambda: engine.forward(batch))
+    facts = facts_of(engine.weights, batch.input_ids, config=config, **decided)
+    return quantize_layers(layers, lambda: engine.forward(batch), facts)
 
 
 def _default_budget(model: PreTrainedModel, device: torch.device, *, graphs: bool) -> int:

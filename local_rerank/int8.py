@@ -11,7 +11,6 @@ sums are exact at the same speed, and a step grows by about 1.3 on normally dist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local_rerank.errors import ConfigError
-from local_rerank.known_pairs import MAX_MISORDERED, num_misordered
 
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
 SMALLEST = 1e-12  # scale of a token: a bias divided by it, and its square, are still numbers
-MAX_SEARCHED_PARAMETERS = 1_000_000_000  # a larger model is not kept twice, to be searched for what int8 spoils
 TOLERANCE = 0.15  # of log-odds, times their range where that is above 1
 
 
@@ -108,76 +105,6 @@ def quantize(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
     steps = torch.mul(x, scales.reciprocal(), out=x if in_place else None).round_()
     # torch converts to int8 twice as fast as to uint8; turning the highest bit adds 128
     return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO), scales
-
-
-class _Group:
-    """Linear layers of one block that read the same input: all are int8, or none is."""
-
-    def __init__(self, block: Any, where: str, names: Sequence[str]) -> None:
-        self.names = [f"{where}.{name}" for name in names]
-        self._block = block
-        self._exact = {name: getattr(block, name) for name in names}
-        self._int8: dict[str, Int8Linear] = {}
-
-    def quantize(self) -> None:
-        limit = saturates()
-        self._int8 = self._int8 or {name: Int8Linear(x, limit_pairs=limit) for name, x in self._exact.items()}
-        self._use(self._int8)
-
-    def restore(self) -> None:
-        self._use(self._exact)
-
-    def _use(self, modules: Mapping[str, Any]) -> None:
-        for name, module in modules.items():
-            setattr(self._block, name, module)
-
-
-def quantize_layers(layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None = None) -> list[str]:
-    """Replace the linear layers of the decoder's layers, but those that int8 would spoil; the names of these.
-
-    `log_odds`: what the model as it is gives known pairs, (num_pairs,). Where int8 moves them by more than a third of
-    what the self-test allows, each group of layers is tried alone, and what makes a fortieth by itself stays as it is:
-    int8 has no room for numbers far apart, which few layers have. Without it all are replaced, one after the other, and
-    so they are where known pairs, relevant and irrelevant ones in turn, are misordered: nothing can be spoiled there.
-    """
-    groups = _groups(layers)
-    if log_odds is None or num_misordered((exact := log_odds()).tolist()) > MAX_MISORDERED:
-        while groups:
-            groups.pop().quantize()  # and lets go of what it replaces
-        return []
-    allowed = TOLERANCE * max(1.0, float(exact.max() - exact.min()))
-
-    def is_moved_by(limit: float) -> bool:
-        return not float((log_odds() - exact).abs().max()) <= limit  # what is no number is moved
-
-    for group in groups:
-        group.quantize()
-    if not is_moved_by(allowed / 3):
-        return []
-    spoiled = []
-    for group in groups:
-        group.restore()
-    for group in groups:
-        group.quantize()
-        spoiled += [group] if is_moved_by(allowed / 40) else []
-        group.restore()
-    for group in groups:
-        if group not in spoiled:
-            group.quantize()
-    return [name for group in spoiled for name in group.names]
-
-
-def _groups(layers: nn.ModuleList) -> list[_Group]:
-    return [
-        _Group(block, f"layers.{index}.{where}", names)
-        for index, layer in enumerate(list[Any](layers))
-        for where, block, names in (
-            ("self_attn", layer.self_attn, ("q_proj", "k_proj", "v_proj")),
-            ("self_attn", layer.self_attn, ("o_proj",)),
-            ("mlp", layer.mlp, ("gate_proj", "up_proj")),
-            ("mlp", layer.mlp, ("down_proj",)),
-        )
-    ]
 
 
 def project(x: Tensor, *linears: Any, scales: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:

@@ -12,7 +12,8 @@ from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
 from local_rerank.doctor import require_self_test
 from local_rerank.errors import ConfigError
-from local_rerank.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize, quantize_layers, saturates
+from local_rerank.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize, saturates
+from local_rerank.int8_search import quantize_layers
 from local_rerank.models import load_model, open_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.reference import ModelCard

@@ -17,6 +17,7 @@ from local_rerank.attention import choose_kernel
 from local_rerank.disk import gigabytes
 from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError
+from local_rerank.int8_search import LINEARS_PER_LAYER
 from local_rerank.models import Checkpoint
 from local_rerank.precision import choose_dtype
 
@@ -70,7 +71,9 @@ def _device(info: ModelInfo) -> Row:
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
     if info.dtype == "int8":
-        value = "int8 weights and activations, the rest fp32"
+        num_linears = LINEARS_PER_LAYER * info.num_layers
+        num_int8 = num_linears - len(info.unquantized)
+        value = f"int8 weights and activations in {num_int8} of {num_linears} linear layers, the rest fp32"
         if info.unquantized:
             value += f"; so are linear layers that int8 would spoil: {', '.join(info.unquantized)}"
         return Row(value=value, faster=NOTHING)

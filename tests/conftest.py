@@ -21,6 +21,14 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, de
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the library keeps for later starts does not go into the user's cache, nor come from it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen3ForCausalLM with a byte tokenizer, tied head, fp32."""

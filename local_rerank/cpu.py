@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,6 +53,16 @@ def values_dtype(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype | 
     """In which attention sums values up, where that is not the one of the hidden states: bf16 rounds less than int8."""
     is_bf16 = config.dtype == "int8" and not checkpoint.needs_fp32 and multiplies_bf16_faster()
     return torch.bfloat16 if is_bf16 else None
+
+
+def choices(config: EngineConfig, checkpoint: Checkpoint, kernel: str) -> dict[str, Any]:
+    """What changes int8's scores beside weights, prompts and CPU, as JSON can hold it."""
+    return {
+        "config": checkpoint.config,
+        "attention": kernel,
+        "values": str(values_dtype(config, checkpoint)),
+        "deterministic": config.deterministic,
+    }
 
 
 def _choose_products(

@@ -280,9 +280,7 @@ def load_engine(
     engine.capture_largest_graph()
     unquantized = []
     if config.dtype == "int8":
-        values = str(cpu.values_dtype(config, checkpoint))
-        decided = {"attention": kernel, "values": values, "deterministic": config.deterministic}
-        unquantized = _quantize(engine, num_parameters, known, checkpoint.config, decided)
+        unquantized = _quantize(engine, num_parameters, known, cpu.choices(config, checkpoint, kernel))
     if device.type == "cpu":
         keep_freed_memory()
     info = ModelInfo(
@@ -307,21 +305,14 @@ def load_engine(
 
 
 def _quantize(
-    engine: Engine,
-    num_parameters: int,
-    known: Callable[[], list[Pair]],
-    config: dict[str, Any],
-    decided: dict[str, Any],
+    engine: Engine, num_parameters: int, known: Callable[[], list[Pair]], choices: dict[str, Any]
 ) -> list[str]:
-    """Decoder layers to int8; the names of the linear layers that stay.
-
-    `config` is the checkpoint's; `decided` holds the choices of the loader that change scores.
-    """
+    """Decoder layers to int8; the names of the linear layers that stay. `choices`: see `cpu.choices`."""
     layers = engine._backbone.layers
     if num_parameters > MAX_SEARCHED_PARAMETERS:
         return quantize_layers(layers)
     batch = pack(known())
-    facts = facts_of(engine.weights, batch.input_ids, config=config, **decided)
+    facts = facts_of(engine.weights, batch.input_ids, **choices)
     return quantize_layers(layers, lambda: engine.forward(batch), facts)
 
 

@@ -26,6 +26,7 @@ from tests.checkpoints import make_checkpoint
 from tests.gpu import needs_gpu
 from tests.test_cuda_layers import engine_of, near
 from tests.test_packing import some_pairs
+from tests.triton_reference import in_torch
 
 CPU = torch.device("cpu")
 # rows of padding hold what memory held, which Triton's interpreter, made of numpy, minds
@@ -49,8 +50,9 @@ def loaded(tiny_checkpoint: Path) -> Engine:
 
 
 @pytest.fixture
-def engine(loaded: Engine) -> Engine:
-    """The tiny model behind our decoder and kernel, without graphs."""
+def engine(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The tiny model behind our decoder, its kernels in torch, without graphs."""
+    in_torch(monkeypatch)
     return loaded.with_kernel(loaded._kernel)
 
 
@@ -94,6 +96,14 @@ def test_a_shape_is_captured_when_it_comes_again_and_its_scores_are_the_same(eng
     scores = run(graphs, batch)
     assert sizes(graphs) == [512, 64]  # the largest first, for the sake of the pool
     assert scores is not None
+    packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
+    assert near(packed, engine.forward(batch))
+
+
+def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine) -> None:
+    engine = loaded.with_kernel(loaded._kernel)
+    batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
+    scores = captured(runner(engine, max_tokens=64), batch)
     packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
     assert near(packed, engine.forward(batch))
 
@@ -181,7 +191,8 @@ def test_forgotten_graphs_are_captured_anew_and_halved_ones_are_smaller(
 
 def test_the_largest_can_be_captured_before_the_first_batch(engine: Engine) -> None:
     graphs = runner(engine)
-    graphs.capture_largest()
+    with torch.inference_mode():
+        graphs.capture_largest()
     assert sizes(graphs) == [512]
     captured(graphs, pack(pairs_of(3)))
     assert sizes(graphs) == [512, 64]

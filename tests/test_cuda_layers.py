@@ -24,6 +24,7 @@ from local_rerank.tokenization import Pair
 from tests.checkpoints import make_checkpoint
 from tests.gpu import needs_gpu
 from tests.test_scores import FP32_TOLERANCE, SHAPES
+from tests.triton_reference import in_torch
 
 CPU = torch.device("cpu")
 
@@ -40,14 +41,19 @@ def engine_of(folder: Path, *, fused: bool, kernel: str) -> Engine:
 
 
 def a_batch() -> PackedBatch:
-    return pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30, 80)] + [Pair((7, 8), (9, 10, 11))])
+    """Small, because Triton's interpreter takes 5 ms a program; more than a tile is in test_cuda_attention.py."""
+    return pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 6, 6, 9)] + [Pair((7, 8), (9, 10, 11))])
 
 
 def near(ours: Tensor, expected: Tensor) -> bool:
     return torch.allclose(ours, expected, atol=FP32_TOLERANCE * max(1.0, float(expected.abs().max())))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+FUSED_SHAPES = SHAPES | {"deep and narrow": SHAPES["deep and narrow"] | {"num_hidden_layers": 3}}
+del FUSED_SHAPES["untied"]  # the head is not the decoder's
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES.values(), ids=FUSED_SHAPES.keys())
 def test_the_fused_decoder_scores_as_transformers_own_layers(shape: dict[str, int], tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", **shape)
     expected = engine_of(folder, fused=False, kernel="cpu-tiles").forward(a_batch())
@@ -99,7 +105,6 @@ def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch
     differences = cuda_layers.kernel_differences(a_model().config, CPU, dtype)
     assert set(differences) == {"add_rms_norm", "norm_rotate", "silu_mul", "attend_tiles"}
     assert max(differences.values()) < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
-    assert cuda_layers.why_not_fused(a_model().config, CPU, dtype) is None
     with_fp8 = cuda_layers.kernel_differences(a_model().config, CPU, dtype, fp8=True)
     assert with_fp8.pop("quantize_rows") < 2e-6
     assert with_fp8 == differences
@@ -137,8 +142,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(
 
     monkeypatch.setattr(triton_kernels, name, wrong)
     reason = cuda_layers.why_not_fused(a_model().config, CPU, torch.float32)
-    assert reason is not None  # NaN of one kernel goes on into the next
-    assert reason.split(", ")[0] == f"kernels compute something else here: {name.rstrip('_')}"
+    assert reason == f"kernels compute something else here: {name.rstrip('_')}"
 
 
 def test_triton_that_cannot_compile_is_found_out_and_said(
@@ -247,7 +251,8 @@ def dequantized_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b
 
 @pytest.fixture
 def fp8_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product as the fp8 units compute it; rows by torch, which rounds as a GPU does."""
+    """The product as the fp8 units compute it; the kernels in torch, which rounds rows as a GPU does."""
+    in_torch(monkeypatch)
     monkeypatch.setattr(fp8, "scaled_matmul", dequantized_matmul)
     monkeypatch.setattr(triton_kernels, "quantize_rows", lambda x, dtype: fp8.quantize(x))
 

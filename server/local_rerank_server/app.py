@@ -28,7 +28,7 @@ def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
         redoc_url=None,
         openapi_url=None,
-        routes=make_routes(),
+        routes=list(make_routes()),
     )
     app.state.server = state
     app.add_middleware(Door, state=state, keys=keys)

@@ -5,6 +5,8 @@ A new dialect is one file (parse, render, render_error, router) and one row here
 
 from __future__ import annotations
 
+from functools import cache
+
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
@@ -48,14 +50,15 @@ OPEN_PATHS = frozenset(path for dialect, _ in ROWS for path in dialect.open_path
 """Answered without a key, and while the server drains."""
 
 
-def make_routes() -> list[BaseRoute]:
-    """Every route of every row; those that share path and method as one."""
+@cache
+def make_routes() -> tuple[BaseRoute, ...]:
+    """Every route of every row; those that share path and method as one. They have no state: applications share them."""
     by_path: dict[tuple[str, frozenset[str]], list[DialectRoute]] = {}
     for _, router in ROWS:
         for route in router.routes:
             assert isinstance(route, DialectRoute)
             by_path.setdefault((route.path, frozenset(route.methods or ())), []).append(route)
-    return [forms[0] if len(forms) == 1 else SharedRoute(path, forms) for (path, _), forms in by_path.items()]
+    return tuple(forms[0] if len(forms) == 1 else SharedRoute(path, forms) for (path, _), forms in by_path.items())
 
 
 def route_path(http: Request) -> str:

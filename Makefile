@@ -25,7 +25,7 @@ serve: $(SERVE) ## install what serving needs, then serve the built-in model (AR
 
 test: $(DEV) ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options)
 	@$(MAKE) --silent --jobs=2 clients
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: $(DEV) ## lint, formatting and types, as CI does
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 # kernels for GPUs run in an interpreter, but in tests on a GPU; Triton must know before anything imports it
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,6 +20,9 @@ from tests.reference import ModelCard
 # no deadline: these machines are shared, and the tests are free of timing
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core; threads that wait for a core make a pass many times slower
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,3 +63,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--num-cases", type=int, default=500, help="cases that schemathesis makes")
     parser.addoption("--num-bodies", type=int, default=2000, help="bodies that hypothesis makes")
     parser.addoption("--fuzz-seed", type=int, default=1, help="another seed makes others of both")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each file is run by one worker of pytest-xdist; so are files that share servers, and all that start Ray."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.name
+        shared = folder if folder in ("clients", "playground") else "ray" if "_ray_" in file else f"{folder}/{file}"
+        item.add_marker(pytest.mark.xdist_group(shared))

@@ -60,8 +60,8 @@ def nano() -> Iterator[Reranker]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of what is made up; `benchmarks/soak.py fuzz` asks for more."""
-    parser.addoption("--num-cases", type=int, default=500, help="cases that schemathesis makes")
-    parser.addoption("--num-bodies", type=int, default=2000, help="bodies that hypothesis makes")
+    parser.addoption("--num-cases", type=int, default=250, help="cases that schemathesis makes")
+    parser.addoption("--num-bodies", type=int, default=600, help="bodies that hypothesis makes")
     parser.addoption("--fuzz-seed", type=int, default=1, help="another seed makes others of both")
 
 

@@ -1,4 +1,4 @@
-"""The kernels of a fused layer in plain torch, for tests of what runs them: Triton's interpreter takes seconds a pass."""
+"""The kernels of a fused layer in plain torch, for tests of what calls them: Triton's interpreter takes seconds."""
 
 from __future__ import annotations
 

@@ -154,4 +154,5 @@ def validate(answer: Any, description: dict[str, Any], path: str, status: int) -
     described = description["paths"][path]["post"]["responses"]
     response = described.get(str(status)) or described[f"{status // 100}XX"]
     schema = response["content"]["application/json"]["schema"] | {"components": description["components"]}
-    jsonschema.validate(answer, schema, jsonschema.Draft202012Validator)
+    # jsonschema.validate would first check the whole description, each time
+    jsonschema.Draft202012Validator(schema).validate(answer)

@@ -52,7 +52,7 @@ OPEN_PATHS = frozenset(path for dialect, _ in ROWS for path in dialect.open_path
 
 @cache
 def make_routes() -> tuple[BaseRoute, ...]:
-    """Every route of every row; those that share path and method as one. They have no state: applications share them."""
+    """Every route of every row; those that share path and method as one. They have no state, so apps share them."""
     by_path: dict[tuple[str, frozenset[str]], list[DialectRoute]] = {}
     for _, router in ROWS:
         for route in router.routes:

@@ -44,7 +44,7 @@ class AsyncReranker:
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
         self.config = merged(config or EngineConfig(), model, options)
         self._is_closed = False
-        self._loaded: Reranker | None = None
+        self._outcome: Reranker | BaseException = UnusableAfterFork("no model was loaded before the process was forked")
         self._threads = _make_threads()
         self._loading = forks.load_beside(self._threads, self._load)
         forks.renew_in_child(self)
@@ -52,17 +52,21 @@ class AsyncReranker:
     def _load(self) -> Reranker:
         from local_rerank.reranker import Reranker
 
-        self._loaded = Reranker(config=self.config)
-        return self._loaded
+        try:
+            self._outcome = reranker = Reranker(config=self.config)
+        except BaseException as error:
+            self._outcome = error
+            raise
+        return reranker
 
     def renew(self) -> None:
-        """In a forked child: the model that the parent has loaded, in threads of the child."""
+        """In a forked child: what the parent has loaded, or why it could not, and threads of the child."""
         self._threads = _make_threads()
         self._loading = Future()
-        if self._loaded is None:
-            self._loading.set_exception(UnusableAfterFork("no model was loaded before the process was forked"))
+        if isinstance(self._outcome, BaseException):
+            self._loading.set_exception(self._outcome)
         else:
-            self._loading.set_result(self._loaded)
+            self._loading.set_result(self._outcome)
 
     __reduce__ = forks.refuse_copies
 

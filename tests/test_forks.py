@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
-from local_rerank.errors import ModelUnavailable, UnusableAfterFork
+from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
 from local_rerank.openmp import compute
 from local_rerank.packing import PackedBatch
 from tests.forked import Child, in_child
@@ -292,9 +292,27 @@ def test_a_fork_waits_for_an_async_reranker_that_loads(tiny_checkpoint: Path, ex
     assert asyncio.run(scores()) == pytest.approx(expected, abs=CLOSE)
 
 
+def test_an_async_reranker_that_a_fork_could_not_wait_for_says_so_in_the_child(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def load(reranker: AsyncReranker) -> None:
+        entered.set()
+        assert gate.wait(30)
+
+    monkeypatch.setattr(AsyncReranker, "_load", load)
+    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    reranker = AsyncReranker(str(tiny_checkpoint))
+    assert entered.wait(30)
+    with pytest.raises(UnusableAfterFork, match="no model was loaded before the process was forked"):
+        in_child(lambda: asyncio.run(reranker.rank(QUERY, DOCUMENTS)))
+    gate.set()
+
+
 def test_an_async_reranker_that_could_not_load_says_so_in_the_child(tmp_path: Path) -> None:
     reranker = AsyncReranker(str(tmp_path / "nothing"))
-    with pytest.raises(UnusableAfterFork, match="no model was loaded before the process was forked"):
+    with pytest.raises(CheckpointError, match="nothing"):
         in_child(lambda: asyncio.run(reranker.rank(QUERY, DOCUMENTS)))
     asyncio.run(reranker.close())
 

@@ -31,11 +31,8 @@ from tests.forked import in_child
 NUM_WORKERS = 2
 START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
 STOP_SECONDS = 40
-BODY = {
-    "model": "any",
-    "query": "capital of France",
-    "documents": ["Rome is in Italy", "Paris is the capital of France"],
-}
+DOCUMENTS = ["Rome is in Italy", "Paris is the capital of France"]
+BODY = {"model": "any", "query": "capital of France", "documents": DOCUMENTS}
 CLOSE = 1e-5  # of scores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gunicorn forks; which worker answers is read in /proc")

@@ -36,7 +36,6 @@ def create() -> ASGIApp:
     Raises ConfigError for an unknown or malformed one, and where neither a key nor `insecure` is given: who reaches the
     server is not seen here.
     """
-    own_process()
     engine_config, config = serve_options()
     if config.ray:
         raise ConfigError("ray is set; engines of Ray are behind `local-rerank serve --ray` or Ray Serve's own server")
@@ -45,6 +44,7 @@ def create() -> ASGIApp:
             "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set; set one, or allow that with "
             "LOCAL_RERANK_INSECURE=true"
         )
+    own_process()
     set_up_logging(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     _import_now()

@@ -168,6 +168,26 @@ def test_a_wrong_setting_ends_the_start_and_is_named(
         asgi.create()
 
 
+def test_the_documents_name_what_there_is() -> None:
+    root = Path(__file__).parents[2]
+    pages = [(root / name).read_text(encoding="utf-8") for name in ("docs/operations.md", "CHANGELOG.md")]
+    for page in (*pages, asgi.__doc__ or ""):
+        assert set(re.findall(r"(?:local_rerank_server\.asgi|and `):(\w+)", page)) == {"app", "create"}
+    assert callable(asgi.create)
+    with pytest.raises(ConfigError, match="no LOCAL_RERANK_API_KEY"):
+        _ = asgi.app  # made as it is asked for
+
+
+@pytest.mark.parametrize("path", ["/health", "/behind/health"])
+def test_the_path_of_a_proxy_may_come_or_be_cut_off(path: str) -> None:
+    async def get() -> int:
+        app = create_app(ServerState(ServerConfig(root_path="/behind")), ApiKeys({}))
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+            return (await client.get(path)).status_code
+
+    assert asyncio.run(get()) == 200
+
+
 def _post(state: ServerState) -> tuple[int, Any, int]:
     """Status, body, and the requests that this process has counted."""
 

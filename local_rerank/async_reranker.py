@@ -14,8 +14,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
+from local_rerank import forks
 from local_rerank.config import EngineConfig, merged
-from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable
+from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
 from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
 
 if TYPE_CHECKING:
@@ -42,9 +43,32 @@ class AsyncReranker:
 
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
         self.config = merged(config or EngineConfig(), model, options)
-        self._threads = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
-        self._loading = self._threads.submit(_load, self.config)
         self._is_closed = False
+        self._outcome: Reranker | BaseException = UnusableAfterFork("no model was loaded before the process was forked")
+        self._threads = _make_threads()
+        self._loading = forks.load_beside(self._threads, self._load)
+        forks.renew_in_child(self)
+
+    def _load(self) -> Reranker:
+        from local_rerank.reranker import Reranker
+
+        try:
+            self._outcome = reranker = Reranker(config=self.config)
+        except BaseException as error:
+            self._outcome = error
+            raise
+        return reranker
+
+    def renew(self) -> None:
+        """In a forked child: what the parent has loaded, or why it could not, and threads of the child."""
+        self._threads = _make_threads()
+        self._loading = Future()
+        if isinstance(self._outcome, BaseException):
+            self._loading.set_exception(self._outcome)
+        else:
+            self._loading.set_result(self._outcome)
+
+    __reduce__ = forks.refuse_copies
 
     async def load(self) -> Reranker:
         """Wait until the model is loaded; the Reranker behind this one, whose every call and property holds here."""
@@ -155,10 +179,8 @@ def _cancel_outcome(submission: Future[Any]) -> None:
         submission.result().cancel()
 
 
-def _load(config: EngineConfig) -> Reranker:
-    from local_rerank.reranker import Reranker
-
-    return Reranker(config=config)
+def _make_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
 
 
 async def _each(requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest]) -> AsyncIterator[RerankRequest]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cyclopts import App
+from cyclopts import App, CycloptsError
 from cyclopts.config import Env
 from rich.console import Console
 
 from local_rerank import __version__
 from local_rerank.errors import ConfigError, LocalRerankError
 from local_rerank.openmp import own_process
+
+if TYPE_CHECKING:
+    from local_rerank.config import EngineConfig
+    from local_rerank_server.config import ServerConfig
 
 ENV_PREFIX = "LOCAL_RERANK_"
 
@@ -65,6 +70,19 @@ def _refuse_unknown_variables() -> None:
     known = {ENV_PREFIX + name.upper() for name in option_names()}
     if unknown := [name for name in given if name not in known]:
         raise ConfigError(f"{unknown[0]} is no option's variable; `local-rerank serve --help` lists them")
+
+
+def serve_options() -> tuple[EngineConfig, ServerConfig]:
+    """The options of a `serve` without flags: those that variables set, else the defaults. Raises ConfigError."""
+    from local_rerank.config import EngineConfig
+    from local_rerank_server.config import ServerConfig
+
+    _refuse_unknown_variables()
+    try:
+        _, given, _ = app.parse_args(["serve"], print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        raise ConfigError(str(error)) from None
+    return given.arguments.get("engine") or EngineConfig(), given.arguments.get("server") or ServerConfig()
 
 
 def option_names() -> list[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from local_rerank import cpu, cuda
+from local_rerank import cpu, cuda, forks
 from local_rerank.attention import KERNELS, KernelRow, Layout, choose_kernel, layout_to
 from local_rerank.config import EngineConfig
 from local_rerank.cuda_graphs import GraphRunner
@@ -395,6 +395,7 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers' attention modules call; see `attention.py` for the shapes."""
+    forks.between_layers()
     layout = packed_attention.layout_on(key.device)
     return packed_attention.row.attend(query, key, value, layout, scaling), None
 

@@ -15,6 +15,7 @@
     ├── Overloaded                    the queue is full; `retry_after` says when to come back
     ├── DeadlineExceeded              not answered in the time the caller or the server allows
     ├── ModelUnavailable              the model is still loading, or the engine is closing
+    ├── UnusableAfterFork             the process was forked, and the model cannot be used in the child
     ├── EngineFailure                 the model failed on this request's batch
     │   └── OutOfMemory               the device has no room for the batch; a smaller one may fit
     ├── CheckpointError               the model cannot be loaded, or is no reranker
@@ -127,6 +128,16 @@ class DeadlineExceeded(LocalRerankError):
 
 class ModelUnavailable(LocalRerankError):
     """The model is still loading, or the engine is closing."""
+
+
+class UnusableAfterFork(LocalRerankError):
+    """The process was forked after the model was loaded, and the model cannot be used in the child."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"{why}; create the reranker after the fork (gunicorn: without --preload), or start processes with "
+            "multiprocessing's spawn"
+        )
 
 
 class EngineFailure(LocalRerankError):

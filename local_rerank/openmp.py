@@ -10,12 +10,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from local_rerank import forks
 from local_rerank.malloc import share_one_arena
 
 VARIABLES = {  # read when torch is loaded
@@ -63,11 +65,21 @@ def compute(call: Callable[[], T]) -> T:
 
 class _ComputeThread:
     def __init__(self) -> None:
+        self._set_up()
+        forks.renew_in_child(self)
+
+    def _set_up(self) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._turn = threading.Lock()  # held while a call begins, ends or is interrupted
         self._running: Future[Any] | None = None
+
+    def renew(self) -> None:
+        """A child's thread is started by the first call there."""
+        self._set_up()
+        if (torch := sys.modules.get("torch")) is not None:
+            self._calls.put((Future(), torch.get_num_threads))  # which gives a new thread the number that was set
 
     def run(self, call: Callable[[], T]) -> T:
         if threading.current_thread() is self._thread:
@@ -123,7 +135,8 @@ class _ComputeThread:
         while (given := self._calls.get()) is not None:
             future, call = given
             if future.set_running_or_notify_cancel():
-                result, error = self._attempt(future, call)
+                with forks.computing():
+                    result, error = self._attempt(future, call)
                 if error is None:
                     future.set_result(result)
                 else:
@@ -154,5 +167,3 @@ class _ComputeThread:
 
 
 _compute_thread = _ComputeThread()
-if hasattr(os, "register_at_fork"):  # a child has no threads, and locks that others held
-    os.register_at_fork(after_in_child=lambda: _ComputeThread.__init__(_compute_thread))

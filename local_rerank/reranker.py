@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
+from local_rerank import forks
 from local_rerank.config import DEFAULT_INSTRUCTION, EngineConfig, merged
 from local_rerank.engine import Engine, ModelInfo, load_engine
 from local_rerank.errors import InvalidRequest, Overloaded
@@ -63,6 +64,7 @@ class Reranker:
             max_queued_tokens=self.config.max_queued_tokens,
             one_pair_at_a_time=self.config.deterministic,
             launch=(lambda batch: self._engine.launch(batch)) if info.device.startswith("cuda") else None,
+            device=info.device if self.config.device_map is None else f"device_map {self.config.device_map!r}",
         )
 
     @property
@@ -167,8 +169,8 @@ class Reranker:
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         """Tokenize in this thread and queue; cancelling the future frees its place before the next forward pass.
 
-        `name` is what the log calls the request. Raises a leaf of InvalidRequest, Overloaded or ModelUnavailable; the
-        future may fail with EngineFailure.
+        `name` is what the log calls the request. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
+        UnusableAfterFork; the future may fail with EngineFailure.
         """
         started = time.perf_counter()
         self._worker.check_room()  # before the work of tokenizing
@@ -186,6 +188,8 @@ class Reranker:
     def close(self) -> None:
         """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the thread."""
         self._worker.close()
+
+    __reduce__ = forks.refuse_copies
 
     def __enter__(self) -> Self:
         return self

@@ -20,7 +20,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from local_rerank.errors import EngineFailure, LocalRerankError, ModelUnavailable, OutOfMemory, Overloaded
+from local_rerank import forks
+from local_rerank.errors import (
+    EngineFailure,
+    LocalRerankError,
+    ModelUnavailable,
+    OutOfMemory,
+    Overloaded,
+    UnusableAfterFork,
+)
 from local_rerank.jobs import Job
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.scheduler import DrainRate, Entry, Scheduler
@@ -50,7 +58,7 @@ class _Running:
 
 
 class Worker:
-    """Owns the thread that alone calls `forward`."""
+    """Owns the thread that alone calls `forward`. It starts with the first job, in a forked child too."""
 
     def __init__(
         self,
@@ -60,25 +68,46 @@ class Worker:
         max_queued_tokens: int,
         one_pair_at_a_time: bool = False,
         launch: Callable[[PackedBatch], Callable[[], Tensor]] | None = None,
+        device: str = "cpu",
     ) -> None:
         """`forward`: a batch to log-odds (num_pairs,); `one_pair_at_a_time`: every pair in a pass of its own.
 
         `launch`: as `forward`, of a device that works by itself: returns at once, with what waits for the log-odds.
+
+        `device`: where the model is, as an error names it; a forked child can use only the CPU.
         """
         self.on_batch: Callable[[BatchReport], None] | None = None
         self._forward = forward
         self._launch = None if one_pair_at_a_time else launch
+        self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._one_pair_at_a_time = one_pair_at_a_time
-        self._scheduler = Scheduler(max_batch_tokens)
+        self._device = device
+        self._ids = itertools.count()
+        self._closing = False
+        self._is_in_child = False
+        self._set_up()
+        forks.renew_in_child(self)
+
+    def _set_up(self) -> None:
+        self._scheduler = Scheduler(self._max_batch_tokens)
         self._drain_rate = DrainRate()
         self._jobs: dict[int, Job] = {}
-        self._ids = itertools.count()
-        self._changed = threading.Condition()  # guards scheduler, drain rate, jobs and closing
-        self._closing = False
+        self._changed = threading.Condition()  # guards scheduler, drain rate, jobs, closing and the thread's start
         self._last_done = 0.0
-        self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def renew(self) -> None:
+        """Requests that waited are the parent's to answer."""
+        self._is_in_child = True
+        self._set_up()
+
+    def _check_fork(self) -> None:
+        """Raises UnusableAfterFork."""
+        if self._is_in_child:
+            if self._device != "cpu":
+                raise UnusableAfterFork(f"the model is on {self._device}, which a forked process cannot use")
+            forks.check_whole()
 
     @property
     def num_queued_tokens(self) -> int:
@@ -108,7 +137,11 @@ class Worker:
             return self._drain_rate.seconds_for(self._scheduler.num_queued_tokens / num_requests)
 
     def check_room(self, num_tokens: int = 1) -> None:
-        """An empty queue takes any request; else what waits and what comes must fit. Raises Overloaded."""
+        """An empty queue takes any request; else what waits and what comes must fit.
+
+        Raises Overloaded or UnusableAfterFork.
+        """
+        self._check_fork()
         limit = self._max_queued_tokens
         with self._changed:
             queued = self._scheduler.num_queued_tokens
@@ -118,7 +151,10 @@ class Worker:
                 raise Overloaded(what, retry_after=self._drain_rate.seconds_for(over))
 
     def submit(self, job: Job) -> None:
-        """Queue a job; raises Overloaded or ModelUnavailable. Cancelling its future frees its place at once."""
+        """Queue a job; cancelling its future frees its place at once.
+
+        Raises Overloaded, ModelUnavailable or UnusableAfterFork.
+        """
         with self._changed:
             if self._closing:
                 raise ModelUnavailable("the engine is closing")
@@ -126,6 +162,9 @@ class Worker:
             number = next(self._ids)
             self._jobs[number] = job
             self._scheduler.add(number, job.tokenized.pairs)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
+                self._thread.start()
             self._changed.notify_all()
         job.future.add_done_callback(lambda future: self._drop(number) if future.cancelled() else None)
 
@@ -134,7 +173,8 @@ class Worker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         running: _Running | None = None

@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Lifespan
 
 import local_rerank
 from local_rerank.errors import LocalRerankError
@@ -18,8 +19,8 @@ from local_rerank_server.middleware import Door, RequestId
 from local_rerank_server.state import ServerState
 
 
-def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
-    """The application over `state`; `state.config` says what it allows."""
+def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """The application over `state`; `state.config` says what it allows. `lifespan` runs around its serving."""
     app = FastAPI(
         title="local-rerank",
         version=local_rerank.__version__,
@@ -28,6 +29,8 @@ def create_app(state: ServerState, keys: ApiKeys) -> FastAPI:
         docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
         redoc_url=None,
         openapi_url=None,
+        root_path=state.config.root_path,
+        lifespan=lifespan,
         routes=list(make_routes()),
     )
     app.state.server = state

@@ -49,6 +49,7 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyCharacters,
     TooManyTokens,
+    UnusableAfterFork,
 )
 
 
@@ -170,6 +171,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     TokenRateExceeded: 429,
     DeadlineExceeded: 504,
     ModelUnavailable: 503,
+    UnusableAfterFork: 503,
     EngineFailure: 500,
     OutOfMemory: 503,  # a batch is tried again in halves first; the same request may fit when the device is less busy
     CheckpointError: 500,

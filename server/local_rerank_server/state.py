@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 
+from local_rerank import forks
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, ModelUnavailable, Overloaded
 from local_rerank.types import RerankRequest, RerankResult
@@ -70,19 +71,29 @@ class Ranker(Protocol):
 
 
 class ServerState:
-    """One per process. Loading until `serve` is called, ready until `drain` is."""
+    """One per process; a forked child has its own. Loading until `serve` is called, ready until `drain` is."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.started = int(time.time())
         self.draining = False
+        self._reranker: Ranker | None = None
+        self._set_up()
+        forks.renew_in_child(self)
+
+    def _set_up(self) -> None:
         self.num_admitted = 0  # requests that were let in and are not answered yet
         self.num_body_bytes = 0  # of the bodies of those
         self.metrics = Metrics()
-        self.rates = KeyRates(config)
-        self._reranker: Ranker | None = None
+        self.rates = KeyRates(self.config)
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._long_tokenizers = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="tokenize-long")
+
+    def renew(self) -> None:
+        """In a forked child: it counts its own requests."""
+        self._set_up()
+        if self._reranker is not None:
+            self.serve(self._reranker)
 
     @property
     def status(self) -> str:

@@ -24,6 +24,7 @@ from local_rerank.errors import (
     ModelUnavailable,
     Overloaded,
     TooManyTokens,
+    UnusableAfterFork,
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
@@ -74,6 +75,7 @@ _WORDS: Mapping[type[LocalRerankError], tuple[str, str]] = {
     TokenRateExceeded: ("Throttling.AllocationQuota", "Allocated quota exceeded, please increase your quota limit."),
     DeadlineExceeded: ("RequestTimeOut", "Request timed out, please try again later."),
     ModelUnavailable: ("ModelUnavailable", "Model is unavailable, please try again later."),
+    UnusableAfterFork: ("ModelUnavailable", "Model is unavailable, {0}."),
 }
 _OTHERWISE = ("InternalError", "Internal server error!")
 

@@ -22,10 +22,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from local_rerank import ray_cluster
+from local_rerank import forks, ray_cluster
 from local_rerank.config import EngineConfig
 from local_rerank.engine import ModelInfo
-from local_rerank.errors import CheckpointError, EngineFailure, LocalRerankError, ModelUnavailable
+from local_rerank.errors import CheckpointError, EngineFailure, LocalRerankError, ModelUnavailable, UnusableAfterFork
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank.worker import BatchReport
 from local_rerank_server.config import ServerConfig
@@ -47,9 +47,15 @@ class RemoteReranker:
         self._handle = handle
         self._sent: dict[int, int] = {}  # estimated tokens of the requests that are not answered yet
         self._ids = itertools.count()
+        self._is_in_child = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="replicas", daemon=True)
         self._thread.start()
+        forks.renew_in_child(self)
+
+    def renew(self) -> None:
+        """The connection to Ray, and the loop, stay the parent's."""
+        self._is_in_child = True
 
     @property
     def model_id(self) -> str:
@@ -80,7 +86,12 @@ class RemoteReranker:
         """Batches run in the replicas, which Ray's own metrics tell of: nothing is reported here."""
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
-        """Send the request on; the future has its result, or fails with a LocalRerankError."""
+        """Send the request on; the future has its result, or fails with a LocalRerankError.
+
+        Raises UnusableAfterFork.
+        """
+        if self._is_in_child:
+            raise UnusableAfterFork("the model is in Ray's replicas, whose connection a forked process cannot use")
         return asyncio.run_coroutine_threadsafe(self._rank(request, name), self._loop)
 
     async def _rank(self, request: RerankRequest, name: str | None) -> RerankResult:
@@ -120,6 +131,8 @@ class RemoteReranker:
 
     def close(self) -> None:
         """Stop sending; the replicas are not touched."""
+        if self._is_in_child:  # the loop's descriptors are the parent's too
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -143,7 +156,8 @@ class ReplicaReranker(RemoteReranker):
 
     def close(self) -> None:
         super().close()
-        self._end()
+        if not self._is_in_child:
+            self._end()
 
     def _end(self) -> None:
         with contextlib.suppress(Exception):  # at the end of the process; what is left ends with Ray

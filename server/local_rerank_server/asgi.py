@@ -1,0 +1,89 @@
+"""The application for servers other than ours, in each of their processes: `LOCAL_RERANK_*` variables -> ASGI.
+
+    gunicorn -k uvicorn_worker.UvicornWorker -w 2 --preload local_rerank_server.asgi:app
+    uvicorn --factory local_rerank_server.asgi:create
+
+The model begins to load as the application is made. With gunicorn's --preload that is before the fork, which waits for
+it, and workers share the weights; a worker that starts without it loads its own. Importing this module does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from local_rerank.async_reranker import AsyncReranker
+from local_rerank.cli import serve_options
+from local_rerank.errors import ConfigError
+from local_rerank.openmp import own_process
+from local_rerank_server.app import create_app
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.logs import set_up_logging
+from local_rerank_server.state import ServerState
+from local_rerank_server.tracing import Tracing
+
+
+@functools.cache
+def create() -> ASGIApp:
+    """The application of this process, which is ours: logging and OpenMP are set up. Options are `serve`'s variables.
+
+    Raises ConfigError for an unknown or malformed one, and where neither a key nor `insecure` is given: who reaches the
+    server is not seen here.
+    """
+    engine_config, config = serve_options()
+    if config.ray:
+        raise ConfigError("ray is set; engines of Ray are behind `local-rerank serve --ray` or Ray Serve's own server")
+    if not (config.has_keys or config.insecure):
+        raise ConfigError(
+            "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set; set one, or allow that with "
+            "LOCAL_RERANK_INSECURE=true"
+        )
+    own_process()
+    set_up_logging(config)
+    tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
+    _import_now()
+    state, reranker = ServerState(config), AsyncReranker(config=engine_config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        """A model that cannot be loaded, or fails its self-test, is an error of the server's start."""
+        await _open(reranker, state)
+        yield
+        state.drain()
+        await asyncio.to_thread(state.close)
+        await reranker.close()
+        if tracing is not None:
+            tracing.close()
+
+    app = create_app(state, ApiKeys.from_config(config), lifespan=lifespan)
+    return app if tracing is None else tracing.wrap(app)
+
+
+def _import_now() -> None:
+    """What loading needs: a module that is imported while a fork waits gets only half of its hooks called."""
+    import transformers  # noqa: F401
+
+    import local_rerank.doctor
+    import local_rerank.reranker  # noqa: F401
+
+
+async def _open(reranker: AsyncReranker, state: ServerState) -> None:
+    loaded = await reranker.load()
+    if not state.config.no_self_test:
+        from local_rerank.doctor import require_self_test
+
+        await asyncio.to_thread(require_self_test, loaded)
+    state.serve(loaded)
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made as a server asks for it by name."""
+    if name == "app":
+        return create()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,226 @@
+"""gunicorn with uvicorn's workers, as real processes: each worker answers, with the scores of a plain Reranker."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from httpx2 import ASGITransport, AsyncClient, Client, ConnectError
+
+from local_rerank import Reranker
+from local_rerank.errors import ConfigError, UnusableAfterFork
+from local_rerank_server import asgi
+from local_rerank_server.app import create_app
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.keys import ApiKeys
+from local_rerank_server.state import ServerState
+from tests.forked import in_child
+
+NUM_WORKERS = 2
+START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
+STOP_SECONDS = 40
+DOCUMENTS = ["Rome is in Italy", "Paris is the capital of France"]
+BODY = {"model": "any", "query": "capital of France", "documents": DOCUMENTS}
+CLOSE = 1e-5  # of scores
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gunicorn forks; which worker answers is read in /proc")
+
+
+@pytest.fixture(autouse=True)
+def _only_these_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("LOCAL_RERANK_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_RERANK_THREADS", "1")
+    yield
+    asgi.create.cache_clear()
+
+
+class Gunicorn:
+    """A running gunicorn, whose workers are ready one by one."""
+
+    def __init__(self, log: Path, *options: str) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", str(NUM_WORKERS)]
+        command += ["-b", "127.0.0.1:0", "--timeout", str(START_SECONDS), "--no-control-socket", *options]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "local_rerank_server.asgi:app"], stdout=output, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def answers(self) -> dict[int, list[float]]:
+        """What each worker answers, by its process; asks until both have."""
+        answers: dict[int, list[float]] = {}
+        end = time.monotonic() + START_SECONDS
+        while len(answers) < NUM_WORKERS:
+            assert time.monotonic() < end, self.output
+            assert self.process.poll() is None, self.output
+            if (found := re.search(r"Listening at: (\S+)", self.output)) is None:
+                time.sleep(0.1)
+                continue
+            try:
+                pid, scores = self._ask(found[1])
+                answers[pid] = scores
+            except ConnectError:
+                time.sleep(0.1)
+        return answers
+
+    def _ask(self, address: str) -> tuple[int, list[float]]:
+        with Client(base_url=address, timeout=START_SECONDS) as client:
+            with client.stream("POST", "/v1/rerank", json=BODY) as response:
+                host_and_port = response.extensions["network_stream"].get_extra_info("client_addr")
+                (pid,) = (worker.pid for worker in self.workers() if _serves(worker, host_and_port))
+                response.read()
+            assert response.status_code == 200, response.text
+            return pid, scores_of(response.json())
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+def _serves(worker: psutil.Process, client: tuple[str, int]) -> bool:
+    return any(connection.raddr == client for connection in worker.net_connections("tcp"))
+
+
+def scores_of(answer: Any) -> list[float]:
+    items = sorted(answer["results"], key=lambda item: item["index"])
+    return [item["relevance_score"] for item in items]
+
+
+@contextmanager
+def gunicorn(log: Path, *options: str) -> Iterator[Gunicorn]:
+    server = Gunicorn(log, *options)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def expected_of(reranker: Reranker) -> list[float]:
+    result = reranker.rank("capital of France", DOCUMENTS)
+    return [item.relevance_score for item in sorted(result, key=lambda item: item.index)]
+
+
+def check(server: Gunicorn, reranker: Reranker) -> None:
+    for scores in server.answers().values():
+        assert scores == pytest.approx(expected_of(reranker), abs=CLOSE)
+    workers = [worker.pid for worker in server.workers()]
+    assert server.stop() == 0
+    assert not any(psutil.pid_exists(pid) for pid in workers)
+    assert "Traceback" not in server.output
+    assert "KILL" not in server.output
+
+
+def test_gunicorn_with_preload(tmp_path: Path, nano: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers share the built-in model, which each of them tests."""
+    monkeypatch.setenv("LOCAL_RERANK_INSECURE", "true")
+    with gunicorn(tmp_path / "log", "--preload") as server:
+        check(server, nano)
+
+
+def test_gunicorn_without_preload(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"MODEL": str(tiny_checkpoint), "DEVICE": "cpu", "NO_SELF_TEST": "true", "INSECURE": "true"}
+    for name, value in options.items():
+        monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
+    with gunicorn(tmp_path / "log") as server:
+        check(server, tiny_reranker)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set"),
+        ({"MAX_DOCUMENT": "3"}, "LOCAL_RERANK_MAX_DOCUMENT is no option's variable"),
+        ({"MAX_DOCUMENTS": "many"}, "MAX_DOCUMENTS"),
+        ({"MAX_DOCUMENTS": "0", "INSECURE": "true"}, "max_documents is 0"),
+        ({"RAY": "true", "INSECURE": "true"}, "ray is set"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_and_is_named(
+    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
+    with pytest.raises(ConfigError, match=named):
+        asgi.create()
+
+
+def test_the_documents_name_what_there_is() -> None:
+    root = Path(__file__).parents[2]
+    pages = [(root / name).read_text(encoding="utf-8") for name in ("docs/operations.md", "CHANGELOG.md")]
+    for page in (*pages, asgi.__doc__ or ""):
+        assert set(re.findall(r"(?:local_rerank_server\.asgi|and `):(\w+)", page)) == {"app", "create"}
+    assert callable(asgi.create)
+    with pytest.raises(ConfigError, match="no LOCAL_RERANK_API_KEY"):
+        _ = asgi.app  # made as it is asked for
+
+
+@pytest.mark.parametrize("path", ["/health", "/behind/health"])
+def test_the_path_of_a_proxy_may_come_or_be_cut_off(path: str) -> None:
+    async def get() -> int:
+        app = create_app(ServerState(ServerConfig(root_path="/behind")), ApiKeys({}))
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+            return (await client.get(path)).status_code
+
+    assert asyncio.run(get()) == 200
+
+
+def _post(state: ServerState) -> tuple[int, Any, int]:
+    """Status, body, and the requests that this process has counted."""
+
+    async def post() -> tuple[int, Any, int]:
+        transport = ASGITransport(create_app(state, ApiKeys({})))
+        async with AsyncClient(transport=transport, base_url="http://test") as client:
+            response = await client.post("/v1/rerank", json=BODY)
+            page = (await client.get("/metrics")).text
+            counts = re.findall(r"^local_rerank_requests_total{.*} (\S+)", page, re.MULTILINE)
+            return response.status_code, response.json(), int(sum(map(float, counts)))
+
+    return asyncio.run(post())
+
+
+def test_an_application_made_before_a_fork_answers_and_counts_for_itself(tiny_reranker: Reranker) -> None:
+    state = ServerState(ServerConfig())
+    state.serve(tiny_reranker)
+    for number in (1, 3):  # the page of metrics is a request too
+        assert _post(state)[2] == number
+    with state.admitted():
+        status, body, num_requests = in_child(lambda: (*_post(state)[:2], state.num_admitted))
+    assert (status, num_requests) == (200, 0)
+    assert scores_of(body) == pytest.approx(expected_of(tiny_reranker), abs=CLOSE)
+    assert in_child(lambda: _post(state))[2] == 1
+
+
+def test_an_application_whose_model_a_child_cannot_use_answers_503(tiny_checkpoint: Path) -> None:
+    with Reranker(str(tiny_checkpoint), device="cpu") as reranker:
+        reranker._start(reranker._engine, replace(reranker.info, device="cuda:0"))
+        state = ServerState(ServerConfig())
+        state.serve(reranker)
+        status, body, _ = in_child(lambda: _post(state))
+        with pytest.raises(UnusableAfterFork, match="without --preload"):
+            in_child(lambda: reranker.rank("q", ["a"]))
+    assert status == 503
+    assert "without --preload" in str(body)

@@ -1,0 +1,376 @@
+"""Rerankers that were made before `os.fork` work in the child, or say why not; nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
+from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
+from local_rerank.openmp import compute
+from local_rerank.packing import PackedBatch
+from tests.forked import Child, in_child
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12 and later
+]
+QUERY, DOCUMENTS = "a query", [f"document {number}" for number in range(5)]
+CLOSE = 1e-4  # of log-odds, fp32, in other batches
+
+
+def odds(reranker: Reranker) -> list[float]:
+    return [item.log_odds for item in sorted(reranker.rank(QUERY, DOCUMENTS), key=lambda item: item.index)]
+
+
+@pytest.fixture
+def fresh(tiny_checkpoint: Path) -> Iterator[Reranker]:
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+        yield reranker
+
+
+@pytest.fixture
+def expected(fresh: Reranker) -> list[float]:
+    """By a reranker that has been used, and goes on being used after forks."""
+    return odds(fresh)
+
+
+def test_a_reranker_works_in_a_child_and_goes_on_in_the_parent(fresh: Reranker, expected: list[float]) -> None:
+    for _ in range(3):
+        assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+        assert odds(fresh) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_one_that_was_never_used_works_in_a_child(fresh: Reranker) -> None:
+    assert in_child(lambda: odds(fresh)) == pytest.approx(odds(fresh), abs=CLOSE)
+
+
+def test_a_child_of_a_child_works(fresh: Reranker, expected: list[float]) -> None:
+    def child() -> list[list[float]]:
+        return [in_child(lambda: odds(fresh)), odds(fresh), in_child(lambda: odds(fresh))]
+
+    for scores in in_child(child):
+        assert scores == pytest.approx(expected, abs=CLOSE)
+
+
+def test_a_child_of_a_thread_works(fresh: Reranker, expected: list[float]) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(in_child, lambda: odds(fresh)).result() == pytest.approx(expected, abs=CLOSE)
+
+
+def test_a_child_of_the_thread_that_computes_works(fresh: Reranker, expected: list[float]) -> None:
+    assert compute(lambda: in_child(lambda: odds(fresh))) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_the_forking_thread_computes_nothing(fresh: Reranker, expected: list[float]) -> None:
+    """libgomp's pool belongs to a thread: one that ran an operator before the fork has a pool of dead threads."""
+
+    def child() -> bool:
+        odds(fresh)
+        return compute(threading.get_ident) == threading.get_ident()
+
+    assert in_child(child) is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_child_computes_with_as_many_threads_as_the_parent_was_given(tiny_checkpoint: Path) -> None:
+    number = torch.get_num_threads()
+
+    def product() -> None:
+        torch.nn.functional.linear(torch.ones(512, 512), torch.ones(512, 512))
+
+    def num_new_threads() -> int:
+        before = psutil.Process().num_threads()
+        compute(product)
+        return psutil.Process().num_threads() - before
+
+    try:
+        for given in (1, 2):
+            with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", threads=given):
+                assert in_child(num_new_threads) == given  # the thread that computes is new there, too
+    finally:
+        compute(lambda: torch.set_num_threads(number))
+
+
+def test_children_of_a_parent_that_computes_work(fresh: Reranker, expected: list[float]) -> None:
+    """Wherever the parent's threads are, in an operator, a queue, a future, the log or the tokenizer."""
+    ended = threading.Event()
+
+    def work(number: int) -> int:
+        count = 0
+        while not ended.is_set():
+            fresh.rank(f"query {number}", ["text " * (count % 60 + 1), *DOCUMENTS])
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as threads:
+        working = [threads.submit(work, number) for number in range(4)]
+        try:
+            for _ in range(20):
+                assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+        finally:
+            ended.set()
+        assert all(one.result(60) > 0 for one in working)
+
+
+def test_a_fork_waits_until_the_parent_is_between_two_layers(fresh: Reranker, expected: list[float]) -> None:
+    """It comes neither while the parent's request is held before the first layer nor only after the last one."""
+    entered, gate, seen = threading.Event(), threading.Event(), []
+
+    def hold(*_: object) -> None:
+        if not seen:
+            seen.append("held")
+            entered.set()
+            assert gate.wait(30)
+            seen.append("goes on")
+
+    backbone = fresh._engine._backbone
+    backbone.rotary_emb.register_forward_hook(hold)
+    fresh._engine._last_layer.self_attn.o_proj.register_forward_hook(lambda *_: seen.append("last layer"))
+    answer = fresh.submit(RerankRequest(query=QUERY, documents=tuple(DOCUMENTS)))
+    assert entered.wait(30)
+    threading.Timer(0.3, gate.set).start()
+    assert in_child(lambda: (seen.copy(), odds(fresh))) == (["held", "goes on"], pytest.approx(expected, abs=CLOSE))
+    assert [item.index for item in answer.result(30)] == [item.index for item in fresh.rank(QUERY, DOCUMENTS)]
+
+
+def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
+    fresh: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, gate = threading.Event(), threading.Event()
+    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(compute, lambda: (entered.set(), gate.wait(30)))
+        assert entered.wait(30)
+        with pytest.raises(UnusableAfterFork, match="forked while a model was loaded or run"):
+            in_child(lambda: fresh.rank(QUERY, DOCUMENTS))
+        gate.set()
+        running.result(30)
+    assert in_child(lambda: odds(fresh)) == pytest.approx(odds(fresh), abs=CLOSE)
+
+
+def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, expected: list[float]) -> None:
+    gate, entered = threading.Event(), threading.Event()
+    inner = fresh._engine.forward
+
+    def forward(batch: PackedBatch) -> torch.Tensor:
+        entered.set()
+        assert gate.wait(30)
+        return inner(batch)
+
+    fresh._engine.forward = forward  # type: ignore[method-assign]  # the seam
+    waiting = [fresh.submit(RerankRequest(query=str(number), documents=tuple(DOCUMENTS))) for number in range(3)]
+    assert entered.wait(30)
+
+    def child() -> tuple[int, list[float]]:
+        gate.set()
+        return fresh.num_queued_requests, odds(fresh)
+
+    num_requests, scores = in_child(child)
+    assert num_requests == 0
+    assert scores == pytest.approx(expected, abs=CLOSE)
+    assert not any(future.done() for future in waiting)
+    gate.set()
+    for future in waiting:
+        assert len(future.result(30)) == len(DOCUMENTS)
+
+
+def test_closing_in_the_child_leaves_the_parent_open_and_the_other_way_round(fresh: Reranker) -> None:
+    def child() -> None:
+        fresh.close()
+        fresh.rank(QUERY, DOCUMENTS)
+
+    with pytest.raises(ModelUnavailable):
+        in_child(child)
+    with pytest.raises(ModelUnavailable):
+        in_child(lambda: (odds(fresh), child()))
+    assert odds(fresh)
+    fresh.close()
+    with pytest.raises(ModelUnavailable):
+        in_child(lambda: odds(fresh))
+
+
+def test_a_child_that_only_exits_does_so_and_harms_nobody(tiny_checkpoint: Path) -> None:
+    """In a program of its own: a child that leaves by sys.exit runs what the parent has registered for its exit."""
+    code = f"""
+import asyncio, os, sys, threading
+from local_rerank import AsyncReranker, Reranker
+
+reranker = Reranker({str(tiny_checkpoint)!r}, device="cpu")
+other = AsyncReranker({str(tiny_checkpoint)!r}, device="cpu")
+asyncio.run(other.rank("q", ["a"]))
+before = reranker.rank("q", ["a", "b"])
+ended = threading.Event()
+working = threading.Thread(target=lambda: [reranker.rank("q", ["a"]) for _ in range(9999) if not ended.wait(0.05)])
+working.start()
+for leave in (os._exit, sys.exit):
+    if (pid := os.fork()) == 0:
+        leave(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+ended.set()
+working.join()
+assert [item.index for item in reranker.rank("q", ["a", "b"])] == [item.index for item in before]
+asyncio.run(other.rank("q", ["a"]))
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+
+
+def test_two_rerankers_work_in_one_child(fresh: Reranker, tiny_reranker: Reranker, expected: list[float]) -> None:
+    def child() -> list[list[float]]:
+        with ThreadPoolExecutor(4) as threads:
+            return list(threads.map(lambda number: odds((fresh, tiny_reranker)[number % 2]), range(8)))
+
+    for scores in in_child(child):
+        assert scores == pytest.approx(expected, abs=CLOSE)
+
+
+_of_workers: list[Reranker] = []
+
+
+def _odds_of_worker(_: int) -> tuple[int, list[float]]:
+    return os.getpid(), odds(_of_workers[0])
+
+
+def test_multiprocessing_that_forks_works(fresh: Reranker, expected: list[float]) -> None:
+    context = multiprocessing.get_context("fork")
+    _of_workers[:] = [fresh]
+    with ProcessPoolExecutor(2, mp_context=context) as processes:
+        for pid, scores in processes.map(_odds_of_worker, range(6), timeout=60):
+            assert pid != os.getpid()
+            assert scores == pytest.approx(expected, abs=CLOSE)
+    with context.Pool(2) as pool:
+        for _, scores in pool.map_async(_odds_of_worker, range(6)).get(60):
+            assert scores == pytest.approx(expected, abs=CLOSE)
+
+
+def test_an_async_reranker_works_in_the_child_in_a_loop_of_the_child(
+    tiny_checkpoint: Path, expected: list[float]
+) -> None:
+    async def scores(reranker: AsyncReranker) -> list[float]:
+        results = await asyncio.gather(*(reranker.rank(QUERY, DOCUMENTS) for _ in range(8)))
+        return [item.log_odds for item in sorted(results[-1], key=lambda item: item.index)]
+
+    async def parent() -> None:
+        async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
+            for _ in range(2):
+                answers = [asyncio.create_task(scores(reranker)) for _ in range(4)]
+                await asyncio.sleep(0)
+                with ThreadPoolExecutor(1) as threads:  # of which the loop is none
+                    child = threads.submit(Child, lambda: asyncio.run(scores(reranker)))
+                    assert await asyncio.to_thread(child.result(60).result) == pytest.approx(expected, abs=CLOSE)
+                for answer in await asyncio.gather(*answers):
+                    assert answer == pytest.approx(expected, abs=CLOSE)
+
+    asyncio.run(parent())
+
+
+def test_a_fork_waits_for_an_async_reranker_that_loads(tiny_checkpoint: Path, expected: list[float]) -> None:
+    async def scores() -> list[float]:
+        async with reranker:
+            result = await reranker.rank(QUERY, DOCUMENTS)
+        return [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+
+    reranker = AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32")
+    assert in_child(lambda: asyncio.run(scores())) == pytest.approx(expected, abs=CLOSE)
+    assert asyncio.run(scores()) == pytest.approx(expected, abs=CLOSE)
+
+
+def test_an_async_reranker_that_a_fork_could_not_wait_for_says_so_in_the_child(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def load(reranker: AsyncReranker) -> None:
+        entered.set()
+        assert gate.wait(30)
+
+    monkeypatch.setattr(AsyncReranker, "_load", load)
+    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    reranker = AsyncReranker(str(tiny_checkpoint))
+    assert entered.wait(30)
+    with pytest.raises(UnusableAfterFork, match="no model was loaded before the process was forked"):
+        in_child(lambda: asyncio.run(reranker.rank(QUERY, DOCUMENTS)))
+    gate.set()
+
+
+def test_an_async_reranker_that_could_not_load_says_so_in_the_child(tmp_path: Path) -> None:
+    reranker = AsyncReranker(str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="nothing"):
+        in_child(lambda: asyncio.run(reranker.rank(QUERY, DOCUMENTS)))
+    asyncio.run(reranker.close())
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map", "named"),
+    [("cuda:0", None, "cuda:0"), ("mps", None, "mps"), ("cpu", "auto", "device_map 'auto'")],
+)
+def test_a_model_that_is_not_on_the_cpu_is_an_error_in_the_child_at_once(
+    fresh: Reranker, device: str, device_map: str | None, named: str
+) -> None:
+    fresh.config = replace(fresh.config, device_map=device_map)
+    fresh._start(fresh._engine, replace(fresh.info, device=device))
+    for use in (lambda: fresh.rank(QUERY, DOCUMENTS), lambda: fresh.submit(RerankRequest(query="q", documents=("a",)))):
+        began = time.monotonic()
+        with pytest.raises(UnusableAfterFork, match=f"the model is on {named}, .* after the fork .*spawn"):
+            in_child(use)
+        assert time.monotonic() - began < 5
+    fresh.close()
+
+
+def test_tokenizing_in_parallel_is_switched_off_in_a_child_where_it_would_wait_for_ever(
+    fresh: Reranker, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    assert odds(fresh) == pytest.approx(expected, abs=CLOSE)  # starts the tokenizer's threads
+    assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_shared_with_the_child(nano: Reranker) -> None:
+    size = sum(weight.numel() * weight.element_size() for weight in nano._engine._backbone.parameters())
+
+    def private_bytes() -> int:
+        return int(psutil.Process().memory_full_info().uss)
+
+    def child() -> int:
+        before = private_bytes()
+        odds(nano)
+        return private_bytes() - before
+
+    odds(nano)
+    assert in_child(child) < size / 2
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_pickle_and_copy_say_what_to_do_instead(
+    fresh: Reranker, tiny_checkpoint: Path, copied: Callable[[object], object]
+) -> None:
+    with pytest.raises(TypeError, match=r"a Reranker holds threads .* Pass the model's name and create a Reranker in"):
+        copied(fresh)
+    reranker = AsyncReranker(str(tiny_checkpoint), device="cpu")
+    with pytest.raises(TypeError, match=r"create an? AsyncReranker in each process"):
+        copied(reranker)
+    asyncio.run(reranker.close())
+
+
+def test_spawned_processes_are_told_what_to_do_instead(fresh: Reranker) -> None:
+    with pytest.raises(TypeError, match="Pass the model's name"):
+        multiprocessing.get_context("spawn").Process(target=odds, args=(fresh,)).start()

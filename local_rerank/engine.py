@@ -12,6 +12,7 @@ memory, and the scores are fetched once, at the end. `launch` returns before, so
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,10 +38,13 @@ from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.openmp import compute
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
+from local_rerank.threads import choose_threads
 from local_rerank.tokenization import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 CPU_BATCH_TOKENS = 2560
 GPU_BATCH_TOKENS = 16384
@@ -59,6 +63,7 @@ class ModelInfo:
     kernel: str
     kernel_reason: str
     threads: int
+    threads_reason: str  # what decided their number
     num_parameters: int
     num_layers: int
     hidden_size: int
@@ -255,8 +260,9 @@ def load_engine(
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads, threads_reason = choose_threads(config.threads)
+    torch.set_num_threads(threads)
+    logger.info("Using %d thread%s: %s", threads, "" if threads == 1 else "s", threads_reason)
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
@@ -292,7 +298,8 @@ def load_engine(
         compute_dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(arithmetic),
         kernel=kernel,
         kernel_reason=reason,
-        threads=torch.get_num_threads(),
+        threads=threads,
+        threads_reason=threads_reason,
         num_parameters=num_parameters,
         num_layers=num_layers,
         hidden_size=model.config.hidden_size,

@@ -51,6 +51,11 @@ class Threads:
             return cls(default, "torch's default (OMP_NUM_THREADS or set by the program)", is_fixed=is_fixed)
         return cls(limits.num_threads, limits.reason, is_fixed=is_fixed)
 
+    @property
+    def current(self) -> int:
+        """The number now."""
+        return self.count if self._governor is None else self._governor.count
+
     def watch(self, layers: nn.ModuleList) -> None:
         """Follow the load between these layers, unless the number is fixed."""
         if self._follows_load and len(layers) >= MIN_LAYERS:
@@ -63,12 +68,12 @@ class Threads:
             if self._governor is None or self._governor.thread != threading.get_native_id():  # after a fork
                 self._governor = _Governor(self.count)
             self._governor.begin_batch()
-        _set_count(self.count if self._governor is None else self._governor.count)
+        _set_count(self.current)
 
     def _after_layer(self, *_: Any) -> None:
         if self._governor is not None:
             self._governor.after_layer()
-            _set_count(self._governor.count)
+            _set_count(self.current)
 
 
 @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LOOK_SECONDS = 0.25  # between two looks at the load
+LOOK_SECONDS = 0.5  # between two looks at the load
 MAX_WAITED = 0.05  # share of waiting that is not worth a trial; alone on two cores it is .01 to .02
 MIN_PAIRS = 3
 MIN_TRIAL_SECONDS = 0.1  # of layers that count, so that short ones are not judged by a few time slices of the kernel
@@ -89,6 +89,10 @@ class ThreadPolicy:
     def count(self) -> int:
         """Threads of the next layer."""
         return self.settled if self._trial is None else self._trial.counts[self._trial.turn]
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.settled < self._most
 
     @property
     def is_trying(self) -> bool:

@@ -111,7 +111,7 @@ class _Governor:
         if was_trying and not policy.is_trying:
             self._sensor.read()  # the load of the trial is no reason for another
         elif policy.wants_load(now):
-            policy.look(self._sensor.read(), now)
+            policy.look(self._sensor.read(with_idle=policy.is_reduced), now)
         if policy.settled != before:
             logger.info("%d threads in place of %d are faster while CPUs are shared", policy.settled, before)
         self._since = time.perf_counter()
@@ -129,25 +129,34 @@ class LoadSensor:
         self._ticks: Counters = {}
         self.read()
 
-    def read(self) -> Load:
-        """Since the last call."""
-        times, ticks = dict(self._read_times()), dict(self._read_ticks())
-        threads, cpus = _growth(self._times, times), _growth(self._ticks, ticks)
-        self._times, self._ticks = times, ticks
+    def read(self, *, with_idle: bool = True) -> Load:
+        """Since the last call; the idle time is that since the last call which asked for it."""
+        times = dict(self._read_times())
+        threads = _growth(self._times, times)
+        self._times = times
         waited = sum(waited for _, waited in threads)
         total = waited + sum(ran for ran, _ in threads)
-        idle = [idle / total for idle, total in cpus if total]
-        return Load(waited=waited / total if total > MIN_NANOSECONDS else 0.0, idle_cpus=sum(idle) if idle else None)
+        return Load(
+            waited=waited / total if total > MIN_NANOSECONDS else 0.0,
+            idle_cpus=self._read_idle() if with_idle else None,
+        )
+
+    def _read_idle(self) -> float | None:
+        ticks = dict(self._read_ticks())
+        shares = [idle / total for idle, total in _growth(self._ticks, ticks) if total]
+        self._ticks = ticks
+        return sum(shares) if shares else None
 
     def _read_times(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Nanoseconds that each thread of the pool ran and waited for a CPU."""
-        for task in (self._proc / "self/task").iterdir():
+        tasks = f"{self._proc}/self/task"
+        for thread in os.listdir(tasks):  # noqa: PTH208  # pathlib takes three times as long
             with contextlib.suppress(OSError):  # it has ended
-                if task.name not in self._names:
-                    self._names[task.name] = (task / "comm").read_text().strip()
-                if self._names[task.name] == POOL_NAME:
-                    ran, waited, _ = (task / "schedstat").read_text().split()
-                    yield task.name, (int(ran), int(waited))
+                if thread not in self._names:
+                    self._names[thread] = _text(f"{tasks}/{thread}/comm").strip()
+                if self._names[thread] == POOL_NAME:
+                    ran, waited, _ = _text(f"{tasks}/{thread}/schedstat").split()
+                    yield thread, (int(ran), int(waited))
 
     def _read_ticks(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Ticks that each CPU was idle, and all of its ticks."""
@@ -157,6 +166,11 @@ class LoadSensor:
             if name in allowed:
                 ticks = [int(field) for field in fields[:8]]  # guests' are counted twice
                 yield name, (ticks[3] + ticks[4], sum(ticks))  # of idle and iowait
+
+
+def _text(path: str) -> str:
+    with open(path) as file:  # noqa: PTH123  # as above
+        return file.read()
 
 
 def _growth(before: Counters, now: Counters) -> list[tuple[int, int]]:

@@ -61,10 +61,10 @@ def contended(num_free: int) -> Callable[[int], Load]:
     return lambda count: Load(waited=max(0.0, count - num_free) / count, idle_cpus=max(0.0, num_free - count))
 
 
-def test_a_quiet_machine_is_never_tried_and_looked_at_four_times_a_second() -> None:
+def test_a_quiet_machine_is_never_tried_and_looked_at_twice_a_second() -> None:
     machine = Machine(ThreadPolicy(2), even(0.01), lambda _: QUIET)
     assert set(machine.run(10)) == {2}
-    assert machine.num_looks <= 41
+    assert machine.num_looks <= 21
 
 
 @pytest.mark.parametrize("seconds", [0.0005, 0.01, 0.2])
@@ -75,7 +75,7 @@ def test_threads_that_wait_are_reduced_and_come_back_when_cpus_are_idle(seconds:
     counts = machine.run(10)
     assert policy.settled == 1
     assert counts[-1] == 1
-    assert counts.count(2) <= 2 + 0.25 / (4 * seconds) + max(6, 0.1 / seconds)  # up to the look, and one trial
+    assert counts.count(2) <= 2 + 0.5 / (4 * seconds) + max(6, 0.1 / seconds)  # up to the look, and one trial
     machine.seconds, machine.load = even(seconds), contended(2)
     machine.run(4)
     assert policy.settled == 2

@@ -34,7 +34,7 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 class BusySensor:
     """Says that half of the time goes into waiting, and that no CPU is idle."""
 
-    def read(self) -> Load:
+    def read(self, **_: bool) -> Load:
         return Load(waited=0.5, idle_cpus=0.0)
 
 

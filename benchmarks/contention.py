@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -124,9 +125,8 @@ def cost(auto: Reranker, fixed: Reranker, again: Reranker, seconds: float) -> No
     systems, times = (fixed, auto, again), ([], [], [])  # type: tuple[Reranker, ...], tuple[list[float], ...]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        for reranker, of_system in zip(systems, times, strict=True):
-            batch(reranker)  # its number of threads is new to the pool
-            of_system.append(batch(reranker))
+        for index in random.sample(range(len(systems)), len(systems)):
+            times[index].append(batch(systems[index]))
     first, second, third = (statistics.median(of_system) for of_system in times)
     print(f"alone, time of a batch: auto {second / first:.3f} of fixed threads, the same again {third / first:.3f}")
 

@@ -267,7 +267,8 @@ def load_engine(
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    threads = Threads.choose(config.threads, is_fixed=config.deterministic or device.type != "cpu")
+    follows_load = device.type == "cpu" and config.device_map is None and not config.deterministic
+    threads = Threads.choose(config.threads, is_fixed=not follows_load)
     threads.begin_batch()
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":

@@ -64,11 +64,18 @@ class Threads:
 
     def begin_batch(self) -> None:
         """Set the number, which another engine of this process may have changed."""
-        if self._follows_load:
-            if self._governor is None or self._governor.thread != threading.get_native_id():  # after a fork
-                self._governor = _Governor(self.count)
+        if self._follows_load and (self._governor is None or self._governor.thread != threading.get_native_id()):
+            self._govern()  # at first, and after a fork
+        if self._governor is not None:
             self._governor.begin_batch()
         _set_count(self.current)
+
+    def _govern(self) -> None:
+        try:
+            self._governor = _Governor(self.count)
+        except OSError as error:  # a sandbox whose /proc lacks a part
+            self._governor, self._follows_load = None, False
+            logger.info("the number of threads stays as it is: %s", error)
 
     def _after_layer(self, *_: Any) -> None:
         if self._governor is not None:
@@ -113,7 +120,7 @@ class _Governor:
         elif policy.wants_load(now):
             policy.look(self._sensor.read(with_idle=policy.is_reduced), now)
         if policy.settled != before:
-            logger.info("%d threads in place of %d are faster while CPUs are shared", policy.settled, before)
+            logger.info("Threads: %d, before %d; measured as faster under the present load", policy.settled, before)
         self._since = time.perf_counter()
 
 

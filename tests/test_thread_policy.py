@@ -102,22 +102,24 @@ def test_where_the_idle_time_is_not_known_more_threads_are_tried_now_and_then() 
 def test_as_many_threads_stay_as_cpus_are_free() -> None:
     policy = ThreadPolicy(8)
     machine = Machine(policy, shared(0.08, num_free=5), contended(5))
-    machine.run(10)
+    counts = machine.run(10)
     assert policy.settled == 5
+    assert 1 not in counts
     machine.load = contended(8)
     machine.seconds = even(0.08)
     machine.run(10)
     assert policy.settled == 8
 
 
-def test_a_number_that_is_not_clearly_faster_is_not_taken_and_tried_ever_less_often() -> None:
-    """Other threads of this process make those of the pool wait, and two are faster all the same."""
+@pytest.mark.parametrize("with_one", [0.0095, 0.0105])
+def test_a_number_that_is_not_clearly_faster_is_not_taken_and_tried_ever_less_often(with_one: float) -> None:
+    """Other threads of this process make those of the pool wait, and two are as fast all the same."""
     policy = ThreadPolicy(2)
-    machine = Machine(policy, lambda count: (0.0, 0.0105, 0.010)[count], lambda _: Load(waited=0.3, idle_cpus=0.0))
+    machine = Machine(policy, lambda count: (0.0, with_one, 0.010)[count], lambda _: Load(waited=0.3, idle_cpus=0.0))
     machine.run(60)
     assert policy.settled == 2
     counts = machine.run(60)
-    assert 0 < counts.count(1) < 0.05 * len(counts)
+    assert 0 < counts.count(1) < 0.03 * len(counts)
 
 
 def test_long_layers_rest_long_after_a_trial_that_changed_nothing() -> None:
@@ -143,9 +145,8 @@ def test_batches_of_different_sizes_do_not_decide() -> None:
     machine = Machine(policy, lambda count: sizes["size"] / count, lambda _: Load(waited=0.3, idle_cpus=0.0))
     for _ in range(2000):
         sizes["size"] = 0.011 - sizes["size"]
-        for _ in range(machine.num_layers):
-            machine.run(1e-9)
-        assert policy.settled == 2
+        counts = [machine.run(1e-9)[0] for _ in range(machine.num_layers)]
+        assert policy.settled == counts[0] == 2
 
 
 def test_one_thread_is_never_reduced() -> None:

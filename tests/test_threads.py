@@ -114,6 +114,17 @@ def test_another_thread_than_the_first_has_a_governor_of_its_own(monkeypatch: py
     compute(lambda: torch.set_num_threads(before))
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_where_the_load_cannot_be_read_the_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise PermissionError("comm is read-only")
+
+    monkeypatch.setattr(threads, "LoadSensor", refuse)
+    chosen = Threads.choose(None, is_fixed=False)
+    compute(chosen.begin_batch)
+    assert compute(torch.get_num_threads) == chosen.current == 2
+
+
 def fake_proc(root: Path, schedstats: dict[str, tuple[str, int, int]], ticks: dict[str, tuple[int, int]]) -> None:
     """`schedstats`: name, ns run and ns waited by thread; `ticks`: idle ones and others by CPU."""
     for thread, (name, ran, waited) in schedstats.items():

@@ -47,7 +47,11 @@ class EngineConfig:
             help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."
         ),
     ] = "auto"
-    threads: Annotated[int | None, Parameter(help="CPU threads of the model; default: one per physical core.")] = None
+    threads: Annotated[
+        int | None,
+        Parameter(help="CPU threads of the model, never changed; default: one per physical core that affinity and "
+                       "cgroup quotas allow, and fewer while other processes use the CPUs."),
+    ] = None  # fmt: skip
     instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
     max_length: Annotated[int, Parameter(help="Tokens of a whole prompt; capped by the model's own maximum.")] = 8192
     max_query_tokens: Annotated[int, Parameter(help="Tokens of a query; more are cut.")] = 4000

@@ -37,6 +37,7 @@ from local_rerank.models import ATTENTION_NAME, Checkpoint, load_model
 from local_rerank.openmp import compute
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.precision import QUANTIZED_DTYPES, choose_dtypes, name_of
+from local_rerank.threads import Threads
 from local_rerank.tokenization import Pair
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ModelInfo:
     kernel: str
     kernel_reason: str
     threads: int
+    threads_reason: str  # what decided their number
     num_parameters: int
     num_layers: int
     hidden_size: int
@@ -94,6 +96,7 @@ class Engine:
         kernel: KernelRow,
         device: torch.device,
         graph_tokens: int | None = None,
+        threads: Threads | None = None,
     ) -> None:
         """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where batches enter the model.
 
@@ -104,6 +107,7 @@ class Engine:
         self._head = head
         self._kernel = kernel
         self._device = device
+        self._threads = threads
         self._last_layer: Any = self._backbone.layers[-1]
         self._final_norm: nn.Module = self._backbone.norm
         self._is_fused = isinstance(self._backbone, FusedDecoder)
@@ -111,6 +115,8 @@ class Engine:
             # transformers' forward ends with the final norm; ours comes after the last layer
             self._backbone.norm = nn.Identity()
             self._backbone.config.num_hidden_layers = len(self._backbone.layers) - 1
+            if threads is not None:
+                threads.watch(self._backbone.layers[:-1])
         self._graphs = None if graph_tokens is None else GraphRunner(self._odds_of, device, max_tokens=graph_tokens)
 
     @property
@@ -139,7 +145,13 @@ class Engine:
         Any thread may call it. Raises OutOfMemory where the device has no room for the batch; what it had taken is free
         again by then.
         """
-        return compute(lambda: self.launch(batch)()) if self._device.type == "cpu" else self.launch(batch)()
+        return compute(lambda: self._compute(batch)) if self._device.type == "cpu" else self.launch(batch)()
+
+    def _compute(self, batch: PackedBatch) -> Tensor:
+        """As `forward`, in the thread that computes on the CPU."""
+        if self._threads is not None:
+            self._threads.begin_batch()
+        return self.launch(batch)()
 
     def launch(self, batch: PackedBatch) -> Callable[[], Tensor]:
         """Starts a forward pass; what is returned waits for its log-odds, as `forward` gives them.
@@ -255,8 +267,9 @@ def load_engine(
     start = time.perf_counter()
     _register_attention()
     device = choose_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    follows_load = device.type == "cpu" and config.device_map is None and not config.deterministic
+    threads = Threads.choose(config.threads, is_fixed=not follows_load)
+    threads.begin_batch()
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
@@ -276,7 +289,9 @@ def load_engine(
     # by the memory that is free now
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
     graph_tokens = max_batch_tokens if graphs else None
-    engine = Engine(model, head, kernel=KERNELS[kernel], device=first_device, graph_tokens=graph_tokens)
+    engine = Engine(
+        model, head, kernel=KERNELS[kernel], device=first_device, graph_tokens=graph_tokens, threads=threads
+    )
     engine.capture_largest_graph()
     unquantized = []
     if config.dtype == "int8":
@@ -292,7 +307,8 @@ def load_engine(
         compute_dtype=config.dtype if config.dtype in QUANTIZED_DTYPES else name_of(arithmetic),
         kernel=kernel,
         kernel_reason=reason,
-        threads=torch.get_num_threads(),
+        threads=threads.count,
+        threads_reason=threads.reason,
         num_parameters=num_parameters,
         num_layers=num_layers,
         hidden_size=model.config.hidden_size,

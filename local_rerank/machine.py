@@ -14,6 +14,7 @@ import torch
 
 from local_rerank import __version__
 from local_rerank.attention import choose_kernel
+from local_rerank.cpu_limits import cpu_limits
 from local_rerank.disk import gigabytes
 from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError
@@ -123,13 +124,15 @@ def _memory(info: ModelInfo) -> Row:
 
 
 def _threads(info: ModelInfo) -> Row:
-    cores = psutil.cpu_count(logical=False) or info.threads
-    value = f"{info.threads} on {cores} physical cores"
+    limits = cpu_limits()
+    value = f"{info.threads} on {limits.num_cores} physical cores: {info.threads_reason}"
     if info.device != "cpu":
         return Row(value=value, faster=NOTHING)
-    if info.threads == cores:
-        return Row(value=value, faster="more cores")
-    return Row(value=value, faster=f"--threads {cores}, if no other work needs the cores")
+    if info.threads < limits.num_threads:
+        return Row(value=value, faster=f"--threads {limits.num_threads}, if no other work needs the cores")
+    if limits.num_threads < limits.num_cores:
+        return Row(value=value, faster=f"a wider limit: {limits.reason}")
+    return Row(value=value, faster="more cores")
 
 
 def _versions() -> dict[str, str]:

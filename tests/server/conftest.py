@@ -34,6 +34,7 @@ class HeldRanker:
         kernel="dense",
         kernel_reason="",
         threads=1,
+        threads_reason="set by the user",
         num_parameters=1,
         num_layers=1,
         hidden_size=1,

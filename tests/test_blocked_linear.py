@@ -19,6 +19,7 @@ from tests.reference import ModelCard
 needs_operators = pytest.mark.skipif(not can_block(), reason="this torch has no such operators for this processor")
 
 
+@pytest.mark.numeric
 @needs_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
@@ -37,6 +38,7 @@ def test_it_multiplies_as_torch_does(shape: tuple[int, ...], bias: bool, dtype: 
     assert torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.numeric
 @needs_operators
 @pytest.mark.parametrize("blocked_seconds", [0.5, 2.0])
 def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(

@@ -12,6 +12,8 @@ from local_rerank.openmp import CACHES
 from local_rerank.packing import PackedBatch, pack
 from local_rerank.tokenization import Pair
 
+pytestmark = pytest.mark.numeric
+
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = (
     *(1, 1, 2, 3, 5),  # several in a tile

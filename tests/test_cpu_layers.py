@@ -13,6 +13,8 @@ from local_rerank.cpu_layers import CpuLayer
 from local_rerank.int8 import Int8Linear
 from local_rerank.products import saturates
 
+pytestmark = pytest.mark.numeric
+
 NUM_TOKENS = 24
 GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 

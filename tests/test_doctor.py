@@ -263,6 +263,7 @@ def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest
     assert "this model needs --dtype fp32" in outcome.detail
 
 
+@pytest.mark.numeric
 def test_the_embedded_model_runs_in_fp32_unless_told_otherwise() -> None:
     with Reranker(device="cpu", threads=1) as reranker:
         assert reranker.info.dtype == "fp32"

@@ -22,6 +22,7 @@ from tests.reference import ModelCard
 needs_full_range = pytest.mark.skipif(saturates(), reason="this CPU has no VNNI: full-range products saturate")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("limit_pairs", [True, pytest.param(False, marks=needs_full_range)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(1, 16, 8), (7, 64, 96), (300, 96, 33), (5, 33, 7)])
@@ -39,6 +40,7 @@ def test_a_product_is_that_of_the_rounded_numbers(size: tuple[int, int, int], bi
         assert torch.allclose(Int8Linear(linear, limit_pairs=limit_pairs)(x), expected, atol=1e-4)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("pattern", [(1, 1), (-1, -1), (1, 0.7), (1, -1), (1, -1, -1), (0, 1, 1)])
 @pytest.mark.parametrize("num_tokens", [1, 3, 200])
 def test_values_at_full_range_and_of_one_sign_do_not_saturate(pattern: tuple[float, ...], num_tokens: int) -> None:
@@ -50,6 +52,7 @@ def test_values_at_full_range_and_of_one_sign_do_not_saturate(pattern: tuple[flo
             assert (actual - linear(x)).abs().max() < 0.01 * 1002
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shape", [{"seed": 0}, {"num_attention_heads": 6, "num_key_value_heads": 1, "seed": 5}])
 def test_the_error_is_at_most_twice_that_of_exact_8_bit_quantization(
     shape: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +78,7 @@ def _rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
     return (x / step).round() * step
 
 
+@pytest.mark.numeric
 def test_quantizing_moves_a_value_by_at_most_half_a_step() -> None:
     x = torch.randn(50, 64) * torch.logspace(-6, 6, 50).unsqueeze(1)
     rounded, scales = quantize(x)
@@ -112,6 +116,7 @@ def test_layers_that_int8_would_spoil_stay_and_the_ranking_with_them() -> None:
             assert max(abs(a - b) for a, b in zip(*scores, strict=True)) > 0  # what is int8 is used
 
 
+@pytest.mark.numeric
 def test_every_layer_of_an_ordinary_model_is_replaced(tiny_checkpoint: Path) -> None:
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="int8") as reranker:
         assert reranker.info.unquantized == ()

@@ -21,6 +21,8 @@ from local_rerank.products import PRODUCTS, Multiply, check, is_right
 from tests.checkpoints import make_checkpoint
 from tests.reference import ModelCard
 
+pytestmark = pytest.mark.numeric
+
 HERE = [name for name, product in PRODUCTS.items() if product.runs_here()]
 PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
 Break = Callable[..., None]

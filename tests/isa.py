@@ -1,7 +1,7 @@
 """Run the numeric tests with an older instruction set: `python -m tests.isa avx2`; without a name, list this CPU's.
 
-oneDNN, torch's own kernels and MKL each have a limit of their own. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but heeds
-MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
+oneDNN, torch's own kernels and MKL each have a limit of their own. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but
+heeds MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
 """
 
 from __future__ import annotations

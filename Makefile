@@ -23,9 +23,13 @@ help: ## list the targets
 serve: $(SERVE) ## install what serving needs, then serve the built-in model (ARGS="--port 9000 ..." passes options)
 	$(BIN)/local-rerank serve $(ARGS)
 
-test: $(DEV) ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options)
+test: $(DEV) ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options); with ISA=avx2 the numeric ones, as on an older CPU
+ifdef ISA
+	$(BIN)/python -m tests.isa $(ISA) $(ARGS)
+else
 	@$(MAKE) --silent --jobs=2 clients
 	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+endif
 
 check: $(DEV) ## lint, formatting and types, as CI does
 	$(BIN)/ruff check .

@@ -12,23 +12,37 @@ from local_rerank.blocked_linear import block_layers
 from local_rerank.config import EngineConfig
 from local_rerank.cpu_layers import replace_layers
 from local_rerank.errors import ConfigError
-from local_rerank.int8 import saturates
 from local_rerank.models import Checkpoint
 from local_rerank.openmp import owns_process
-from local_rerank.precision import blocks_weights, multiplies_bf16_faster, route_fp32_products
+from local_rerank.precision import (
+    are_fp32_products_routed,
+    blocks_weights,
+    multiplies_bf16_faster,
+    name_of,
+    route_fp32_products,
+)
+from local_rerank.products import has_int8, require, saturates
 from local_rerank.wide_layers import widen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_int8(config: EngineConfig, device: torch.device) -> None:
-    """Raises ConfigError where int8 cannot run or is wrong, before any weight is loaded."""
-    if device.type != "cpu" or config.device_map is not None:
-        raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
-    if not torch._C._has_mkldnn:
-        raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
-    saturates()
+def check(config: EngineConfig, device: torch.device, arithmetic: torch.dtype) -> None:
+    """Raises ConfigError where the dtype cannot run here or its products are wrong, before any weight is loaded."""
+    is_spread = config.device_map is not None
+    if config.dtype == "int8":
+        if device.type != "cpu" or is_spread:
+            raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
+        if not has_int8():
+            raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
+        require("int8", "int8", "int8, limited pairs")
+    if device.type == "cpu":
+        name = name_of(arithmetic)
+        require("fp32", "fp32")  # multiplies the head, whatever the dtype
+        require("fp32", "attention fp32")
+        require(name, *(["blocked bf16", "bf16"] if name == "bf16" and not is_spread else [name]))
+        require(name, f"attention {name}")
 
 
 def prepare(
@@ -38,15 +52,22 @@ def prepare(
     weights: torch.dtype,
     arithmetic: torch.dtype,
     attend: Callable[..., tuple[Tensor, None]],
-) -> None:
+) -> tuple[str, ...]:
     """Replace the layers of a model that is on the CPU as a whole; int8 comes after it.
 
     `weights` and `arithmetic` are those of `choose_dtypes`; `attend` is what transformers' attention modules call.
+    Returns the names of the kernels that then multiply linear layers and attention, as in `PRODUCTS`.
     """
     if weights != arithmetic:
         widen(model.model)
-    replace_layers(model.model, attend, values=values_dtype(config, checkpoint))
-    _choose_products(model, config, weights, arithmetic)
+    values = values_dtype(config, checkpoint)
+    replace_layers(model.model, attend, values=values)
+    linear = _choose_product(model, config, weights, arithmetic)
+    is_fp32 = arithmetic == torch.float32
+    if owns_process() and not config.deterministic and (config.dtype == "int8" or not is_fp32):
+        route_fp32_products()
+    attention = ["routed fp32" if are_fp32_products_routed() else "attention fp32"]
+    return (*linear, *attention, *(["attention bf16"] if values is not None or not is_fp32 else []))
 
 
 def values_dtype(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype | None:
@@ -65,14 +86,15 @@ def choices(config: EngineConfig, checkpoint: Checkpoint, kernel: str) -> dict[s
     }
 
 
-def _choose_products(
+def _choose_product(
     model: PreTrainedModel, config: EngineConfig, weights: torch.dtype, arithmetic: torch.dtype
-) -> None:
+) -> list[str]:
     """The fastest way to multiply on this CPU; with `deterministic` none that a measurement decides."""
-    is_fp32 = arithmetic == torch.float32
-    if config.deterministic and is_fp32:
-        return
-    if config.dtype != "int8" and weights == arithmetic and blocks_weights(arithmetic):
+    name = name_of(arithmetic)
+    if config.dtype == "int8":
+        return ["int8, limited pairs" if saturates() else "int8", name]
+    may_block = weights == arithmetic and not (config.deterministic and arithmetic == torch.float32)
+    if may_block and blocks_weights(arithmetic):
         block_layers(model.model.layers)
-    if owns_process() and not config.deterministic and (config.dtype == "int8" or not is_fp32):
-        route_fp32_products()
+        return [f"blocked {name}"]
+    return [name]

@@ -65,7 +65,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
     verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
     table = Table("", "is", "to be faster", box=None, pad_edge=False)
-    for name in ("device", "dtype", "kernel", "memory", "threads"):
+    for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)
         table.add_row(name, row.value, row.faster)
     console.print(table)

@@ -68,6 +68,7 @@ class ModelInfo:
     max_batch_tokens: int
     load_seconds: float
     unquantized: tuple[str, ...] = ()  # with int8: linear layers that stay in fp32, because int8 would spoil the scores
+    products: tuple[str, ...] = ()  # on a CPU: the kernels that multiply matrices, by their names in `products.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,18 +274,18 @@ def load_engine(
     weights, arithmetic = choose_dtypes(config, checkpoint, device)
     if config.dtype == "fp8":
         cuda.check_fp8(config, device)
-    if config.dtype == "int8":
-        cpu.check_int8(config, device)
+    cpu.check(config, device, arithmetic)
     kernel, reason = choose_kernel(config.attention, device, arithmetic)
     model = load_model(checkpoint, dtype=weights, device=device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_layers = model.config.num_hidden_layers
     head = _head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     first_device = _entry_device(model)
+    products: tuple[str, ...] = ()
     if device.type == "cuda" and not cuda.prepare(model, config, device) and config.attention == "auto":
         kernel, reason = choose_kernel("auto", device, arithmetic, compiled=False)
     if device.type == "cpu" and config.device_map is None:
-        cpu.prepare(model, config, checkpoint, weights, arithmetic, _packed_attention)
+        products = cpu.prepare(model, config, checkpoint, weights, arithmetic, _packed_attention)
     graphs = cuda.uses_graphs(config, KERNELS[kernel], model.model)
     # by the memory that is free now
     max_batch_tokens = config.max_batch_tokens or _default_budget(model, device, graphs=graphs)
@@ -316,6 +317,7 @@ def load_engine(
         max_batch_tokens=max_batch_tokens,
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
+        products=products,
     )
     return engine, info
 

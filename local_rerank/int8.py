@@ -11,14 +11,11 @@ sums are exact at the same speed, and a step grows by about 1.3 on normally dist
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from local_rerank.errors import ConfigError
 
 ZERO = 128  # of the unsigned activations
 LARGEST = 127
@@ -30,7 +27,7 @@ class Int8Linear(nn.Module):
     """Stands in for an nn.Linear; takes and gives fp32."""
 
     def __init__(self, linear: nn.Linear, *, limit_pairs: bool) -> None:
-        """`limit_pairs`: for kernels that saturate; see `saturates`."""
+        """`limit_pairs`: for kernels that saturate; see `products.saturates`."""
         super().__init__()
         weight = linear.weight.detach().float()  # (outputs, inputs)
         self.out_features, self.in_features = weight.shape
@@ -55,37 +52,6 @@ class Int8Linear(nn.Module):
         )  # fmt: skip
         out = out.view(*quantized.shape[:-1], self.out_features)
         return out if self._bias is None else out.add_(self._bias / scales)
-
-
-@cache
-def saturates() -> bool:
-    """Whether full-range int8 products saturate on this CPU, so that weights need limited pairs.
-
-    Measured once per process on products at full range and of one sign, whatever the CPU's features say. Raises
-    ConfigError where products with limited pairs are wrong too.
-    """
-    if _is_right(limit_pairs=False):
-        return False
-    if _is_right(limit_pairs=True):
-        return True
-    raise ConfigError("dtype int8 is wrong on this CPU: its products at full range differ from fp64; use another dtype")
-
-
-def _is_right(*, limit_pairs: bool) -> bool:
-    """Compare products at full range with fp64: for a vector, a few tokens and a block of them."""
-    linear = nn.Linear(260, 48, bias=False, device="meta", dtype=torch.float32)
-    for values in ((1.0, 1.0), (-1.0, -1.0), (1.0, 0.5), (1.0, -1.0)):
-        weight = torch.tensor(values, dtype=torch.float32).repeat(48, 130)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        multiply = Int8Linear(linear, limit_pairs=limit_pairs)
-        for num_tokens in (1, 5, 64):
-            for sign in (1.0, -1.0):
-                x = torch.full((num_tokens, 260), sign, dtype=torch.float32)
-                with torch.inference_mode():
-                    error = (multiply(x).double() - x.double() @ weight.double().T).abs().max()
-                if not error <= 0.01 * 260:  # rounding moves a product by less than a hundredth
-                    return False
-    return True
 
 
 def pair_sums(weight: Tensor) -> Tensor:

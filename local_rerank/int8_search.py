@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from local_rerank import __version__
 from local_rerank.disk import cache_folder
-from local_rerank.int8 import TOLERANCE, Int8Linear, saturates
+from local_rerank.int8 import TOLERANCE, Int8Linear
 from local_rerank.known_pairs import MAX_MISORDERED, num_misordered
 from local_rerank.openmp import owns_process
+from local_rerank.products import saturates
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ from local_rerank.engine import ModelInfo
 from local_rerank.errors import ConfigError
 from local_rerank.int8_search import LINEARS_PER_LAYER
 from local_rerank.models import Checkpoint
+from local_rerank.openmp import compute
 from local_rerank.precision import choose_dtype
+from local_rerank.products import PRODUCTS, check
 
 NOTHING = "nothing"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -40,6 +42,7 @@ class Machine:
     device: Row
     dtype: Row
     kernel: Row
+    products: Row
     memory: Row
     threads: Row
     versions: dict[str, str]
@@ -51,6 +54,7 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
         device=_device(info),
         dtype=_dtype(info, checkpoint),
         kernel=_kernel(info),
+        products=_products(info),
         memory=_memory(info),
         threads=_threads(info),
         versions=_versions(),
@@ -108,6 +112,20 @@ def _kernel(info: ModelInfo) -> Row:
     if device.type == "cuda" and info.dtype == "fp32":
         return Row(value=value, faster="--dtype bf16: the variable-length kernel takes no fp32")
     return Row(value=value, faster=NOTHING)
+
+
+def _products(info: ModelInfo) -> Row:
+    """Which kernels for products this CPU has, checked as where a model is loaded."""
+    if not info.products:
+        return Row(value="not checked: those of a whole model on a CPU are", faster=NOTHING)
+    found = compute(lambda: {name: check(name) for name, product in PRODUCTS.items() if product.runs_here()})
+    right = [name for name, outcome in found.items() if outcome.is_right and name not in info.products]
+    wrong = {name: outcome for name, outcome in found.items() if not outcome.is_right}
+    value = f"in use: {', '.join(info.products)}; also right: {', '.join(right)}"
+    if wrong:
+        value += f"; wrong, not used: {', '.join(f'{name} ({outcome})' for name, outcome in wrong.items())}"
+    faults = [name for name in wrong if not PRODUCTS[name].is_often_wrong]
+    return Row(value=value, faster=f"a torch that multiplies right by {', '.join(faults)}" if faults else NOTHING)
 
 
 def _memory(info: ModelInfo) -> Row:

@@ -36,7 +36,7 @@ def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: 
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
-@pytest.mark.parametrize("logits", [cpu_attention.LOGITS_PER_HEAD, 1000, 1])
+@pytest.mark.parametrize("logits", [pytest.param(cpu_attention.LOGITS_PER_HEAD, marks=pytest.mark.numeric), 1000, 1])
 @pytest.mark.parametrize("fills_up", [False, True])
 def test_tiles_of_every_kind_attend_as_the_dense_definition(
     fills_up: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,10 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from local_rerank.cpu_layers import CpuLayer
-from local_rerank.int8 import Int8Linear, saturates
+from local_rerank.int8 import Int8Linear
+from local_rerank.products import saturates
+
+pytestmark = pytest.mark.numeric
 
 NUM_TOKENS = 24
 GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}

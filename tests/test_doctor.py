@@ -264,6 +264,7 @@ def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest
     assert "this model needs --dtype fp32" in outcome.detail
 
 
+@pytest.mark.numeric
 def test_the_embedded_model_runs_in_fp32_unless_told_otherwise() -> None:
     with Reranker(device="cpu", threads=1) as reranker:
         assert reranker.info.dtype == "fp32"
@@ -356,7 +357,7 @@ def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome
     report = json.loads(good.stdout)
     assert (good.returncode, report["passed"], report["self_test"]["fault"]) == (0, True, None)
     assert report["model"]["model_id"] == known.name
-    assert set(report["machine"]) == {"device", "dtype", "kernel", "memory", "threads", "versions"}
+    assert set(report["machine"]) == {"device", "dtype", "kernel", "products", "memory", "threads", "versions"}
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"]["value"].startswith("1 on ")
     other = make_checkpoint(tmp_path / "other-reranker", seed=12)
@@ -371,5 +372,5 @@ def test_the_command_prints_every_pair_and_the_verdict() -> None:
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
         assert f"{pair['log_odds']:+.4f}" in done.stdout
-    for name in ("device", "dtype", "kernel", "memory", "threads", "to be faster"):
+    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "to be faster"):
         assert name in done.stdout

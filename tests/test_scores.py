@@ -31,7 +31,11 @@ SHAPES = {
     "no shared key heads": {"num_attention_heads": 4, "num_key_value_heads": 4, "seed": 4},
     "one key head": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32, "seed": 5},
 }
-CPU_KERNELS = [name for name, row in KERNELS.items() if "cpu" in row.device_types]
+CPU_KERNELS = [
+    pytest.param(name, marks=pytest.mark.numeric) if name == "cpu-tiles" else name
+    for name, row in KERNELS.items()
+    if "cpu" in row.device_types
+]
 
 
 def texts(seed: int, num: int) -> list[str]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from local_rerank.blocked_linear import BlockedLinear
-from local_rerank.int8 import Int8Linear, quantize, saturates
+from local_rerank.int8 import Int8Linear, quantize
 from local_rerank.openmp import compute
 from local_rerank.precision import blocks_weights
+from local_rerank.products import saturates
 from local_rerank.tokenization import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,62 @@
+"""Run the numeric tests with an older instruction set: `python -m tests.isa avx2`; without a name, list this CPU's.
+
+oneDNN, torch's own kernels and MKL each have a limit of their own. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but
+heeds MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An instruction set, and the settings that forbid newer ones."""
+
+    flag: str  # in /proc/cpuinfo
+    onednn: str
+    aten: str
+    mkl: dict[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"ONEDNN_MAX_CPU_ISA": self.onednn, "ATEN_CPU_CAPABILITY": self.aten, **self.mkl}
+
+
+LEVELS = {
+    "sse41": Level("sse4_1", "SSE41", "default", {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}),
+    "avx2": Level("avx2", "AVX2", "avx2", {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
+    "avx512": Level("avx512bw", "AVX512_CORE", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
+    "vnni": Level("avx512_vnni", "AVX512_CORE_VNNI", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
+}
+
+
+def levels_of(cpuinfo: str) -> list[str]:
+    """Names of the levels that a CPU has, the lowest first; none on other architectures than x86."""
+    flags = set(re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)[:1] or [""]).pop().split()
+    return [name for name, level in LEVELS.items() if level.flag in flags]
+
+
+def main(arguments: list[str]) -> int:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = levels_of(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+    if not arguments:
+        sys.stdout.write("\n".join(found) + "\n")
+        return 0
+    name, *options = arguments
+    if name not in found:
+        sys.stderr.write(f"ISA is {name!r}; this CPU has {', '.join(found) or 'none'}\n")
+        return 2
+    files = sorted(str(path) for path in TESTS.glob("test_*.py") if "mark.numeric" in path.read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "pytest", "-m", "numeric", *files, *options]
+    os.execve(sys.executable, command, os.environ | LEVELS[name].environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

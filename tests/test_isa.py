@@ -1,0 +1,50 @@
+"""Which instruction sets a CPU is said to have, and what happens on an architecture other than x86."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from local_rerank import Reranker, precision, products
+from local_rerank.blocked_linear import can_block
+from tests.checkpoints import make_checkpoint
+from tests.isa import LEVELS, levels_of, main
+from tests.reference import ModelCard
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "names"),
+    [
+        ("flags\t\t: fpu sse4_1 avx avx2 fma\nflags\t\t: fpu", ["sse41", "avx2"]),
+        ("flags\t\t: sse4_1 avx2 avx512bw avx512_vnni", list(LEVELS)),
+        ("Features\t: fp asimd bf16 i8mm", []),
+    ],
+)
+def test_a_cpu_has_the_levels_whose_flags_it_has(cpuinfo: str, names: list[str]) -> None:
+    assert levels_of(cpuinfo) == names
+
+
+def test_an_unknown_level_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["avx3"]) == 2
+    assert "ISA is 'avx3'" in capsys.readouterr().err
+
+
+def test_an_arm_cpu_uses_plain_fp32_and_scores_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch describes a Graviton: without the features of x86, though it has bf16."""
+    arm = {"architecture": "aarch64", "neon": True, "bf16": True, "i8mm": True, "sve": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: arm)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    products.seconds_of_products.cache_clear()
+    assert not can_block()
+    assert not precision.multiplies_bf16_faster()
+    folder = make_checkpoint(tmp_path / "model", seed=12)
+    pairs = [("q", "a"), ("q", "bb"), ("r", "a")]
+    with Reranker(str(folder), device="cpu") as reranker:
+        assert reranker.info.products == ("fp32", "attention fp32")
+        scores = reranker.score(pairs, logits=True)
+    assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in pairs], abs=1e-5)
+    products.seconds_of_products.cache_clear()

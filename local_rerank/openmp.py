@@ -79,7 +79,7 @@ class _ComputeThread:
         """A child's thread is started by the first call there."""
         self._set_up()
         if (torch := sys.modules.get("torch")) is not None:
-            self._calls.put((Future(), torch.get_num_threads))  # which gives a new thread the number that was set
+            self._calls.put((Future(), torch.get_num_threads))  # gives it the number that was set, oneDNN does not
 
     def run(self, call: Callable[[], T]) -> T:
         if threading.current_thread() is self._thread:

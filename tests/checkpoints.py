@@ -10,6 +10,7 @@ import base64
 import importlib.util
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def byte_tokenizer_json() -> str:
     return _bpe_json(vocabulary, merges, Regex(r"[^\S\n]?\w+|\s|[^\w\s]+"))
 
 
+@cache
 def qwen_tokenizer_json() -> str:
     """Qwen3's tokenizer, exactly: ranks from the dashscope package, NFC, Qwen's split, the added tokens."""
     spec = importlib.util.find_spec("dashscope")

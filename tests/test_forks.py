@@ -90,10 +90,11 @@ def test_the_forking_thread_computes_nothing(fresh: Reranker, expected: list[flo
 @pytest.mark.skipif(sys.platform != "linux" or not torch._C._has_mkldnn, reason="counts threads of oneDNN in /proc")
 def test_a_child_computes_with_as_many_threads_as_the_parent_was_given(tiny_checkpoint: Path) -> None:
     """An operator of oneDNN, as the first one of a thread, does not ask torch for the number."""
-    number, weight = torch.get_num_threads(), compute(lambda: torch.ones(512, 512).to_mkldnn())
+    number = compute(torch.get_num_threads)
+    x, weight = compute(lambda: (torch.ones(512, 512), torch.ones(512, 512).to_mkldnn()))
 
     def product() -> None:
-        torch.ops.mkldnn._linear_pointwise(torch.ones(512, 512), weight, None, "none", [], "")
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     def num_new_threads() -> int:
         before = psutil.Process().num_threads()

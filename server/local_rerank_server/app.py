@@ -29,11 +29,11 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
         docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
         redoc_url=None,
         openapi_url=None,
-        root_path=state.config.root_path,
         lifespan=lifespan,
         routes=list(make_routes()),
     )
     app.state.server = state
+    app.root_path = state.config.root_path  # for servers that are not told; as a parameter it is deprecated
     app.add_middleware(Door, state=state, keys=keys)
     if state.config.cors_origins:  # a browser asks before it sends, and without a key
         app.add_middleware(

@@ -23,7 +23,7 @@ help: ## list the targets
 serve: $(SERVE) ## install what serving needs, then serve the built-in model (ARGS="--port 9000 ..." passes options)
 	$(BIN)/local-rerank serve $(ARGS)
 
-test: $(DEV) ## run every test: library, server, documents, and vendors' SDKs (ARGS="-k name" passes options); with ISA=avx2 the numeric ones, as on an older CPU
+test: $(DEV) ## run every test (ARGS="-k name" passes options); with ISA=avx2 the numeric ones, as on an older CPU
 ifdef ISA
 	$(BIN)/python -m tests.isa $(ISA) $(ARGS)
 else

@@ -1,4 +1,6 @@
-"""Run the numeric tests with an older instruction set: `python -m tests.isa avx2`; without a name, list this CPU's.
+"""Run the numeric tests with an older instruction set: `python -m tests.isa avx2`.
+
+Without a name it lists the sets below this CPU's own, in which every other test runs anyway.
 
 oneDNN, torch's own kernels and MKL each have a limit of their own. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but
 heeds MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
@@ -20,6 +22,7 @@ class Level:
     """An instruction set, and the settings that forbid newer ones."""
 
     flag: str  # in /proc/cpuinfo
+    newer: set[str]  # flags of the sets that the settings forbid; a CPU without them has this level as its own
     onednn: str
     aten: str
     mkl: dict[str, str]
@@ -30,24 +33,39 @@ class Level:
 
 
 LEVELS = {
-    "sse41": Level("sse4_1", "SSE41", "default", {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}),
-    "avx2": Level("avx2", "AVX2", "avx2", {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
-    "avx512": Level("avx512bw", "AVX512_CORE", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
-    "vnni": Level("avx512_vnni", "AVX512_CORE_VNNI", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
+    "sse41": Level(
+        "sse4_1", {"avx2"}, "SSE41", "default", {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}
+    ),
+    "avx2": Level("avx2", {"avx_vnni", "avx512bw"}, "AVX2", "avx2", {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}),
+    "avx512": Level("avx512bw", {"avx512_vnni"}, "AVX512_CORE", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
+    "vnni": Level(
+        "avx512_vnni", {"avx512_bf16", "amx_tile"}, "AVX512_CORE_VNNI", "avx512", {"MKL_ENABLE_INSTRUCTIONS": "AVX512"}
+    ),
 }
 
 
 def levels_of(cpuinfo: str) -> list[str]:
     """Names of the levels that a CPU has, the lowest first; none on other architectures than x86."""
-    flags = set(re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)[:1] or [""]).pop().split()
+    flags = _flags(cpuinfo)
     return [name for name, level in LEVELS.items() if level.flag in flags]
 
 
+def older_levels_of(cpuinfo: str) -> list[str]:
+    """Likewise, without the level that is the CPU's own."""
+    flags = _flags(cpuinfo)
+    return [name for name in levels_of(cpuinfo) if LEVELS[name].newer & flags]
+
+
+def _flags(cpuinfo: str) -> set[str]:
+    return set("".join(re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)[:1]).split())
+
+
 def main(arguments: list[str]) -> int:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = levels_of(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+    path = Path("/proc/cpuinfo")
+    cpuinfo = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = levels_of(cpuinfo)
     if not arguments:
-        sys.stdout.write("\n".join(found) + "\n")
+        sys.stdout.write("\n".join(older_levels_of(cpuinfo)) + "\n")
         return 0
     name, *options = arguments
     if name not in found:

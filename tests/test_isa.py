@@ -11,20 +11,23 @@ import torch
 from local_rerank import Reranker, precision, products
 from local_rerank.blocked_linear import can_block
 from tests.checkpoints import make_checkpoint
-from tests.isa import LEVELS, levels_of, main
+from tests.isa import LEVELS, levels_of, main, older_levels_of
 from tests.reference import ModelCard
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "names"),
+    ("cpuinfo", "names", "older"),
     [
-        ("flags\t\t: fpu sse4_1 avx avx2 fma\nflags\t\t: fpu", ["sse41", "avx2"]),
-        ("flags\t\t: sse4_1 avx2 avx512bw avx512_vnni", list(LEVELS)),
-        ("Features\t: fp asimd bf16 i8mm", []),
+        ("flags\t\t: fpu sse4_1 avx avx2 fma\nflags\t\t: fpu", ["sse41", "avx2"], ["sse41"]),
+        ("flags\t\t: sse4_1 avx2 avx_vnni", ["sse41", "avx2"], ["sse41", "avx2"]),
+        ("flags\t\t: sse4_1 avx2 avx512bw avx512_vnni", list(LEVELS), ["sse41", "avx2", "avx512"]),
+        ("flags\t\t: sse4_1 avx2 avx512bw avx512_vnni avx512_bf16", list(LEVELS), list(LEVELS)),
+        ("Features\t: fp asimd bf16 i8mm", [], []),
     ],
 )
-def test_a_cpu_has_the_levels_whose_flags_it_has(cpuinfo: str, names: list[str]) -> None:
+def test_a_cpu_has_the_levels_whose_flags_it_has(cpuinfo: str, names: list[str], older: list[str]) -> None:
     assert levels_of(cpuinfo) == names
+    assert older_levels_of(cpuinfo) == older
 
 
 def test_an_unknown_level_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

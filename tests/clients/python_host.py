@@ -13,12 +13,13 @@ import signal
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 LIMIT_SECONDS = 120
 
 
 def import_packages(text):
-    """What the program imports at its top, but for what lies beside it; an import that fails is the program's to tell."""
+    """What the program imports at its top, but for what lies beside it; a failed import is the program's to tell."""
     for node in ast.parse(text).body:
         try:
             if isinstance(node, ast.Import):
@@ -47,9 +48,10 @@ def run_forked(program):
 
 def run(program):
     signal.alarm(LIMIT_SECONDS)
-    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
+    for name, mode, number in (("stdin", "r", 0), ("stdout", "w", 1), ("stderr", "w", 2)):
+        setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
     sys.argv[:] = [program["path"], *program["arguments"]]
-    sys.path[0] = os.path.dirname(program["path"])
+    sys.path[0] = str(Path(program["path"]).parent)
     main = sys.modules["__main__"] = type(sys)("__main__")
     try:
         exec(compile(program["text"], program["path"], "exec"), main.__dict__)

@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from local_rerank import Reranker
 from tests.checkpoints import make_checkpoint
+from tests.client_servers import RunPython, python_hosts, two_servers
 from tests.reference import ModelCard
 
 # no deadline: these machines are shared, and the tests are free of timing
@@ -58,6 +59,20 @@ def nano() -> Iterator[Reranker]:
         yield reranker
 
 
+@pytest.fixture(scope="session")
+def client_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Base URLs of a server that asks for a key and of an open one."""
+    with two_servers(tmp_path_factory.mktemp("servers")) as urls:
+        yield urls
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Iterator[RunPython]:
+    """Runs a program in a client environment."""
+    with python_hosts() as run:
+        yield run
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of what is made up; `benchmarks/soak.py fuzz` asks for more."""
     parser.addoption("--num-cases", type=int, default=250, help="cases that schemathesis makes")
@@ -70,5 +85,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each file is run by one worker of pytest-xdist; so are files that share servers, and all that start Ray."""
     for item in items:
         folder, file = item.path.parent.name, item.path.name
-        shared = folder if folder in ("clients", "playground") else "ray" if "_ray_" in file else f"{folder}/{file}"
+        shared = "clients" if folder in ("clients", "playground") else "ray" if "_ray_" in file else f"{folder}/{file}"
         item.add_marker(pytest.mark.xdist_group(shared))

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.serving import serving
+from tests.client_servers import DOCUMENTED_KEY as KEY
 
-KEY = "any"  # the one that docs/clients.md sends
-PRECISION = ("--device", "cpu", "--dtype", "fp32")  # that of the library's fixture `nano`
+__all__ = ["KEY"]
 
 
 @pytest.fixture(scope="session")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def base_url(client_servers: tuple[str, str]) -> str:
     """A server that asks for `KEY`."""
-    with serving(tmp_path_factory.mktemp("server") / "log", *PRECISION, "--api-key", KEY) as url:
-        yield url
+    return client_servers[0]
 
 
 @pytest.fixture(scope="session")
-def open_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def open_url(client_servers: tuple[str, str]) -> str:
     """A server that asks for no key and sends documents back as strings."""
-    with serving(tmp_path_factory.mktemp("open") / "log", *PRECISION, "--document-echo", "string") as url:
-        yield url
+    return client_servers[1]

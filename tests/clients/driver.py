@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -67,20 +67,27 @@ class Client:
         return {"base_url": base_url, "api_key": key, "entry": self.entry, "request": self.sendable(request)}
 
 
-def answer(environment: str, script: str, jobs: Sequence[dict[str, Any]]) -> list[Answer]:
+def answer(
+    environment: str, script: str, jobs: Sequence[dict[str, Any]], run_python: Callable[..., str]
+) -> list[Answer]:
     """The answers to `jobs`, made one after the other in a process of their own."""
-    path = HERE / "scripts" / script
-    if path.suffix == ".mjs":  # node looks for modules beside the folder it runs in when its program is an argument
-        command = ["node", "--input-type=module", "--eval", path.read_text(encoding="utf-8")]
-    else:
-        command = [str(environment_bin(environment) / "python"), str(path)]
-    done = subprocess.run(
-        command, input=json.dumps(jobs), cwd=ENVIRONMENTS / environment, capture_output=True, text=True, timeout=240,
-        env=VARIABLES,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{script}: {done.stderr}"
-    answers: list[Answer] = json.loads(done.stdout)
+    path, given = HERE / "scripts" / script, json.dumps(jobs)
+    text = path.read_text(encoding="utf-8")
+    printed = (
+        run_node(text, given) if path.suffix == ".mjs" else run_python(environment, text, path=str(path), given=given)
+    )
+    answers: list[Answer] = json.loads(printed)
     return answers
+
+
+def run_node(text: str, given: str) -> str:
+    """Node looks for modules beside the folder it runs in when its program is an argument."""
+    command = ["node", "--input-type=module", "--eval", text]
+    done = subprocess.run(
+        command, input=given, cwd=ENVIRONMENTS / "node", capture_output=True, text=True, timeout=240, env=VARIABLES
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def dashscope(environment: str, entry: str, errors: Literal["returned", "raised"]) -> Client:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from local_rerank import Reranker
+from tests.client_servers import RunPython
 from tests.clients.conftest import KEY
 from tests.clients.driver import CLIENTS, Answer, Client, Request, answer
 
@@ -93,7 +94,7 @@ ASKED = [(KEY, ENGLISH), (KEY, CHINESE), *((refusal.key, ENGLISH | refusal.chang
 
 
 @pytest.fixture(scope="session")
-def call_script(base_url: str, open_url: str) -> Callable[[str, str], dict[str, list[Answer]]]:
+def call_script(base_url: str, open_url: str, run_python: RunPython) -> Callable[[str, str], dict[str, list[Answer]]]:
     """What each client of a script answers to all that is `ASKED`: one process for them together, run once."""
     urls = {"keyed": base_url, "open": open_url}
     called: dict[tuple[str, str], dict[str, list[Answer]]] = {}
@@ -102,7 +103,7 @@ def call_script(base_url: str, open_url: str) -> Callable[[str, str], dict[str, 
         if (environment, script) not in called:
             clients = [client for client in CLIENTS if (client.environment, client.script) == (environment, script)]
             jobs = [client.job(urls[client.server], key, request) for client in clients for key, request in ASKED]
-            answers = answer(environment, script, jobs)
+            answers = answer(environment, script, jobs, run_python)
             count = len(ASKED)
             called[environment, script] = {
                 str(client): answers[place * count : (place + 1) * count] for place, client in enumerate(clients)

@@ -13,6 +13,7 @@ import pytest
 
 from local_rerank import Reranker
 from local_rerank_server.config import HOSTED_INSTRUCTION
+from tests.client_servers import RunPython
 from tests.clients.driver import ENVIRONMENTS, environment_bin
 from tests.clients.test_clients import SAME
 
@@ -48,14 +49,14 @@ def blocks() -> list[Block]:
     return found
 
 
-def run(block: Block, base_url: str) -> str:
+def run(block: Block, base_url: str, run_python: RunPython) -> str:
     text = block.text.replace(DOCUMENTED_URL, base_url)
+    if block.language == "python":
+        return run_python(block.environment, text)
     path = os.environ["PATH"]
     if block.language != "js" and block.environment:
         path = f"{environment_bin(block.environment)}{os.pathsep}{path}"
-    program = {"python": ["python", "-"], "sh": ["sh", "-e"], "js": ["node", "--input-type=module", "-"]}[
-        block.language
-    ]
+    program = {"sh": ["sh", "-e"], "js": ["node", "--input-type=module", "-"]}[block.language]
     environment = os.environ | {"PATH": path}
     folder = ENVIRONMENTS / block.environment  # node looks for its modules there
     done = subprocess.run(program, input=text, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -64,12 +65,14 @@ def run(block: Block, base_url: str) -> str:
 
 
 @pytest.mark.parametrize("block", blocks(), ids=str)
-def test_a_documented_client_runs_as_it_stands(block: Block, base_url: str, nano: Reranker) -> None:
+def test_a_documented_client_runs_as_it_stands(
+    block: Block, base_url: str, nano: Reranker, run_python: RunPython
+) -> None:
     if block.language == "js" and shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     hosted = "/api/v1" in block.text or "/compatible-api" in block.text
     expected = nano.rank(QUERY, DOCUMENTS, instruction=HOSTED_INSTRUCTION if hosted else None)
-    printed = re.findall(PRINTED[block.language], run(block, base_url))
+    printed = re.findall(PRINTED[block.language], run(block, base_url, run_python))
     assert [int(index) for index, _ in printed] == [item.index for item in expected]
     scores = [float(score) for _, score in printed]
     assert scores == pytest.approx([item.relevance_score for item in expected], abs=SAME)

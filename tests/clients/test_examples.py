@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from local_rerank import Reranker
-from tests.clients.driver import environment_bin
+from tests.client_servers import RunPython
 from tests.clients.test_clients import SAME
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -16,13 +15,14 @@ QUERY = "capital of France"
 
 
 @pytest.mark.parametrize("name", ["langchain_pipeline.py", "llama_index_pipeline.py"])
-def test_a_pipeline_keeps_the_best_of_what_its_retriever_finds(name: str, base_url: str, nano: Reranker) -> None:
-    python = environment_bin("frameworks") / "python"
-    done = subprocess.run([python, EXAMPLES / name, base_url], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    printed = [line.partition(" ")[::2] for line in done.stdout.splitlines()]
+def test_a_pipeline_keeps_the_best_of_what_its_retriever_finds(
+    name: str, base_url: str, nano: Reranker, run_python: RunPython
+) -> None:
+    script = EXAMPLES / name
+    done = run_python("frameworks", script.read_text(encoding="utf-8"), base_url, path=str(script))
+    printed = [line.partition(" ")[::2] for line in done.splitlines()]
     words = set(QUERY.lower().split())
-    texts = [text for text in sources(EXAMPLES / name) if words & set(text.lower().strip(".").split())]
+    texts = [text for text in sources(script) if words & set(text.lower().strip(".").split())]
     expected = nano.rank(QUERY, texts, top_n=2)
     assert [text for _, text in printed] == [item.document for item in expected]
     assert [float(score) for score, _ in printed] == pytest.approx(

@@ -16,7 +16,7 @@ from local_rerank_server.config import HOSTED_INSTRUCTION
 from tests.clients.conftest import KEY
 
 NUM_CLIENTS = 16
-NUM_REQUESTS = 50  # of each client
+NUM_REQUESTS = 8  # of each client
 TOLERANCE = 1e-5  # fp32; requests share batches, so sums come in another order than alone
 WORDS = "river bank loan music stone cloud engine paper 模型 排序 garden law fever orbit salt theory".split()
 
@@ -30,7 +30,7 @@ def make_request(seed: int) -> RerankRequest:
     def text(most: int) -> str:
         return " ".join(generator.choices(WORDS, k=generator.randint(1, most)))
 
-    documents = tuple(text(40) for _ in range(generator.randint(1, 6)))
+    documents = tuple(text(20) for _ in range(generator.randint(1, 6)))
     return RerankRequest(query=text(5), documents=documents, instruction=HOSTED_INSTRUCTION)
 
 

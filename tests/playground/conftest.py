@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Route, expect, sync_playwright
 
-from tests.serving import serving
+from tests.client_servers import TYPED_KEY as KEY
+
+__all__ = ["KEY"]
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = "no Chromium for the tests of the page; install one: apt-get install --no-install-recommends chromium"
@@ -29,8 +29,6 @@ QUIET = [  # what a browser does of its own accord, which would be requests that
     "--disable-sync",
 ]
 OTHER_NAME = "playground.test"  # this machine under a name for which browsers offer no clipboard
-KEY = "schlüssel-密钥"
-MAX_DOCUMENT_TOKENS = 16  # of the locked server, so that texts are cut
 expect.set_options(timeout=20_000)
 
 
@@ -48,32 +46,16 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="package")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Base URLs of two servers on the embedded default, started beside each other: one open, one that asks for `KEY`.
-
-    The open one has the precision of the library's fixture `nano`; the locked one cuts long documents.
-    """
-    folder = tmp_path_factory.mktemp("servers")
-    (folder / "keys").write_text(f"test:{KEY}\n", encoding="utf-8")
-    locked = ["--api-key-file", str(folder / "keys"), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS)]
-    with ExitStack() as stack, ThreadPoolExecutor() as starters:
-        starting = (
-            serving(folder / "open.log", "--device", "cpu", "--dtype", "fp32"),
-            serving(folder / "locked.log", "--device", "cpu", "--dtype", "fp32", "--no-self-test", *locked),
-        )
-        base_url, locked_url = starters.map(stack.enter_context, starting)
-        yield base_url, locked_url
+@pytest.fixture
+def base_url(client_servers: tuple[str, str]) -> str:
+    """A server that asks for no key and has the precision of the library's fixture `nano`."""
+    return client_servers[1]
 
 
 @pytest.fixture
-def base_url(servers: tuple[str, str]) -> str:
-    return servers[0]
-
-
-@pytest.fixture
-def locked_url(servers: tuple[str, str]) -> str:
-    return servers[1]
+def locked_url(client_servers: tuple[str, str]) -> str:
+    """A server that asks for `KEY` and cuts long documents."""
+    return client_servers[0]
 
 
 @dataclass

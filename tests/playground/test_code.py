@@ -6,14 +6,13 @@ import ast
 import json
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from local_rerank_server.config import HOSTED_INSTRUCTION
-from tests.clients.driver import VARIABLES, environment_bin
+from tests.client_servers import RunPython
 from tests.playground.conftest import OTHER_NAME, Open, rank, shown
 
 QUERY = 'it\'s "quoted", costs $HOME `date` \\n 什么?'
@@ -36,7 +35,6 @@ PACKAGES = {  # what each client's code imports; the environment that pins the n
 CARD_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 HOSTED_ROUTES = {"LiteLLM", "LangChain", "LlamaIndex"}  # these send no instruction, to routes with one of their own
 WITHOUT_INSTRUCTION = {*HOSTED_ROUTES, "Voyage AI"}  # their code says so
-NUM_AT_ONCE = 3  # an SDK spends its seconds on imports
 CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 
@@ -88,22 +86,19 @@ def test_the_copied_curl_command_gives_the_same_ranking(open_page: Open, base_ur
     assert len(answered) == 3
 
 
-def run(code: str, environment: str) -> list[tuple[int, float]]:
-    """The index and score of each line that a client's code prints."""
-    program = environment_bin(environment) / "python"
-    done = subprocess.run([program, "-"], input=code, capture_output=True, text=True, timeout=120, env=VARIABLES)
-    assert done.returncode == 0, done.stderr
-    printed = re.findall(r"^(\d+) (\S+)$", done.stdout, re.MULTILINE)
-    return [(int(index), float(score)) for index, score in printed]
+def indexes_and_scores(printed: str) -> list[tuple[int, float]]:
+    """Those of each line that a client's code prints."""
+    return [(int(index), float(score)) for index, score in re.findall(r"^(\d+) (\S+)$", printed, re.MULTILINE)]
 
 
-def test_the_copied_code_of_each_sdk_gives_the_same_ranking(open_page: Open, base_url: str) -> None:
+def test_the_copied_code_of_each_sdk_gives_the_same_ranking(
+    open_page: Open, base_url: str, run_python: RunPython
+) -> None:
     page = open_page(base_url, permissions=CLIPBOARD)
     fill(page, INSTRUCTION)
     codes = {client: copied(page, client) for client in ENVIRONMENTS}
     assert {"DashScope", "OpenAI", "LangChain", "LlamaIndex"} <= codes.keys()
-    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
-        printed = dict(zip(codes, pool.map(run, codes.values(), ENVIRONMENTS.values()), strict=True))
+    printed = {client: indexes_and_scores(run_python(ENVIRONMENTS[client], code)) for client, code in codes.items()}
     assert {client for client, code in codes.items() if "sends no instruction" in code} == (
         WITHOUT_INSTRUCTION & codes.keys()
     )

@@ -10,7 +10,8 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from local_rerank import Reranker
-from tests.playground.conftest import KEY, MAX_DOCUMENT_TOKENS, Open, bodies_sent, rank, shown
+from tests.client_servers import MAX_DOCUMENT_TOKENS
+from tests.playground.conftest import KEY, Open, bodies_sent, rank, shown
 
 QUERY = "What is a text reranking model?"
 DOCUMENTS = [
@@ -135,7 +136,7 @@ def test_a_long_document_is_shown_in_part_until_one_asks_for_all(page: Page) -> 
 
 def test_what_was_cut_is_said(open_page: Open, locked_url: str) -> None:
     page = open_locked(open_page, locked_url)
-    rank(page, QUERY, f"{'long ' * 40}\nshort")
+    rank(page, QUERY, f"{'long ' * 2 * MAX_DOCUMENT_TOKENS}\nshort")
     shown(page)
     cut = page.locator("li").filter(has_text="long").locator(".meta").inner_text()
     assert re.search(rf"{MAX_DOCUMENT_TOKENS} tokens · \d+ tokens cut off its end", cut)

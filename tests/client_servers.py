@@ -1,0 +1,68 @@
+"""What tests/clients and tests/playground share: two servers on the embedded default model, and Python processes.
+
+One server asks for one of `KEYS` and cuts long documents; the other asks for none, cuts none and sends documents back
+as strings where a client can choose. Both have the precision of the library's fixture `nano`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.clients.driver import ENVIRONMENTS, VARIABLES, environment_bin
+from tests.serving import serving
+
+DOCUMENTED_KEY = "any"  # the one that docs/clients.md sends
+TYPED_KEY = "schlüssel-密钥"
+MAX_DOCUMENT_TOKENS = 128  # of the keyed server
+OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--no-self-test")
+HOST = Path(__file__).parent / "clients" / "python_host.py"
+
+RunPython = Callable[..., str]
+
+
+@contextmanager
+def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
+    """Base URLs of the keyed server and of the open one, started beside each other."""
+    keys = folder / "keys"
+    keys.write_text(f"documented:{DOCUMENTED_KEY}\ntyped:{TYPED_KEY}\n", encoding="utf-8")
+    keyed = ("--api-key-file", str(keys), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS))
+    with ExitStack() as stack, ThreadPoolExecutor() as starters:
+        starting = (
+            serving(folder / "keyed.log", *OPTIONS, *keyed),
+            serving(folder / "open.log", *OPTIONS, "--document-echo", "string"),
+        )
+        keyed_url, open_url = starters.map(stack.enter_context, starting)
+        yield keyed_url, open_url
+
+
+@contextmanager
+def python_hosts() -> Iterator[RunPython]:
+    """`run_python(environment, text, *arguments)`: what that program prints, run by `clients/python_host.py`."""
+    hosts: dict[str, subprocess.Popen[str]] = {}
+
+    def start(environment: str) -> subprocess.Popen[str]:
+        command = [environment_bin(environment) / "python", HOST]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=VARIABLES, cwd=ENVIRONMENTS / environment,
+        )  # fmt: skip
+        return stack.enter_context(process)  # its end closes the pipes, at which the process ends too
+
+    def run_python(environment: str, text: str, *arguments: str, path: str = "-", given: str = "") -> str:
+        host = hosts[environment] = hosts.get(environment) or start(environment)
+        assert host.stdin is not None
+        assert host.stdout is not None
+        program = {"text": text, "path": path, "arguments": arguments, "input": given}
+        print(json.dumps(program), file=host.stdin, flush=True)
+        done = json.loads(host.stdout.readline())
+        assert done["status"] == 0, f"{path}: {done['stderr']}"
+        printed: str = done["stdout"]
+        return printed
+
+    with ExitStack() as stack:
+        yield run_python

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 # kernels for GPUs run in an interpreter, but in tests on a GPU; Triton must know before anything imports it
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -75,15 +77,22 @@ def run_python() -> Iterator[RunPython]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much of what is made up; `benchmarks/soak.py fuzz` asks for more."""
-    parser.addoption("--num-cases", type=int, default=250, help="cases that schemathesis makes")
-    parser.addoption("--num-bodies", type=int, default=600, help="bodies that hypothesis makes")
+    parser.addoption("--num-cases", type=int, default=100, help="cases that schemathesis makes")
+    parser.addoption("--num-bodies", type=int, default=150, help="bodies that hypothesis makes")
     parser.addoption("--fuzz-seed", type=int, default=1, help="another seed makes others of both")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each file is run by one worker of pytest-xdist; so are files that share servers, and all that start Ray."""
-    for item in items:
-        folder, file = item.path.parent.name, item.path.name
-        shared = "clients" if folder in ("clients", "playground") else "ray" if "_ray_" in file else f"{folder}/{file}"
-        item.add_marker(pytest.mark.xdist_group(shared))
+class ByFile(LoadScopeScheduling):
+    """Each file is run by one worker of pytest-xdist; so are files that share servers, and all that start Ray.
+
+    `--dist loadgroup` cannot do it: it writes into a test's `_nodeid`, which pytest 9.2 no longer reads.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = PurePosixPath(nodeid.partition("::")[0])
+        folder = path.parent.name
+        return "clients" if folder in ("clients", "playground") else "ray" if "_ray_" in path.name else str(path)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadgroup" else None

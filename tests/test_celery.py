@@ -33,7 +33,7 @@ reranker = Reranker({model!r}, device="cpu", dtype="fp32", threads=1)
 
 @app.task(name="rank")
 def rank(query, documents):
-    time.sleep(0.2)  # so that the other process takes the next one
+    time.sleep(0.1)  # so that the other process takes the next one
     return os.getpid(), [item.log_odds for item in sorted(reranker.rank(query, documents), key=lambda item: item.index)]
 """
 
@@ -65,7 +65,7 @@ def test_a_celery_worker_that_forks(tmp_path: Path, tiny_checkpoint: Path, tiny_
         worker = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         app = make_app(str(tmp_path))
-        tasks = [app.send_task("rank", (QUERY, DOCUMENTS)) for _ in range(6)]
+        tasks = [app.send_task("rank", (QUERY, DOCUMENTS)) for _ in range(4)]
         end = time.monotonic() + START_SECONDS
         while not all(task.ready() for task in tasks):
             assert worker.poll() is None, log.read_text()

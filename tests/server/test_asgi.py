@@ -28,7 +28,6 @@ from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 from tests.forked import in_child
 
-NUM_WORKERS = 2
 START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
 STOP_SECONDS = 40
 DOCUMENTS = ["Rome is in Italy", "Paris is the capital of France"]
@@ -50,9 +49,9 @@ def _only_these_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Gunicorn:
     """A running gunicorn, whose workers are ready one by one."""
 
-    def __init__(self, log: Path, *options: str) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", str(NUM_WORKERS)]
+    def __init__(self, log: Path, num_workers: int, *options: str) -> None:
+        self.log, self.num_workers = log, num_workers
+        command = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", str(num_workers)]
         command += ["-b", "127.0.0.1:0", "--timeout", str(START_SECONDS), "--no-control-socket", *options]
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -64,10 +63,10 @@ class Gunicorn:
         return self.log.read_text(encoding="utf-8")
 
     def answers(self) -> dict[int, list[float]]:
-        """What each worker answers, by its process; asks until both have."""
+        """What each worker answers, by its process; asks until all have."""
         answers: dict[int, list[float]] = {}
         end = time.monotonic() + START_SECONDS
-        while len(answers) < NUM_WORKERS:
+        while len(answers) < self.num_workers:
             assert time.monotonic() < end, self.output
             assert self.process.poll() is None, self.output
             if (found := re.search(r"Listening at: (\S+)", self.output)) is None:
@@ -107,8 +106,8 @@ def scores_of(answer: Any) -> list[float]:
 
 
 @contextmanager
-def gunicorn(log: Path, *options: str) -> Iterator[Gunicorn]:
-    server = Gunicorn(log, *options)
+def gunicorn(log: Path, num_workers: int, *options: str) -> Iterator[Gunicorn]:
+    server = Gunicorn(log, num_workers, *options)
     try:
         yield server
     finally:
@@ -135,17 +134,18 @@ def check(server: Gunicorn, reranker: Reranker) -> None:
 def test_gunicorn_with_preload(tmp_path: Path, nano: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers share the built-in model, which each of them tests."""
     monkeypatch.setenv("LOCAL_RERANK_INSECURE", "true")
-    with gunicorn(tmp_path / "log", "--preload") as server:
+    with gunicorn(tmp_path / "log", 2, "--preload") as server:
         check(server, nano)
 
 
 def test_gunicorn_without_preload(
     tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A worker loads a model of its own."""
     options = {"MODEL": str(tiny_checkpoint), "DEVICE": "cpu", "NO_SELF_TEST": "true", "INSECURE": "true"}
     for name, value in options.items():
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
-    with gunicorn(tmp_path / "log") as server:
+    with gunicorn(tmp_path / "log", 1) as server:
         check(server, tiny_reranker)
 
 

@@ -17,6 +17,7 @@ from httpx2 import Client
 from prometheus_client.parser import text_string_to_metric_families
 
 from local_rerank import Reranker
+from local_rerank.errors import ModelUnavailable
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.logs import make_formatter
 from local_rerank_server.metrics import GPU_MEMORY
@@ -135,23 +136,18 @@ async def test_the_line_of_a_request_names_key_error_and_id(serve: Serve, caplog
     )  # fmt: skip
 
 
-def test_no_log_of_a_whole_server_holds_a_text_at_any_level_unless_that_is_asked_for(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    body = {"model": "qwen3-rerank", "query": SECRET, "documents": [SECRET], "instruct": SECRET, "instruction": SECRET}
-    bad = [body | {"query": [SECRET]}, body | {"documents": {"a": SECRET}}, body | {"model": SECRET}, [SECRET], SECRET]
-    for flags in ([], ["--log-texts"]):
-        log = tmp_path / f"log{len(flags)}"
-        arguments = [*options(tiny_checkpoint), "--port", "0", "--log-level", "debug", "--log-format", "json", *flags]
-        with started(log, "local_rerank", "serve", *arguments) as server:
-            server.wait_for("ready: ")
-            with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
-                statuses = [client.post(path, json=one).status_code for path in (NATIVE, LOCAL) for one in [body, *bad]]
-                client.post(NATIVE, content=f'{{"query": "{SECRET}'.encode())
-                client.post(NATIVE, json=body, headers={"X-Request-Timeout-Ms": SECRET})
-            assert {200, 400, 404} <= set(statuses)
-            assert server.stop() == 0
-        assert (SECRET in server.output) is bool(flags)
+SECRET_BODY = {
+    "model": "qwen3-rerank", "query": SECRET, "documents": [SECRET], "instruct": SECRET, "instruction": SECRET,
+}  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_texts_are_logged_where_that_is_asked_for(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for log_texts in (False, True):
+        async with serve(HeldRanker(ModelUnavailable("no")), log_texts=log_texts) as client:
+            await client.post(LOCAL, json=SECRET_BODY)
+        assert (SECRET in caplog.text) is log_texts
 
 
 @contextmanager
@@ -179,17 +175,32 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
             thread.join()
 
 
-def test_a_span_of_each_request_goes_to_the_collector_that_was_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_whole_server_logs_no_text_at_any_level_and_sends_a_span_of_each_request_to_the_collector(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+    bad = [
+        SECRET_BODY | {"query": [SECRET]}, SECRET_BODY | {"documents": {"a": SECRET}}, SECRET_BODY | {"model": SECRET},
+        [SECRET], SECRET,
+    ]  # fmt: skip
     with collector() as (endpoint, bodies):
         arguments = [*options(tiny_checkpoint), "--port", "0", "--otlp-endpoint", endpoint]
+        arguments += ["--log-level", "debug", "--log-format", "json"]
         with started(tmp_path / "log", "local_rerank", "serve", *arguments) as server:
             server.wait_for("ready: ")
             with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
-                request_id = client.post(LOCAL, json=BODY | {"query": SECRET}).headers["x-request-id"]
+                request_id = client.post("/v1/rerank", json=BODY | {"query": SECRET}).headers["x-request-id"]
+                statuses = [
+                    client.post(path, json=one).status_code for path in (NATIVE, LOCAL) for one in [SECRET_BODY, *bad]
+                ]
+                client.post(NATIVE, content=f'{{"query": "{SECRET}'.encode())
+                client.post(NATIVE, json=SECRET_BODY, headers={"X-Request-Timeout-Ms": SECRET})
+            assert {200, 400, 404} <= set(statuses)
             assert server.stop() == 0, "what is left is sent at the end"
             until(lambda: bodies)
+        assert LOCAL in server.output
+        assert SECRET not in server.output
     spans = [
         span
         for body in bodies
@@ -197,6 +208,6 @@ def test_a_span_of_each_request_goes_to_the_collector_that_was_named(tiny_checkp
         for scope in resource.scope_spans
         for span in scope.spans
     ]
-    (span,) = [span for span in spans if LOCAL in span.name]
+    (span,) = [span for span in spans if span.name.endswith(" /v1/rerank")]
     assert request_id in str(span)
     assert SECRET not in str(spans)

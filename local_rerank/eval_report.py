@@ -89,7 +89,7 @@ def examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """First column left and folded where it must be, the others right."""
+    """First column left, the others right; it is folded where it must be, and so are long heads, but no number."""
     from rich.table import Table
     from rich.text import Text
 
@@ -98,7 +98,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
         if i == 0:
             table.add_column(Text(head[0]), overflow="fold")
         else:
-            table.add_column(Text(head[i]), justify="right", min_width=max(map(len, cells)))
+            table.add_column(
+                Text(head[i]), justify="right", overflow="fold", min_width=max(map(len, cells[1:]), default=0)
+            )
     for row in rows:
         table.add_row(*map(Text, row))  # Text: brackets in a query are no markup
     return table

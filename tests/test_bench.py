@@ -72,7 +72,7 @@ def test_the_command_measures_precisions_and_a_peer(tmp_path: Path) -> None:
     plot = tmp_path / "speed.svg"
     done = command(
         "bench", "--workload", "titles", "--mode", "fp32", "--mode", "int8", "--peer", "card", "--peer-dtype", "fp32",
-        "--rounds", "1", "--skip-start", "--json", "--plot", str(plot), "--device", "cpu",
+        "--rounds", "1", "--skip-start", "--json", "--plot", str(plot), "--device", "cpu", "--threads", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -91,8 +91,10 @@ def test_the_command_measures_precisions_and_a_peer(tmp_path: Path) -> None:
     assert ET.parse(plot).getroot().tag.endswith("svg")
 
 
-def test_a_peer_that_is_not_there_is_said_and_the_tables_come() -> None:
-    done = command("bench", "--workload", "titles", "--peer", "vllm", "--rounds", "1", "--skip-start", "--scaling")
+def test_a_peer_that_is_not_there_is_said_and_the_tables_come(tiny_checkpoint: Path) -> None:
+    model = ("--model", str(tiny_checkpoint), "--device", "cpu", "--threads", "1")
+    tables = ("--workload", "titles", "--rounds", "1", "--skip-start", "--scaling")
+    done = command("bench", *tables, "--peer", "vllm", *model)
     assert done.returncode == 0, done.stderr
     assert "not measured: vllm is not installed" in done.stderr
     assert "pairs/s" in done.stdout

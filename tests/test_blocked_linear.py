@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -76,38 +77,42 @@ def test_bf16_is_taken_where_it_is_clearly_faster_than_what_16_bit_weights_are_m
 
 
 ROUTED = """
-import sys
+import json, os, sys
 import torch
 from local_rerank import Reranker, openmp, precision, products
 
-owned, fp32, rounds, has_amx = (int(value) for value in sys.argv[2:])
-seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
-precision.seconds_of_products = lambda: seconds
-torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
-if rounds:  # as oneDNN might, without AMX
-    bmm = torch.bmm
-    torch.bmm = lambda a, b: bmm(a.bfloat16().float() if products.fp32_precision() == "bf16" else a, b)
-if owned:
-    openmp.own_process()
-for dtype in ("fp32", "bf16"):
-    Reranker(sys.argv[1], device="cpu", dtype=dtype, threads=1).close()
-    print(torch.backends.mkldnn.matmul.fp32_precision)
+def load_both(owned, fp32, rounds, has_amx):
+    seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
+    precision.seconds_of_products = lambda: seconds
+    torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
+    if rounds:  # as oneDNN might, without AMX
+        bmm = torch.bmm
+        torch.bmm = lambda a, b: bmm(a.bfloat16().float() if products.fp32_precision() == "bf16" else a, b)
+    if owned:
+        openmp.own_process()
+    for dtype in ("fp32", "bf16"):
+        Reranker(sys.argv[1], device="cpu", dtype=dtype, threads=1).close()
+        print(torch.backends.mkldnn.matmul.fp32_precision, end=" ")
+
+for case in json.loads(sys.argv[2]):
+    child = os.fork()  # torch is imported once, and nothing has run yet
+    if not child:
+        load_both(*case)
+        print(flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
-@pytest.mark.parametrize(
-    ("owned", "fp32", "rounds", "has_amx", "expected"),
-    [
-        (1, 2, 0, 0, ["none", "bf16"]),  # not for a model in fp32
-        (0, 2, 0, 0, ["none", "none"]),  # the process is another program's
-        (1, 1, 0, 0, ["none", "none"]),  # MKL is as fast
-        (1, 2, 1, 0, ["none", "none"]),  # it would round
-        (1, 2, 0, 1, ["none", "none"]),  # AMX would
-    ],
-)
-def test_fp32_products_go_to_onednn_where_that_is_faster_exact_and_ours_to_say(
-    owned: int, fp32: int, rounds: int, has_amx: int, expected: list[str], tiny_checkpoint: Path
-) -> None:
-    arguments = [str(tiny_checkpoint), *map(str, (owned, fp32, rounds, has_amx))]
-    done = subprocess.run([sys.executable, "-c", ROUTED, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == expected, done.stderr
+def test_fp32_products_go_to_onednn_where_that_is_faster_exact_and_ours_to_say(tiny_checkpoint: Path) -> None:
+    expected = {  # by: is the process ours, seconds of fp32, would oneDNN round, is there AMX
+        (1, 2, 0, 0): "none bf16",  # not for a model in fp32
+        (0, 2, 0, 0): "none none",  # the process is another program's
+        (1, 1, 0, 0): "none none",  # MKL is as fast
+        (1, 2, 1, 0): "none none",  # it would round
+        (1, 2, 0, 1): "none none",  # AMX would
+    }
+    program = [sys.executable, "-c", ROUTED, str(tiny_checkpoint), json.dumps(list(expected))]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    printed = [line.strip() for line in done.stdout.splitlines()]
+    assert dict(zip(expected, printed, strict=True)) == expected, done.stderr

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a real process, its output, its exit status."""
+"""The command line as a user meets it: its output, its exit status; one real process for each kind of end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from local_rerank import Reranker, __version__
 from local_rerank.openmp import CACHES, VARIABLES
+from tests.commands import Done, command
+
+
+def plain_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_RERANK_")}
 
 
 def run(*arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_RERANK_")}
     return subprocess.run(
         [sys.executable, "-m", "local_rerank", *arguments],
         input=stdin,
@@ -23,9 +28,14 @@ def run(*arguments: str, stdin: str | None = None, **variables: str) -> subproce
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment | variables,
+        env=plain_environment() | variables,
         check=False,
     )
+
+
+def run_here(*arguments: str, **variables: str) -> Done:
+    with mock.patch.dict("os.environ", plain_environment() | variables, clear=True):
+        return command(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +44,7 @@ def model(tiny_checkpoint: Path) -> tuple[str, ...]:
 
 
 def test_rank_prints_a_table_in_order_of_relevance(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
-    done = run("rank", "q", "first", "second [bold]", "third", *model)
+    done = run("rank", "q", *model, stdin="first\n\nsecond [bold]\nthird\n")
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:-1]
     expected = tiny_reranker.rank("q", ["first", "second [bold]", "third"])
@@ -43,24 +53,23 @@ def test_rank_prints_a_table_in_order_of_relevance(model: tuple[str, ...], tiny_
 
 
 def test_rank_gives_the_whole_result_as_json(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
-    done = run("rank", "q", "first", "second", "--json", "--top-n", "1", *model)
+    done = run_here("rank", "q", "first", "second", "--json", "--top-n", "1", *model)
     result, expected = json.loads(done.stdout), tiny_reranker.rank("q", ["first", "second"], top_n=1)
     assert result["results"][0]["document"] == expected[0].document
     assert result["results"][0]["log_odds"] == pytest.approx(expected[0].log_odds, abs=1e-5)
     assert result["total_tokens"] == expected.total_tokens
 
 
-@pytest.mark.parametrize("name", ["documents.txt", "documents.jsonl", None])
-def test_rank_reads_documents_from_files_and_standard_input(
-    name: str | None, model: tuple[str, ...], tmp_path: Path
-) -> None:
-    lines = {"documents.jsonl": '"one"\n\n{"text": "two"}\n{"document": "three"}\n'}.get(
-        name or "", "one\n\ntwo\nthree\n"
-    )
-    if name is not None:
-        (tmp_path / name).write_text(lines, encoding="utf-8")
-    source = [] if name is None else ["--file", str(tmp_path / name)]
-    done = run("rank", "q", "--json", *source, *model, stdin=lines if name is None else None)
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("documents.txt", "one\n\ntwo\nthree\n"),
+        ("documents.jsonl", '"one"\n\n{"text": "two"}\n{"document": "three"}\n'),
+    ],
+)
+def test_rank_reads_documents_from_files(name: str, lines: str, model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(lines, encoding="utf-8")
+    done = run_here("rank", "q", "--json", "--file", str(tmp_path / name), *model)
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
 
 
@@ -68,12 +77,12 @@ def test_rank_ends_a_document_only_at_a_line_feed_and_minds_no_byte_order_mark(
     model: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "d.jsonl").write_bytes('\ufeff"one\u2028line"\r\n"two"\n'.encode())
-    done = run("rank", "q", "--json", "--file", str(tmp_path / "d.jsonl"), *model)
+    done = run_here("rank", "q", "--json", "--file", str(tmp_path / "d.jsonl"), *model)
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
 
 
 def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
-    done = run("rank", "the query", "the document", "--show-prompt", *model)
+    done = run_here("rank", "the query", "the document", "--show-prompt", *model)
     prompt, ids = tiny_reranker.explain("the query", "the document")
     assert prompt in done.stdout
     assert " ".join(map(str, ids)) in done.stdout
@@ -82,7 +91,6 @@ def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...],
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
-        (("rank", "q", "d", "--model", "./nowhere"), {}, "'./nowhere' is no folder"),
         (("rank", "q", "d", "--device", "tpu"), {}, "device is 'tpu'"),
         (("rank", "q", "d", "--device", "cuda:99"), {}, "device is 'cuda:99'"),
         (("rank", "q", "d", "--attention", "fast"), {}, "attention is 'fast'"),
@@ -95,15 +103,28 @@ def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...],
         (("rank", "q", "d", "--model", "a/b..c"), {}, "'a/b..c' is no hub id"),
         (("rank", " ", "d"), {}, "query is empty"),
         (("rank", "q", "d", "--top-n", "0"), {}, "top_n is 0"),
-        (("rank", "q", "d"), {"LOCAL_RERANK_TREADS": "2"}, "LOCAL_RERANK_TREADS"),
         (("rank", "q", "d"), {"LOCAL_RERANK_THREADS": "x"}, "LOCAL_RERANK_THREADS"),
-        (("rnk", "q", "d"), {}, '"rnk"'),
     ],
 )
 def test_what_goes_wrong_is_one_line_that_names_it(
     arguments: tuple[str, ...], variables: dict[str, str], words: str
 ) -> None:
-    done = run(*arguments, **variables)
+    check_error(run_here(*arguments, **variables), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (("rank", "q", "d", "--model", "./nowhere"), {}, "'./nowhere' is no folder"),
+        (("rank", "q", "d"), {"LOCAL_RERANK_TREADS": "2"}, "LOCAL_RERANK_TREADS"),
+        (("rnk", "q", "d"), {}, '"rnk"'),
+    ],
+)
+def test_a_process_ends_with_that_line(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+    check_error(run(*arguments, **variables), words)
+
+
+def check_error(done: Done | subprocess.CompletedProcess[str], words: str) -> None:
     assert done.returncode in (1, 2)
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -119,7 +140,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         ((), {"LOCAL_RERANK_INSTRUCTION": "other"}),
         (("--instruction", "flag"), {"LOCAL_RERANK_INSTRUCTION": "other"}),
     ):
-        done = run("rank", "q", "d", "--json", *flags, *model, **variables)
+        done = run_here("rank", "q", "d", "--json", *flags, *model, **variables)
         odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
     expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
     assert odds == pytest.approx(expected, abs=1e-4)  # another instruction moves them by a hundred times as much

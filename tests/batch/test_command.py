@@ -315,14 +315,17 @@ def test_compare_tells_wins_by_query_and_whether_they_are_chance(collection: dic
 
 
 def test_compare_prints_a_table_and_draws_a_plot(collection: dict[str, Path], tmp_path: Path) -> None:
-    better, plot = better_run(collection, tmp_path), tmp_path / "plot.svg"
+    far = tmp_path / ("a-long-name" * 9)  # two such paths are wider than the terminal
+    far.mkdir()
+    better, plot, first = better_run(collection, far), tmp_path / "plot.svg", collection["first"].rename(far / "a.run")
     done = command(
-        "compare", str(collection["first"]), str(better), "--qrels", str(collection["qrels"]), "--queries",
+        "compare", str(first), str(better), "--qrels", str(collection["qrels"]), "--queries",
         str(collection["queries"]), "--plot", str(plot), "--measure", "RR",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("RR ")]
     assert row[4:7] == ["7", "1", "2"]
+    assert 0 < float(row[7]) < 1
     assert "10 judged queries" in done.stdout
     assert WORDS[1] in done.stdout  # the query that lost, by its text
     root = ET.fromstring(plot.read_text(encoding="utf-8"))

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 PRELOADED = [
-    "tests.batch.killed", "tests.batch.test_job", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
+    "tests.batch.killed", "tests.batch.test_job", "pandas",  # which pyarrow imports
+    "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
     "local_rerank.cli", "local_rerank.batch_command", "local_rerank.evaluation",
     "transformers.models.qwen3.modeling_qwen3",
 ]  # fmt: skip

@@ -257,9 +257,7 @@ def test_the_command_killed_twice_scores_every_pair_once(tmp_path: Path, model: 
     assert process.exitcode == 0
     batch(input, "--quiet", "--deterministic", "--output", tmp_path / "whole.jsonl", *model)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert Counter(row["id"] for row in read_lines(output)) == Counter(
-        str(i) for i in range(NUM_PAIRS) if i != BROKEN
-    )
+    assert Counter(row["id"] for row in read_lines(output)) == Counter(str(i) for i in range(NUM_PAIRS) if i != BROKEN)
     (reject,) = read_lines(tmp_path / "out.jsonl.rejects.jsonl")
     assert (reject["number"], reject["content"]) == (BROKEN + 1, "{broken")
 

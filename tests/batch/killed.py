@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 PRELOADED = [
-    "tests.batch.killed", "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
+    "tests.batch.killed", "tests.batch.test_job", "pandas",  # which pyarrow imports
+    "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
     "local_rerank.cli", "local_rerank.batch_command", "local_rerank.evaluation",
     "transformers.models.qwen3.modeling_qwen3",
 ]  # fmt: skip
@@ -57,10 +58,22 @@ def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str
     do_job(Path(folder), input_name, output_name)
 
 
-def command_line(arguments: list[str]) -> None:
-    """`local-rerank ...`, to its end."""
+def command_line(arguments: list[str], block_pairs: int) -> None:
+    """`local-rerank ...`, to its end; a job in blocks of `block_pairs` pairs."""
+    from local_rerank.batch import job
     from local_rerank.cli import main
 
+    pytest.MonkeyPatch().setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
+    main(arguments)
+
+
+def command_line_at_terminal(arguments: list[str], terminal: str, output: str) -> None:
+    """`local-rerank ...`, to its end; standard error is a wide terminal, standard output a file."""
+    from local_rerank.cli import main
+
+    os.environ |= {"COLUMNS": "200", "TERM": "xterm"}
+    os.dup2(os.open(terminal, os.O_RDWR | os.O_NOCTTY), 2)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
     main(arguments)
 
 

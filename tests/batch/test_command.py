@@ -6,9 +6,9 @@ import csv
 import json
 import os
 import pty
-import random
-import subprocess
-import sys
+import select
+import signal
+import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -20,10 +20,10 @@ import pytest
 from ir_measures import RR, R, nDCG
 
 from local_rerank import Reranker
-from tests.batch.killed import command_line, start
+from tests.batch.killed import command_line, command_line_at_terminal, start
 from tests.commands import Done, command
 
-NUM_PAIRS = 1200  # of the job that is killed: more than a block of them
+NUM_PAIRS, BLOCK_PAIRS, BROKEN = 240, 40, 230  # of the job that is killed
 CLOSE = 1e-4  # of log-odds, fp32, in other batches
 WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
 
@@ -85,32 +85,22 @@ def test_quiet_says_nothing(rankings: Path, tmp_path: Path, model: list[str]) ->
 
 
 def test_on_a_terminal_a_bar_shows_rates_and_time_left(rankings: Path, tmp_path: Path, model: list[str]) -> None:
-    """A real process; its standard error is a terminal."""
+    """A process whose standard error is a terminal."""
     terminal, theirs = pty.openpty()
     arguments = ["batch", str(rankings), "--output", str(tmp_path / "out.csv"), *model]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "local_rerank", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
-        text=True,
-    )
-    os.close(theirs)
+    process = start(command_line_at_terminal, arguments, os.ttyname(theirs), str(tmp_path / "said"))
     shown = b""
-    try:
-        while more := os.read(terminal, 65536):
-            shown += more
-    except OSError:  # Linux ends a terminal that nobody holds with an error
-        pass
-    finally:
-        os.close(terminal)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, shown
+    while process.is_alive() or select.select([terminal], [], [], 0)[0]:
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 65536)
+    os.close(theirs)
+    os.close(terminal)
+    assert process.exitcode == 0, shown
     text = shown.decode()
     assert "in.jsonl:3: not JSON" in text
     for part in ("in.jsonl ", "100%", " pairs/s, ", " tokens/s", "0:00:0"):
         assert part in text, part
-    lines = said.splitlines()
+    lines = (tmp_path / "said").read_text().splitlines()
     assert lines[0] == f"{tmp_path / 'out.csv'}: 6 rows, 18 pairs"
     assert lines[1].endswith("rejects.jsonl: 2 records that could not be ranked")
     assert "18 pairs scored by the model" in lines[2]
@@ -246,35 +236,34 @@ def test_what_cannot_be_done_is_one_line_before_any_work(
 # Kills
 
 
-def test_the_command_killed_at_random_times_scores_every_pair_once(tmp_path: Path, model: list[str]) -> None:
-    """Longer and longer runs, each killed, until one comes to its end; pairs scored alone, so that bits are equal."""
+def test_the_command_killed_twice_scores_every_pair_once(tmp_path: Path, model: list[str]) -> None:
+    """Killed a moment after a block was saved, in the next one; pairs are scored alone, so that bits are equal."""
     records: list[Any] = [
         {"id": str(i), "query": WORDS[i % 12], "document": f"{WORDS[i % 7]} {i}"} for i in range(NUM_PAIRS)
     ]
-    records[1100] = "{broken"
-    input = write_lines(tmp_path / "in.jsonl", records)
+    records[BROKEN] = "{broken"
+    input, output = write_lines(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
     arguments = ["batch", str(input), "--quiet", "--deterministic", *model]
-    draw = random.Random(7)
-    num_kills, longest = 0, 0.5
-    while True:
-        process = start(command_line, [*arguments, "--output", str(tmp_path / "out.jsonl")])
-        process.join(draw.uniform(0.1, longest))
-        if process.exitcode is not None:
-            break
+    for num_blocks in (1, 2):
+        process = start(command_line, [*arguments, "--output", str(output)], BLOCK_PAIRS)
+        while process.is_alive() and num_lines(output) < num_blocks * BLOCK_PAIRS:
+            time.sleep(0.002)
         process.kill()
         process.join()
-        num_kills, longest = num_kills + 1, longest * 1.3
+        assert process.exitcode == -signal.SIGKILL
+        assert num_lines(output) < NUM_PAIRS - 1
+    process = start(command_line, [*arguments, "--output", str(output)], BLOCK_PAIRS)
+    process.join()
     assert process.exitcode == 0
-    assert num_kills >= 3
-    undisturbed = start(command_line, [*arguments, "--output", str(tmp_path / "whole.jsonl")])
-    undisturbed.join()
-    assert undisturbed.exitcode == 0
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert Counter(row["id"] for row in read_lines(tmp_path / "out.jsonl")) == Counter(
-        str(i) for i in range(NUM_PAIRS) if i != 1100
-    )
+    batch(input, "--quiet", "--deterministic", "--output", tmp_path / "whole.jsonl", *model)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert Counter(row["id"] for row in read_lines(output)) == Counter(str(i) for i in range(NUM_PAIRS) if i != BROKEN)
     (reject,) = read_lines(tmp_path / "out.jsonl.rejects.jsonl")
-    assert (reject["number"], reject["content"]) == (1101, "{broken")
+    assert (reject["number"], reject["content"]) == (BROKEN + 1, "{broken")
+
+
+def num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 # Two runs

@@ -13,7 +13,7 @@ import pytest
 from httpx2 import Client
 
 from local_rerank.config import EngineConfig
-from local_rerank.errors import ConfigError
+from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.ray_cluster import ReplicaResources, connect, require_ray
 from local_rerank_server.config import ServerConfig
 from tests.server.test_process import WAIT_SECONDS, until
@@ -101,6 +101,21 @@ def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, A
 
     with pytest.raises(ConfigError, match=says):
         build(args)
+
+
+def test_a_replica_tests_itself_before_it_takes_requests(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are random, so the self-test fails."""
+    require_ray()
+    from local_rerank_server.ray_serve import replica
+
+    monkeypatch.setattr(replica, "own_process", lambda: None)  # this one is pytest's
+    monkeypatch.setattr(replica, "_stay_on_loopback", lambda: None)
+    config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32", threads=1)
+    replica.EngineReplica(config, self_test=False)
+    with pytest.raises(CheckpointError, match="self-test"):
+        replica.EngineReplica(config, self_test=True)
 
 
 def test_more_replicas_than_there_is_room_for_are_refused(address: str) -> None:

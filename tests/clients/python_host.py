@@ -75,3 +75,4 @@ for line in sys.stdin:
     program = json.loads(line)
     import_packages(program["text"])
     print(json.dumps(run_forked(program)), file=answers, flush=True)
+os._exit(0)  # what packages have registered for the end would wait for a network

@@ -209,7 +209,6 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 def _listen_unix(path: Path) -> socket.socket:
     """Takes the place of a socket that a dead process left, never that of a living one."""
-    listener = socket.socket(socket.AF_UNIX)
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -218,8 +217,13 @@ def _listen_unix(path: Path) -> socket.socket:
                 path.unlink()
         except OSError:
             pass  # nothing there: the usual case
-    listener.bind(str(path))
-    listener.listen()
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 

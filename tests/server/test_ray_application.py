@@ -49,7 +49,11 @@ def deploy(checkpoint: Path, **args: Any) -> None:
     from local_rerank_server.ray_serve.application import build
 
     engine = {"model": str(checkpoint), "device": "cpu", "dtype": "fp32", "threads": 1, "no_self_test": True}
-    serve.run(build(engine | {"insecure": True, "replicas": "1"} | args), name="local-rerank", route_prefix="/")
+    serve.run(
+        build(engine | {"insecure": True, "replicas": "1", "drain_seconds": 2} | args),
+        name="local-rerank",
+        route_prefix="/",
+    )
 
 
 def test_the_proxy_passes_answers_errors_and_the_request_id_on(address: str) -> None:

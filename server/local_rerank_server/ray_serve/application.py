@@ -28,6 +28,7 @@ from local_rerank_server.ray_serve.reranker import RemoteReranker
 from local_rerank_server.state import ServerState
 
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+ENGINE_START_SECONDS = 600  # when the only engine is replaced, requests in flight wait until the new one is loaded
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -51,7 +52,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         num_replicas=ingresses,
         ray_actor_options={"num_cpus": 0},  # it waits most of the time, and must not take an engine's place
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        graceful_shutdown_timeout_s=server_config.drain_seconds,
+        graceful_shutdown_timeout_s=ENGINE_START_SECONDS + server_config.drain_seconds,
     )
     application: serve.Application = make(serve.ingress()(Ingress)).bind(
         engine_application(config, server_config, may_grow=True), server_config, config

@@ -21,12 +21,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_rerank.openmp import own_process
+from local_rerank.engine.cpu.compute_thread import own_process
 
 own_process()  # as commands do, before torch is loaded
 
 from local_rerank import Reranker  # noqa: E402
-from local_rerank.cpu_limits import cpu_limits  # noqa: E402
+from local_rerank.engine.cpu.cpu_limits import cpu_limits  # noqa: E402
 
 CPU_CONTROLLER = Path("/sys/fs/cgroup/cpu")
 GROUP = "local-rerank-contention"

@@ -25,13 +25,13 @@ from benchmarks.gpu_setup import (
     timed,
 )
 from local_rerank import Reranker, RerankRequest
-from local_rerank.attention import KERNELS, is_installed, layout_to
 from local_rerank.bench.flops import Shape, useful_flops
-from local_rerank.cuda_attention import tile_layout
+from local_rerank.engine.cuda.attention import tile_layout
+from local_rerank.engine.cuda.fp8 import FP8
+from local_rerank.engine.kernel_table import KERNELS, is_installed, layout_to
+from local_rerank.engine.packing import pack
 from local_rerank.errors import ConfigError, OutOfMemory
-from local_rerank.fp8 import FP8
-from local_rerank.packing import pack
-from local_rerank.tokenization import Pair
+from local_rerank.requests.tokenization import Pair
 
 Result = dict[str, Any]
 BATCHES = 8  # one behind the other, in a round of a measurement
@@ -209,7 +209,7 @@ def tuning(setting: Setting) -> Result:
         return {"not_here": "kernels are compiled for a GPU only"}
     import triton
 
-    from local_rerank import triton_kernels
+    from local_rerank.engine.cuda import triton_kernels
 
     shape, device = SHAPES[setting.shape], setting.device
     heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
@@ -402,8 +402,8 @@ def memory(setting: Setting) -> Result:
         return {"not_here": "the CPU's budget is fixed"}
     from transformers import Qwen3Config
 
-    from local_rerank.cuda_graphs import CAPTURE_AT
-    from local_rerank.memory import LayerShape, bytes_per_token, release_cached
+    from local_rerank.engine.cuda.graphs import CAPTURE_AT
+    from local_rerank.engine.out_of_memory import LayerShape, bytes_per_token, release_cached
 
     with loaded(setting, max_batch_tokens=None) as reranker:
         pairs = pairs_of_300(setting, reranker)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from local_rerank.int8 import Int8Linear
-from local_rerank.products import saturates
+from local_rerank.engine.cpu.int8 import Int8Linear
+from local_rerank.engine.cpu.products import saturates
 
 SHAPES = {"up": (1024, 3072), "down": (3072, 1024)}
 Multiply = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ import time
 
 import psutil
 
-from local_rerank.openmp import own_process
+from local_rerank.engine.cpu.compute_thread import own_process
 
 own_process()  # as commands do, before torch is loaded
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.quality import NAMES, TOP_K, read, short
 from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
-from local_rerank.evaluation import MEASURE, Scores, measure, reorder, score
-from local_rerank.trec_files import Collection
+from local_rerank.evaluation.collection import Collection
+from local_rerank.evaluation.measures import MEASURE, Scores, measure, reorder, score
 
 
 def main() -> None:

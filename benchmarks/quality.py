@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from local_rerank import Reranker, RerankRequest
-from local_rerank.blending import Blend
-from local_rerank.evaluation import MEASURE, Scores, System, blend_scores, compare, measure, reorder, score
-from local_rerank.trec_files import Collection, read_collection
+from local_rerank.evaluation.blending import Blend
+from local_rerank.evaluation.collection import Collection, read_collection
+from local_rerank.evaluation.measures import MEASURE, Scores, System, blend_scores, compare, measure, reorder, score
 
 NAMES = ("xquad_sent_en", "xquad_sent_zh", "med", "cran")
 TOP_K, MAX_QUERIES = 20, 200

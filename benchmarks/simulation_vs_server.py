@@ -1,4 +1,4 @@
-"""How far is `local_rerank.simulation` from a real server? Calibrate it on other runs, then compare.
+"""How far is `local_rerank.planning.simulation` from a real server? Calibrate it on other runs, then compare.
 
     python benchmarks/simulation_vs_server.py --seconds 45
 
@@ -17,8 +17,8 @@ import time
 
 from serving_load import body, closed_loop, open_loop, post, server
 
-from local_rerank.engine import CPU_BATCH_TOKENS
-from local_rerank.simulation import Outcome, Speed, Workload, simulate
+from local_rerank.engine.engine import CPU_BATCH_TOKENS
+from local_rerank.planning.simulation import Outcome, Speed, Workload, simulate
 
 DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
 

@@ -23,9 +23,9 @@ from local_rerank import Reranker
 from local_rerank.bench.measure import workload_requests
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.workloads import WORKLOADS
-from local_rerank.engine import Engine
-from local_rerank.packing import pack
-from local_rerank.tokenization import Pair
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.packing import pack
+from local_rerank.requests.tokenization import Pair
 
 BATCHES = (512, 1024, 2048, 4096, 8192)
 

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from cyclopts import Parameter
 
-from local_rerank.cli import ENV_PREFIX
+from local_rerank.commands.app import ENV_PREFIX
 from local_rerank.config import EngineConfig
 from local_rerank_server.config import ServerConfig
 

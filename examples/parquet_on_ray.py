@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from local_rerank import ray_cluster
+from local_rerank.batch import ray_cluster
 
 ray_cluster.connect()  # joins RAY_ADDRESS, or starts Ray on this machine's loopback, without usage statistics
 

@@ -1,6 +1,6 @@
 """`python -m local_rerank` is the command `local-rerank`."""
 
-from local_rerank.cli import main
+from local_rerank.commands.app import main
 
 if __name__ == "__main__":
     main()

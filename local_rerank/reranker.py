@@ -15,16 +15,16 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from local_rerank import forks
+from local_rerank.checkpoints.find import Checkpoint, open_checkpoint
+from local_rerank.checkpoints.known_scores import ORDERED
 from local_rerank.config import DEFAULT_INSTRUCTION, EngineConfig, merged
-from local_rerank.engine import Engine, ModelInfo, load_engine
+from local_rerank.engine.cpu.compute_thread import compute
+from local_rerank.engine.engine import Engine, ModelInfo, load_engine
 from local_rerank.errors import InvalidRequest, Overloaded
-from local_rerank.jobs import Job
-from local_rerank.known_pairs import ORDERED
-from local_rerank.models import Checkpoint, open_checkpoint
-from local_rerank.openmp import compute
-from local_rerank.tokenization import Pair, PairTokenizer
+from local_rerank.requests.pending import Job
+from local_rerank.requests.tokenization import Pair, PairTokenizer
+from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
-from local_rerank.worker import BatchReport, Worker
 
 
 class Reranker:

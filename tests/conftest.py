@@ -16,9 +16,9 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from local_rerank import Reranker
-from tests.checkpoints import make_checkpoint
 from tests.client_servers import RunPython, python_hosts, two_servers
 from tests.reference import ModelCard
+from tests.tiny_checkpoints import make_checkpoint
 
 # no deadline: these machines are shared, and the tests are free of timing
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)

@@ -61,7 +61,7 @@ def split(arguments: Sequence[str]) -> Iterator[list[str]]:
 
 if __name__ == "__main__":
     sys.addaudithook(forbid)
-    from local_rerank.cli import main
+    from local_rerank.commands.app import main
 
     for line in split(sys.argv[1:]):
         try:

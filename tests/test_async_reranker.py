@@ -14,6 +14,7 @@ import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, RerankResult
 from local_rerank.async_reranker import queued
+from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import (
     CheckpointError,
     ConfigError,
@@ -23,7 +24,6 @@ from local_rerank.errors import (
     ModelUnavailable,
     NoDocuments,
 )
-from local_rerank.packing import PackedBatch
 
 pytestmark = pytest.mark.anyio
 CLOSE = 1e-4  # of log-odds, fp32, in other batches

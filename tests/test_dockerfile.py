@@ -15,9 +15,9 @@ import huggingface_hub.constants
 import pytest
 import triton
 
-from local_rerank.cli import ENV_PREFIX, app, option_names
+from local_rerank.checkpoints.find import EMBEDDED_MODEL
+from local_rerank.commands.app import ENV_PREFIX, app, option_names
 from local_rerank.errors import ConfigError
-from local_rerank.models import EMBEDDED_MODEL
 from local_rerank_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]

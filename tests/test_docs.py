@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs.options import render
-from local_rerank.cli import app
+from local_rerank.commands.app import app
 from local_rerank_server.dialects import ROWS
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import ir_datasets
 import pytest
 
-from tests.commands import run_script
+from tests.command_line import run_script
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
+from local_rerank.engine.cpu.compute_thread import compute
+from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
-from local_rerank.openmp import compute
-from local_rerank.packing import PackedBatch
 from tests.forked import Child, in_child
 
 pytestmark = [

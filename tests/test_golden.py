@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from local_rerank import Reranker
-from local_rerank.models import ALIASES, cached_folder
+from local_rerank.checkpoints.find import ALIASES, cached_folder
 
 GOLDEN = {
     "Venus is often called Earth's twin because of its similar size and proximity.": -3.109297752,

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from local_rerank import Reranker, precision, products
-from local_rerank.blocked_linear import can_block
-from tests.checkpoints import make_checkpoint
+from local_rerank import Reranker
+from local_rerank.engine import dtypes as precision
+from local_rerank.engine.cpu import products
+from local_rerank.engine.cpu.onednn_linear import can_block
 from tests.isa import LEVELS, levels_of, main, older_levels_of
 from tests.reference import ModelCard
+from tests.tiny_checkpoints import make_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from local_rerank import EngineConfig, Reranker, RerankRequest
+from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import (
     ConfigError,
     EmptyQuery,
@@ -22,7 +23,6 @@ from local_rerank.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from local_rerank.packing import PackedBatch
 
 
 class GatedEngine:

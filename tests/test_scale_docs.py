@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from local_rerank.cli import app
+from local_rerank.commands.app import app
 from local_rerank.config import EngineConfig
 from local_rerank_server.config import Replicas, ServerConfig
 

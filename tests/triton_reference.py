@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from local_rerank import triton_kernels
+from local_rerank.engine.cuda import triton_kernels
 
 
 def in_torch(patch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ from local_rerank.batch.parquet import output_fields, table_of
 from local_rerank.batch.rows import Record, Row, parse_record, to_record
 from local_rerank.batch.scoring import BlockScorer
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, other_kind, parse_json_line
-from local_rerank.blending import Blend
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.evaluation.blending import Blend
 from local_rerank.reranker import Reranker
 
 PIECE_BYTES = 1 << 20  # of JSON lines: some thousand short pairs, seconds of a GPU's work

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from local_rerank import ray_cluster
+from local_rerank.batch import ray_cluster
 from local_rerank.batch.pieces import (
     SUFFIXES,
     Done,
@@ -30,10 +30,10 @@ from local_rerank.batch.pieces import (
     part_path,
     state_of,
 )
-from local_rerank.blending import Blend
 from local_rerank.config import EngineConfig
+from local_rerank.engine.cpu.compute_thread import own_process
 from local_rerank.errors import ConfigError, EngineFailure
-from local_rerank.openmp import own_process
+from local_rerank.evaluation.blending import Blend
 
 JOB_FILE = "job.json"
 

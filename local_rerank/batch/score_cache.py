@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from local_rerank.checkpoints.find import Checkpoint, weight_files
 from local_rerank.errors import ConfigError
-from local_rerank.models import Checkpoint, weight_files
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from local_rerank.batch.rows import Record, Row, ScoredRow, parse_record, to_record
 from local_rerank.batch.score_cache import PairKey, PairScore, ScoreCache
-from local_rerank.blending import Blend, Bm25, best_first, blend
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.jobs import sigmoid
+from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
+from local_rerank.requests.pending import sigmoid
 from local_rerank.reranker import Reranker
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 

@@ -19,7 +19,7 @@ from local_rerank.batch.durable import sync_folder
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, content_of, lines_of
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.trec_files import is_topics, parse_run_line, parse_topics, text_parser, wanted
+from local_rerank.evaluation.collection import is_topics, parse_run_line, parse_topics, text_parser, wanted
 
 TABLES = """
 CREATE TABLE candidates (line INTEGER PRIMARY KEY, query_id TEXT, document_id TEXT, score REAL);

@@ -12,7 +12,7 @@ import torch
 from local_rerank.bench.flops import Shape, gemm_ceiling, kendall_tau, useful_flops
 from local_rerank.bench.systems import Ours, Sample, System
 from local_rerank.bench.workloads import Workload, make_requests
-from local_rerank.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from local_rerank.engine.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest
 

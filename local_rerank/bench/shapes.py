@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from local_rerank.disk import require_free_space
+from local_rerank.checkpoints.free_space import require_free_space
 from local_rerank.errors import ConfigError
 
 VOCABULARY = 151_669

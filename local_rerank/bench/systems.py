@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from local_rerank.bench.memory import PeakMemory
+from local_rerank.engine.cpu.compute_thread import VARIABLES
 from local_rerank.errors import ConfigError
-from local_rerank.openmp import VARIABLES
 from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest, RerankResult
 

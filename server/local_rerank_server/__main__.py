@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from local_rerank.cli import main
+from local_rerank.commands.app import main
 
 if __name__ == "__main__":
     main(["serve", *sys.argv[1:]])

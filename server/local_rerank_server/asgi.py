@@ -19,9 +19,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from local_rerank.async_reranker import AsyncReranker
-from local_rerank.cli import serve_options
+from local_rerank.commands.app import serve_options
+from local_rerank.engine.cpu.compute_thread import own_process
 from local_rerank.errors import ConfigError
-from local_rerank.openmp import own_process
 from local_rerank_server.app import create_app
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.logs import set_up_logging
@@ -69,14 +69,11 @@ def _import_now() -> None:
     """What loading needs: a module that is imported while a fork waits gets only half of its hooks called."""
     import transformers  # noqa: F401
 
-    import local_rerank.doctor
-    import local_rerank.reranker  # noqa: F401
-
 
 async def _open(reranker: AsyncReranker, state: ServerState) -> None:
     loaded = await reranker.load()
     if not state.config.no_self_test:
-        from local_rerank.doctor import require_self_test
+        from local_rerank.selftest.self_test import require_self_test
 
         await asyncio.to_thread(require_self_test, loaded)
     state.serve(loaded)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
 
-from local_rerank.tokenization import MAX_INSTRUCTION_TOKENS
+from local_rerank.requests.tokenization import MAX_INSTRUCTION_TOKENS
 from local_rerank.types import Limits
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from local_rerank.batch.ray_cluster import require_ray
+from local_rerank.commands.console import say
 from local_rerank.config import EngineConfig
-from local_rerank.console import say
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
-from local_rerank.ray_cluster import require_ray
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
@@ -37,7 +37,7 @@ from local_rerank_server.tracing import Tracing
 
 if TYPE_CHECKING:
     from local_rerank import Reranker
-    from local_rerank.engine import ModelInfo
+    from local_rerank.engine.engine import ModelInfo
     from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we
@@ -110,7 +110,7 @@ def _open(config: EngineConfig, server_config: ServerConfig) -> Reranker | Repli
 
         return ReplicaReranker(config, server_config)
     from local_rerank import Reranker
-    from local_rerank.doctor import require_self_test
+    from local_rerank.selftest.self_test import require_self_test
 
     reranker = Reranker(config=config)
     if not server_config.no_self_test:

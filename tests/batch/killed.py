@@ -18,7 +18,7 @@ import pytest
 PRELOADED = [
     "tests.batch.killed", "tests.batch.test_job", "pandas",  # which pyarrow imports
     "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
-    "local_rerank.cli", "local_rerank.batch_command", "local_rerank.evaluation",
+    "local_rerank.commands.app", "local_rerank.commands.batch", "local_rerank.evaluation.measures",
     "transformers.models.qwen3.modeling_qwen3",
 ]  # fmt: skip
 
@@ -61,7 +61,7 @@ def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str
 def command_line(arguments: list[str], block_pairs: int) -> None:
     """`local-rerank ...`, to its end; a job in blocks of `block_pairs` pairs."""
     from local_rerank.batch import job
-    from local_rerank.cli import main
+    from local_rerank.commands.app import main
 
     pytest.MonkeyPatch().setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
     main(arguments)
@@ -69,7 +69,7 @@ def command_line(arguments: list[str], block_pairs: int) -> None:
 
 def command_line_at_terminal(arguments: list[str], terminal: str, output: str) -> None:
     """`local-rerank ...`, to its end; standard error is a wide terminal, standard output a file."""
-    from local_rerank.cli import main
+    from local_rerank.commands.app import main
 
     os.environ |= {"COLUMNS": "200", "TERM": "xterm"}
     os.dup2(os.open(terminal, os.O_RDWR | os.O_NOCTTY), 2)

@@ -21,7 +21,7 @@ from ir_measures import RR, R, nDCG
 
 from local_rerank import Reranker
 from tests.batch.killed import command_line, command_line_at_terminal, start
-from tests.commands import Done, command
+from tests.command_line import Done, command
 
 NUM_PAIRS, BLOCK_PAIRS, BROKEN = 240, 40, 230  # of the job that is killed
 CLOSE = 1e-4  # of log-odds, fp32, in other batches

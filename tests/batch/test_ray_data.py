@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from local_rerank import Reranker
 from local_rerank.batch import pieces, ray_data
 from local_rerank.batch.pieces import Done, PartFormat, Piece, PieceScorer, find_pieces, lines_between, suffix_of
+from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.batch.ray_data import RayJob
-from local_rerank.ray_cluster import require_ray
-from tests.commands import command, run_script
+from tests.command_line import command, run_script
 
 pytestmark = pytest.mark.filterwarnings(  # of Ray Data, about its own options and pipes
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"

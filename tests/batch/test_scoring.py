@@ -14,9 +14,9 @@ from local_rerank import Reranker, RerankRequest
 from local_rerank.batch.rows import PAIR_COLUMNS, parse_record, to_record
 from local_rerank.batch.score_cache import PairScore, ScoreCache, score_identity
 from local_rerank.batch.scoring import MAX_REQUEST_DOCUMENTS, BlockScorer
-from local_rerank.blending import Blend, Bm25, blend
 from local_rerank.errors import ConfigError, EngineFailure, InstructionTooLong, InvalidRequest
-from tests.checkpoints import make_checkpoint
+from local_rerank.evaluation.blending import Blend, Bm25, blend
+from tests.tiny_checkpoints import make_checkpoint
 
 CLOSE = 1e-4  # of log-odds, fp32, in other batches
 

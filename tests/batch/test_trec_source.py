@@ -11,7 +11,7 @@ from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import Position, Rejected
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import InvalidRequest
-from local_rerank.trec_files import read_texts
+from local_rerank.evaluation.collection import read_texts
 
 
 def write(file: Path, content: str | bytes) -> Path:

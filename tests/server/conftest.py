@@ -11,8 +11,8 @@ import pytest
 from httpx2 import ASGITransport, AsyncClient
 
 from local_rerank import EngineConfig, Reranker, RerankRequest, RerankResult
-from local_rerank.engine import ModelInfo
-from local_rerank.worker import BatchReport
+from local_rerank.engine.engine import ModelInfo
+from local_rerank.requests.worker import BatchReport
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys

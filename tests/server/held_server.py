@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from local_rerank.cli import main
-from local_rerank.engine import Engine
-from local_rerank.packing import PackedBatch
+from local_rerank.commands.app import main
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.packing import PackedBatch
 
 HELD_BY = Path(sys.argv[1])
 real_forward = Engine.forward

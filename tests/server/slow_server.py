@@ -10,9 +10,9 @@ import time
 
 from torch import Tensor
 
-from local_rerank.cli import main
-from local_rerank.engine import Engine
-from local_rerank.packing import PackedBatch
+from local_rerank.commands.app import main
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.packing import PackedBatch
 
 real_forward = Engine.forward
 

@@ -16,10 +16,10 @@ import pytest
 from httpx2 import Client, Response
 from tokenizers import Tokenizer, models
 
-from tests.checkpoints import make_checkpoint, qwen_tokenizer_json
 from tests.reference import INSTRUCTION, PREFIX, SUFFIX, ModelCard, prompt_ids
 from tests.server.conftest import message_of
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, status_of
+from tests.tiny_checkpoints import make_checkpoint, qwen_tokenizer_json
 
 NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 COMPATIBLE = "/compatible-api/v1/reranks"

@@ -16,7 +16,7 @@ import pytest
 from httpx2 import Client
 
 from local_rerank import Reranker
-from local_rerank.openmp import CACHES
+from local_rerank.engine.cpu.compute_thread import CACHES
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, fault_of, make_cases, make_client, offer
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
 

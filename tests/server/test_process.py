@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 from httpx2 import Client, HTTPTransport
 
-from tests.commands import Done, command
+from tests.command_line import Done, command
 
 NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 WAIT_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from httpx2 import Client
 
+from local_rerank.batch.ray_cluster import ReplicaResources, connect, require_ray
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
-from local_rerank.ray_cluster import ReplicaResources, connect, require_ray
 from local_rerank_server.config import ServerConfig
 from tests.server.test_process import WAIT_SECONDS, until
 

@@ -17,7 +17,7 @@ import pytest
 from httpx2 import Client
 
 from local_rerank import Reranker
-from tests.commands import command
+from tests.command_line import command
 from tests.server.conftest import Serve
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
 

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from typing_extensions import TypedDict
 
 import local_rerank
-from local_rerank.models import EMBEDDED_MODEL
+from local_rerank.checkpoints.find import EMBEDDED_MODEL
 from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, state_of
 from local_rerank_server.limits_page import AllLimits, all_limits

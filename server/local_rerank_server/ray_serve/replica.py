@@ -15,11 +15,11 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
+from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.config import EngineConfig
-from local_rerank.engine import ModelInfo
+from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.engine import ModelInfo
 from local_rerank.errors import ConfigError, LocalRerankError
-from local_rerank.openmp import own_process
-from local_rerank.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import Replicas, ServerConfig
 
@@ -39,7 +39,7 @@ class EngineReplica:
         own_process()  # before torch is loaded, which is next
         _stay_on_loopback()
         from local_rerank import Reranker
-        from local_rerank.doctor import require_self_test
+        from local_rerank.selftest.self_test import require_self_test
 
         self._reranker = Reranker(config=config)
         if self_test:

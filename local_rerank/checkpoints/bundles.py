@@ -1,0 +1,352 @@
+"""A checkpoint in one file or folder that starts without any lookup: written, read, unpacked and checked here.
+
+A bundle is a folder of plain files (config, tokenizer, safetensors, licence) beside `local-rerank.json`, the
+manifest: size and sha256 of each file, the prompt recipe, and known pairs with their log-odds. As one file it is the
+same in a zip archive without compression. Why a zip: weights do not compress; its directory stands at the end, so that
+the manifest is read without passing gigabytes and a copy that broke off is noticed at once; every machine has a tool
+for it. safetensors maps weights from a plain file, which a member of an archive is not. So a file is unpacked once,
+checked on the way, into a cache folder named by its manifest's sha256, and later starts use that folder; a bundle that
+is a folder is used where it lies. Nothing here knows of torch, tokenizers or what is inside the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import lzma
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from local_rerank.checkpoints.free_space import cache_folder, gigabytes, require_free_space
+from local_rerank.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "local-rerank.json"
+FORMAT = "local-rerank bundle"
+FORMAT_VERSION = 1
+FILE_SUFFIX = ".zip"  # a name with another ending, or none (Qwen3-Reranker-0.6B has ".6B"), is a folder
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix: LICENSE, NOTICE
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # no absolute path, no "..", no drive
+_DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint makes the same file
+_CHUNK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 16 << 20  # a few KiB are usual
+_MAX_EXPANSION = 20  # times the archive's own size; weights hardly shrink, JSON by 5, so that more is a bomb
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # RuntimeError: it wants a password
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """What the manifest says of one file."""
+
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    model_id: str
+    revision: str | None
+    licence: str | None
+    made_by: str
+    recipe: dict[str, str]  # fields of the prompt template
+    expected: dict[str, Any]  # known pairs, see known_pairs.py
+    files: dict[str, FileEntry]  # all but the manifest
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a path that a user names as a model is to be read as a bundle: any file, or a folder with a manifest."""
+    return path.is_file() or (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle whose names were checked, its files not; raises CheckpointError."""
+    with _open(path) as source:
+        return _manifest(path, source)
+
+
+def open_bundle(path: Path) -> tuple[Manifest, Path]:
+    """The manifest and a folder with the bundle's files, unpacked if need be; raises CheckpointError.
+
+    A file's checksums are checked as it is unpacked; in a folder only sizes are, because hashing gigabytes at every
+    start costs minutes (`damaged_files` does it).
+    """
+    with _open(path) as source:
+        manifest = _manifest(path, source)
+        if not path.is_dir():
+            return manifest, _unpack(path, source, manifest)
+    if wrong := _wrong_sizes(path, manifest):
+        raise CheckpointError(f"{path} is incomplete: {wrong[0]} is missing or has another size ({len(wrong)} in all)")
+    return manifest, path
+
+
+def damaged_files(path: Path) -> list[str]:
+    """Every file of a bundle that is not what the manifest says, and every file it does not name; with the reason."""
+    with _open(path) as source:
+        manifest = _manifest(path, source)
+        found = [f"{name}: not in the manifest" for name in sorted(set(source.names()) - {*manifest.files, MANIFEST})]
+        for name, entry in manifest.files.items():
+            if fault := _fault(source, name, entry):
+                found.append(f"{name}: {fault}")
+    return found
+
+
+def write_bundle(
+    output: Path,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    model_id: str,
+    revision: str | None,
+    licence: str | None,
+    made_by: str,
+    recipe: dict[str, str],
+    expected: dict[str, Any],
+) -> Manifest:
+    """Write `names` of `folder` and their manifest; `output` appears only when it is whole. Raises CheckpointError."""
+    if output.exists():
+        raise CheckpointError(f"{output} exists already; remove it or choose another name")
+    for name in names:
+        _check_name(name, output)
+    require_free_space(output.parent, sum((folder / name).stat().st_size for name in names))
+    partial = output.with_name(output.name + ".partial")
+    _remove(partial)
+    try:
+        with _writer(output, partial) as add:
+            files = {name: _add_file(add, folder, name) for name in sorted(names)}
+            manifest = Manifest(
+                model_id=model_id,
+                revision=revision,
+                licence=licence,
+                made_by=made_by,
+                recipe=recipe,
+                expected=expected,
+                files=files,
+            )
+            with add(MANIFEST) as target:
+                target.write(_to_json(manifest))
+        partial.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be written: {error}") from error
+    finally:
+        _remove(partial)
+    return manifest
+
+
+class _Source:
+    """The files of a bundle, whether it is an archive or a folder."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile | None) -> None:
+        self._path = path
+        self._archive = archive
+
+    def names(self) -> list[str]:
+        if self._archive is not None:
+            return self._archive.namelist()
+        files = (path for path in self._path.rglob("*") if path.is_file())
+        return [path.relative_to(self._path).as_posix() for path in files]
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self._path / name).open("rb") if self._archive is None else self._archive.open(name)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[_Source]:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    if path.is_file() and path.suffix.lower() in PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path} is named as a pickle, which could run code and is never loaded")
+    try:
+        if path.is_dir():
+            yield _Source(path, None)
+            return
+        with zipfile.ZipFile(path) as archive:
+            _refuse_bomb(path, archive)
+            yield _Source(path, archive)
+    except _BROKEN as error:
+        raise CheckpointError(f"{path} is no bundle, or only a part of one: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
+    """An archive is small where what it would unpack to is not; zipfile never reads more than a member declares."""
+    packed, unpacked = path.stat().st_size, sum(member.file_size for member in archive.infolist())
+    if unpacked > _MAX_EXPANSION * packed:
+        what = f"{path} has {gigabytes(packed)} and would unpack to {gigabytes(unpacked)}"
+        raise CheckpointError(f"{what}; at most {_MAX_EXPANSION} times its size is taken")
+
+
+def _manifest(path: Path, source: _Source) -> Manifest:
+    """Read and check the manifest, and that an archive holds what it names and nothing else."""
+    try:
+        with source.open(MANIFEST) as stream:
+            text = stream.read(_MAX_MANIFEST_BYTES + 1)
+    except (KeyError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path} is no bundle of local-rerank: it has no {MANIFEST}") from error
+    if len(text) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"the manifest of {path} is over {_MAX_MANIFEST_BYTES} bytes: refused")
+    try:
+        manifest = _from_json(json.loads(text))
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the manifest of {path} cannot be read: {error!r}") from error
+    for name in manifest.files:
+        _check_name(name, path)
+    if path.is_file():
+        names = source.names()
+        for name in names:
+            _check_name(name, path)
+        if sorted(names) != sorted([*manifest.files, MANIFEST]):
+            odd = sorted(set(names) ^ {*manifest.files, MANIFEST}) or [name for name in names if names.count(name) > 1]
+            raise CheckpointError(f"{path} does not hold what its manifest names; see {odd[0]!r}")
+    return manifest
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuse names that lead out of the folder, pickles, and kinds of file that no checkpoint needs."""
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{path} holds {name!r}, which is no plain relative name: refused")
+    suffix = Path(name).suffix.lower()
+    if suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path} holds {name}, a pickle, which could run code: refused")
+    if suffix not in _SUFFIXES:
+        raise CheckpointError(f"{path} holds {name}; a bundle has only {', '.join(filter(None, _SUFFIXES))} files")
+
+
+def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
+    """The cache folder with the archive's files, made if it is not there; two processes may do it at once."""
+    with source.open(MANIFEST) as stream:
+        key = hashlib.sha256(stream.read()).hexdigest()
+    folder = cache_folder() / "bundles" / key
+    if not _wrong_sizes(folder, manifest):
+        return folder
+    num_bytes = sum(entry.size for entry in manifest.files.values())
+    require_free_space(folder, num_bytes)
+    logger.info("unpacking %s, %s, into %s", path, gigabytes(num_bytes), folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=key + ".partial-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be unpacked into {folder.parent}: {error}. "
+            "Unpack it yourself and pass that folder as --model"
+        ) from error
+    try:
+        for name in (*manifest.files, MANIFEST):
+            _extract(path, source, name, manifest.files.get(name), partial)
+        if _wrong_sizes(folder, manifest):  # not there, or damaged; else another process was first
+            _remove(folder)
+            with contextlib.suppress(OSError):
+                partial.rename(folder)
+    finally:
+        _remove(partial)
+    if _wrong_sizes(folder, manifest):
+        raise CheckpointError(f"{path} could not be unpacked into {folder}")
+    return folder
+
+
+def _extract(path: Path, source: _Source, name: str, entry: FileEntry | None, folder: Path) -> None:
+    """Copy one file; `entry` is what it must be, None for the manifest, whose hash names the folder."""
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open(name) as read, target.open("wb") as write:
+        copied = _copy(read, write, max_bytes=_MAX_MANIFEST_BYTES if entry is None else entry.size)
+    if entry is not None and copied != entry:
+        raise CheckpointError(f"{path} is damaged: {name} does not have the checksum that its manifest names")
+
+
+def _wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
+    def size(name: str) -> int | None:
+        return (folder / name).stat().st_size if (folder / name).is_file() else None
+
+    return [name for name, entry in manifest.files.items() if size(name) != entry.size]
+
+
+def _fault(source: _Source, name: str, entry: FileEntry) -> str | None:
+    try:
+        with source.open(name) as stream:
+            found = _copy(stream, None)
+    except FileNotFoundError:
+        return "missing"
+    except (*_BROKEN, OSError) as error:
+        return f"damaged ({error})"
+    if found.size != entry.size:
+        return f"{found.size} bytes instead of {entry.size}"
+    return None if found == entry else f"sha256 is {found.sha256} instead of {entry.sha256}"
+
+
+def _copy(source: IO[bytes], target: IO[bytes] | None, *, max_bytes: int | None = None) -> FileEntry:
+    """Copy a stream (or only read it) and say what it was; of one that is larger than it may be no more is read."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+        if max_bytes is not None and size > max_bytes:
+            break
+        if target is not None:
+            target.write(chunk)
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def _add_file(add: Callable[[str], contextlib.AbstractContextManager[IO[bytes]]], folder: Path, name: str) -> FileEntry:
+    with (folder / name).open("rb") as source, add(name) as target:
+        return _copy(source, target)
+
+
+@contextlib.contextmanager
+def _writer(output: Path, partial: Path) -> Iterator[Callable[[str], contextlib.AbstractContextManager[IO[bytes]]]]:
+    """A function that opens a member of the new bundle for writing."""
+    if output.suffix == FILE_SUFFIX:
+        with zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as archive:
+            yield lambda name: archive.open(zipfile.ZipInfo(name, _DATE), "w", force_zip64=True)
+        return
+
+    def open_file(name: str) -> IO[bytes]:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        return (partial / name).open("xb")
+
+    yield open_file
+
+
+def _to_json(manifest: Manifest) -> bytes:
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return (json.dumps(head | asdict(manifest), ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _from_json(value: Mapping[str, Any]) -> Manifest:
+    if value["format"] != FORMAT or value["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it is a {value['format']!r} of version {value['format_version']}; {FORMAT_VERSION} is known")
+    return Manifest(
+        model_id=str(value["model_id"]),
+        revision=value["revision"],
+        licence=value["licence"],
+        made_by=str(value["made_by"]),
+        recipe={str(name): str(text) for name, text in value["recipe"].items()},
+        expected=dict(value["expected"]),
+        files={str(name): _file_entry(**entry) for name, entry in value["files"].items()},
+    )
+
+
+def _file_entry(*, size: int, sha256: str) -> FileEntry:
+    if type(size) is not int or size < 0 or not isinstance(sha256, str):
+        raise ValueError(f"a file has the size {size!r} and the sha256 {sha256!r}")
+    return FileEntry(size=size, sha256=sha256)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,239 @@
+"""Where a model comes from, whether it is a reranker, and how its weights are loaded.
+
+`open_checkpoint` turns what the user named (nothing, an alias, a folder, a bundle, a hub id) into a folder of files
+that were looked at; `load_model` turns that into a transformers model. Only safetensors are read and no code of a
+checkpoint is ever run. Nothing here knows of pairs, batches or requests.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from local_rerank.checkpoints.bundles import PICKLE_SUFFIXES, is_bundle, open_bundle
+from local_rerank.checkpoints.download import fetch, silence_telemetry
+from local_rerank.errors import CheckpointError
+from local_rerank.requests.prompts import TEMPLATES, PromptTemplate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "local-rerank-nano"
+ALIASES = {
+    "qwen3-reranker-0.6b": "Qwen/Qwen3-Reranker-0.6B",
+    "qwen3-reranker-4b": "Qwen/Qwen3-Reranker-4B",
+    "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
+}
+ATTENTION_NAME = "local_rerank"  # under which the engine plugs its attention into transformers
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # a cache without the model's card is complete
+
+Source = Literal["embedded", "folder", "bundle", "hub"]
+_KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder here", "bundle": "a bundle here"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A folder with a model that can be loaded, and what its files say."""
+
+    model_id: str
+    folder: Path
+    source: Source
+    revision: str | None
+    architecture: str  # first entry of `architectures` in config.json
+    config: dict[str, Any]  # config.json
+
+    @property
+    def template(self) -> PromptTemplate:
+        return TEMPLATES[self.architecture]
+
+    @property
+    def needs_fp32(self) -> bool:
+        """The embedded model's matching heads, compiled by hand, move log-odds by up to 2.2 in bf16."""
+        return self.model_id == EMBEDDED_MODEL
+
+    @property
+    def stored_dtype(self) -> str:
+        """Precision of the weights in the files, as config.json names it; empty where it does not."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt that the model was made for."""
+        return int(self.config.get("max_position_embeddings", 8192))
+
+
+def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoint:
+    """Find a model's files, from the network only where a hub id is not cached; raises CheckpointError.
+
+    An empty revision, as an image's variables may hold it, is none; one that does not apply is passed over aloud.
+    """
+    local = _open_local(model)
+    if local is not None:
+        if revision:
+            what = "revision %r is passed over: only models of a hub have revisions, and %s is %s"
+            logger.warning(what, revision, local.model_id, _KINDS[local.source])
+        return local
+    assert model is not None
+    model_id, revision = hub_id(model), revision or None
+    folder = cached_folder(model_id, revision) or fetch(model_id, revision)
+    return _inspect(folder, model_id, "hub", revision)
+
+
+def _open_local(model: str | None) -> Checkpoint | None:
+    """The embedded model, a bundle or a folder; None for any other name."""
+    if model is None or model == EMBEDDED_MODEL:
+        return _inspect(Path(__file__).parents[1] / "nano", EMBEDDED_MODEL, "embedded", None)
+    if is_bundle(Path(model)):
+        return _open_bundle(Path(model))
+    if Path(model).is_dir():
+        return _inspect(Path(model), Path(model).resolve().name, "folder", None)
+    return None
+
+
+def hub_id(model: str) -> str:
+    """The hub id behind an alias or that was given as such; raises CheckpointError for what is neither."""
+    model_id = ALIASES.get(model.lower(), model)
+    if not _HUB_ID.fullmatch(model_id):
+        raise CheckpointError(
+            f"model {model!r} is no folder or bundle here, no hub id (owner/name) and no alias ({', '.join(ALIASES)})"
+        )
+    return model_id
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, device_map: str | None = None
+) -> PreTrainedModel:
+    """The transformers model in evaluation mode, its attention set to `ATTENTION_NAME`; raises CheckpointError."""
+    import transformers
+
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if checkpoint.architecture.endswith("ForSequenceClassification")
+        else transformers.AutoModelForCausalLM
+    )
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
+    if checkpoint.source == "embedded" or not sys.stderr.isatty():  # a blink, or nobody to look
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # its loading threads gain nothing, and libgomp may count their pools for ever (see `openmp.py`)
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    try:
+        model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
+            checkpoint.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers, safetensors or torch raise on a broken folder
+        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.folder} lacks weights: {', '.join(missing[:5])} ({len(missing)} in all)")
+    return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def cached_folder(model_id: str, revision: str | None) -> Path | None:
+    """The snapshot of a hub model in the local cache, if all that loading needs is there; asks no network."""
+    silence_telemetry()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True, allow_patterns=_NEEDED))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise CheckpointError(f"model {model_id!r} is no hub id: {error}") from error
+    return folder if _is_complete(folder) else None
+
+
+def _open_bundle(path: Path) -> Checkpoint:
+    manifest, folder = open_bundle(path)
+    checkpoint = _inspect(folder, manifest.model_id, "bundle", manifest.revision)
+    if manifest.recipe != asdict(checkpoint.template):
+        raise CheckpointError(
+            f"{path} was packed by {manifest.made_by} for another prompt recipe than this version's; pack it again"
+        )
+    return checkpoint
+
+
+def _is_complete(folder: Path) -> bool:
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    return bool(files := weight_files(folder)) and all((folder / name).is_file() for name in files)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that the folder says it has; empty where it says none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(_read_json(index).get("weight_map", {}).values()))
+    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+
+
+def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
+    """Refuse, with the reason, what cannot be a reranker; warn where nothing tells it from a chat model."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: not a model folder")
+    config = _read_json(folder / "config.json")
+    architectures = config.get("architectures") or ["none"]
+    if architectures[0] not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise CheckpointError(f"{folder} holds a {architectures[0]}; the families that can score are {known}")
+    if config.get("use_sliding_window"):
+        raise CheckpointError(f"{folder} uses sliding-window attention, which packed batches do not have")
+    _check_weights(folder)
+    if source in ("folder", "hub") and not _is_marked_reranker(folder):
+        logger.warning("nothing in %s says that it is a reranker; a chat model's scores would mean nothing", folder)
+    return Checkpoint(
+        model_id=model_id,
+        folder=folder,
+        source=source,
+        revision=revision,
+        architecture=architectures[0],
+        config=config,
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    files = weight_files(folder)
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
+    if not files:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        found = f"; {', '.join(pickles[:3])} is a pickle, which could run code and is never loaded" if pickles else ""
+        raise CheckpointError(f"{folder} has no safetensors weights{found}")
+
+
+def _is_marked_reranker(folder: Path) -> bool:
+    """Files that rerankers carry: sentence-transformers' LogitScore module, or the judge prompt in a chat template."""
+    if (folder / "1_LogitScore").is_dir() or "reranker" in _text(folder / "README.md").lower():
+        return True
+    templates = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+    return any("Judge whether the Document" in _text(folder / name) for name in templates)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value

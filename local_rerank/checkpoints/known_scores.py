@@ -1,0 +1,153 @@
+"""Pairs whose log-odds are known for a checkpoint: what the self-test compares with.
+
+Known scores come from the model's own folder (a bundle's manifest, or `golden.json` of the embedded default), else from
+the table of published values, which is keyed by hub name and shape. For any other checkpoint there are pairs of which
+only the order is known. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from local_rerank.checkpoints.bundles import MANIFEST, read_manifest
+from local_rerank.config import DEFAULT_INSTRUCTION
+from local_rerank.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from local_rerank.checkpoints.find import Checkpoint
+
+GOLDEN = "golden.json"  # beside the weights of the embedded default
+
+Basis = Literal["stored", "published", "properties"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownPair:
+    """One query with one document, and the log-odds that they must get, if any are known."""
+
+    query: str
+    document: str
+    instruction: str = DEFAULT_INSTRUCTION
+    log_odds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownScores:
+    """The pairs for one checkpoint. With the basis "properties", relevant and irrelevant documents take turns."""
+
+    basis: Basis
+    dtype: str  # precision in which the log-odds were computed
+    pairs: tuple[KnownPair, ...]
+
+
+_PLANET = "Which planet is known as the Red Planet?"
+_VENUS = "Venus is often called Earth's twin because of its similar size and proximity."
+_MARS = "Mars, known for its reddish appearance, is often referred to as the Red Planet."
+_JUPITER = "Jupiter, the largest planet in our solar system, has a prominent red spot."
+_SATURN = "Saturn, famous for its rings, is sometimes mistaken for the Red Planet."
+
+ORDERED = tuple(
+    KnownPair(query=query, document=document)
+    for query, relevant, irrelevant in (
+        (_PLANET, _MARS, "The recipe needs two eggs, a cup of flour and a pinch of salt."),
+        ("What is the capital of China?", "The capital of China is Beijing.", "Gravity attracts two bodies."),
+        ("how to boil an egg", "To boil an egg, put it in boiling water for eight minutes.", "The train is late."),
+        ("中国的首都是哪里？", "中国的首都是北京。", "香蕉是黄色的水果。"),
+    )
+    for document in (relevant, irrelevant)
+)
+"""A relevant document, then an irrelevant one, for each query."""
+
+MAX_MISORDERED = 1  # of the plain questions: a model need not know every language
+
+
+def num_misordered(log_odds: Sequence[float]) -> int:
+    """In how many of the plain questions the irrelevant document does not stand below the relevant one."""
+    return sum(bad >= good for good, bad in zip(log_odds[::2], log_odds[1::2], strict=True))
+
+
+STORED = (
+    *ORDERED,
+    *(KnownPair(query=_PLANET, document=document) for document in (_VENUS, _JUPITER, _SATURN, "")),
+    KnownPair(query=_PLANET, document=_MARS, instruction="Find a passage that contradicts the query"),
+)
+"""The pairs that go into a bundle, with the log-odds they get when it is packed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Published:
+    """Values that somebody else computed in fp32 and published for one checkpoint."""
+
+    names: tuple[str, ...]  # last part of the hub id, lower case; a folder may have that name too
+    hidden_size: int
+    num_layers: int
+    pairs: tuple[KnownPair, ...]
+
+
+PUBLISHED = (
+    _Published(
+        names=("qwen3-reranker-0.6b",),
+        hidden_size=1024,
+        num_layers=28,
+        pairs=(  # sentence-transformers, tests/cross_encoder/test_model.py
+            KnownPair(query=_PLANET, document=_VENUS, log_odds=-3.109297752),
+            KnownPair(query=_PLANET, document=_MARS, log_odds=7.120389938),
+            KnownPair(query=_PLANET, document=_JUPITER, log_odds=-0.378754616),
+            KnownPair(query=_PLANET, document=_SATURN, log_odds=3.541637421),
+        ),
+    ),
+)
+
+
+def known_scores(checkpoint: Checkpoint) -> KnownScores:
+    """What is known of a checkpoint's scores, the most particular first; raises CheckpointError."""
+    if (checkpoint.folder / MANIFEST).is_file():
+        return from_json(read_manifest(checkpoint.folder).expected, MANIFEST)
+    if (checkpoint.folder / GOLDEN).is_file():
+        return from_json({"scores": _read(checkpoint.folder / GOLDEN)}, GOLDEN)
+    for row in PUBLISHED:
+        if _is_row(checkpoint, row):
+            return KnownScores(basis="published", dtype="fp32", pairs=row.pairs)
+    return KnownScores(basis="properties", dtype="fp32", pairs=ORDERED)
+
+
+def to_json(pairs: Sequence[KnownPair], log_odds: Sequence[float], dtype: str) -> dict[str, Any]:
+    """Scores as a bundle's manifest stores them."""
+    scores = [asdict(pair) | {"log_odds": value} for pair, value in zip(pairs, log_odds, strict=True)]
+    return {"dtype": dtype, "scores": scores}
+
+
+def from_json(stored: dict[str, Any], where: str) -> KnownScores:
+    """The inverse of `to_json`; raises CheckpointError where a part is missing."""
+    try:
+        pairs = tuple(
+            KnownPair(
+                query=str(item["query"]),
+                document=str(item["document"]),
+                instruction=str(item.get("instruction") or DEFAULT_INSTRUCTION),
+                log_odds=float(item["log_odds"]),
+            )
+            for item in stored["scores"]
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the known scores in {where} cannot be read: {error!r}") from error
+    if not pairs:
+        raise CheckpointError(f"{where} holds no known score")
+    return KnownScores(basis="stored", dtype=str(stored.get("dtype", "fp32")), pairs=pairs)
+
+
+def _is_row(checkpoint: Checkpoint, row: _Published) -> bool:
+    name = checkpoint.model_id.rpartition("/")[2].lower()
+    shape = (checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers"))
+    return name in row.names and shape == (row.hidden_size, row.num_layers)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

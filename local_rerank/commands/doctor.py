@@ -1,0 +1,92 @@
+"""The command `local-rerank doctor`: a loaded model's certificate and its machine, as tables or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from local_rerank.commands.console import option
+from local_rerank.config import EngineConfig
+
+if TYPE_CHECKING:
+    from local_rerank.engine.engine import ModelInfo
+    from local_rerank.selftest.machine_report import Machine
+    from local_rerank.selftest.self_test import PairScore, SelfTest
+
+
+def doctor(
+    *,
+    json_output: Annotated[bool, option(name="--json", help="Print everything as JSON.")] = False,
+    engine: EngineConfig | None = None,
+) -> int:
+    """Score known pairs, say whether the scores are right, and what would be faster; exit status 1 if they are not."""
+    from local_rerank.reranker import Reranker
+    from local_rerank.selftest.machine_report import describe
+    from local_rerank.selftest.self_test import self_test
+
+    with Reranker(config=engine) as reranker:
+        outcome, machine = self_test(reranker), describe(reranker.info, reranker.checkpoint)
+        (_print_json if json_output else _print_tables)(reranker.info, outcome, machine)
+    return int(not outcome.passed)
+
+
+def _print_json(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
+    from rich.console import Console
+
+    report = {
+        "passed": outcome.passed,
+        "model": asdict(info),
+        "self_test": asdict(outcome),
+        "machine": asdict(machine),
+    }
+    text = json.dumps(_finite(report), ensure_ascii=False, indent=2)
+    Console().out(text, highlight=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither infinity nor NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(f"{info.model_id} ({info.source}), {info.num_parameters / 1e6:.0f} M parameters", markup=False)
+    print_scores(outcome.scores)
+    verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
+    console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
+    table = Table("", "is", "to be faster", box=None, pad_edge=False)
+    for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
+        row = getattr(machine, name)
+        table.add_row(name, row.value, row.faster)
+    console.print(table)
+    console.print(", ".join(f"{name} {version}" for name, version in machine.versions.items()), style="dim")
+
+
+def print_scores(scores: tuple[PairScore, ...]) -> None:
+    """A line for each known pair: what it got, what it should get, and the difference."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("log-odds", "expected", "difference"):
+        table.add_column(name, justify="right", min_width=10, no_wrap=True)
+    table.add_column("pair", overflow="ellipsis", no_wrap=True)
+    for score in scores:
+        known = ("", "") if score.expected is None else _known(score.log_odds, score.expected)
+        table.add_row(f"{score.log_odds:+.4f}", *known, Text(f"{score.query} | {score.document}"))
+    Console().print(table)
+
+
+def _known(log_odds: float, expected: float) -> tuple[str, str]:
+    return f"{expected:+.4f}", f"{log_odds - expected:+.4f}"

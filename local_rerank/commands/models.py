@@ -1,0 +1,137 @@
+"""The commands `pull`, `pack` and `verify`: a model from a hub to here, and on to a machine without a network."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from local_rerank import __version__
+from local_rerank.checkpoints.download import Hub
+from local_rerank.commands.console import option, say, status
+from local_rerank.config import EngineConfig, EngineOfArgument, EngineOfFile
+from local_rerank.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from local_rerank.checkpoints.find import Checkpoint
+
+PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
+"""What goes into a bundle beside the weights that the checkpoint names."""
+LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in the head of a model card
+
+
+def pull(
+    model: Annotated[str, option(help="Hub id (owner/name) or alias (qwen3-reranker-0.6b|4b|8b).")],
+    /,
+    *,
+    revision: Annotated[str | None, option(help="Branch, tag or commit.")] = None,
+    to: Annotated[
+        Path | None, option(help="Folder for the files; default: the hub's cache, where --model finds it.")
+    ] = None,
+    hub: Annotated[Hub, option(help="Where to ask; modelscope needs its package.")] = "huggingface",
+) -> None:
+    """Download MODEL, of which nothing is fetched twice, and look whether it is a reranker that can be loaded."""
+    from local_rerank.checkpoints.download import fetch, fetch_from_modelscope
+    from local_rerank.checkpoints.find import hub_id, open_checkpoint
+
+    model_id = hub_id(model)
+    folder = (fetch if hub == "huggingface" else fetch_from_modelscope)(model_id, revision, to)
+    checkpoint = open_checkpoint(str(folder))
+    in_cache = to is None and hub == "huggingface"
+    say(f"{model_id}: a {checkpoint.architecture} in {folder}")
+    say(f"serve it: local-rerank serve --model {model_id if in_cache else folder}")
+
+
+def pack(
+    model: Annotated[str | None, option(help="Hub id, alias or folder; default: the built-in model.")] = None,
+    /,
+    *,
+    output: Annotated[
+        Path, option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
+    ],
+    no_self_test: Annotated[bool, option(help="Pack a model although its self-test fails.")] = False,
+    engine: EngineOfArgument | None = None,
+) -> None:
+    """Write MODEL's weights, tokenizer, prompt recipe, licence, checksums and expected scores into one bundle."""
+    from local_rerank.checkpoints.bundles import write_bundle
+    from local_rerank.checkpoints.free_space import gigabytes
+    from local_rerank.checkpoints.known_scores import STORED, to_json
+    from local_rerank.reranker import Reranker
+    from local_rerank.selftest.self_test import log_odds_of, require_self_test
+
+    if output.exists():
+        raise ConfigError(f"output {output} exists already; remove it or choose another name")
+    with status("loading the model"), Reranker(config=_exact(engine, model)) as reranker:
+        if not no_self_test:
+            require_self_test(reranker)
+        expected = to_json(STORED, log_odds_of(reranker, STORED), reranker.info.dtype)
+        checkpoint = reranker.checkpoint
+    with status(f"writing {output}"):
+        manifest = write_bundle(
+            output,
+            checkpoint.folder,
+            _names(checkpoint),
+            model_id=checkpoint.model_id,
+            revision=checkpoint.folder.name if checkpoint.source == "hub" else checkpoint.revision,
+            licence=_licence(checkpoint.folder),
+            made_by=f"local-rerank {__version__}",
+            recipe=asdict(checkpoint.template),
+            expected=expected,
+        )
+    num_bytes = sum(entry.size for entry in manifest.files.values())
+    say(
+        f"{output}: {manifest.model_id}, {len(manifest.files)} files, {gigabytes(num_bytes)}, "
+        f"licence: {manifest.licence or 'not stated'}"
+    )
+    say(f"serve it anywhere: local-rerank serve --model {output}")
+
+
+def verify(
+    file: Annotated[Path, option(help="A bundle: a file or a folder.")],
+    /,
+    *,
+    engine: EngineOfFile | None = None,
+) -> int:
+    """Check every checksum of the bundle FILE and compute its expected scores anew; exit status 1 if any is off."""
+    from local_rerank.checkpoints.bundles import damaged_files, read_manifest
+    from local_rerank.commands.doctor import print_scores
+    from local_rerank.reranker import Reranker
+    from local_rerank.selftest.self_test import self_test
+
+    manifest = read_manifest(file)
+    with status(f"checking {len(manifest.files)} files"):
+        damaged = damaged_files(file)
+    if damaged:
+        raise CheckpointError(f"{file} is damaged: {'; '.join(damaged)}")
+    say(f"{len(manifest.files)} files of {manifest.model_id} have the checksums of the manifest")
+    with status("loading the model"), Reranker(config=replace(engine or EngineConfig(), model=str(file))) as reranker:
+        outcome = self_test(reranker)
+    print_scores(outcome.scores)
+    say(f"{'pass' if outcome.passed else f'FAULT: {outcome.fault}'}: {outcome.detail}")
+    return int(not outcome.passed)
+
+
+def _exact(engine: EngineConfig | None, model: str | None) -> EngineConfig:
+    """Expected scores are computed in fp32 unless another precision is asked for."""
+    config = engine or EngineConfig()
+    return replace(config, model=model or config.model, dtype="fp32" if config.dtype == "auto" else config.dtype)
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """The files of a checkpoint that go into a bundle; a manifest that is there already does not."""
+    from local_rerank.checkpoints.bundles import MANIFEST
+    from local_rerank.checkpoints.find import weight_files
+
+    found = {path.relative_to(checkpoint.folder).as_posix() for name in PACKED for path in checkpoint.folder.glob(name)}
+    return sorted(found - {MANIFEST} | set(weight_files(checkpoint.folder)))
+
+
+def _licence(folder: Path) -> str | None:
+    """What the model card says, else the first line of a licence file."""
+    card = folder / "README.md"
+    if card.is_file() and (found := LICENCE_LINE.search(card.read_text(encoding="utf-8", errors="replace"))):
+        return found[1]
+    for path in sorted(folder.glob("LICENSE*")):
+        return path.read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0].strip()
+    return None

@@ -1,0 +1,150 @@
+"""The command `local-rerank plan`: a job's time, machines and money, and the replicas that a latency needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from local_rerank.commands.console import option, say
+from local_rerank.errors import ConfigError, InvalidRequest
+
+if TYPE_CHECKING:
+    from local_rerank.planning.rates import Plan, Range, Rate
+    from local_rerank.planning.simulation import Outcome
+
+GPU_BATCH_TOKENS = 16384
+
+
+def plan(
+    *,
+    pairs: Annotated[float, option(help="Pairs to score, for example 1e9.")] = 1e6,
+    tokens: Annotated[int, option(help="Tokens of a pair: template, instruction, query and document.")] = 300,
+    shared_tokens: Annotated[
+        int, option(help="Of these, the tokens that all pairs of a query begin with; they are computed once.")
+    ] = 69,
+    documents: Annotated[int, option(help="Documents of a query.")] = 100,
+    gpus: Annotated[str, option(help="How many of what, for example 8xH200.")] = "1xH100",
+    model: Annotated[str, option(help="The model's name.")] = "qwen3-reranker-0.6b",
+    tokens_per_second: Annotated[
+        float | None, option(help="Tokens a second of one device, if you have measured them.")
+    ] = None,
+    price: Annotated[float | None, option(help="Dollars for one device for one hour.")] = None,
+    requests_per_second: Annotated[
+        float | None, option(help="Requests that come in, for latencies and the number of replicas.")
+    ] = None,
+    p99_ms: Annotated[float, option(help="Milliseconds in which 99 of 100 requests are to be answered.")] = 500.0,
+    json_output: Annotated[bool, option(name="--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say how long a job takes, on how many machines and for how much, and how many replicas a latency needs."""
+    from local_rerank.planning.rates import find_device, find_rate, make_plan
+
+    num_devices, device_name = _devices(gpus)
+    for name, value in (
+        ("pairs", pairs),
+        ("documents", documents),
+        ("tokens_per_second", tokens_per_second),
+        ("price", price),
+        ("requests_per_second", requests_per_second),
+        ("p99_ms", p99_ms),
+    ):
+        if value is not None and not 0 < value < 1e18:
+            raise InvalidRequest(f"{name} is {value:g}; it must be more than 0", field=name)
+    if not 0 <= shared_tokens < tokens:
+        what = f"shared_tokens is {shared_tokens}; it must be less than tokens, which is {tokens}"
+        raise InvalidRequest(what, field="shared_tokens", limit=tokens, value=shared_tokens)
+    rate = find_rate(device_name, model, tokens_per_second)
+    made = make_plan(
+        pairs=pairs,
+        tokens=tokens,
+        shared_tokens=shared_tokens,
+        documents=documents,
+        num_devices=num_devices,
+        device=find_device(device_name, price),
+        rate=rate,
+    )
+    replicas = None
+    if requests_per_second is not None:
+        replicas = _replicas(
+            rate,
+            requests_per_second=requests_per_second,
+            documents=documents,
+            document_tokens=tokens - shared_tokens,
+            shared_tokens=shared_tokens,
+            p99_ms=p99_ms,
+        )
+    if json_output:
+        _print_json(made, replicas)
+    else:
+        _print(made, replicas, f"{pairs:,.0f} pairs of {tokens} tokens, {model}", num_devices, device_name, p99_ms)
+
+
+def _devices(text: str) -> tuple[int, str]:
+    found = re.fullmatch(r"(?:(\d+)x)?(\S+)", text)
+    if found is None or (found[1] is not None and int(found[1]) < 1):
+        raise ConfigError(f"gpus is {text!r}; how many of what is expected, for example 8xH200")
+    return int(found[1] or 1), found[2]
+
+
+def _replicas(
+    rate: Rate,
+    *,
+    requests_per_second: float,
+    documents: int,
+    document_tokens: int,
+    shared_tokens: int,
+    p99_ms: float,
+) -> tuple[int, Outcome]:
+    """By simulation, at the lower bound of the rate."""
+    from local_rerank.planning.simulation import Speed, Workload, replicas_for
+
+    workload = Workload(
+        requests_per_second=requests_per_second,
+        num_documents=documents,
+        document_tokens=document_tokens,
+        prefix_tokens=shared_tokens,
+    )
+    speed = Speed(token_seconds=1 / rate.tokens_per_second.low, max_batch_tokens=GPU_BATCH_TOKENS)
+    try:
+        return replicas_for(workload, speed, p99_ms=p99_ms)
+    except ValueError as error:
+        raise ConfigError(f"p99_ms is {p99_ms:g}; {error}") from None
+
+
+def _print(
+    made: Plan, replicas: tuple[int, Outcome] | None, job: str, num_devices: int, device: str, p99_ms: float
+) -> None:
+    from local_rerank.planning.rates import published
+
+    rate = made.rate
+    label = {"measured": "measured", "given": "as given", "estimate": "ESTIMATE, nothing was measured"}[rate.kind]
+    say(f"job       {job}; {made.computed_tokens_per_pair:.0f} of them go through the model")
+    say(f"rate      {_span(rate.tokens_per_second)} tokens/s of one {device}: {label}; {rate.source}")
+    say(f"          {_span(made.pairs_per_second)} pairs/s of {num_devices}")
+    say(f"time      {_span(made.hours, 1 if made.hours.high >= 1 else 3)} hours")
+    say(f"machines  {made.num_machines}, of up to 8 devices")
+    if made.dollars is None:
+        say("money     give --price, the dollars of one device for one hour")
+    else:
+        say(f"money     ${_span(made.dollars, 2)} for {_span(made.device_hours, 1)} device hours ({made.price_source})")
+    if replicas is not None:
+        number, outcome = replicas
+        say(
+            f"replicas  {number} for p99 <= {p99_ms:g} ms: p50 {outcome.p50_ms:.0f}, p95 {outcome.p95_ms:.0f}, "
+            f"p99 {outcome.p99_ms:.0f} ms, engines busy {outcome.utilisation:.0%} (simulated, at the lower rate)"
+        )
+    for line in published(device):
+        say(f"others    {line}")
+
+
+def _span(bounds: Range, digits: int = 0) -> str:
+    low, high = f"{bounds.low:,.{digits}f}", f"{bounds.high:,.{digits}f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _print_json(made: Plan, replicas: tuple[int, Outcome] | None) -> None:
+    shown: dict[str, Any] = dataclasses.asdict(made)
+    if replicas is not None:
+        shown["replicas"] = {"number": replicas[0], **dataclasses.asdict(replicas[1])}
+    say(json.dumps(shown, indent=2))

@@ -1,0 +1,265 @@
+"""The rows of the attention table for CUDA in bf16 and fp16.
+
+*Tiles*, our own kernel in Triton: queries of one group side by side, whatever documents they belong to, read their
+prefix and then the keys of these documents, of which each query sees its own. Nothing is copied, merged or run twice,
+and short documents share a tile.
+
+The others ask a variable-length operator: torch's own (`varlen_attn`, which runs Flash Attention), or that of the
+package flash-attn. *Merged*: the documents' own part, where queries and keys are the packed tokens as they are, and the
+prefix part, one long segment per group, joined by log-sum-exp; no key is copied. *Gathered*: one call, whose keys are
+prefix + document written out for each document. Only a document's last token asks in the last layer, so there both
+gather.
+
+Layouts are built on the host and hold lists no longer than the batch; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from local_rerank.engine.packing import PackedBatch, ranges
+
+QUERIES_PER_TILE = 64
+QUERIES_OF_LAST_TOKENS = 16  # for each a document's keys are read: the fewer in a tile, the more tiles side by side
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenLayout:
+    """Segments of queries and the keys that each reads; a prefix is a segment whose keys are itself."""
+
+    key_index: Tensor  # (num_keys,) int64: tokens whose keys each segment reads, in order
+    cu_seqlens_q: Tensor  # (num_segments + 1,) int32
+    cu_seqlens_k: Tensor  # (num_segments + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayout:
+    """Own part: every segment against itself. Prefix part: every group against its prefix."""
+
+    cu_seqlens: Tensor  # (num_segments + 1,) int32: prefixes and documents, in packed order
+    max_seqlen: int
+    prefix_index: Tensor  # (num_prefix_tokens,) int64: tokens of all prefixes, group by group
+    cu_seqlens_group: Tensor  # (num_groups + 1,) int32: all tokens of a group, its prefix too
+    cu_seqlens_prefix: Tensor  # (num_groups + 1,) int32
+    max_seqlen_group: int
+    max_seqlen_prefix: int
+    is_document: Tensor  # (num_tokens,) bool: false where the prefix part must not count
+
+
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """Tiles of queries that have one prefix; padding is tiles without queries."""
+
+    tiles: (
+        Tensor  # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix, first own
+    )
+    # key and one past the last; tokens of a prefix have no prefix
+    first_own: Tensor  # (num_queries,) int32: first token of the query's segment
+    last_own: Tensor  # (num_queries,) int32: the query's own token
+    queries_per_tile: int
+
+
+class VarlenOperator(Protocol):
+    """Attention over segments: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
+
+    `cu` and `longest` are of queries and keys. A causal segment has as many queries as keys, or its queries are its
+    last tokens. Keys may have fewer heads than queries.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *,
+        causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile: int | None = None) -> TileLayout:
+    """Queries in packed order: all tokens, or each document's last."""
+    per_tile = queries_per_tile or (QUERIES_OF_LAST_TOKENS if last_tokens_only else QUERIES_PER_TILE)
+    parts: list[
+        tuple[int, int, int, int]
+    ] = []  # first query, number of queries, first token and length of their prefix
+    starts: list[int] = []  # of the segments that have queries
+    lengths: list[int] = []
+    for group in batch.groups:
+        documents = group.start + group.prefix_length
+        if last_tokens_only:
+            parts.append((group.first_document, group.num_documents, group.start, group.prefix_length))
+        else:
+            parts.append((group.start, group.prefix_length, 0, 0))
+            parts.append((documents, group.end - documents, group.start, group.prefix_length))
+            starts.append(group.start)
+            lengths.append(group.prefix_length)
+        for run in group.runs:
+            starts += range(run.start, run.start + run.count * run.length, run.length)
+            lengths += [run.length] * run.count
+    if last_tokens_only:
+        first_own, last_own = np.asarray(starts), batch.last_token_index.numpy()
+    else:
+        first_own, last_own = np.repeat(starts, lengths), np.arange(batch.num_tokens)
+    first, num_queries, prefix, prefix_length = np.asarray(parts).T
+    counts = -(-num_queries // per_tile)
+    offsets = ranges([0] * len(counts), counts).numpy() * per_tile
+    first = np.repeat(first, counts) + offsets
+    num_queries = np.minimum(np.repeat(num_queries, counts) - offsets, per_tile)
+    of_prefix = (np.repeat(prefix, counts), np.repeat(prefix_length, counts))
+    tiles = np.stack([first, num_queries, *of_prefix, first_own[first], last_own[first + num_queries - 1] + 1], axis=1)
+    on_host = [torch.from_numpy(numbers.astype(np.int32)) for numbers in (tiles, first_own, last_own)]
+    return TileLayout(on_host[0], on_host[1], on_host[2], per_tile)
+
+
+def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
+    starts: list[int] = []  # of runs of keys: a segment reads one of its prefix and one of its own
+    lengths: list[int] = []
+    lengths_q: list[int] = []
+    lengths_k: list[int] = []
+    for group in batch.groups:
+        if not last_tokens_only:
+            starts.append(group.start)
+            lengths.append(group.prefix_length)
+            lengths_q.append(group.prefix_length)
+            lengths_k.append(group.prefix_length)
+        for run in group.runs:
+            for start in range(run.start, run.start + run.count * run.length, run.length):
+                starts += (group.start, start)
+                lengths += (group.prefix_length, run.length)
+            lengths_q += [1 if last_tokens_only else run.length] * run.count
+            lengths_k += [group.prefix_length + run.length] * run.count
+    return VarlenLayout(
+        key_index=ranges(starts, lengths),
+        cu_seqlens_q=_cumulative(lengths_q),
+        cu_seqlens_k=_cumulative(lengths_k),
+        max_seqlen_q=max(lengths_q),
+        max_seqlen_k=max(lengths_k),
+        causal=not last_tokens_only,
+    )
+
+
+def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | VarlenLayout:
+    """For the last tokens alone the gathered layout: one query per document leaves nothing to share."""
+    if last_tokens_only:
+        return varlen_layout(batch, last_tokens_only)
+    segments: list[int] = []
+    for group in batch.groups:
+        segments.append(group.prefix_length)
+        for run in group.runs:
+            segments += [run.length] * run.count
+    groups = [group.end - group.start for group in batch.groups]
+    prefixes = [group.prefix_length for group in batch.groups]
+    prefix_index = ranges([group.start for group in batch.groups], prefixes)
+    is_document = torch.ones(batch.num_tokens, dtype=torch.bool)
+    is_document[prefix_index] = False
+    return MergedLayout(
+        cu_seqlens=_cumulative(segments),
+        max_seqlen=max(segments),
+        prefix_index=prefix_index,
+        cu_seqlens_group=_cumulative(groups),
+        cu_seqlens_prefix=_cumulative(prefixes),
+        max_seqlen_group=max(groups),
+        max_seqlen_prefix=max(prefixes),
+        is_document=is_document,
+    )
+
+
+def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, scale: float) -> Tensor:
+    """One kernel over both parts; see `TileLayout`."""
+    from local_rerank.engine.cuda import triton_kernels  # where a GPU is used
+
+    q, k, v = _by_token(q, k, v)
+    own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        return triton_kernels.attend_tiles(q, k, v, *own, scale).unsqueeze(0)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
+    """One call over gathered keys. A document behind its prefix needs the causal mask aligned to the last key."""
+    return _gathered(torch_varlen, *_by_token(q, k, v), layout, scale).unsqueeze(0)
+
+
+def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
+    """Two calls of torch's operator, merged by log-sum-exp."""
+    return _merged(torch_varlen, q, k, v, layout, scale)
+
+
+def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
+    """As `attend_merged`, with the operator of the package flash-attn."""
+    return _merged(flash_attn_varlen, q, k, v, layout, scale)
+
+
+def _merged(
+    operator: VarlenOperator, q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float
+) -> Tensor:
+    q, k, v = _by_token(q, k, v)
+    if isinstance(layout, VarlenLayout):
+        return _gathered(operator, q, k, v, layout, scale).unsqueeze(0)
+    own_cu, own_longest = (layout.cu_seqlens, layout.cu_seqlens), (layout.max_seqlen, layout.max_seqlen)
+    own, own_lse = operator(q, k, v, own_cu, own_longest, causal=True, scale=scale)
+    prefix_k, prefix_v = k[layout.prefix_index], v[layout.prefix_index]  # (num_prefix_tokens, num_kv_heads, head_dim)
+    cu = (layout.cu_seqlens_group, layout.cu_seqlens_prefix)
+    longest = (layout.max_seqlen_group, layout.max_seqlen_prefix)
+    shared, shared_lse = operator(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
+    # softmax over both parts = the parts weighted by their share of the joint normaliser; a prefix has no other
+    weight = (torch.sigmoid(shared_lse - own_lse) * layout.is_document).T.unsqueeze(-1)  # (num_queries, heads, 1)
+    return own.lerp(shared, weight.to(own.dtype)).unsqueeze(0)
+
+
+def _gathered(operator: VarlenOperator, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
+    keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
+    cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
+    return operator(q, keys, values, cu, longest, causal=layout.causal, scale=scale)[0]
+
+
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's `varlen_attn`. Its docstring gives the log-sum-exp as (num_queries, heads), its code the reverse."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    window = (-1, 0) if causal else (-1, -1)
+    out, lse = varlen_attn(
+        q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), scale=scale, window_size=window, **_gqa_option()
+    )
+    return out, lse if lse.shape == (q.shape[1], q.shape[0]) else lse.T
+
+
+@cache
+def _gqa_option() -> dict[str, Any]:
+    """torch 2.12 began to ask for `enable_gqa` where keys have fewer heads; 2.11 takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """flash-attn 2.x, whose third result (for its own tests) is left alone."""
+    from flash_attn import flash_attn_varlen_func
+
+    out, lse, _ = flash_attn_varlen_func(
+        q, k, v, *cu, *longest, softmax_scale=scale, causal=causal, return_attn_probs=True
+    )
+    return out, lse
+
+
+def _by_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, heads, tokens, head_dim), as transformers hands them over, seen as (tokens, heads, head_dim).
+
+    Not copied: the operators take any strides as long as the numbers of a head lie side by side.
+    """
+    by_token = [x[0].transpose(0, 1) for x in (q, k, v)]
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in by_token)
+    return queries, keys, values
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -1,0 +1,95 @@
+"""`--dtype fp8`: the linear layers of the decoder in fp8 (e4m3), for GPUs that multiply it.
+
+Weights have a scale for each output channel, made once; activations one for each token, made as they come. Products
+come out in bf16. Embeddings, norms, attention, the last hidden state and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from local_rerank.errors import ConfigError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max  # 448
+LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+SIZE_MULTIPLE = 16  # of both sides of a weight, for the matrix units
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., width) to fp8 and a scale for each row, (..., 1) fp32; a row's largest magnitude becomes 448."""
+    amax = x.abs().amax(dim=-1, keepdim=True).float()
+    scale = amax.clamp(min=1e-12) / FP8_MAX
+    # a conversion to e4m3 makes NaN of what is beyond 448, which rounding of the scale could cause
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """(m, k) fp8 x (n, k) fp8 transposed, scales (m, 1) and (n, 1) fp32: (m, n) bf16. torch has no public name."""
+    return torch._scaled_mm(
+        a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is held and multiplied in fp8."""
+
+    weight: Tensor  # (out_features, in_features) fp8
+    scale: Tensor  # (out_features, 1) fp32
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = quantize(linear.weight.detach())
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 to (..., out_features) bf16."""
+        from local_rerank.engine.cuda.triton_kernels import quantize_rows
+
+        values, scale = quantize_rows(x.reshape(-1, self.in_features), FP8)
+        out = scaled_matmul(values, scale, self.weight, self.scale, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def quantize_model(backbone: Any) -> None:
+    """Put every linear layer of the decoder into fp8, one at a time; raises ConfigError where sizes do not allow it."""
+    places = [
+        (module, name)
+        for module in backbone.layers.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    for module, name in places:
+        _check_size(name, getattr(module, name))
+    for module, name in places:  # nothing here holds a weight once it is replaced
+        setattr(module, name, Fp8Linear(getattr(module, name)))
+
+
+def _check_size(name: str, linear: nn.Linear) -> None:
+    if linear.in_features % SIZE_MULTIPLE or linear.out_features % SIZE_MULTIPLE:
+        size = f"{linear.out_features} x {linear.in_features}"
+        raise ConfigError(f"dtype is 'fp8', but {name} is {size}; fp8 needs multiples of {SIZE_MULTIPLE}")
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raises ConfigError where `device` does not multiply fp8 with a scale per row, with the reason."""
+    if device.type != "cuda":
+        raise ConfigError(f"dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is {device}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"dtype is 'fp8', which needs compute capability 8.9 or newer; {name} has {major}.{minor}")
+    try:
+        ones, scale = quantize(torch.ones(16, 16, dtype=torch.bfloat16, device=device))
+        scaled_matmul(ones, scale, ones, scale, None)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:  # some builds have no kernel for scales per row on some cards
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"dtype is 'fp8', but this torch cannot multiply it on this GPU: {reason}") from error

@@ -1,0 +1,213 @@
+"""The decoder for a GPU in bf16 or fp16: products that share an input are joined, the rest are kernels of ours.
+
+transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors,
+and takes 2 ms of a CPU core to launch a layer's, longer than an H200 takes to run them. Here a layer is four products
+and six launches of kernels of ours, which also run in a CUDA graph. Of the last layer only each document's last token
+is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from local_rerank.engine.cuda.fp8 import FP8, quantize
+from local_rerank.engine.kernel_table import KERNELS, Layout, layout_to
+from local_rerank.engine.packing import PackedBatch, pack
+from local_rerank.requests.tokenization import Pair
+
+logger = logging.getLogger(__name__)
+
+LARGEST_DIFFERENCE = 0.03  # of a kernel in bf16 to fp32, as a share of the largest number; bf16 rounds by 0.004 of each
+NUM_CHECKED_ROWS = 35  # of kernels that treat rows alone; no multiple of the four that a program of theirs takes
+EPSILON = 1e-6
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer's weights, and what it does with a stream of residuals that is added to in place."""
+
+    def __init__(self, layer: Any, *, is_last: bool) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = [attention.q_proj], [attention.k_proj, attention.v_proj]
+        # in the last layer few tokens have a query
+        self.projections = nn.ModuleList(map(_joined, joined if is_last else [[*joined[0], *joined[1]]]))
+        self.o_proj: Any = attention.o_proj
+        self.gate_up_proj: Any = _joined([mlp.gate_proj, mlp.up_proj])
+        self.down_proj: Any = mlp.down_proj
+        self.input_layernorm: Any = layer.input_layernorm
+        self.post_attention_layernorm: Any = layer.post_attention_layernorm
+        self.q_norm: Any = attention.q_norm
+        self.k_norm: Any = attention.k_norm
+        self.head_dim = int(attention.head_dim)
+        self.num_key_heads = attention.k_proj.out_features // self.head_dim
+        self.scaling = float(attention.scaling)
+        self.eps = float(layer.input_layernorm.variance_epsilon)
+
+    def forward(
+        self, delta: Tensor | None, residual: Tensor, rotation: tuple[Tensor, Tensor], asking: Tensor | None,
+        attend: Attend, layout: Layout,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`delta` is still to be added to `residual`, (tokens, hidden); so are the two that are returned.
+
+        `asking`: the tokens that have a query and come out, all where it is None; rotation: (tokens, head_dim) each.
+        """
+        from local_rerank.engine.cuda.triton_kernels import add_rms_norm_, norm_rotate_, silu_mul
+
+        x = add_rms_norm_(delta, residual, self.input_layernorm.weight, self.eps)
+        q_rotation = rotation
+        if asking is None:
+            heads = self.projections[0](x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.tensor_split((-2 * self.num_key_heads, -self.num_key_heads), dim=1)
+        else:
+            q = self.projections[0](x[asking]).unflatten(-1, (-1, self.head_dim))
+            k, v = self.projections[1](x).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=1)
+            residual, q_rotation = residual[asking], (rotation[0][asking], rotation[1][asking])
+        norm_rotate_(q, self.q_norm.weight, *q_rotation, self.eps)
+        norm_rotate_(k, self.k_norm.weight, *rotation, self.eps)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
+        attended = self.o_proj(attend(q, k, v, layout, self.scaling)[0].flatten(1))
+        x = add_rms_norm_(attended, residual, self.post_attention_layernorm.weight, self.eps)
+        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return out, residual
+
+
+class FusedDecoder(nn.Module):
+    """Embedding, layers and final norm; takes the place of transformers' own forward."""
+
+    def __init__(self, backbone: Any) -> None:
+        """`backbone`: a Qwen3Model, whose layers are taken apart one by one, so that no two copies are held."""
+        super().__init__()
+        self.embed_tokens: Any = backbone.embed_tokens
+        self.rotary_emb: Any = backbone.rotary_emb
+        self.norm: Any = backbone.norm
+        last = len(backbone.layers) - 1
+        for index, layer in enumerate(backbone.layers):
+            backbone.layers[index] = FusedLayer(layer, is_last=index == last)
+        self.layers: Any = backbone.layers
+
+    def forward(self, batch: PackedBatch, attend: Attend, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
+        """The last hidden state of each pair's last token, normed: (num_pairs, hidden).
+
+        Batch and layouts are on the device; `last_layout` is called once the layers before are on their way.
+        """
+        from local_rerank.engine.cuda.triton_kernels import add_rms_norm_
+
+        residual = F.embedding(batch.input_ids[0], self.embed_tokens.weight)
+        cos, sin = (part[0] for part in self.rotary_emb(residual, batch.position_ids))
+        delta: Tensor | None = None
+        for layer in self.layers[:-1]:
+            delta, residual = layer(delta, residual, (cos, sin), None, attend, layout)
+        last = self.layers[-1]
+        delta, residual = last(delta, residual, (cos, sin), batch.last_token_index, attend, last_layout())
+        return add_rms_norm_(delta, residual, self.norm.weight, last.eps)
+
+
+def why_not_fused(config: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str | None:
+    """The reason for which a model stays as transformers has it; None where it can be fused.
+
+    Every kernel runs once, in the widths of the model, beside torch's own operators: whatever the compiler, its back
+    end and the card make of it, a wrong score is worse than a slow one.
+    """
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}"
+    try:
+        with torch.inference_mode(), torch.cuda.device_of(torch.empty(0, device=device)):  # type: ignore[no-untyped-call]
+            differences = kernel_differences(config, device, dtype, fp8=fp8)
+    except Exception as error:  # whatever the compiler, its back end and the linker raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        logger.warning("Triton does not work here (%s: %s)", type(error).__name__, reason)
+        return "Triton does not work here"
+    wrong = {name: value for name, value in differences.items() if not value < LARGEST_DIFFERENCE}
+    if wrong:
+        logger.warning("kernels compute something else here: %s", wrong)
+        return f"kernels compute something else here: {', '.join(wrong)}"
+    return None
+
+
+def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> dict[str, float]:
+    """For each kernel the largest difference to torch's operators in fp32, as a share of the largest number.
+
+    `fp8`: that which quantizes too, which compiles only where a GPU has fp8.
+    """
+    from local_rerank.engine.cuda import triton_kernels
+
+    width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    lengths = (1, 1, 7, 7, 40, 130)
+    batch = pack([Pair((1,) * (70 + number % 2), (2,) * length) for number, length in enumerate(lengths)])
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    differences: dict[str, float] = {}
+
+    def compare(name: str, ours: Tensor, exact: Tensor) -> None:
+        difference = float((ours.float() - exact).abs().max() / exact.abs().max())
+        before = differences.get(name, 0.0)
+        differences[name] = before if before >= difference or math.isnan(before) else difference  # NaN stays
+
+    delta, residual, weight = numbers(NUM_CHECKED_ROWS, width), numbers(NUM_CHECKED_ROWS, width), numbers(width)
+    total = (delta + residual).float()
+    normed = triton_kernels.add_rms_norm_(delta, residual, weight, EPSILON)
+    compare("add_rms_norm", normed, F.rms_norm(total, (width,), weight.float(), EPSILON))
+    compare("add_rms_norm", residual, total)
+    normed = triton_kernels.add_rms_norm_(None, residual, weight, EPSILON)
+    compare("add_rms_norm", normed, F.rms_norm(residual.float(), (width,), weight.float(), EPSILON))
+
+    def heads_of(num_tokens: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values as a layer's product gives them, side by side."""
+        joined = numbers(num_tokens, heads + 2 * key_heads, head_dim)
+        return joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+
+    weight, angles = numbers(head_dim), numbers(NUM_CHECKED_ROWS, head_dim // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    for part in heads_of(NUM_CHECKED_ROWS)[:2]:
+        first, second = F.rms_norm(part.float(), (head_dim,), weight.float(), EPSILON).chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        exact = torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+        triton_kernels.norm_rotate_(part, weight, cos, sin, EPSILON)
+        compare("norm_rotate", part, exact)
+
+    gate_up = numbers(NUM_CHECKED_ROWS, 2 * inner)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    compare("silu_mul", triton_kernels.silu_mul(gate_up), F.silu(gate) * up)
+    if fp8:
+        for rows in (residual, up):  # of either width
+            steps, _ = quantize(rows)  # numbers that fp8 has, so that nothing is left to rounding
+            exact = steps.float() / 2.0 ** (torch.arange(len(rows), device=device) % 9).unsqueeze(1)
+            values, scale = triton_kernels.quantize_rows(exact.to(dtype), FP8)
+            compare("quantize_rows", values.float() * scale, exact)
+
+    tiles, dense = KERNELS["cuda-tiles"], KERNELS["dense"]
+    by_head = [part.transpose(0, 1).unsqueeze(0) for part in heads_of(batch.num_tokens)]
+    for last_tokens_only in (False, True):
+        if last_tokens_only:
+            by_head[0] = by_head[0][:, :, batch.last_token_index.to(device)].contiguous()
+        ours, exact = (
+            row.attend(q, k, v, layout_to(row.layout(batch, last_tokens_only), device), head_dim**-0.5)
+            for row, (q, k, v) in ((tiles, by_head), (dense, [part.float() for part in by_head]))
+        )
+        compare("attend_tiles", ours, exact)
+    return differences
+
+
+def _joined(layers: list[Any]) -> nn.Module:
+    """One linear layer whose output is that of `layers`, side by side."""
+    if len(layers) == 1:
+        return layers[0]  # type: ignore[no-any-return]  # transformers is untyped
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if layers[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return joined

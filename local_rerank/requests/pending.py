@@ -1,0 +1,98 @@
+"""One request on its way through the model: what came in, the log-odds that are there so far, who waits -> its result.
+
+Needs no torch; scheduling and the model's thread are in `scheduler.py` and `worker.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from concurrent.futures import Future, InvalidStateError
+
+from local_rerank.errors import LocalRerankError
+from local_rerank.requests.tokenization import TokenizedRequest
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """A request between its submission and its answer."""
+
+    def __init__(
+        self,
+        request: RerankRequest,
+        tokenized: TokenizedRequest,
+        *,
+        model_id: str,
+        started: float,
+        name: str | None = None,
+    ) -> None:
+        """`started`: when tokenization began, of `time.perf_counter`; `name`: what the log calls the request."""
+        self.request = request
+        self.tokenized = tokenized
+        self.name = name
+        self.future: Future[RerankResult] = Future()
+        self.log_odds: dict[int, float] = {}  # by pair
+        self.num_computed_tokens = 0
+        self.first_batch: float | None = None
+        self._model_id = model_id
+        self._started = started
+        self._queued = time.perf_counter()
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.log_odds) == len(self.tokenized.pairs)
+
+    def answer(self) -> None:
+        """Settle the future with the result; every pair has its log-odds."""
+        self._settle(self._result())
+
+    def fail(self, error: LocalRerankError) -> None:
+        self._settle(error)
+
+    def _settle(self, outcome: RerankResult | LocalRerankError) -> None:
+        """Settle the future, unless its caller cancelled it at the same moment."""
+        try:
+            if isinstance(outcome, LocalRerankError):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+        except InvalidStateError:
+            logger.debug("a request was cancelled as it was answered")
+
+    def _result(self) -> RerankResult:
+        """Sort by log-odds (scores saturate, log-odds do not), ties by index, and keep `top_n`."""
+        tokenized, now = self.tokenized, time.perf_counter()
+        log_odds = [self.log_odds[pair] for pair in tokenized.pair_of_document]
+        order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
+        num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
+        return RerankResult(
+            results=tuple(
+                RankedDocument(
+                    index=index,
+                    relevance_score=sigmoid(log_odds[index]),
+                    log_odds=log_odds[index],
+                    document=self.request.documents[index],
+                    num_tokens=num_tokens[index],
+                    num_truncated_tokens=tokenized.num_truncated_tokens[index],
+                )
+                for index in order[: self.request.top_n]
+            ),
+            model=self._model_id,
+            num_query_tokens=tokenized.num_query_tokens,
+            num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
+            num_document_tokens=sum(num_tokens),
+            num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
+            total_tokens=tokenized.total_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            tokenize_ms=(self._queued - self._started) * 1e3,
+            queue_ms=((self.first_batch or now) - self._queued) * 1e3,
+            total_ms=(now - self._started) * 1e3,
+        )
+
+
+def sigmoid(x: float) -> float:
+    """The relevance score that log-odds stand for."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

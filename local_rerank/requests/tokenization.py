@@ -1,0 +1,244 @@
+"""RerankRequest -> list[Pair]: the recipe of Qwen3-Reranker, to the token.
+
+A pair's ids are `prefix + document`: the prefix ends with `<Document>:` and is the same object for every pair of a
+request, so that it is computed once; the document's side begins with the space, because a space merges with the word
+after it, and ends with the suffix. User text is encoded by a copy of the tokenizer that has no added tokens: a document
+that spells `<|im_end|>` or `<think>` stays text. Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
+from local_rerank.requests.prompts import PromptTemplate
+from local_rerank.types import RerankRequest
+
+MAX_INSTRUCTION_TOKENS = 1024
+CHUNK_CHARS = 1_000_000  # encoded at a time: about half a second
+_CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """One query with one document, as token ids."""
+
+    prefix_ids: tuple[int, ...]  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
+    document_ids: tuple[int, ...]  # " " + document + suffix
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix_ids) + len(self.document_ids)
+
+
+def num_batch_tokens(pairs: Iterable[Pair]) -> int:
+    """Tokens of the packed batch that `pairs` would make: each prefix once."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for pair in pairs:
+        lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
+    return sum(lengths.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedRequest:
+    """The pairs of a request, duplicates once, and what its result has to say of tokens."""
+
+    pairs: tuple[Pair, ...]
+    pair_of_document: tuple[int, ...]  # per document: its place in `pairs`
+    num_truncated_tokens: tuple[int, ...]  # per document
+    num_query_tokens: int
+    num_query_truncated_tokens: int
+    num_suffix_tokens: int
+    total_tokens: int  # as the hosted service counts usage
+
+    def num_document_tokens(self, index: int) -> int:
+        return len(self.pairs[self.pair_of_document[index]].document_ids) - self.num_suffix_tokens
+
+
+class PairTokenizer:
+    """Holds the tokenizer of a checkpoint twice: with control tokens for our text, without for the user's."""
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        template: PromptTemplate,
+        *,
+        max_length: int,
+        max_query_tokens: int,
+        max_document_tokens: int,
+        default_instruction: str,
+    ) -> None:
+        self.template = template
+        self._full = Tokenizer.from_str(tokenizer_json)
+        self._plain = Tokenizer.from_str(json.dumps(json.loads(tokenizer_json) | {"added_tokens": []}))
+        for tokenizer in (self._full, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._max_length = max_length
+        self._max_query_tokens = max_query_tokens
+        self._max_document_tokens = max_document_tokens
+        self._default_instruction = default_instruction
+        self.prefix_ids = self._control_ids(template.prefix)
+        self.suffix_ids = self._control_ids(template.suffix)
+        labels = (template.instruction_label, template.query_label, template.document_label)
+        self._num_label_tokens = sum(len(self._encode(label).ids) for label in labels)
+        self.yes_id = self._answer_id(template.yes)
+        self.no_id = self._answer_id(template.no)
+
+    @classmethod
+    def from_folder(cls, folder: Path, template: PromptTemplate, **options: int | str) -> PairTokenizer:
+        """Raises CheckpointError where the folder has no usable tokenizer.json."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is needed")
+        try:
+            return cls(path.read_text(encoding="utf-8"), template, **options)  # type: ignore[arg-type]  # checked there
+        except CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def pairs(self, request: RerankRequest) -> TokenizedRequest:
+        """Encode a request; raises a leaf of InvalidRequest."""
+        instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
+        prefix_ids, num_query_tokens, num_query_cut = self._prefix(instruction, clean(request.query), request)
+        documents = [clean(document) for document in request.documents]
+        place = {document: position for position, document in enumerate(dict.fromkeys(documents))}
+        pair_of_document = tuple(place[document] for document in documents)
+        pairs: list[Pair] = []
+        cuts: list[int] = []
+        num_request_tokens = (
+            0  # the hosted rule: query tokens times documents, plus the documents' tokens, after cutting
+        )
+        repeats = Counter(documents)
+        first_index = {document: index for index, document in reversed(list(enumerate(documents)))}
+        for document, ids in self._encode_in_chunks(list(place)):
+            kept = self._cut_document(ids, prefix_ids, request, first_index[document])
+            pairs.append(Pair(prefix_ids, (*kept, *self.suffix_ids)))
+            cuts.append(len(ids) - len(kept))
+            num_request_tokens += repeats[document] * (num_query_tokens + len(kept))
+            limit = request.limits.max_request_tokens
+            if limit is not None and num_request_tokens > limit:
+                raise TooManyTokens(limit=limit, value=num_request_tokens)
+        return TokenizedRequest(
+            pairs=tuple(pairs),
+            pair_of_document=pair_of_document,
+            num_truncated_tokens=tuple(cuts[i] for i in pair_of_document),
+            num_query_tokens=num_query_tokens,
+            num_query_truncated_tokens=num_query_cut,
+            num_suffix_tokens=len(self.suffix_ids),
+            total_tokens=sum(self._billed_tokens(pairs[i]) for i in pair_of_document),
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has by itself."""
+        return len(self._encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The exact prompt text of some ids, control tokens included (`rank --show-prompt`)."""
+        return self._full.decode(list(ids), skip_special_tokens=False)
+
+    def _prefix(self, instruction: str, query: str, request: RerankRequest) -> tuple[tuple[int, ...], int, int]:
+        """Returns the prefix ids, the query's tokens that are used, and those that were cut."""
+        num_instruction_tokens = len(self._encode(instruction).ids)
+        if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
+            raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
+        encoding = self._encode(query)
+        num_tokens = len(encoding.ids)
+        limit = min(num_tokens, self._max_query_tokens, request.max_query_tokens or num_tokens)
+        max_length = self._max_prompt_tokens(request)
+        while True:
+            if limit < num_tokens and request.truncation == "error":
+                raise TextTooLong(field="query", limit=limit, value=num_tokens)
+            used = _cut_text(query, encoding, limit, request.truncation == "start")
+            body_ids = self._body_ids(instruction, used)
+            over = self._num_around_documents(body_ids) - max_length
+            if over <= 0:
+                return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
+            limit -= over
+            if limit < 1:
+                if max_length < self._max_length:
+                    raise _prompt_too_short(max_length + 1 - limit, max_length)
+                fits = max(0, num_instruction_tokens + limit - 1)
+                raise InstructionTooLong(limit=fits, value=num_instruction_tokens)
+
+    def _max_prompt_tokens(self, request: RerankRequest) -> int:
+        return min(self._max_length, request.max_prompt_tokens or self._max_length)
+
+    def _num_around_documents(self, body_ids: list[int]) -> int:
+        """Tokens of the prompt of an empty document, which has one, its space."""
+        return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids)
+
+    def _body_ids(self, instruction: str, query: str) -> list[int]:
+        return self._encode(self.template.shared_body(instruction, query)).ids
+
+    def _cut_document(
+        self, ids: list[int], prefix_ids: tuple[int, ...], request: RerankRequest, index: int
+    ) -> list[int]:
+        room = max(1, self._max_prompt_tokens(request) - len(prefix_ids) - len(self.suffix_ids))
+        limit = min(room, self._max_document_tokens, request.max_document_tokens or room)
+        if len(ids) <= limit:
+            return ids
+        if request.truncation == "error":
+            raise TextTooLong(field=f"documents[{index}]", limit=limit, value=len(ids))
+        return ids[-limit:] if request.truncation == "start" else ids[:limit]
+
+    def _billed_tokens(self, pair: Pair) -> int:
+        """Tokens of instruction, query and document, as live samples of the hosted service show it counts them."""
+        return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
+
+    def _encode(self, text: str) -> Encoding:
+        return self._plain.encode(text, add_special_tokens=False)
+
+    def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
+        """Each document with the ids of " " + document; in chunks, so that a request over its limit is soon refused."""
+        chunk: list[str] = []
+        num_chars = 0
+        for number, document in enumerate(documents, 1):
+            chunk.append(document)
+            num_chars += len(document)
+            if number == len(documents) or num_chars > CHUNK_CHARS:
+                encodings = self._plain.encode_batch_fast([" " + text for text in chunk], add_special_tokens=False)
+                yield from zip(chunk, (encoding.ids for encoding in encodings), strict=True)
+                chunk, num_chars = [], 0
+
+    def _control_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of one of our own texts, in which each control token must lie within one token."""
+        encoding = self._full.encode(text, add_special_tokens=False)
+        for match in _CONTROL_TOKEN.finditer(text):
+            if not any(start <= match.start() and match.end() <= end for start, end in encoding.offsets):
+                raise CheckpointError(f"the tokenizer does not know the control token {match[0]}: not a reranker")
+        return tuple(encoding.ids)
+
+    def _answer_id(self, answer: str) -> int:
+        ids = self._encode(answer).ids
+        if len(ids) != 1:
+            raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; one is needed")
+        return ids[0]
+
+
+def _prompt_too_short(needed: int, asked: int) -> InvalidRequest:
+    what = f"a prompt of at most {asked} tokens holds no query; at least {needed} are needed"
+    return InvalidRequest(what, field="max_prompt_tokens", limit=needed, value=asked)
+
+
+def clean(text: str) -> str:
+    """Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
+    return _LONE_SURROGATES.sub("\ufffd", text)
+
+
+def _cut_text(text: str, encoding: Encoding, limit: int, from_start: bool) -> str:
+    """The part of a text that its first (or last) `limit` tokens cover."""
+    if limit == len(encoding.ids):
+        return text
+    if from_start:
+        return text[encoding.offsets[-limit][0] :]
+    return text[: encoding.offsets[limit - 1][1]]

@@ -1,0 +1,345 @@
+"""The certificate of the scores: known pairs through a loaded `Reranker`, and which fault the pattern shows.
+
+`self_test` takes the way every request takes and compares with what is known (`known_pairs.py`). Where that fails,
+`_diagnose` does each suspected damage on purpose and looks which one gives the scores that were seen: the prompt is
+built anew in each wrong way, attention is run by the reference kernel, the head's rows are looked at. It runs on the
+engine while no request does: before a server is ready, or in `local-rerank doctor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from local_rerank.checkpoints.known_scores import (
+    MAX_MISORDERED,
+    Basis,
+    KnownPair,
+    KnownScores,
+    known_scores,
+    num_misordered,
+)
+from local_rerank.engine.cpu import int8
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.packing import pack
+from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
+from local_rerank.requests.prompts import PromptTemplate
+from local_rerank.requests.tokenization import Pair
+from local_rerank.reranker import Reranker
+from local_rerank.types import RerankRequest
+
+Fault = Literal[
+    "no template",
+    "wrong last token",
+    "empty query and document",
+    "other prompt",
+    "missing head rows",
+    "wrong dtype",
+    "wrong attention kernel",
+    "no reranker",
+    "other scores",
+]
+
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06, "int8": int8.TOLERANCE, "fp8": 0.25}
+"""By how much log-odds may differ, as a share of the spread of the known ones (of 1 at least): fp32 sums in another
+order, fp16 has 11 bits of mantissa, bf16 8, int8 7 of the largest value of a row and fp8 4 (from which its share
+follows; it is not measured)."""
+LOW_PRECISION = "bf16"  # the roughest of them: a difference within its tolerance looks like rounding
+
+REFERENCE_KERNEL = "dense"
+MAX_RELOADED_PARAMETERS = 1_000_000_000  # 4 GB in fp32: no larger model is loaded again to be run in fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairScore:
+    """One known pair and what it got here."""
+
+    query: str
+    document: str
+    expected: float | None  # log-odds; None where only the order is known
+    log_odds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest:
+    """The outcome: no fault, or the one that the pattern shows."""
+
+    basis: Basis  # what the scores were compared with
+    scores: tuple[PairScore, ...]
+    tolerance: float | None  # of log-odds; None where only the order is known
+    max_difference: float | None  # likewise
+    fault: Fault | None
+    detail: str  # a sentence
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.fault is None
+
+
+def self_test(reranker: Reranker) -> SelfTest:
+    """Score the known pairs; raises ConfigError where the limits that are set leave no room for them."""
+    start = time.perf_counter()
+    known = known_scores(reranker.checkpoint)
+    examination = _Examination(reranker, known, _live_scores(reranker, known.pairs))
+    fault, detail = examination.verdict()
+    expected = examination.expected
+    return SelfTest(
+        basis=known.basis,
+        scores=tuple(
+            PairScore(query=pair.query, document=pair.document, expected=pair.log_odds, log_odds=value)
+            for pair, value in zip(known.pairs, examination.seen, strict=True)
+        ),
+        tolerance=None if expected is None else examination.tolerance_of(examination.dtype),
+        max_difference=None if expected is None else _difference(expected, examination.seen),
+        fault=fault,
+        detail=detail,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def require_self_test(reranker: Reranker) -> SelfTest:
+    """As `self_test`, but raises CheckpointError, naming the fault, where it fails."""
+    outcome = self_test(reranker)
+    if outcome.fault is not None:
+        raise CheckpointError(f"the self-test failed: {outcome.fault}: {outcome.detail}")
+    return outcome
+
+
+def log_odds_of(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
+    """What the pairs score, by the way that every request takes; raises EngineFailure or ConfigError."""
+    log_odds: list[float] = []
+    for (query, instruction), group in itertools.groupby(pairs, key=lambda pair: (pair.query, pair.instruction)):
+        documents = tuple(pair.document for pair in group)
+        request = RerankRequest(query=query, documents=documents, instruction=instruction)
+        try:
+            result = reranker.submit(request).result()
+        except InvalidRequest as error:
+            raise ConfigError(f"the self-test's pairs do not fit the limits that are set: {error}") from error
+        if result.num_truncated_documents or result.num_query_truncated_tokens:
+            raise ConfigError("the limits that are set cut the self-test's pairs; raise them or skip the self-test")
+        log_odds += [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+    return log_odds
+
+
+def _live_scores(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
+    """As `log_odds_of`, but infinite and undefined numbers are scores too: they tell of an overflow."""
+    try:
+        return log_odds_of(reranker, pairs)
+    except EngineFailure:
+        seen = _forward(reranker._engine, [_live_ids(reranker, pair) for pair in pairs])
+        if all(map(math.isfinite, seen)):
+            raise
+        return seen
+
+
+class _Examination:
+    """What was seen of one model, and what it is held against."""
+
+    def __init__(self, reranker: Reranker, known: KnownScores, seen: list[float]) -> None:
+        self.reranker = reranker
+        self.known = known
+        self.seen = seen
+        self.expected = _expected(known)
+        self.dtype = _rougher(reranker.info.dtype, known.dtype)
+        self.template = reranker.checkpoint.template
+        self._tokenizer = Tokenizer.from_file(str(reranker.checkpoint.folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def verdict(self) -> tuple[Fault | None, str]:
+        """The fault, with a sentence on it; the order matters: a later check relies on what earlier ones excluded."""
+        for check in (self._overflow, self._head, self._prompt, self._claimed_dtype, self._scores):
+            if (found := check()) is not None:
+                return found
+        return None, _PASSED[self.known.basis]
+
+    def tolerance_of(self, dtype: str) -> float:
+        scores = self.expected or self.seen
+        return TOLERANCE[dtype] * max(1.0, max(scores) - min(scores))
+
+    def _overflow(self) -> tuple[Fault, str] | None:
+        if bad := [value for value in self.seen if not math.isfinite(value)]:
+            dtype = self.reranker.info.dtype
+            return "wrong dtype", f"log-odds of {bad[0]}: {dtype} cannot hold this model's numbers; try bf16 or fp32"
+        return None
+
+    def _head(self) -> tuple[Fault, str] | None:
+        """A classifier of one label is stored as its difference from zero, so there the "no" row is rightly zero."""
+        no, yes = self.reranker._engine._head
+        missing = [name for name, row in (("yes", yes), ("no", no)) if not row.any()]
+        if missing == ["no"] and self.reranker.checkpoint.architecture.endswith("ForSequenceClassification"):
+            return None
+        if missing or bool((yes == no).all()):
+            rows = " and ".join(f'"{name}"' for name in missing) or '"yes" and "no", which are equal,'
+            return "missing head rows", f"the head's row of {rows} holds no weights; the checkpoint lacks them"
+        return None
+
+    def _prompt(self) -> tuple[Fault, str] | None:
+        """Compare token ids with those of the whole prompt encoded at once, and say how they come to differ."""
+        live = [_live_ids(self.reranker, pair) for pair in self.known.pairs]
+        right = [self._ids(_prompt_of(self.template, pair)) for pair in self.known.pairs]
+        if live == right:
+            return None
+        distances = {
+            (fault, number): _difference(
+                self.seen,
+                _forward(self.reranker._engine, [self._ids(build(self.template, pair)) for pair in self.known.pairs]),
+            )
+            for fault, builders in _WRONG_PROMPTS.items()
+            for number, build in enumerate(builders)
+        }
+        (fault, _), distance = min(distances.items(), key=lambda item: item[1])
+        if distance <= TOLERANCE[self.dtype] * max(1.0, max(self.seen) - min(self.seen)):
+            return fault, f"{_ABOUT[fault]} ({self._ends(live[0], right[0])})"
+        return "other prompt", f"the prompt is not the model card's ({self._ends(live[0], right[0])})"
+
+    def _claimed_dtype(self) -> tuple[Fault, str] | None:
+        claimed, actual = self.reranker.info.dtype, self.reranker._engine.weights_dtype
+        if claimed != actual:
+            return "wrong dtype", f"the weights are {actual}, though {claimed} was asked for"
+        return None
+
+    def _scores(self) -> tuple[Fault, str] | None:
+        """The prompt is right by now: what still differs is attention, precision or the weights."""
+        if (fault := self._misfit()) is None and self.expected is not None:
+            return None
+        pairs = self.known.pairs if fault else self.known.pairs[:2]  # two are enough to see that nothing is amiss
+        reference = self.reranker._engine.with_kernel(KERNELS[REFERENCE_KERNEL])
+        if _difference(self.seen[: len(pairs)], self._right_scores(reference, pairs)) > self.tolerance_of(self.dtype):
+            kernel = self.reranker.info.kernel
+            return "wrong attention kernel", f"{kernel} disagrees with {REFERENCE_KERNEL}; try another --attention"
+        return fault
+
+    def _misfit(self) -> tuple[Fault, str] | None:
+        if self.expected is None:
+            return _unordered(self.seen)
+        difference = _difference(self.expected, self.seen)
+        if difference <= self.tolerance_of(self.dtype):
+            return None
+        worst = max(range(len(self.seen)), key=lambda i: abs(self.seen[i] - self.expected[i]))  # type: ignore[index]
+        pair = self.known.pairs[worst]
+        off = f"log-odds are off by up to {difference:.3g} ({pair.query!r}, {pair.document!r})"
+        if difference <= self.tolerance_of(LOW_PRECISION):
+            return "wrong dtype", f"{off}: as much as a lower precision than {self.dtype} rounds"
+        if self._is_right_in_fp32(self.expected):
+            return (
+                "wrong dtype",
+                f"{off} in {self.reranker.info.dtype} and right in fp32: this model needs --dtype fp32",
+            )
+        return "other scores", f"{off}, though prompt, head and attention are right: other weights than the known ones"
+
+    def _is_right_in_fp32(self, expected: Sequence[float]) -> bool:
+        info = self.reranker.info
+        if info.dtype not in ("bf16", "fp16") or info.num_parameters > MAX_RELOADED_PARAMETERS:
+            return False
+        config = dataclasses.replace(self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL)
+        try:
+            with Reranker(config=config) as exact:
+                scores = self._right_scores(exact._engine, self.known.pairs)
+        except (CheckpointError, EngineFailure):  # no room for a second model
+            return False
+        return _difference(expected, scores) <= self.tolerance_of("fp32")
+
+    def _right_scores(self, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
+        """What an engine gives for the model card's prompts."""
+        return _forward(engine, [self._ids(_prompt_of(self.template, pair)) for pair in pairs])
+
+    def _ids(self, prompt: str) -> list[int]:
+        return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+    def _ends(self, live: list[int], right: list[int]) -> str:
+        def end(ids: list[int]) -> str:
+            return repr(self._tokenizer.decode(ids[-1:], skip_special_tokens=False))
+
+        return f"{len(live)} tokens, the last {end(live)}; {len(right)} and {end(right)} are right"
+
+
+def _expected(known: KnownScores) -> list[float] | None:
+    values = [pair.log_odds for pair in known.pairs if pair.log_odds is not None]
+    return values if len(values) == len(known.pairs) else None
+
+
+def _unordered(seen: Sequence[float]) -> tuple[Fault, str] | None:
+    """Properties of any reranker: scores differ, and relevant documents (at even places) stand above irrelevant."""
+    if max(seen) - min(seen) == 0:
+        return "no reranker", f"every pair gets the same log-odds, {seen[0]:.3g}"
+    if (num_wrong := num_misordered(seen)) > MAX_MISORDERED:
+        return "no reranker", (
+            f"in {num_wrong} of {len(seen) // 2} plain questions an irrelevant document stands above a "
+            "relevant one; so do the scores of a chat model or an untrained one"
+        )
+    return None
+
+
+def _rougher(first: str, second: str) -> str:
+    return max(first, second, key=lambda dtype: TOLERANCE[dtype])
+
+
+def _difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """The largest, infinite where a value is no number."""
+    differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    return max(value if math.isfinite(value) else math.inf for value in differences)
+
+
+def _live_ids(reranker: Reranker, pair: KnownPair) -> list[int]:
+    return reranker.explain(pair.query, pair.document, instruction=pair.instruction)[1]
+
+
+def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """Log-odds of prompts, each alone: a fault of packing is not repeated here."""
+    scores: list[float] = []
+    for ids in prompts:
+        prefix, document = tuple(ids[:1]), tuple(ids[1:])
+        scores += engine.forward(pack([Pair(prefix, document)])).tolist()
+    return scores
+
+
+def _prompt_of(template: PromptTemplate, pair: KnownPair) -> str:
+    return template.prefix + _body(template, pair) + template.suffix
+
+
+def _body(template: PromptTemplate, pair: KnownPair) -> str:
+    return template.shared_body(pair.instruction, pair.query) + " " + pair.document
+
+
+def _empty(template: PromptTemplate, pair: KnownPair) -> str:
+    return template.prefix + template.shared_body(pair.instruction, "") + " " + template.suffix
+
+
+_WRONG_PROMPTS: dict[Fault, tuple[Callable[[PromptTemplate, KnownPair], str], ...]] = {
+    "no template": (
+        lambda template, pair: f"{pair.query} {pair.document}",
+        lambda template, pair: f"{pair.query}{pair.document}",
+        lambda template, pair: f"{pair.query}\n{pair.document}",
+        _body,
+    ),
+    "wrong last token": (
+        lambda template, pair: _prompt_of(template, pair)[:-1],  # a template engine that strips the last newline
+        lambda template, pair: _prompt_of(template, pair).rstrip("\n"),
+        lambda template, pair: _prompt_of(template, pair) + "\n",
+        lambda template, pair: _prompt_of(template, pair).partition("<think>")[0],  # no empty think block
+        lambda template, pair: template.prefix + _body(template, pair),  # the suffix was cut off as too long
+    ),
+    "empty query and document": (_empty, lambda template, pair: _empty(template, pair).replace(" <|", "<|")),
+}
+"""Ways in which servers are known to build the prompt wrongly; each gives scores of its own."""
+
+_ABOUT = {
+    "no template": "the scores are those of query and document without the prompt around them",
+    "wrong last token": "the scores are read at another token than the model card reads them",
+    "empty query and document": "the scores are those of a prompt without query and document",
+}
+_PASSED: dict[Basis, str] = {
+    "stored": "the scores are those stored with the model",
+    "published": "the scores are those published for this checkpoint",
+    "properties": "no score is known for this checkpoint; prompt, head and order of relevance are right",
+}

@@ -1,0 +1,344 @@
+"""Bundles: packed here, moved, verified and served where there is no network; whatever was tampered with is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_rerank import Reranker
+from local_rerank.checkpoints.bundles import MANIFEST, damaged_files, open_bundle, read_manifest
+from local_rerank.checkpoints.free_space import cache_folder, require_free_space
+from local_rerank.checkpoints.known_scores import STORED
+from local_rerank.errors import CheckpointError
+from local_rerank.selftest.self_test import self_test
+from tests.command_line import command
+from tests.reference import ModelCard
+from tests.tiny_checkpoints import make_checkpoint
+
+EXACT = ("--device", "cpu", "--dtype", "fp32", "--threads", "1")
+PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In several shards, with a licence, a marker in a folder of its own, and files that do not belong in a bundle."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("packed") / "tiny-reranker", seed=21, max_shard_size="40KB")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA random reranker.\n", encoding="utf-8")
+    (folder / "LICENSE").write_text("Apache License\n", encoding="utf-8")
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text("{}", encoding="utf-8")
+    for name in ("pytorch_model.bin", "modeling.py", "other.safetensors", ".gitattributes"):
+        (folder / name).write_bytes(b"not to be packed")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The checkpoint as a file and as a folder, by the command."""
+    where = tmp_path_factory.mktemp("bundles")
+    bundles = {"file": where / "tiny.zip", "folder": where / "tiny-0.6B"}
+    for bundle in bundles.values():
+        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
+        assert done.returncode == 0, done.stderr
+        assert str(bundle) in done.stdout
+    return bundles
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "local-rerank" / "bundles"
+
+
+def rewrite(
+    bundle: Path,
+    target: Path,
+    change: Callable[[dict[str, bytes]], object],
+    compression: int = zipfile.ZIP_STORED,
+) -> Path:
+    """A copy of a file bundle whose members went through `change`."""
+    with zipfile.ZipFile(bundle) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return target
+
+
+def edit_manifest(members: dict[str, bytes], **changes: Any) -> None:
+    members[MANIFEST] = json.dumps(json.loads(members[MANIFEST]) | changes).encode()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_bundle_holds_what_loading_needs_and_its_manifest_says_it(
+    kind: str, packed: dict[str, Path], checkpoint: Path
+) -> None:
+    manifest = read_manifest(packed[kind])
+    shards = {path.name for path in checkpoint.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    others = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert set(manifest.files) == shards | others | {"README.md", "LICENSE", "1_LogitScore/config.json"}
+    assert (manifest.model_id, manifest.licence) == ("tiny-reranker", "apache-2.0")
+    assert manifest.recipe["suffix"].endswith("</think>\n\n")
+    assert manifest.expected["dtype"] == "fp32"
+    card = ModelCard(checkpoint)
+    for score, pair in zip(manifest.expected["scores"], STORED, strict=True):
+        assert score["log_odds"] == pytest.approx(card.pair(pair.query, pair.document, pair.instruction), abs=1e-4)
+    assert damaged_files(packed[kind]) == []
+
+
+def test_the_same_checkpoint_makes_the_same_file(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
+    assert command("pack", str(checkpoint), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
+    assert (tmp_path / "x.zip").read_bytes() == packed["file"].read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_bundle_scores_as_its_checkpoint_and_passes_its_self_test(
+    kind: str, packed: dict[str, Path], checkpoint: Path
+) -> None:
+    with Reranker(str(checkpoint), device="cpu", dtype="fp32") as reranker:
+        expected = reranker.score(PAIRS, logits=True)
+    with Reranker(str(packed[kind]), device="cpu", dtype="fp32") as reranker:
+        assert reranker.score(PAIRS, logits=True) == pytest.approx(expected, abs=1e-4)  # batches differ by chance
+        assert (reranker.model_id, reranker.info.source) == ("tiny-reranker", "bundle")
+        assert self_test(reranker).basis == "stored"
+        assert self_test(reranker).passed
+
+
+def test_a_file_is_unpacked_once_and_a_folder_never(packed: dict[str, Path], cache: Path) -> None:
+    assert open_bundle(packed["folder"])[1] == packed["folder"]
+    assert not cache.exists()
+    _, folder = open_bundle(packed["file"])
+    assert folder.parent == cache
+    inode = (folder / "config.json").stat().st_ino
+    moved = shutil.copy(packed["file"], cache.parent / "elsewhere.zip")
+    assert open_bundle(Path(moved))[1] == folder
+    assert (folder / "config.json").stat().st_ino == inode
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_a_cache_folder_that_lost_a_file_is_unpacked_anew(packed: dict[str, Path]) -> None:
+    _, folder = open_bundle(packed["file"])
+    (folder / "tokenizer.json").unlink()
+    assert open_bundle(packed["file"])[1] == folder
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_a_bundle_that_a_person_unpacked_is_a_folder_bundle(packed: dict[str, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(packed["file"]) as archive:
+        archive.extractall(tmp_path / "by hand")
+    assert damaged_files(tmp_path / "by hand") == []
+    with Reranker(str(tmp_path / "by hand"), device="cpu", dtype="fp32") as reranker:
+        assert self_test(reranker).passed
+
+
+def test_verify_passes_a_whole_bundle(packed: dict[str, Path]) -> None:
+    for bundle in packed.values():
+        done = command("verify", str(bundle), *EXACT)
+        assert done.returncode == 0, done.stderr
+        assert "have the checksums of the manifest" in done.stdout
+        assert "pass: the scores are those stored with the model" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_verify_names_every_file_that_is_off(kind: str, packed: dict[str, Path], tmp_path: Path) -> None:
+    def damage(members: dict[str, bytes]) -> None:
+        members["config.json"] += b" "
+        members["tokenizer.json"] = members["tokenizer.json"].replace(b"Q", b"q", 1)
+
+    if kind == "file":
+        bundle = rewrite(packed["file"], tmp_path / "damaged.zip", damage)
+    else:
+        bundle = tmp_path / "damaged"
+        shutil.copytree(packed["folder"], bundle)
+        members = {name: (bundle / name).read_bytes() for name in ("config.json", "tokenizer.json")}
+        damage(members)
+        for name, content in members.items():
+            (bundle / name).write_bytes(content)
+        (bundle / "LICENSE").unlink()
+        (bundle / "model.safetensors").write_bytes(b"would be loaded instead of the shards")
+    done = command("verify", str(bundle), *EXACT)
+    assert done.returncode == 1
+    assert "config.json: " in done.stderr
+    assert "bytes instead of" in done.stderr
+    assert "tokenizer.json: sha256 is" in done.stderr
+    if kind == "folder":
+        assert "LICENSE: missing" in done.stderr
+        assert "model.safetensors: not in the manifest" in done.stderr
+
+
+def test_verify_names_the_score_that_is_off(packed: dict[str, Path], tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        expected = json.loads(members[MANIFEST])["expected"]
+        expected["scores"][3]["log_odds"] += 100
+        edit_manifest(members, expected=expected)
+
+    done = command("verify", str(rewrite(packed["file"], tmp_path / "other.zip", change)), *EXACT)
+    assert done.returncode == 1
+    assert "FAULT: other scores" in done.stdout
+    assert STORED[3].document in done.stdout.splitlines()[-1]
+
+
+def add_file(name: str) -> Callable[[dict[str, bytes]], object]:
+    """A member that the manifest names too, with the right checksum: only its name is wrong."""
+
+    def change(members: dict[str, bytes]) -> None:
+        manifest = json.loads(members[MANIFEST])
+        manifest["files"][name] = manifest["files"]["LICENSE"]
+        members[name] = members["LICENSE"]
+        members[MANIFEST] = json.dumps(manifest).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (add_file("../escaped.json"), "'../escaped.json', which is no plain relative name"),
+        (add_file("/absolute/escaped.json"), "no plain relative name"),
+        (add_file("a/../../escaped.json"), "no plain relative name"),
+        (add_file("C:\\escaped.json"), "no plain relative name"),
+        (add_file("C:escaped.json"), "no plain relative name"),
+        (add_file(".hidden"), "no plain relative name"),
+        (add_file("pytorch_model.bin"), "pytorch_model.bin, a pickle"),
+        (add_file("weights/model.PT"), "model.PT, a pickle"),
+        (add_file("modeling_evil.py"), "modeling_evil.py; a bundle has only"),
+        (lambda members: members.update({"extra.json": b"{}"}), "does not hold what its manifest names"),
+        (lambda members: members.pop("LICENSE"), "does not hold what its manifest names"),
+        (lambda members: members.pop(MANIFEST), "is no bundle of local-rerank"),
+        (lambda members: members.update({MANIFEST: b"{"}), "manifest .* cannot be read"),
+        (lambda members: edit_manifest(members, format_version=2), "version 2"),
+        (lambda members: edit_manifest(members, files={"config.json": {"size": 1}}), "manifest .* cannot be read"),
+        (lambda members: edit_manifest(members, files={"a": {"size": "1", "sha256": ""}}), "a file has the size '1'"),
+        (lambda members: edit_manifest(members, files={"a": {"size": -1, "sha256": ""}}), "a file has the size -1"),
+        (lambda members: members.update({MANIFEST: b"[" * 100_000}), "manifest .* cannot be read: RecursionError"),
+        (lambda members: edit_manifest(members, recipe={"prefix": "x"}), "another prompt recipe"),
+        (lambda members: members.update({"config.json": members["config.json"] + b" "}), "config.json does not have"),
+    ],
+)
+def test_what_was_tampered_with_is_refused_and_leaves_nothing_behind(
+    change: Callable[[dict[str, bytes]], object], words: str, packed: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    bundle = rewrite(packed["file"], tmp_path / "tampered.zip", change)
+    with pytest.raises(CheckpointError, match=words):
+        Reranker(str(bundle), device="cpu", dtype="fp32")
+    assert not list(tmp_path.rglob("*escaped*"))
+    assert not Path("/absolute/escaped.json").exists()
+    if "recipe" not in words:
+        assert not list(cache.glob("*"))
+
+
+def test_a_file_that_is_cut_short_is_refused_before_anything_is_unpacked(
+    packed: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    content = packed["file"].read_bytes()
+    (tmp_path / "short.zip").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="no bundle, or only a part of one"):
+        open_bundle(tmp_path / "short.zip")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("honest", [True, False])
+def test_an_archive_that_unpacks_to_absurdly_much_is_refused_before_the_disk_fills(
+    compression: int, honest: bool, packed: dict[str, Path], tmp_path: Path, cache: Path
+) -> None:
+    """Whether its manifest names the true size or hides it."""
+    zeros = bytes(30_000_000)
+
+    def change(members: dict[str, bytes]) -> None:
+        members["zeros.safetensors"] = zeros
+        entry = {"size": len(zeros) if honest else 1, "sha256": hashlib.sha256(zeros).hexdigest()}
+        edit_manifest(members, files=json.loads(members[MANIFEST])["files"] | {"zeros.safetensors": entry})
+
+    bundle = rewrite(packed["file"], tmp_path / "bomb.zip", change, compression)
+    assert bundle.stat().st_size < 1_000_000
+    for read in (read_manifest, open_bundle, damaged_files):
+        with pytest.raises(CheckpointError, match=r"would unpack to 0\.03\d* GB; at most 20 times its size"):
+            read(bundle)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_archive_is_taken_and_one_that_is_broken_inside_is_not(
+    compression: int, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = rewrite(packed["file"], tmp_path / "compressed.zip", lambda members: None, compression)
+    assert damaged_files(bundle) == []
+    content = bytearray(bundle.read_bytes())
+    with zipfile.ZipFile(bundle) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    middle = largest.header_offset + largest.compress_size // 2
+    content[middle : middle + 64] = b"\xff" * 64
+    bundle.write_bytes(content)
+    assert [fault.partition(": damaged")[0] for fault in damaged_files(bundle)] == [largest.filename]
+    with pytest.raises(CheckpointError):
+        open_bundle(bundle)
+
+
+def test_files_that_are_no_bundles_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    for name, words in (("model.bin", "a pickle, which could run code"), ("model.gguf", "no bundle")):
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(CheckpointError, match=words):
+            Reranker(str(tmp_path / name))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_manifest(tmp_path / "nowhere.zip")
+
+
+def test_a_folder_bundle_that_lacks_a_file_says_which(packed: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(packed["folder"], tmp_path / "part")
+    (tmp_path / "part" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"incomplete: tokenizer\.json is missing"):
+        Reranker(str(tmp_path / "part"))
+
+
+def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "untrained-reranker", seed=0)
+    (folder / "golden.json").write_text('[{"query": "q", "document": "d", "log_odds": 1000}]', encoding="utf-8")
+    done = command("pack", str(folder), "-o", str(tmp_path / "x.zip"), *EXACT)
+    assert done.returncode == 1
+    assert "the self-test failed: other scores" in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == []
+
+
+def test_the_help_of_pack_and_verify_names_the_model_once() -> None:
+    """It is their argument; the variable of --model still counts for `pack`."""
+    for name in ("pack", "verify"):
+        shown = command(name, "--help").stdout
+        assert "--model" not in shown
+        assert "LOCAL_RERANK_MODEL" not in shown
+        assert "--device" in shown
+    assert "Unknown option: --model" in command("verify", "x.zip", "--model", "y").stderr
+    assert "model 'y' is no folder" in command("pack", "--model", "y", "-o", "z.zip").stderr
+
+
+def test_nothing_is_overwritten(packed: dict[str, Path], checkpoint: Path) -> None:
+    for bundle in packed.values():
+        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
+        assert done.returncode == 1
+        assert "exists already" in done.stderr
+
+
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
+    packed: dict[str, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"needs 1e\+09 GB of free disk space; .* are free"):
+        require_free_space(tmp_path / "not" / "yet", 10**18)
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    with pytest.raises(CheckpointError, match="1000 bytes are free"):
+        open_bundle(packed["file"])
+    assert not cache.exists()
+
+
+def test_the_cache_stands_in_the_home_folder_where_no_variable_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "local-rerank"

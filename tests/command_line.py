@@ -1,0 +1,46 @@
+"""`local-rerank ...` within this process: torch is imported once for many commands (test_cli.py has real processes)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from local_rerank.commands.app import main
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str) -> Done:
+    """Run a command line to its end, on a wide terminal."""
+    out, err = io.StringIO(), io.StringIO()
+    status: object = None
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict("os.environ", COLUMNS="200"),
+        mock.patch("local_rerank.commands.app.own_process"),  # this one is pytest's
+    ):
+        try:
+            main(arguments)
+        except SystemExit as exit:
+            status = exit.code
+    assert isinstance(status, int), status
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def run_script(file: Path, *arguments: str) -> str:
+    """Run a script in this process; what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), mock.patch.object(sys, "argv", [str(file), *arguments]):
+        runpy.run_path(str(file), run_name="__main__")
+    return out.getvalue()

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: its output, its exit status; one real process for each kind of end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from local_rerank import Reranker, __version__
+from local_rerank.engine.cpu.compute_thread import CACHES, VARIABLES
+from tests.command_line import Done, command
+
+
+def plain_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("LOCAL_RERANK_")}
+
+
+def run(*arguments: str, stdin: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "local_rerank", *arguments],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=plain_environment() | variables,
+        check=False,
+    )
+
+
+def run_here(*arguments: str, **variables: str) -> Done:
+    with mock.patch.dict("os.environ", plain_environment() | variables, clear=True):
+        return command(*arguments)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> tuple[str, ...]:
+    return ("--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32")
+
+
+def test_rank_prints_a_table_in_order_of_relevance(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run("rank", "q", *model, stdin="first\n\nsecond [bold]\nthird\n")
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[1:-1]
+    expected = tiny_reranker.rank("q", ["first", "second [bold]", "third"])
+    assert [int(row.split()[0]) for row in rows] == [item.index for item in expected]
+    assert "second [bold]" in done.stdout, "brackets in a document are no markup"
+
+
+def test_rank_gives_the_whole_result_as_json(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run_here("rank", "q", "first", "second", "--json", "--top-n", "1", *model)
+    result, expected = json.loads(done.stdout), tiny_reranker.rank("q", ["first", "second"], top_n=1)
+    assert result["results"][0]["document"] == expected[0].document
+    assert result["results"][0]["log_odds"] == pytest.approx(expected[0].log_odds, abs=1e-5)
+    assert result["total_tokens"] == expected.total_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("documents.txt", "one\n\ntwo\nthree\n"),
+        ("documents.jsonl", '"one"\n\n{"text": "two"}\n{"document": "three"}\n'),
+    ],
+)
+def test_rank_reads_documents_from_files(name: str, lines: str, model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(lines, encoding="utf-8")
+    done = run_here("rank", "q", "--json", "--file", str(tmp_path / name), *model)
+    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
+
+
+def test_rank_ends_a_document_only_at_a_line_feed_and_minds_no_byte_order_mark(
+    model: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_bytes('\ufeff"one\u2028line"\r\n"two"\n'.encode())
+    done = run_here("rank", "q", "--json", "--file", str(tmp_path / "d.jsonl"), *model)
+    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
+
+
+def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+    done = run_here("rank", "the query", "the document", "--show-prompt", *model)
+    prompt, ids = tiny_reranker.explain("the query", "the document")
+    assert prompt in done.stdout
+    assert " ".join(map(str, ids)) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (("rank", "q", "d", "--device", "tpu"), {}, "device is 'tpu'"),
+        (("rank", "q", "d", "--device", "cuda:99"), {}, "device is 'cuda:99'"),
+        (("rank", "q", "d", "--attention", "fast"), {}, "attention is 'fast'"),
+        (("rank", "q", "d", "--dtype", "int3"), {}, "--dtype"),
+        (("rank", "q", "d", "--threads", "x"), {}, "--threads"),
+        (("rank", "q", "d", "--treads", "2"), {}, "--treads"),
+        (("rank", "q", "--file", "nowhere.txt"), {}, "nowhere.txt"),
+        (("rank", "q", "d", "--file", "nowhere.txt"), {}, "both as arguments and with --file"),
+        (("rank", "q", "d", "--max-document-tokens", "-5"), {}, "max_document_tokens is -5"),
+        (("rank", "q", "d", "--model", "a/b..c"), {}, "'a/b..c' is no hub id"),
+        (("rank", " ", "d"), {}, "query is empty"),
+        (("rank", "q", "d", "--top-n", "0"), {}, "top_n is 0"),
+        (("rank", "q", "d"), {"LOCAL_RERANK_THREADS": "x"}, "LOCAL_RERANK_THREADS"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_that_names_it(
+    arguments: tuple[str, ...], variables: dict[str, str], words: str
+) -> None:
+    check_error(run_here(*arguments, **variables), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (("rank", "q", "d", "--model", "./nowhere"), {}, "'./nowhere' is no folder"),
+        (("rank", "q", "d"), {"LOCAL_RERANK_TREADS": "2"}, "LOCAL_RERANK_TREADS"),
+        (("rnk", "q", "d"), {}, '"rnk"'),
+    ],
+)
+def test_a_process_ends_with_that_line(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+    check_error(run(*arguments, **variables), words)
+
+
+def check_error(done: Done | subprocess.CompletedProcess[str], words: str) -> None:
+    assert done.returncode in (1, 2)
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
+    model: tuple[str, ...], tiny_reranker: Reranker
+) -> None:
+    odds = []
+    for flags, variables in (
+        ((), {}),
+        ((), {"LOCAL_RERANK_INSTRUCTION": "other"}),
+        (("--instruction", "flag"), {"LOCAL_RERANK_INSTRUCTION": "other"}),
+    ):
+        done = run_here("rank", "q", "d", "--json", *flags, *model, **variables)
+        odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
+    expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
+    assert odds == pytest.approx(expected, abs=1e-4)  # another instruction moves them by a hundred times as much
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout.strip() == __version__
+
+
+def test_help_and_import_load_neither_torch_nor_a_web_framework() -> None:
+    program = (
+        "import sys, local_rerank, local_rerank.types, local_rerank.config\n"
+        "from local_rerank.commands.app import app\n"
+        "app(['--help'], exit_on_error=False, result_action='return_value')\n"
+        "app(['serve', '--help'], exit_on_error=False, result_action='return_value')\n"
+        "print(sorted({'torch', 'transformers', 'fastapi', 'starlette', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "passive 20000 256 16 False"),
+        ({"OMP_WAIT_POLICY": "active", "LRU_CACHE_CAPACITY": "5"}, "active None 256 5 False"),
+    ],
+    ids=["by itself", "as the environment says"],
+)
+def test_what_torch_reads_as_it_is_loaded_is_said_before(variables: dict[str, str], expected: str) -> None:
+    script = (
+        "import os, sys; from local_rerank.commands import app\n"
+        "try: app.main(['--version'])\n"
+        "except SystemExit: pass\n"
+        f"print(*map(os.environ.get, {[*VARIABLES, *CACHES]}), 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES | CACHES}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == expected

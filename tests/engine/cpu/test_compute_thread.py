@@ -1,0 +1,143 @@
+"""All that is computed on a CPU is computed by one thread, so that libgomp keeps one pool of threads."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from local_rerank import Reranker
+from local_rerank.engine.cpu.compute_thread import compute
+
+COUNT_THREADS = """
+import os
+import torch
+from local_rerank.engine.packing import pack
+from local_rerank.requests.tokenization import Pair
+
+torch.set_num_threads(2)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+pack([Pair(prefix_ids=(1, 2, 3), document_ids=tuple(range(2000)))] * 100)
+between = threads()
+torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts threads for whoever calls it
+print(between - before, threads() - between)
+"""
+
+
+@contextmanager
+def _running(code: str) -> Iterator[Any]:
+    """A Python program that runs `code`; it is ended, and its pipes closed, whatever a test finds.
+
+    Interrupts reach it where the tests' own process ignores them, as a shell's background jobs do.
+    """
+    program = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
+    seen: list[int] = []
+    with Reranker(str(tiny_checkpoint)) as first, Reranker(str(tiny_checkpoint)) as second:
+        for reranker in (first, second):
+            layer: Any = reranker._engine._last_layer.self_attn.o_proj
+            layer.register_forward_hook(lambda *_: seen.append(threading.get_ident()))
+        with ThreadPoolExecutor(4) as callers:
+            list(callers.map(lambda i: (first, second)[i % 2].rank("a query", [f"document {i}"]), range(8)))
+    assert seen
+    assert set(seen) == {compute(threading.get_ident)}
+
+
+def test_what_a_call_raises_reaches_its_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        compute(lambda: 1 / 0)
+    assert compute(lambda: compute(lambda: 3)) == 3  # one that computes already does not wait for itself
+
+
+def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
+    """Without waiting for the operator that runs, the process is aborted on its way out."""
+    code = (
+        "import torch; from local_rerank.engine.cpu.compute_thread import compute; x = torch.ones(200, 200)\n"
+        "compute(lambda: [print('computing', flush=True), [x @ x for _ in range(10**7)]])"  # a quarter of an hour
+    )
+    with _running(code) as process:
+        assert process.stdout.readline() == "computing\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT, said
+    assert "KeyboardInterrupt" in said
+
+
+def test_an_interrupt_leaves_alone_what_another_thread_waits_for() -> None:
+    code = """
+import threading, time
+from local_rerank.engine.cpu.compute_thread import compute
+
+started, answers = threading.Event(), []
+call = lambda: (started.set(), [time.sleep(0.01) for _ in range(200)], "done")[-1]
+other = threading.Thread(target=lambda: answers.append(compute(call)))
+other.start()
+started.wait()
+print("waiting", flush=True)
+try:
+    compute(lambda: answers.append("never"))
+except KeyboardInterrupt:
+    answers.append("interrupted")
+other.join()
+print(answers, compute(lambda: 3))
+"""
+    with _running(code) as process:
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)  # by now it waits
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert said == "['interrupted', 'done'] 3\n", errors
+
+
+def test_an_interrupt_as_a_call_begins_or_ends_reaches_no_other_call() -> None:
+    code = """
+import random, threading, time
+from local_rerank.engine.cpu.compute_thread import compute
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+answers, interrupts = [], 0
+
+def ask():
+    for number in range(5000):
+        answers.append(compute(lambda: number) == number)
+
+others = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+for other in others:
+    other.start()
+while any(other.is_alive() for other in others) and len(answers) < 10000:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.random() * 6e-4)
+        compute(lambda: sum(range(random.randrange(20000))))
+        time.sleep(0.001)
+    except KeyboardInterrupt:
+        interrupts += 1
+print(sum(answers), interrupts > 25)
+"""
+    with _running(code) as process:
+        said, errors = process.communicate(timeout=120)
+    assert said == "10000 True\n", errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_packing_starts_no_threads() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
+    by_packing, by_torch = map(int, done.stdout.split())
+    assert by_torch > 0  # else the count would show nothing
+    assert by_packing == 0

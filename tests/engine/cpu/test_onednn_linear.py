@@ -1,0 +1,122 @@
+"""Weights in oneDNN's layout against torch's linear layer, and when they are put so."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from local_rerank import Reranker
+from local_rerank.engine import dtypes as precision
+from local_rerank.engine.cpu.onednn_linear import BlockedLinear, can_block
+from tests.reference import ModelCard
+from tests.tiny_checkpoints import make_checkpoint
+
+needs_operators = pytest.mark.skipif(not can_block(), reason="this torch has no such operators for this processor")
+
+
+@pytest.mark.numeric
+@needs_operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 40), (3, 40), (257, 40), (1, 33, 40)])
+def test_it_multiplies_as_torch_does(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    if not precision.blocks_weights(torch.bfloat16) and dtype == torch.bfloat16:
+        pytest.skip("this processor multiplies no bf16")
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 56, bias=bias).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    with torch.inference_mode():
+        expected, actual = linear(x), BlockedLinear(linear)(x)
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.numeric
+@needs_operators
+@pytest.mark.parametrize("blocked_seconds", [0.5, 2.0])
+def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
+    blocked_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"fp32": 1.0, "blocked fp32": blocked_seconds, "bf16": math.inf}
+    monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
+    folder = make_checkpoint(tmp_path / "model", seed=12)
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        linears = [type(m) for m in reranker._engine._backbone.modules() if isinstance(m, nn.Linear | BlockedLinear)]
+        assert set(linears) == {BlockedLinear if blocked_seconds < 1 else nn.Linear}
+        assert reranker._engine.weights_dtype == "fp32"
+        scores = reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True)
+    card = ModelCard(folder)
+    assert scores == pytest.approx([card.pair(*pair) for pair in (("q", "a"), ("q", "bb"), ("r", "a"))], abs=1e-5)
+
+
+def test_a_measurement_decides_nothing_where_scores_must_be_the_same_to_the_bit(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "seconds_of_products", lambda: {"fp32": 1.0, "blocked fp32": 0.5, "bf16": math.inf})
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True) as reranker:
+        assert not any(isinstance(module, BlockedLinear) for module in reranker._engine._backbone.modules())
+
+
+@pytest.mark.parametrize(
+    ("plain", "blocked", "bf16", "is_faster"), [(2.0, 2.0, 1.0, True), (2.0, 1.1, 1.0, True), (1.1, 2.0, 1.0, False)]
+)
+def test_bf16_is_taken_where_it_is_clearly_faster_than_what_16_bit_weights_are_multiplied_in_otherwise(
+    plain: float, blocked: float, bf16: float, is_faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"fp32": plain, "blocked fp32": blocked, "bf16": bf16}
+    monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
+    assert (precision.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16) == is_faster
+
+
+ROUTED = """
+import json, os, sys
+import torch
+from local_rerank import Reranker
+from local_rerank.engine.cpu import compute_thread as openmp
+from local_rerank.engine import dtypes as precision
+from local_rerank.engine.cpu import products
+
+def load_both(owned, fp32, rounds, has_amx):
+    seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
+    precision.seconds_of_products = lambda: seconds
+    torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
+    if rounds:  # as oneDNN might, without AMX
+        bmm = torch.bmm
+        torch.bmm = lambda a, b: bmm(a.bfloat16().float() if products.fp32_precision() == "bf16" else a, b)
+    if owned:
+        openmp.own_process()
+    for dtype in ("fp32", "bf16"):
+        Reranker(sys.argv[1], device="cpu", dtype=dtype, threads=1).close()
+        print(torch.backends.mkldnn.matmul.fp32_precision, end=" ")
+
+for case in json.loads(sys.argv[2]):
+    child = os.fork()  # torch is imported once, and nothing has run yet
+    if not child:
+        load_both(*case)
+        print(flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_fp32_products_go_to_onednn_where_that_is_faster_exact_and_ours_to_say(tiny_checkpoint: Path) -> None:
+    expected = {  # by: is the process ours, seconds of fp32, would oneDNN round, is there AMX
+        (1, 2, 0, 0): "none bf16",  # not for a model in fp32
+        (0, 2, 0, 0): "none none",  # the process is another program's
+        (1, 1, 0, 0): "none none",  # MKL is as fast
+        (1, 2, 1, 0): "none none",  # it would round
+        (1, 2, 0, 1): "none none",  # AMX would
+    }
+    program = [sys.executable, "-c", ROUTED, str(tiny_checkpoint), json.dumps(list(expected))]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    printed = [line.strip() for line in done.stdout.splitlines()]
+    assert dict(zip(expected, printed, strict=True)) == expected, done.stderr

@@ -1,0 +1,169 @@
+"""The rows for CUDA: without a GPU over a reference operator, with one as they are, against the dense definition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from local_rerank import Reranker
+from local_rerank.engine.cuda import attention as cuda_attention
+from local_rerank.engine.engine import PackedAttention
+from local_rerank.engine.kernel_table import KERNELS, is_installed, layout_to
+from local_rerank.engine.packing import pack
+from local_rerank.requests.tokenization import Pair
+from tests.engine.test_packing import some_pairs
+from tests.engine.test_scores import FP32_TOLERANCE, texts
+from tests.gpu import needs_gpu
+from tests.reference import ModelCard
+from tests.varlen_reference import slow_varlen
+
+# prefixes and documents on both sides of a tile's 64 queries and a block's 64 keys, 17 documents for tiles of 16
+LONG_PAIRS = [Pair((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair((3,) * 64, (4,) * 65)]
+CUDA_KERNELS = [name for name, row in KERNELS.items() if row.device_types == ("cuda",)]
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    """Both operators replaced by the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch_varlen", "flash_attn_varlen"):
+            patch.setattr(cuda_attention, name, slow_varlen)
+        yield
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+@settings(max_examples=8)
+@given(pairs=some_pairs, seed=st.integers(0, 9))
+@example(pairs=LONG_PAIRS, seed=0)
+def test_each_row_attends_as_the_dense_definition(
+    kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch = pack(pairs)
+    q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 4, 8).transpose(1, 2)
+    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch_varlen", "flash_attn_varlen"):
+            patch.setattr(cuda_attention, name, slow_varlen)
+        rows = (KERNELS[kernel], KERNELS["dense"])
+        ours, dense = (row.attend(q, k, v, row.layout(batch, last_tokens_only), 0.7) for row in rows)
+    assert torch.allclose(ours, dense, atol=2e-6)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+def test_each_row_scores_as_the_model_card(kernel: str, tiny_reranker: Reranker, card: ModelCard) -> None:
+    engine = tiny_reranker._engine
+    before, engine._kernel = engine._kernel, KERNELS[kernel]
+    try:
+        result = tiny_reranker.rank("which one", texts(5, 12))
+    finally:
+        engine._kernel = before
+    alone = [card.pair("which one", item.document) for item in result]
+    tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))  # what rounds are logits, whose size the largest shows
+    assert [item.log_odds for item in result] == pytest.approx(alone, abs=tolerance)
+
+
+@pytest.mark.parametrize("has_gqa_option", [False, True], ids=["torch 2.11", "torch 2.12 and later"])
+@pytest.mark.parametrize("lse_by_token", [False, True])
+def test_torchs_operator_is_called_as_each_version_wants_it(
+    has_gqa_option: bool, lse_by_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signatures of both versions over the reference; the log-sum-exp by its docstring and by its code."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu: Any, longest: Any, window: tuple[int, int], scale: float) -> Any:
+        out, lse = slow_varlen(q, k, v, cu, longest, causal=window == (-1, 0), scale=scale)
+        return out, lse.T if lse_by_token else lse
+
+    def torch_2_11(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+        return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Any:  # fmt: skip
+        assert return_aux.lse
+        assert scale is not None
+        return run(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), window_size, scale)
+
+    def torch_2_12(*positional: Any, enable_gqa: bool = False, **options: Any) -> Any:
+        assert enable_gqa
+        return torch_2_11(*positional, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", torch_2_12 if has_gqa_option else torch_2_11)
+    cuda_attention._gqa_option.cache_clear()
+    batch = pack([Pair((1, 2, 3), tuple(range(n))) for n in (1, 4, 4, 9)])
+    q = torch.randn(1, batch.num_tokens, 4, 8).transpose(1, 2)
+    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
+    for kernel in ("cuda-merged", "cuda-varlen"):
+        rows = (KERNELS[kernel], KERNELS["dense"])
+        ours, dense = (row.attend(q, k, v, row.layout(batch, False), 0.7) for row in rows)
+        assert torch.allclose(ours, dense, atol=2e-6)
+    monkeypatch.undo()
+    cuda_attention._gqa_option.cache_clear()
+
+
+def test_the_installed_torch_takes_our_call() -> None:
+    """The arguments fit the real signature; torch's own shape inference stands for the kernel."""
+    q, k = torch.empty(5, 4, 16, device="meta"), torch.empty(5, 2, 16, device="meta")
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    out, lse = cuda_attention.torch_varlen(q, k, k, (cu, cu), (5, 5), causal=True, scale=1.0)
+    assert (out.shape, lse.shape) == (q.shape, (4, 5))
+
+
+def test_a_layout_is_made_on_the_host_and_moved_whole() -> None:
+    batch = pack([Pair((1, 2), (3, 4)), Pair((1, 2), (5,)), Pair((6,), (7,))])
+    for kernel, row in KERNELS.items():
+        for last_tokens_only in (False, True):
+            layout = row.layout(batch, last_tokens_only)
+            moved = layout_to(layout, torch.device("meta"))
+            for before, after in _tensors(layout, moved):
+                assert (before.device.type, after.device.type) == ("cpu", "meta"), kernel
+                assert before.shape == after.shape
+
+
+def test_a_layout_is_copied_once_for_each_device_of_a_spread_model() -> None:
+    row = KERNELS["cuda-merged"]
+    packed_attention = PackedAttention(row, row.layout(pack([Pair((1, 2), (3, 4))]), False))
+    first, again = (packed_attention.layout_on(torch.device("meta")) for _ in range(2))
+    assert first is again
+    assert first.cu_seqlens.device.type == "meta"
+    assert packed_attention.layout_on(torch.device("cpu")).cu_seqlens.device.type == "cpu"
+
+
+def _tensors(*layouts: Any) -> list[tuple[Tensor, ...]]:
+    """The tensors of layouts side by side."""
+    if isinstance(layouts[0], Tensor):
+        return [layouts]
+    values = [tuple(getattr(layout, f.name) for layout in layouts) for f in fields(layouts[0])]
+    return [pair for pair in values if isinstance(pair[0], Tensor)]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+@pytest.mark.parametrize("kernel", [*CUDA_KERNELS, "sdpa"])
+def test_each_row_attends_as_the_dense_definition_on_a_gpu(
+    kernel: str, last_tokens_only: bool, dtype: torch.dtype
+) -> None:
+    row, dense = KERNELS[kernel], KERNELS["dense"]
+    if not is_installed(row):
+        pytest.skip(f"the package {row.package} is not installed")
+    cuda = torch.device("cuda")
+    for seed, lengths in enumerate(([1], [1, 1, 7, 40, 300], [128] * 5, [16] * 16, list(range(1, 64)))):
+        torch.manual_seed(seed)
+        pairs = [Pair(tuple(range(1 + i % 3 * 40)), tuple(range(n))) for i, n in enumerate(lengths)]
+        batch = pack(pairs)
+        q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 16, 128).transpose(1, 2)
+        k, v = (torch.randn(1, batch.num_tokens, 8, 128).transpose(1, 2) for _ in range(2))
+        exact = dense.attend(q, k, v, dense.layout(batch, last_tokens_only), 128**-0.5)
+        layout = layout_to(row.layout(batch, last_tokens_only), cuda)
+        ours = row.attend(*(x.to(cuda, dtype) for x in (q, k, v)), layout, 128**-0.5)
+        assert torch.allclose(ours.cpu().float(), exact, atol=0.03)

@@ -1,0 +1,430 @@
+"""Batches in the buffers of a graph: the same scores, through a stand-in for the capture alone."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from local_rerank import EngineConfig, Reranker
+from local_rerank.engine.cuda import graphs as cuda_graphs
+from local_rerank.engine.cuda import prepare as cuda
+from local_rerank.engine.cuda.attention import tile_layout
+from local_rerank.engine.cuda.graphs import CAPTURE_AT, CHANCE, MAX_TOKENS, GraphRunner, padded, shape_of
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.out_of_memory import release_cached
+from local_rerank.engine.packing import PackedBatch, pack
+from local_rerank.errors import OutOfMemory
+from local_rerank.requests.tokenization import Pair
+from tests.engine.cuda.test_layers import engine_of, near
+from tests.engine.test_packing import some_pairs
+from tests.gpu import needs_gpu
+from tests.tiny_checkpoints import make_checkpoint
+from tests.triton_reference import in_torch
+
+CPU = torch.device("cpu")
+# rows of padding hold what memory held, which Triton's interpreter, made of numpy, minds
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+def rerun(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+    """In place of a capture: a replay runs the pass again over the same buffers, into the same output."""
+    output = run()
+    output.fill_(float("nan"))  # nothing is computed by capturing
+
+    def replay() -> None:
+        output.copy_(run())
+
+    return replay, output
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> Engine:
+    return engine_of(tiny_checkpoint, fused=True, kernel="cuda-tiles")
+
+
+@pytest.fixture
+def engine(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The tiny model behind our decoder, its kernels in torch, without graphs."""
+    in_torch(monkeypatch)
+    return loaded.with_kernel(loaded._kernel)
+
+
+def runner(engine: Engine, capture: cuda_graphs.Capture = rerun, *, max_tokens: int = 512) -> GraphRunner:
+    return GraphRunner(engine._odds_of, CPU, max_tokens=max_tokens, capture=capture)
+
+
+def runs_out(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+    """A capture for which there is no memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def sizes(graphs: GraphRunner) -> list[int]:
+    """Tokens of the graphs that are held, in the order of their captures."""
+    return [shape.num_tokens for shape in graphs._graphs]
+
+
+def run(graphs: GraphRunner, batch: PackedBatch) -> Tensor | None:
+    with torch.inference_mode():
+        return graphs.run(batch)
+
+
+def pairs_of(*lengths: int, prefix: int = 5) -> list[Pair]:
+    return [Pair(tuple(range(1, 1 + prefix)), tuple(range(7, 7 + n))) for n in lengths]
+
+
+def captured(graphs: GraphRunner, batch: PackedBatch) -> Tensor:
+    """The scores of a batch whose shape is captured by then."""
+    for _ in range(CAPTURE_AT - 1):
+        run(graphs, batch)
+    scores = run(graphs, batch)
+    assert scores is not None
+    return scores
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_its_scores_are_the_same(engine: Engine) -> None:
+    graphs = runner(engine)
+    batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
+    assert run(graphs, batch) is None
+    assert sizes(graphs) == []
+    scores = run(graphs, batch)
+    assert sizes(graphs) == [512, 64]  # the largest first, for the sake of the pool
+    assert scores is not None
+    packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
+    assert near(packed, engine.forward(batch))
+
+
+def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine) -> None:
+    engine = loaded.with_kernel(loaded._kernel)
+    batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
+    scores = captured(runner(engine, max_tokens=64), batch)
+    packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
+    assert near(packed, engine.forward(batch))
+
+
+def test_other_batches_of_one_shape_share_a_graph_and_leave_nothing_of_the_one_before(engine: Engine) -> None:
+    graphs = runner(engine)
+    batches = [pack(pairs_of(*lengths)) for lengths in ([20, 20, 10], [1], [2, 2, 2, 2, 2], [20, 20, 10], [40])]
+    for batch in batches:
+        scores = captured(graphs, batch)
+        packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
+        assert near(packed, engine.forward(batch))
+    assert sizes(graphs) == [512, 64]
+
+
+@given(pairs=some_pairs)
+def test_padding_changes_sizes_and_nothing_that_a_tile_reads(pairs: list[Pair]) -> None:
+    batch = pack(pairs)
+    shape = shape_of(batch)
+    assert shape is not None
+    wide, *layouts = padded(batch, shape)
+    assert wide.num_tokens == shape.num_tokens >= batch.num_tokens
+    assert torch.equal(wide.input_ids[:, : batch.num_tokens], batch.input_ids)
+    assert torch.equal(wide.last_token_index[: batch.num_pairs], batch.last_token_index)
+    sizes = ((shape.num_tiles, shape.num_tokens), (shape.num_last_tiles, shape.num_pairs))
+    for ours, last_tokens_only, (num_tiles, num_queries) in zip(layouts, (False, True), sizes, strict=True):
+        layout = tile_layout(batch, last_tokens_only)
+        assert ours.tiles.shape == (num_tiles, 6)
+        assert ours.first_own.shape == ours.last_own.shape == (num_queries,)
+        for name in ("tiles", "first_own", "last_own"):
+            before, after = getattr(layout, name), getattr(ours, name)
+            assert torch.equal(after[: len(before)], before)
+            assert not after[len(before) :].any()  # a tile without queries
+            assert after.dtype == torch.int32
+
+
+def test_a_batch_that_is_too_large_is_left_to_the_plain_way(engine: Engine) -> None:
+    graphs = runner(engine, max_tokens=MAX_TOKENS)
+    batch = pack(pairs_of(MAX_TOKENS))
+    assert [run(graphs, batch) for _ in range(3)] == [None] * 3
+    assert sizes(graphs) == []
+
+
+@pytest.mark.parametrize(("max_tokens", "largest"), [(64, 64), (100, 128), (16_000, MAX_TOKENS), (90_000, MAX_TOKENS)])
+def test_the_largest_graph_is_that_of_the_token_budget(engine: Engine, max_tokens: int, largest: int) -> None:
+    graphs = runner(engine, lambda run, is_first: (lambda: None, torch.zeros(16)), max_tokens=max_tokens)
+    captured(graphs, pack(pairs_of(3)))
+    assert sizes(graphs) == ([64] if largest == 64 else [largest, 64])
+
+
+def test_the_pool_is_a_new_one_whenever_no_graph_is_held(engine: Engine) -> None:
+    first: list[bool] = []
+
+    def noted(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        first.append(is_first)
+        return rerun(run, is_first)
+
+    graphs = runner(engine, noted)
+    for num_tokens in (3, 100):
+        captured(graphs, pack(pairs_of(num_tokens)))
+    assert graphs.forget_all()
+    captured(graphs, pack(pairs_of(3)))
+    assert first == [True, False, False, True, False]
+
+
+def test_forgotten_graphs_are_captured_anew_and_halved_ones_are_smaller(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs, batch = runner(engine), pack(pairs_of(3))
+    assert not graphs.forget_all()  # there is none
+    for largest in (512, 256, 128):
+        scores = captured(graphs, batch)
+        assert near(scores, engine.forward(batch))
+        assert sizes(graphs) == [largest, 64]
+        assert graphs.forget_all()
+        assert sizes(graphs) == []
+        assert run(graphs, batch) is None
+        graphs.halve()
+    assert [run(graphs, pack(pairs_of(100))) for _ in range(3)] == [None] * 3
+    with caplog.at_level(logging.WARNING):
+        graphs.halve()
+    assert [run(graphs, batch) for _ in range(3)] == [None] * 3
+    said = [record.getMessage().removeprefix("memory is short: CUDA graphs ") for record in caplog.records]
+    assert said == [f"have at most {most} tokens from here on" for most in (256, 128, 64)] + ["are off from here on"]
+
+
+def test_the_largest_can_be_captured_before_the_first_batch(engine: Engine) -> None:
+    graphs = runner(engine)
+    with torch.inference_mode():
+        graphs.capture_largest()
+    assert sizes(graphs) == [512]
+    captured(graphs, pack(pairs_of(3)))
+    assert sizes(graphs) == [512, 64]
+
+
+def test_memory_that_runs_out_in_a_capture_leaves_the_batch_to_the_plain_way(engine: Engine) -> None:
+    tried: list[None] = []
+
+    def short_of_memory(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        tried.append(None)
+        return runs_out(run, is_first) if len(tried) <= 2 else rerun(run, is_first)
+
+    engine._graphs = graphs = runner(engine, short_of_memory)
+    batch = pack(pairs_of(20, 20))
+    expected = engine.with_kernel(engine._kernel).forward(batch)
+    held = []
+    for _ in range(6):
+        assert near(engine.forward(batch), expected)
+        held.append(sizes(graphs))
+    assert held == [[], [], [], [], [], [128, 64]]  # 512 and 256 tokens found no room
+
+
+def test_a_shape_takes_the_place_of_one_that_has_become_rare(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    graphs = runner(engine, max_tokens=64)
+    often, before, now = (pack(pairs_of(*[1] * count)) for count in (1, 20, 40))
+    for _ in range(20):
+        run(graphs, often)
+    for _ in range(4):
+        run(graphs, before)
+    assert [run(graphs, now) for _ in range(8 + CHANCE)] == [None] * (8 + CHANCE)
+    assert run(graphs, now) is not None
+    assert run(graphs, often) is not None
+    assert [run(graphs, before), run(graphs, before)] == [None, None]
+    assert graphs.num_graphs == 2
+
+
+@pytest.mark.parametrize("num_before", [0, 300])
+def test_shapes_that_are_alike_in_number_do_not_push_each_other_out(
+    num_before: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn at random, so that one comes more often for a while; also long after others filled the room."""
+    monkeypatch.setattr(cuda_graphs, "FORGET_AFTER", 24)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 4)
+    captures: list[bool] = []
+
+    def counted(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        captures.append(is_first)
+        return lambda: None, torch.zeros(64)
+
+    graphs = runner(engine, counted, max_tokens=256)
+    monkeypatch.setattr(graphs, "_compute", lambda *_: torch.zeros(64))
+    shapes = [pack(pairs_of(*[1] * count)) for count in (1, 20, 40, 60, 100, 150)]
+    drawn = random.Random(3)
+    for number in range(1500):
+        of = shapes[:4] if number < num_before else shapes
+        run(graphs, drawn.choice(of))
+    assert len(captures) <= 10
+
+
+def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = runner(engine, fails)
+    with caplog.at_level(logging.WARNING):
+        assert [run(graphs, pack(pairs_of(3))) for _ in range(5)] == [None] * 5
+    assert caplog.text.count("CUDA graphs are off") == 1
+    assert graphs.num_graphs == 0
+
+
+def test_a_later_capture_that_fails_lets_go_of_the_graphs_before(engine: Engine) -> None:
+    class TritonError(Exception):
+        """As Triton's are: no RuntimeError."""
+
+    def fails_later(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        if is_first:
+            return rerun(run, is_first)
+        raise TritonError("out of resource: shared memory")
+
+    graphs = runner(engine, fails_later)
+    assert [run(graphs, pack(pairs_of(3))) for _ in range(5)] == [None] * 5
+    assert graphs.num_graphs == 0
+
+
+def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine._graphs = graphs = runner(engine)
+    batch, other = pack(pairs_of(3)), pack(pairs_of(100))
+    expected = captured(graphs, batch)
+    monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=1))
+    assert near(engine.forward(other), engine.with_kernel(engine._kernel).forward(other))
+    assert sizes(graphs) == []
+    assert taken.calls == 3
+    assert near(captured(graphs, batch), expected)
+    assert sizes(graphs) == [256, 64]
+
+
+def test_memory_that_runs_out_without_graphs_too_is_an_error_and_they_stay_as_large(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine._graphs = graphs = runner(engine)
+    captured(graphs, pack(pairs_of(3)))
+    monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=2))
+    with pytest.raises(OutOfMemory):
+        engine.forward(pack(pairs_of(100)))
+    assert taken.calls == 2
+    captured(graphs, pack(pairs_of(3)))
+    assert sizes(graphs) == [512, 64]
+
+
+def test_a_graph_that_finds_no_room_when_it_is_launched_gives_way(engine: Engine) -> None:
+    def launched_in_vain(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
+        def replay() -> None:
+            raise RuntimeError("CUDA error: out of memory")  # as torch words what CUDA's own calls answer
+
+        return replay, run()
+
+    batch = pack(pairs_of(3, 4))
+    expected = engine.forward(batch)
+    engine._graphs = graphs = runner(engine, launched_in_vain)
+    assert all(near(engine.forward(batch), expected) for _ in range(CAPTURE_AT))
+    assert sizes(graphs) == []
+
+
+class OutOfMemoryOnce:
+    """In place of a pass: the first calls find no memory."""
+
+    def __init__(self, compute: cuda_graphs.Compute, *, times: int) -> None:
+        self.calls, self._compute, self._times = 0, compute, times
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        if self.calls <= self._times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._compute(*arguments)
+
+
+def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_before(engine: Engine) -> None:
+    first, second = pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))
+    expected = [engine.forward(first), engine.forward(second)]
+    engine._graphs = runner(engine)
+    captured(engine._graphs, first)
+    waits = [engine.launch(first), engine.launch(second)]
+    assert sizes(engine._graphs) == [512, 64]
+    assert all(near(wait(), scores) for wait, scores in zip(waits, expected, strict=True))
+    assert not near(*expected)
+
+
+def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
+    batch = pack(pairs_of(4, 4, 11))
+    expected = engine.forward(batch)
+    engine._graphs = runner(engine)
+    for _ in range(3):
+        scores = engine.forward(batch)
+        assert near(scores, expected)
+    assert engine._graphs.num_graphs == 2
+
+
+def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engine, tiny_reranker: Reranker) -> None:
+    tiles, ours = KERNELS["cuda-tiles"], engine._backbone
+    assert cuda.uses_graphs(EngineConfig(), tiles, ours)
+    assert not cuda.uses_graphs(EngineConfig(), KERNELS["cuda-merged"], ours)
+    assert not cuda.uses_graphs(EngineConfig(no_cuda_graphs=True), tiles, ours)
+    assert not cuda.uses_graphs(EngineConfig(deterministic=True), tiles, ours)
+    assert not cuda.uses_graphs(EngineConfig(), tiles, tiny_reranker._engine._backbone)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
+    with Reranker(str(folder), device="cuda", dtype="bf16") as reranker:
+        engine = reranker._engine
+        assert engine._graphs is not None
+        plain = engine.with_kernel(engine._kernel)
+        for lengths in ([3, 9, 9], [200, 10], [1] * 20, [3, 9, 9]):
+            batch = pack(pairs_of(*lengths))
+            expected = plain.forward(batch)
+            for _ in range(CAPTURE_AT + 1):
+                scores = engine.forward(batch)
+            assert torch.allclose(scores, expected, atol=0.05 * float(expected.abs().max()))
+        assert engine._graphs.num_graphs > 0
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_each_other(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
+    with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=1024) as reranker:
+        engine = reranker._engine
+        graphs = engine._graphs
+        assert graphs is not None
+        assert sizes(graphs) == [1024]  # before any batch
+        batches = [pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))]
+        expected = [engine.with_kernel(engine._kernel).forward(batch) for batch in batches]
+        for largest in (1024, 512):
+            for batch in batches * CAPTURE_AT:
+                engine.forward(batch)
+            assert sizes(graphs) == [largest, 64]
+            for _ in range(10):
+                waits = [engine.launch(batch) for batch in batches]
+                for wait, scores in zip(waits, expected, strict=True):
+                    assert torch.allclose(wait(), scores, atol=0.05 * float(scores.abs().max()))
+            assert graphs.forget_all()
+            graphs.halve()
+            release_cached()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_memory_of_a_gpu_that_runs_out_in_a_capture_costs_no_scores(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
+    with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=MAX_TOKENS) as reranker:
+        engine, batch = reranker._engine, pack(pairs_of(20, 20, 10))
+        graphs, stream = engine._graphs, torch.cuda.current_stream()
+        assert graphs is not None
+        expected = engine.with_kernel(engine._kernel).forward(batch)
+        graphs.forget_all()
+        release_cached()
+        total = torch.cuda.get_device_properties(engine._device).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+        try:
+            for _ in range(20):
+                scores = engine.forward(batch)
+                assert torch.allclose(scores, expected, atol=0.05 * float(expected.abs().max()))
+                assert torch.cuda.current_stream() == stream
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert graphs._max_tokens < MAX_TOKENS

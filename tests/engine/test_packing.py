@@ -1,0 +1,101 @@
+"""Packing as a pure function, and the kernels against the dense definition on the batches it makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_rerank.engine.kernel_table import KERNELS, choose_kernel
+from local_rerank.engine.packing import pack
+from local_rerank.errors import ConfigError
+from local_rerank.requests.tokenization import Pair, num_batch_tokens
+
+PREFIXES = ((1, 2, 3), (4,), (5, 6, 7, 8, 9))
+some_pairs = st.lists(
+    st.builds(Pair, st.sampled_from(PREFIXES), st.lists(st.integers(10, 99), min_size=1, max_size=9).map(tuple)),
+    min_size=1,
+    max_size=15,
+)
+
+
+@given(pairs=some_pairs)
+def test_a_batch_holds_each_prefix_once_and_each_document_whole(pairs: list[Pair]) -> None:
+    batch = pack(pairs)
+    ids, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
+    assert batch.num_tokens == len(ids) == num_batch_tokens(pairs)
+    assert len(batch.groups) == len({pair.prefix_ids for pair in pairs})
+    seen = {}
+    for group in batch.groups:
+        prefix = tuple(ids[group.start : group.start + group.prefix_length])
+        assert positions[group.start : group.start + group.prefix_length] == list(range(len(prefix)))
+        for run in group.runs:
+            for i in range(run.count):
+                start, packed = run.start + i * run.length, run.first_document + i
+                document = tuple(ids[start : start + run.length])
+                assert positions[start : start + run.length] == list(range(len(prefix), len(prefix) + run.length))
+                assert batch.last_token_index[packed] == start + run.length - 1
+                seen[int(batch.pair_order[packed])] = (prefix, document)
+    assert seen == {i: (pair.prefix_ids, pair.document_ids) for i, pair in enumerate(pairs)}
+
+
+@given(pairs=some_pairs)
+def test_runs_of_a_group_have_rising_lengths(pairs: list[Pair]) -> None:
+    for group in pack(pairs).groups:
+        lengths = [run.length for run in group.runs]
+        assert lengths == sorted(set(lengths))
+        assert group.num_documents == sum(run.count for run in group.runs)
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+@pytest.mark.parametrize("kernel", [name for name, row in KERNELS.items() if "cpu" in row.device_types])
+@given(pairs=some_pairs, seed=st.integers(0, 9))
+def test_each_kernel_attends_as_the_dense_definition(
+    kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch = pack(pairs)
+    q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 4, 8).transpose(1, 2)
+    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
+    out = [row.attend(q, k, v, row.layout(batch, last_tokens_only), 0.7) for row in (KERNELS[kernel], KERNELS["dense"])]
+    assert out[0].shape == (1, q.shape[2], 4, 8)
+    assert torch.allclose(out[0], out[1], atol=2e-6)
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+@given(pairs=some_pairs)
+def test_the_variable_length_layout_names_the_keys_of_the_dense_definition(
+    last_tokens_only: bool, pairs: list[Pair]
+) -> None:
+    """What the CUDA kernel is told, without a GPU: segment by segment, its causal window is a row of the mask."""
+    batch = pack(pairs)
+    layout = KERNELS["cuda-varlen"].layout(batch, last_tokens_only)
+    mask = KERNELS["dense"].layout(batch, last_tokens_only)
+    query = 0
+    for segment in range(len(layout.cu_seqlens_q) - 1):
+        keys = layout.key_index[layout.cu_seqlens_k[segment] : layout.cu_seqlens_k[segment + 1]].tolist()
+        num_queries = int(layout.cu_seqlens_q[segment + 1] - layout.cu_seqlens_q[segment])
+        assert num_queries <= layout.max_seqlen_q
+        assert len(keys) <= layout.max_seqlen_k
+        for i in range(num_queries):
+            allowed = keys[: len(keys) - num_queries + i + 1]  # causal, aligned to the last key
+            assert sorted(allowed) == mask[query].nonzero().flatten().tolist()
+            query += 1
+    assert query == mask.shape[0]
+
+
+def test_auto_takes_the_first_kernel_that_runs_and_others_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where no further package is installed
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_kernel("auto", cpu, torch.float32)[0] == "cpu-tiles"
+    assert choose_kernel("auto", cuda, torch.bfloat16)[0] == "cuda-merged"
+    assert choose_kernel("auto", cuda, torch.float32)[0] == "sdpa"
+    with pytest.raises(ConfigError, match=r"'cuda-tiles' needs the package triton, which is not installed"):
+        choose_kernel("cuda-tiles", cuda, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"'flash-attn' needs the package flash_attn, which is not installed"):
+        choose_kernel("flash-attn", cuda, torch.bfloat16)
+    with pytest.raises(ConfigError, match="'cuda-varlen' does not take cpu"):
+        choose_kernel("cuda-varlen", cpu, torch.float32)
+    with pytest.raises(ConfigError, match="auto or one of cpu-tiles"):
+        choose_kernel("fast", cpu, torch.float32)

@@ -1,0 +1,371 @@
+"""Evaluation: files, orders, measures and tests by hand-computed examples, and `local-rerank eval` from end to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_rerank import Reranker
+from local_rerank.commands.app import main
+from local_rerank.errors import InvalidRequest
+from local_rerank.evaluation.blending import Blend, Bm25, blend
+from local_rerank.evaluation.collection import Candidate, Collection, read_collection, read_qrels, read_run, read_texts
+from local_rerank.evaluation.measures import System, blend_scores, compare, measure, measures, p_value, reorder, score
+from local_rerank.evaluation.plot import difference_plot
+from tests.tiny_checkpoints import make_checkpoint
+
+CORPUS = {"d1": "a cat", "d2": "the dog barks", "d3": "a bird sings", "d4": "", "d5": "fish swim"}
+QUERIES = {"q1": "cat", "q2": "who barks [loud]?", "q3": "nothing is found", "q4": "nobody judged this"}
+QRELS = "q1 0 d1 1\nq1 0 d3 1\nq2 0 d2 2\nq3 0 d5 1\n"
+RUN = """\
+q1 Q0 d2 1 9.5 test
+q1 Q0 d1 2 8.5 test
+q1 Q0 d3 3 7.5 test
+q2 Q0 d4 1 3 test
+q2 Q0 d2 2 2 test
+q4 Q0 d1 1 1 test
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """Four queries, of which q3 has no candidate and q4 no judgement."""
+    texts = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES}
+    for name, rows in texts.items():
+        lines = [json.dumps({"id": key, "text": text}) for key, text in rows.items()]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    (tmp_path / "qrels.trec").write_text(QRELS)
+    (tmp_path / "first.run").write_text(RUN)
+    return {
+        "corpus": tmp_path / "corpus.jsonl",
+        "queries": tmp_path / "queries.jsonl",
+        "qrels": tmp_path / "qrels.trec",
+        "run": tmp_path / "first.run",
+    }
+
+
+@pytest.fixture
+def collection(files: dict[str, Path]) -> Collection:
+    return read_collection(**files)
+
+
+def one_query(num_candidates: int) -> Collection:
+    """A query q with candidates d0, d1, ... whose texts are their ids."""
+    ids = [f"d{i}" for i in range(num_candidates)]
+    return Collection(
+        documents={name: name for name in ids},
+        queries={"q": "d0"},
+        qrels={"q": {"d0": 1}},
+        run={"q": tuple(Candidate(name, float(-i)) for i, name in enumerate(ids))},
+        num_unjudged_queries=0,
+    )
+
+
+# Files
+
+
+def test_a_collection_holds_the_judged_queries_and_the_documents_of_their_candidates(collection: Collection) -> None:
+    assert list(collection.queries) == ["q1", "q2", "q3"]
+    assert collection.num_unjudged_queries == 1
+    assert collection.documents == {name: CORPUS[name] for name in ("d1", "d2", "d3", "d4")}
+    assert collection.qrels["q1"] == {"d1": 1, "d3": 1}
+    assert collection.run["q2"] == (Candidate("d4", 3.0), Candidate("d2", 2.0))
+    assert collection.run["q3"] == ()
+
+
+def test_max_queries_takes_the_first_of_the_file(files: dict[str, Path]) -> None:
+    assert list(read_collection(**files, max_queries=2).queries) == ["q1", "q2"]
+
+
+def test_max_queries_leaves_the_statistics_of_bm25_as_they_are(
+    files: dict[str, Path], collection: Collection, tmp_path: Path
+) -> None:
+    scores = {"q1": [1.0, 2.0, 0.0]}
+    first = read_collection(**files, max_queries=1)
+    assert list(first.run) == ["q1"]
+    assert blend_scores(scores, first, Blend("bm25", 1.0)) == blend_scores(scores, collection, Blend("bm25", 1.0))
+    files["corpus"].write_text("\n".join(json.dumps({"id": name, "text": CORPUS[name]}) for name in ("d1", "d2", "d3")))
+    assert list(read_collection(**files, max_queries=1).documents) == ["d1", "d2", "d3"], "others need not be there"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"_id": "7", "title": "Cats", "text": "purr", "metadata": {}}', {"7": "Cats purr"}),
+        ("a.jsonl", '{"_id": 7, "title": "", "text": "purr"}\n\n{"id": "8", "text": ""}', {"7": "purr", "8": ""}),
+        ("a.jsonl", '\ufeff{"id": "7", "text": "one\u2028line"}\r\n', {"7": "one\u2028line"}),
+        ("a.tsv", "7\tpurr\n8\tCats\tpurr\n9\t", {"7": "purr", "8": "Cats purr", "9": ""}),
+    ],
+)
+def test_texts_come_in_the_forms_of_beir_and_as_tsv(
+    tmp_path: Path, name: str, content: str, expected: dict[str, str]
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert dict(read_texts(tmp_path / name, "corpus")) == expected
+
+
+def test_a_run_is_sorted_by_score_and_ties_stay_as_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("q Q0 a 1 1.0 x\nq Q0 z 2 3.5 x\nq Q0 b 3 1e0 x\nq Q0 c 4 -2 x\n")
+    assert [candidate.document_id for candidate in read_run(file)["q"]] == ["z", "a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "words"),
+    [
+        ("corpus", '{"id": "d1", "text": "a"}\n{"id": "d2"', r"corpus.jsonl:2 is not an object with id and text"),
+        ("corpus", '{"id": "d1", "text": 3}', r"corpus.jsonl:1 is not an object with id and text"),
+        ("corpus", '{"text": "a"}', r"corpus.jsonl:1 is not an object"),
+        ("corpus", '["d1", "a"]', r"corpus.jsonl:1 is not an object"),
+        ("corpus", '{"id": "d1", "text": "a"}\n\n{"id": "d1", "text": "b"}', r"corpus.jsonl:3 has the id d1 of an ear"),
+        ("corpus", '{"id": "d1", "text": "a"}\n\udcff', r"corpus.jsonl:2 is not UTF-8"),
+        ("corpus", '{"id": "d1", "text": "a"}', r"first.run names document d2, which .*corpus.jsonl does not hold"),
+        ("queries", '{"id": "q1", "text": " "}', r"queries.jsonl:1 has an empty query"),
+        ("queries", "", r"none of the 0 queries of .*queries.jsonl is judged in .*qrels.trec"),
+        ("qrels", "q1 0 d1 1\nq1 0 d2", r"qrels.trec:2 is not `query 0 document grade`"),
+        ("qrels", "q1 0 d1 high", r"qrels.trec:1 is not `query 0 document grade`"),
+        ("qrels", "q1 0 d1 1\nq1 0 d1 2", r"qrels.trec:2 contradicts an earlier grade"),
+        ("qrels", "", r"none of the 4 queries of .* is judged"),
+        ("run", "q1 Q0 d1 1 9.5 test\nq1 Q0 d2 2 8.5", r"first.run:2 is not `query Q0 document rank score name`"),
+        ("run", "q1 Q0 d1 1 best test", r"first.run:1 is not"),
+        ("run", "q1 Q0 d1 1 nan test", r"first.run:1 has the score nan"),
+        ("run", "q1 Q0 d1 1 2 test\nq1 Q0 d1 2 1 test", r"first.run:2 has document d1 a second time"),
+        ("run", "other Q0 d1 1 9.5 test", r"none of the 3 judged queries has candidates in .*first.run"),
+    ],
+)
+def test_a_malformed_file_is_refused_with_its_name_and_line(
+    files: dict[str, Path], kind: str, content: str, words: str
+) -> None:
+    files[kind].write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InvalidRequest, match=words) as error_info:
+        read_collection(**files)
+    assert "\n" not in str(error_info.value)
+
+
+def test_a_tsv_line_without_a_tab_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("7 purr\n")
+    with pytest.raises(InvalidRequest, match=r"a.tsv:1 is not an id, a tab and a text"):
+        dict(read_texts(tmp_path / "a.tsv", "corpus"))
+
+
+def test_a_file_that_is_missing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"qrels cannot be read: No such file"):
+        read_qrels(tmp_path / "qrels")
+    with pytest.raises(InvalidRequest, match=r"a.csv must be a .jsonl or a .tsv file"):
+        dict(read_texts(tmp_path / "a.csv", "corpus"))
+
+
+# Orders
+
+
+def test_scored_candidates_are_reordered_and_those_below_stay() -> None:
+    assert reorder(one_query(5), {"q": [0.5, 2.0, 1.0]})["q"] == ["d1", "d2", "d0", "d3", "d4"]
+
+
+def test_equal_scores_and_no_scores_leave_the_first_stages_order() -> None:
+    assert reorder(one_query(4), {"q": [1.0, 1.0, 1.0]})["q"] == ["d0", "d1", "d2", "d3"]
+    assert reorder(one_query(4), {})["q"] == ["d0", "d1", "d2", "d3"]
+    assert reorder(one_query(0), {"q": []})["q"] == []
+
+
+@given(st.lists(st.floats(allow_nan=False), max_size=12), st.integers(0, 12))
+def test_reordering_loses_no_candidate_and_never_ranks_a_lower_score_higher(values: list[float], below: int) -> None:
+    order = [int(name[1:]) for name in reorder(one_query(len(values) + below), {"q": values})["q"]]
+    assert sorted(order) == list(range(len(values) + below))
+    assert [values[i] for i in order[: len(values)]] == sorted(values, reverse=True)
+    assert order[len(values) :] == list(range(len(values), len(values) + below))
+
+
+def test_score_asks_the_model_about_the_top_candidates_in_their_order(
+    tiny_reranker: Reranker, collection: Collection
+) -> None:
+    scores = dict(score(tiny_reranker, collection, top_k=2))
+    assert list(scores) == ["q1", "q2"], "q3 has no candidates"
+    assert scores["q1"] == pytest.approx(
+        tiny_reranker.score([("cat", CORPUS["d2"]), ("cat", CORPUS["d1"])], logits=True), abs=1e-4
+    )
+    assert [len(values) for values in scores.values()] == [2, 2]
+
+
+def test_blending_adds_the_runs_scores_or_bm25_of_the_collection(collection: Collection) -> None:
+    scores = {"q1": [1.0, 2.0, 0.0], "q2": [0.0, 1.0]}
+    run = blend_scores(scores, collection, Blend("run", 0.5))
+    assert run["q1"] == blend([1.0, 2.0, 0.0], [9.5, 8.5, 7.5], 0.5)
+    bm25 = blend_scores(scores, collection, Blend("bm25", 2.0))
+    lexical = Bm25(collection.documents.values()).scores(QUERIES["q1"], ["the dog barks", "a cat", "a bird sings"])
+    assert bm25["q1"] == blend([1.0, 2.0, 0.0], lexical, 2.0)
+    assert bm25["q2"] == pytest.approx([-3.0, 3.0]), "only the second document barks"
+
+
+# Measures
+
+
+def test_measures_are_those_of_trec_eval() -> None:
+    """By hand: both relevant documents at ranks 2 and 3 of 3."""
+    values = measure({"q": {"a": 1, "b": 1}}, {"q": ["x", "a", "b"]}, ["nDCG@10", "RR", "AP", "R@2"])
+    gain = 1 / 1.5849625 + 1 / 2  # 1 / log2(rank + 1) at ranks 2 and 3
+    ideal = 1 + 1 / 1.5849625
+    assert values["nDCG@10"] == {"q": pytest.approx(gain / ideal)}
+    assert values["RR"] == {"q": 0.5}
+    assert values["AP"] == {"q": pytest.approx((1 / 2 + 2 / 3) / 2)}
+    assert values["R@2"] == {"q": 0.5}
+
+
+def test_a_query_that_found_nothing_counts_as_zero() -> None:
+    values = measure({"q": {"a": 1}, "empty": {"a": 1}, "absent": {"a": 1}}, {"q": ["a"], "empty": []}, ["nDCG@10"])
+    assert values == {"nDCG@10": {"q": 1.0, "empty": 0.0, "absent": 0.0}}
+    assert System(name="s", values=values).mean("nDCG@10") == pytest.approx(1 / 3)
+
+
+def test_the_order_counts_and_not_the_names_of_documents() -> None:
+    """Where scores are equal trec_eval sorts by document id; ours are never equal."""
+    for order in (["a", "z"], ["z", "a"]):
+        assert measure({"q": {"z": 1}}, {"q": order}, ["RR"])["RR"]["q"] == (1.0 if order[0] == "z" else 0.5)
+
+
+def test_the_recall_that_bounds_the_others_is_listed_once() -> None:
+    assert measures(20) == ("nDCG@10", "RR", "AP", "R@10", "R@20")
+    assert measures(10) == ("nDCG@10", "RR", "AP", "R@10")
+
+
+# Comparisons
+
+
+def system(name: str, values: Sequence[float]) -> System:
+    return System(name=name, values={"nDCG@10": {f"q{i}": value for i, value in enumerate(values)}})
+
+
+def test_a_comparison_counts_wins_losses_and_ties_and_shows_the_largest() -> None:
+    comparison = compare(system("a", [0.5, 0.2, 0.3, 0.0, 1.0]), system("b", [0.6, 0.2, 0.7, 0.0, 0.1]))
+    assert (comparison.wins, comparison.losses, comparison.ties) == (2, 1, 2)
+    assert comparison.mean_difference == pytest.approx(-0.08)
+    assert comparison.largest_wins(1) == [("q2", pytest.approx(0.4))]
+    assert [query for query, _ in comparison.largest_wins(9)] == ["q2", "q0"]
+    assert comparison.largest_losses(9) == [("q4", pytest.approx(-0.9))]
+
+
+def test_p_is_exact_for_few_queries() -> None:
+    """By hand: of the 32 ways to sign five equal gains, the two with all signs equal are as far from 0."""
+    assert p_value([0.1] * 5) == pytest.approx(2 / 32)
+    assert p_value([0.1, -0.1]) == p_value([0.1]) == 1.0
+
+
+@pytest.mark.parametrize("differences", [[0.0] * 3, [0.0] * 40, [1e-17, -1e-17, 0.0], [0.0]])
+def test_equal_systems_have_p_one(differences: list[float]) -> None:
+    assert p_value(differences) == 1.0
+
+
+def test_p_of_many_queries_is_the_same_each_time_and_near_the_t_tests() -> None:
+    from scipy.stats import ttest_1samp
+
+    differences = [((i * 37) % 101 - 40) / 100 for i in range(60)]
+    assert p_value(differences) == p_value(differences)
+    assert p_value(differences) == pytest.approx(ttest_1samp(differences, 0).pvalue, abs=0.01)
+    assert p_value([value + 0.3 for value in differences]) == pytest.approx(2 / 10_000), "the least that can be seen"
+
+
+def test_the_plot_has_a_panel_for_each_comparison_and_a_bar_for_each_query() -> None:
+    comparisons = [
+        compare(system("first <stage>", [0.5, 0.2, 0.9]), system("a & b", [0.6, 0.2, 0.7])),
+        compare(system("same", [0.5]), system("same too", [0.5])),
+    ]
+    svg = ET.fromstring(difference_plot(comparisons))
+    names = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
+    assert names == ["q0 +0.100", "q1 +0.000", "q2 -0.200", "q0 +0.000"]
+    texts = [text.text or "" for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "a & b against first <stage>, nDCG@10 by query: -0.033 on average, 1 up, 1 down"
+    heights = [float(rect.get("height", "")) for rect in svg.iter("{http://www.w3.org/2000/svg}rect")][1:]
+    assert heights[0] == pytest.approx(heights[2] / 2)
+    assert heights[1] == heights[3] == 0
+
+
+# The command
+
+
+def evaluated(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], *options: str, status: int = 0
+) -> tuple[str, str]:
+    """Standard output and error of `local-rerank eval`."""
+    arguments = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["eval", *arguments, "--device", "cpu", "--dtype", "fp32", *options])
+    output = capsys.readouterr()
+    assert exit_info.value.code == status, output.err
+    return output.out, output.err
+
+
+def test_eval_prints_every_system_and_comparison_as_json(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=5)
+    models = ["--model", str(tiny_checkpoint), "--model", str(other)]
+    output, errors = evaluated(capsys, files, *models, "--blend", "run=1", "--top-k", "2", "--json")
+    result: dict[str, Any] = json.loads(output)
+    assert (result["num_queries"], result["num_unjudged_queries"], result["top_k"]) == (3, 1, 2)
+    names = ["first stage", *(f"{model}{how}" for model in (tiny_checkpoint, other) for how in ("", ", run=1"))]
+    assert [one["name"] for one in result["systems"]] == names
+    first = result["systems"][0]
+    assert first["by_query"]["RR"] == {"q1": 0.5, "q2": 0.5, "q3": 0.0}
+    assert first["mean"]["RR"] == pytest.approx(1 / 3)
+    assert {one["mean"]["R@2"] for one in result["systems"]} == {first["mean"]["R@2"]}, "reranking cannot change it"
+    pairs = [(one["baseline"], one["system"]) for one in result["comparisons"]]
+    assert pairs == [*((names[0], name) for name in names[1:]), *((names[1], name) for name in names[2:])]
+    assert errors == ""
+
+
+def test_eval_gives_what_rank_says_about_the_same_candidates(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], tiny_checkpoint: Path, tiny_reranker: Reranker
+) -> None:
+    output, _ = evaluated(capsys, files, "--model", str(tiny_checkpoint), "--json")
+    reranked = json.loads(output)["systems"][1]["by_query"]["RR"]
+    ids = ["d2", "d1", "d3"]
+    ranked = [ids[item.index] for item in tiny_reranker.rank("cat", [CORPUS[name] for name in ids])]
+    assert reranked["q1"] == 1 / (1 + min(ranked.index("d1"), ranked.index("d3")))
+
+
+def test_eval_prints_tables_and_writes_the_plot(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    plot = tmp_path / "plot.svg"
+    output, _ = evaluated(capsys, files, "--model", str(tiny_checkpoint), "--plot", str(plot))
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[0] == ["nDCG@10", "RR", "AP", "R@10", "R@20"]
+    assert lines[1] == "first stage 0.4415 0.3333 0.3611 0.6667 0.6667".split()
+    assert "3 queries, 1 without judgements left out; top 20 reranked" in output
+    assert "difference of nDCG@10" in output
+    assert ET.parse(plot).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--top-k", "0"], "top_k is 0; it must be at least 1"),
+        (["--max-queries", "0"], "max_queries is 0; it must be at least 1"),
+        (["--blend", "bm25"], "blend is 'bm25'; it must be bm25=W or run=W with a weight W of 0 or more"),
+        (["--plot", "out.png"], "plot is out.png; only .svg can be written"),
+        (["--qrels", "absent.trec"], "absent.trec cannot be read: No such file or directory"),
+    ],
+)
+def test_eval_says_in_one_line_what_is_wrong_before_it_loads_a_model(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], options: list[str], words: str
+) -> None:
+    if "--qrels" in options:
+        del files["qrels"]
+    _, errors = evaluated(capsys, files, *options, "--model", "no/such/model", status=1)
+    assert errors == f"local-rerank: {words}\n"
+
+
+def test_eval_says_what_to_install_where_the_measures_are_missing(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ir_measures", None)  # as if it were not installed
+    _, errors = evaluated(capsys, files, status=1)
+    assert errors == 'local-rerank: measuring needs ir_measures: pip install "local-rerank[eval]"\n'

@@ -1,0 +1,374 @@
+"""The certificate: right scores pass, and each damage, done to a real engine, is named for what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from local_rerank import EngineConfig, Reranker
+from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
+from local_rerank.checkpoints.known_scores import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
+from local_rerank.engine import dtypes as precision
+from local_rerank.engine.cpu.cpu_limits import cpu_limits
+from local_rerank.engine.dtypes import choose_dtype
+from local_rerank.engine.kernel_table import KERNELS, Layout
+from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.requests.prompts import PromptTemplate
+from local_rerank.requests.tokenization import PairTokenizer
+from local_rerank.selftest.machine_report import Row, describe
+from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
+from tests.command_line import command
+from tests.reference import ModelCard
+from tests.server.test_process import WAIT_SECONDS, started
+from tests.tiny_checkpoints import make_checkpoint
+
+NANO = Path(__file__).parents[2] / "local_rerank" / "nano"
+EXACT = {"device": "cpu", "dtype": "fp32", "threads": 1}
+
+
+def write_golden(folder: Path) -> None:
+    """Known scores beside the weights, computed by the model card's code."""
+    card = ModelCard(folder)
+    scores = [
+        {
+            "query": pair.query,
+            "document": pair.document,
+            "instruction": pair.instruction,
+            "log_odds": card.pair(pair.query, pair.document, pair.instruction),
+        }
+        for pair in STORED
+    ]
+    (folder / GOLDEN).write_text(json.dumps(scores), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint whose scores are known."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("known") / "tiny-reranker", seed=11)
+    write_golden(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of which no score is known: the first random one that happens to order the plain questions right."""
+    for seed in range(20, 60):  # chance lets one in three pass
+        folder = make_checkpoint(tmp_path_factory.mktemp("unknown") / "some-reranker", seed=seed)
+        card = ModelCard(folder)
+        odds = [card.pair(pair.query, pair.document) for pair in ORDERED]
+        if sum(relevant > irrelevant for relevant, irrelevant in zip(odds[::2], odds[1::2], strict=True)) >= 3:
+            return folder
+    raise AssertionError("none of 40 random checkpoints orders three of four questions right")
+
+
+@pytest.fixture(params=["known", "unknown"])
+def reranker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reranker]:
+    """With torch's own linear layers, which can be damaged once they are loaded."""
+    monkeypatch.setattr("local_rerank.engine.cpu.prepare.blocks_weights", lambda arithmetic: False)
+    with Reranker(str(request.getfixturevalue(request.param)), **EXACT) as made:
+        yield made
+
+
+class BrokenTemplate(PromptTemplate):
+    """A template whose shared text is `text.format(instruction=..., query=...)`."""
+
+    text: str
+
+    def shared_body(self, instruction: str, query: str) -> str:
+        return self.text.format(instruction=instruction, query=query)
+
+
+def broken(reranker: Reranker, text: str) -> PromptTemplate:
+    template = BrokenTemplate(**dataclasses.asdict(reranker.tokenizer.template))
+    object.__setattr__(template, "text", text)  # it is frozen, and a subclass that is no dataclass has no field
+    return template
+
+
+def leave_out_the_template(reranker: Reranker) -> None:
+    tokenizer = reranker.tokenizer
+    tokenizer.template = broken(reranker, "{query}")
+    tokenizer.prefix_ids = tokenizer.suffix_ids = ()
+
+
+def leave_out_the_chat_around_the_body(reranker: Reranker) -> None:
+    reranker.tokenizer.prefix_ids = reranker.tokenizer.suffix_ids = ()
+
+
+def strip_the_last_newline(reranker: Reranker) -> None:
+    use_suffix(reranker, reranker.tokenizer.template.suffix[:-1])
+
+
+def leave_out_the_think_block(reranker: Reranker) -> None:
+    use_suffix(reranker, reranker.tokenizer.template.suffix.partition("<think>")[0])
+
+
+def cut_the_suffix_off(reranker: Reranker) -> None:
+    reranker.tokenizer.suffix_ids = ()
+
+
+def use_suffix(reranker: Reranker, suffix: str) -> None:
+    """A tokenizer made for a template that ends otherwise."""
+    reranker.tokenizer = PairTokenizer.from_folder(
+        reranker.checkpoint.folder,
+        dataclasses.replace(reranker.checkpoint.template, suffix=suffix),
+        max_length=8192,
+        max_query_tokens=4000,
+        max_document_tokens=4000,
+        default_instruction=EngineConfig.instruction,
+    )
+
+
+def lose_query_and_document(reranker: Reranker) -> None:
+    """As a chat template does that is given roles it does not know."""
+
+    class Losing(PairTokenizer):
+        def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
+            empty = super()._encode_in_chunks([""] * len(documents))
+            return ((document, ids) for document, (_, ids) in zip(documents, empty, strict=True))
+
+    reranker.tokenizer.template = broken(reranker, "<Instruct>: {instruction}\n<Query>: \n<Document>:")
+    reranker.tokenizer.__class__ = Losing
+
+
+def separate_fields_by_an_empty_line(reranker: Reranker) -> None:
+    reranker.tokenizer.template = broken(reranker, "<Instruct>: {instruction}\n\n<Query>: {query}\n\n<Document>:")
+
+
+def lose_both_head_rows(reranker: Reranker) -> None:
+    reranker._engine._head.zero_()
+
+
+def lose_the_row_of_yes(reranker: Reranker) -> None:
+    reranker._engine._head[1].zero_()
+
+
+def load_one_row_twice(reranker: Reranker) -> None:
+    head = reranker._engine._head
+    head[0] = head[1]
+
+
+def run_in_bf16_unasked(reranker: Reranker) -> None:
+    engine = reranker._engine
+    engine._backbone.to(torch.bfloat16)
+    engine._final_norm.to(torch.bfloat16)
+
+
+def overflow_fp16(reranker: Reranker) -> None:
+    engine = reranker._engine
+    engine._backbone.embed_tokens.weight.data.mul_(1e6)
+    engine._backbone.half()
+    engine._final_norm.half()
+
+
+def forget_the_causal_mask(reranker: Reranker) -> None:
+    """A kernel under which each document's tokens see what comes after them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+        return KERNELS["dense"].attend(q, k, v, torch.ones_like(layout), scale)  # type: ignore[call-overload]
+
+    reranker._engine._kernel = dataclasses.replace(KERNELS["dense"], attend=attend)
+
+
+DAMAGES: list[tuple[Callable[[Reranker], None], str]] = [
+    (leave_out_the_template, "no template"),
+    (leave_out_the_chat_around_the_body, "no template"),
+    (strip_the_last_newline, "wrong last token"),
+    (leave_out_the_think_block, "wrong last token"),
+    (cut_the_suffix_off, "wrong last token"),
+    (lose_query_and_document, "empty query and document"),
+    (separate_fields_by_an_empty_line, "other prompt"),
+    (lose_both_head_rows, "missing head rows"),
+    (lose_the_row_of_yes, "missing head rows"),
+    (load_one_row_twice, "missing head rows"),
+    (run_in_bf16_unasked, "wrong dtype"),
+    (overflow_fp16, "wrong dtype"),
+    (forget_the_causal_mask, "wrong attention kernel"),
+]
+
+
+@pytest.mark.parametrize(("damage", "fault"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
+def test_each_damage_is_named_whether_or_not_scores_are_known(
+    damage: Callable[[Reranker], None], fault: str, reranker: Reranker
+) -> None:
+    before = self_test(reranker)
+    assert before.passed, before
+    damage(reranker)
+    after = self_test(reranker)
+    assert after.fault == fault, after
+    with pytest.raises(CheckpointError, match=f"the self-test failed: {fault}: "):
+        require_self_test(reranker)
+
+
+def test_the_prompts_ends_are_shown_beside_the_fault(known: Path) -> None:
+    with Reranker(str(known), **EXACT) as reranker:
+        strip_the_last_newline(reranker)
+        detail = self_test(reranker).detail
+    assert "read at another token" in detail
+    assert detail.count("'\\n'") == 2, "a byte tokenizer's newlines are one token each"
+
+
+def test_the_scores_are_those_of_the_model_cards_code(known: Path) -> None:
+    with Reranker(str(known), **EXACT) as reranker:
+        outcome = self_test(reranker)
+    assert (outcome.basis, outcome.fault) == ("stored", None)
+    assert [score.document for score in outcome.scores] == [pair.document for pair in STORED]
+    assert outcome.max_difference is not None
+    assert outcome.tolerance is not None
+    assert outcome.max_difference <= outcome.tolerance
+    spread = max(score.log_odds for score in outcome.scores) - min(score.log_odds for score in outcome.scores)
+    assert outcome.tolerance == pytest.approx(TOLERANCE["fp32"] * spread, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_lower_precision_passes_where_it_was_asked_for(dtype: Any, known: Path) -> None:
+    with Reranker(str(known), device="cpu", dtype=dtype, threads=1) as reranker:
+        outcome = self_test(reranker)
+    assert outcome.passed, outcome
+    assert outcome.max_difference is not None
+    assert outcome.max_difference > 1e-3, "it rounds, or the test shows nothing"
+
+
+def test_other_weights_than_the_known_ones_are_named_with_the_worst_pair(known: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
+    shutil.copy(known / GOLDEN, other)
+    with Reranker(str(other), **EXACT) as reranker:
+        outcome = self_test(reranker)
+    worst = max(outcome.scores, key=lambda score: abs(score.log_odds - (score.expected or 0)))
+    assert outcome.fault == "other scores"
+    assert repr(worst.document) in outcome.detail
+
+
+def test_weights_that_were_rounded_on_disk_look_like_a_wrong_dtype(known: Path, tmp_path: Path) -> None:
+    rounded = make_checkpoint(tmp_path / "rounded-reranker", seed=11, dtype=torch.bfloat16)
+    shutil.copy(known / GOLDEN, rounded)
+    with Reranker(str(rounded), **EXACT) as reranker:
+        outcome = self_test(reranker)
+    assert outcome.fault == "wrong dtype"
+    assert "as much as a lower precision" in outcome.detail
+
+
+def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
+    monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
+    with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
+        outcome = self_test(reranker)
+    assert outcome.fault == "wrong dtype"
+    assert "this model needs --dtype fp32" in outcome.detail
+
+
+@pytest.mark.numeric
+def test_the_embedded_model_runs_in_fp32_unless_told_otherwise() -> None:
+    with Reranker(device="cpu", threads=1) as reranker:
+        assert reranker.info.dtype == "fp32"
+        assert self_test(reranker).passed
+
+
+def test_an_untrained_model_of_unknown_scores_is_no_reranker(tmp_path: Path) -> None:
+    outcomes: list[SelfTest] = []
+    for seed in range(4):  # chance puts three of four relevant documents first in 5 of 16 random models
+        with Reranker(str(make_checkpoint(tmp_path / f"{seed}-reranker", seed=seed)), **EXACT) as reranker:
+            outcomes.append(self_test(reranker))
+    assert {outcome.basis for outcome in outcomes} == {"properties"}
+    assert "no reranker" in {outcome.fault for outcome in outcomes}
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_a_classifiers_missing_row_is_told_from_one_that_has_none(num_labels: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "seq-cls-reranker", num_labels=num_labels, tied=False)
+    with Reranker(str(folder), **EXACT) as reranker:
+        assert self_test(reranker).fault != "missing head rows"
+        lose_the_row_of_yes(reranker)
+        assert self_test(reranker).fault == "missing head rows"
+
+
+def test_limits_that_leave_no_room_for_the_known_pairs_are_named(known: Path) -> None:
+    for options in ({"max_document_tokens": 5}, {"max_length": 330}, {"max_query_tokens": 3}):
+        with Reranker(str(known), **EXACT, **options) as reranker, pytest.raises(ConfigError, match="self-test"):
+            self_test(reranker)
+
+
+def test_published_scores_belong_to_one_name_and_one_shape(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 1, "num_key_value_heads": 1}
+    folder = make_checkpoint(tmp_path / "Qwen3-Reranker-0.6B", **shape, intermediate_size=8, head_dim=8)
+    scores = known_scores(open_checkpoint(str(folder)))
+    assert (scores.basis, scores.pairs) == ("published", PUBLISHED[0].pairs)
+    assert [round(pair.log_odds or 0, 4) for pair in scores.pairs] == [-3.1093, 7.1204, -0.3788, 3.5416]
+    renamed = folder.rename(tmp_path / "Qwen3-Reranker-4B")
+    assert known_scores(open_checkpoint(str(renamed))).pairs == ORDERED
+    smaller = make_checkpoint(tmp_path / "smaller" / "Qwen3-Reranker-0.6B")
+    assert known_scores(open_checkpoint(str(smaller))).basis == "properties"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '[{"query": "q"}]', "no json"])
+def test_known_scores_that_cannot_be_read_are_an_error(text: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "reranker")
+    (folder / GOLDEN).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=GOLDEN):
+        known_scores(open_checkpoint(str(folder)))
+
+
+def test_a_server_whose_self_test_fails_never_becomes_ready_and_names_the_fault(known: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
+    shutil.copy(known / GOLDEN, other)
+    arguments = ("local_rerank", "serve", "--port", "0", "--model", str(other), "--device", "cpu", "--dtype", "fp32")
+    with started(tmp_path / "log", *arguments) as server:
+        assert server.process.wait(WAIT_SECONDS) == 1
+        assert "local-rerank: the self-test failed: other scores: log-odds are off by up to" in server.output
+        assert "ready: " not in server.output
+
+
+def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
+    cores = psutil.cpu_count(logical=False)
+    with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
+        info, checkpoint = reranker.info, reranker.checkpoint
+    machine = describe(info, checkpoint)
+    assert machine.kernel == Row(value="sdpa: asked for", faster="--attention cpu-tiles")
+    assert machine.threads.value == f"1 on {cores} physical cores: set by the user"
+    usable = cpu_limits().num_threads
+    assert machine.threads.faster.startswith("more cores" if usable == 1 else f"--threads {usable}")
+    assert "CUDA" in machine.device.faster or "--device cuda" in machine.device.faster
+    best = describe(dataclasses.replace(info, kernel="cpu-tiles", threads=cores), checkpoint)
+    assert best.kernel.faster == "nothing"
+    assert best.threads.faster.startswith("more cores" if usable == cores else "a wider limit: ")
+    rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
+    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
+    assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
+    widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype
+    assert widened.value == "bf16 weights, multiplied in fp32"
+    embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
+    assert describe(info, embedded).dtype.faster.startswith("nothing")
+
+
+def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome(known: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--dtype", "fp32", "--threads", "1", "--json")
+    good = command("doctor", "--model", str(known), *options)
+    report = json.loads(good.stdout)
+    assert (good.returncode, report["passed"], report["self_test"]["fault"]) == (0, True, None)
+    assert report["model"]["model_id"] == known.name
+    assert set(report["machine"]) == {"device", "dtype", "kernel", "products", "memory", "threads", "versions"}
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert report["machine"]["threads"]["value"].startswith("1 on ")
+    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
+    shutil.copy(known / GOLDEN, other)
+    bad = command("doctor", "--model", str(other), *options)
+    assert (bad.returncode, json.loads(bad.stdout)["self_test"]["fault"]) == (1, "other scores")
+
+
+def test_the_command_prints_every_pair_and_the_verdict() -> None:
+    done = command("doctor", "--device", "cpu", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "pass: the scores are those stored with the model" in done.stdout
+    for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
+        assert f"{pair['log_odds']:+.4f}" in done.stdout
+    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "to be faster"):
+        assert name in done.stdout

@@ -29,9 +29,9 @@ from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
+from local_rerank_server.connection_timeouts import make_protocol
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.logs import set_up_logging
-from local_rerank_server.protocol import make_protocol
 from local_rerank_server.state import ServerState
 from local_rerank_server.tracing import Tracing
 

@@ -23,7 +23,7 @@ from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
 from local_rerank_server.metrics import Metrics
-from local_rerank_server.rates import KeyRates
+from local_rerank_server.rate_limits import KeyRates
 
 if TYPE_CHECKING:
     from local_rerank.config import EngineConfig

@@ -11,7 +11,7 @@ import local_rerank_server.dialects
 from local_rerank import Reranker
 from local_rerank_server.dialects import ROWS, dialect_at, make_routes
 from local_rerank_server.dialects._route import DialectRoute
-from local_rerank_server.dialects._shared import SharedRoute
+from local_rerank_server.dialects._shared_paths import SharedRoute
 from tests.server.conftest import HeldRanker, Serve
 
 pytestmark = pytest.mark.anyio

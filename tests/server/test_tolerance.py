@@ -19,7 +19,7 @@ from local_rerank_server.dialects import (
     openrouter,
     voyage,
 )
-from local_rerank_server.dialects._fields import Texts
+from local_rerank_server.dialects._field_types import Texts
 from tests.server.conftest import HeldRanker, Serve, message_of
 
 pytestmark = pytest.mark.anyio

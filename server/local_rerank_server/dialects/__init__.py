@@ -14,20 +14,20 @@ from local_rerank_server.dialects import (
     cohere,
     dashscope,
     dashscope_compatible,
-    generic,
     housekeeping,
     llama_cpp,
     local,
     mixedbread,
     openrouter,
     playground,
+    rerank_v1,
     tei,
     vllm_score,
     voyage,
     xinference,
 )
 from local_rerank_server.dialects._route import Dialect, DialectRoute
-from local_rerank_server.dialects._shared import SharedRoute
+from local_rerank_server.dialects._shared_paths import SharedRoute
 
 ROWS = (  # where paths are shared, a body is the first one's that takes it
     (dashscope.dialect, dashscope.router),
@@ -35,7 +35,7 @@ ROWS = (  # where paths are shared, a body is the first one's that takes it
     (tei.dialect, tei.router),
     (voyage.dialect, voyage.router),
     (mixedbread.dialect, mixedbread.router),
-    (generic.dialect, generic.router),
+    (rerank_v1.dialect, rerank_v1.router),
     (cohere.dialect, cohere.router),
     (llama_cpp.dialect, llama_cpp.router),
     (openrouter.dialect, openrouter.router),

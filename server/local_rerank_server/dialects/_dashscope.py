@@ -28,7 +28,7 @@ from local_rerank.errors import (
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._fields import Count, Flag, RequestBody, String
+from local_rerank_server.dialects._field_types import Count, Flag, RequestBody, String
 from local_rerank_server.errors import (
     AsyncNotSupported,
     BodyTooLarge,

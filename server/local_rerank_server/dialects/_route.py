@@ -3,7 +3,7 @@
 A dialect file makes one `Dialect`, takes its router from `Dialect.router()` and adds handlers. Every error inside a
 handler, and before it (the body is no JSON, a field is wrong), is answered here in the dialect's words; errors outside
 any route (404, 405, a missing key) find their dialect by path in `dialects/__init__.py`. Where dialects share a path,
-`_shared.SharedRoute` gives each body to the dialect that it belongs to.
+`_shared_paths.SharedRoute` gives each body to the dialect that it belongs to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
-from local_rerank_server.dialects._fields import NOT_TEXT_ERROR
+from local_rerank_server.dialects._field_types import NOT_TEXT_ERROR
 from local_rerank_server.dialects._json import json_request
 from local_rerank_server.errors import (
     STATUS,

@@ -19,7 +19,7 @@ from local_rerank.errors import LocalRerankError
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects import dashscope_compatible as compatible
-from local_rerank_server.dialects import generic
+from local_rerank_server.dialects import rerank_v1
 from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
@@ -31,7 +31,7 @@ from local_rerank_server.dialects._dashscope import (
     render_results,
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import RequestBody, String, Text, Texts
+from local_rerank_server.dialects._field_types import RequestBody, String, Text, Texts
 from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, state_of
 
 PATH = "/api/v1/services/rerank/text-rerank/text-rerank"
@@ -150,7 +150,7 @@ add_post(
 )
 add_post(
     router,
-    generic.PATHS,
+    rerank_v1.PATHS,
     rank_nested,
     takes=takes,
     examples={"DashScope nested": EXAMPLE},

@@ -23,7 +23,7 @@ from local_rerank_server.dialects._dashscope import (
     render_results,
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import IgnoredUnlessObject, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._field_types import IgnoredUnlessObject, RequestBody, String, Text, Texts
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = (

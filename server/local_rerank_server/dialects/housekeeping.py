@@ -14,11 +14,11 @@ from typing_extensions import TypedDict
 
 import local_rerank
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
-from local_rerank_server.dialects._bodies import GenericError, render_generic_error
+from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, state_of
+from local_rerank_server.docs_page import render_docs
 from local_rerank_server.limits_page import AllLimits, all_limits
 from local_rerank_server.metrics import CONTENT_TYPE
-from local_rerank_server.pages import render_docs
 from local_rerank_server.state import ServerState
 
 dialect = Dialect(

@@ -9,9 +9,9 @@ from typing_extensions import TypedDict
 
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._bodies import GenericError, render_generic_error
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import Count, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._field_types import Count, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATH = "/v1/local/rank"

@@ -12,10 +12,10 @@ from typing_extensions import TypedDict
 from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._bodies import search_units
-from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import CountOrAll, Documents
+from local_rerank_server.dialects._field_types import CountOrAll, Documents
+from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._responses import search_units
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = ("/api/v1/rerank",)

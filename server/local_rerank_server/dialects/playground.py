@@ -11,7 +11,7 @@ from pathlib import Path
 
 from starlette.responses import FileResponse
 
-from local_rerank_server.dialects._bodies import GenericError, render_generic_error
+from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect
 
 FOLDER = Path(__file__).parents[1] / "playground"

@@ -26,9 +26,9 @@ from local_rerank.errors import (
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._common import CommonRequest, make_request, score_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import CountOrAll, Flag, Texts
+from local_rerank_server.dialects._field_types import CountOrAll, Flag, Texts
+from local_rerank_server.dialects._options import CommonRequest, make_request, score_of
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
 

@@ -16,10 +16,10 @@ from typing_extensions import TypedDict
 from local_rerank.errors import InvalidDocumentCount, InvalidRequest, LocalRerankError
 from local_rerank.types import Limits, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._bodies import Usage, make_usage
-from local_rerank_server.dialects._common import Options, make_request, score_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import OneOrMore
+from local_rerank_server.dialects._field_types import OneOrMore
+from local_rerank_server.dialects._options import Options, make_request, score_of
+from local_rerank_server.dialects._responses import Usage, make_usage
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField
 

@@ -10,7 +10,7 @@ import pytest
 
 import local_rerank
 from local_rerank import Reranker
-from local_rerank_server.pages import render_docs
+from local_rerank_server.docs_page import render_docs
 from tests.server.conftest import HeldRanker, Serve
 
 pytestmark = pytest.mark.anyio

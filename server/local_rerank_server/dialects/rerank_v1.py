@@ -17,10 +17,17 @@ from typing_extensions import TypedDict
 
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import DocumentEcho, ServerConfig
-from local_rerank_server.dialects._bodies import GenericError, Meta, Usage, make_meta, make_usage, render_generic_error
-from local_rerank_server.dialects._common import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._fields import CountOrAll, Documents, FieldNames, Flag
+from local_rerank_server.dialects._field_types import CountOrAll, Documents, FieldNames, Flag
+from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._responses import (
+    GenericError,
+    Meta,
+    Usage,
+    make_meta,
+    make_usage,
+    render_generic_error,
+)
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 
 PATHS = ("/v1/rerank", "/rerank")

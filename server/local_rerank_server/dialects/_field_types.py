@@ -133,7 +133,7 @@ OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
 """Texts; one alone is a list of one."""
 
 Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
-"""A document that may be an object of several fields, which is sent back as it came; `_common.texts_of` reads it."""
+"""A document that may be an object of several fields, which is sent back as it came; `_options.texts_of` reads it."""
 
 Documents = Annotated[list[Document], _FailFast(), _at_most(MOST_DOCUMENTS), BeforeValidator(_in_a_list)]
 """Such documents; one text alone is a list of one, as vLLM has it."""

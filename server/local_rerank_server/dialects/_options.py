@@ -14,7 +14,7 @@ from pydantic import Field, StrictInt
 
 from local_rerank.types import RankedDocument, RerankRequest, Truncation
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._fields import CountOrAll, Flag, IgnoredUnlessObject, RequestBody, String, Text
+from local_rerank_server.dialects._field_types import CountOrAll, Flag, IgnoredUnlessObject, RequestBody, String, Text
 from local_rerank_server.errors import InvalidField
 
 CutTo = Annotated[CountOrAll | None, Field(description="Cut to this many tokens; 0 is the server's own limit.")]

@@ -13,10 +13,10 @@ from local_rerank_server.dialects import (
     cohere,
     dashscope,
     dashscope_compatible,
-    generic,
     llama_cpp,
     local,
     openrouter,
+    rerank_v1,
     voyage,
 )
 from local_rerank_server.dialects._field_types import Texts
@@ -263,7 +263,7 @@ def test_every_dialect_takes_its_documents_so() -> None:
         dashscope.Input,
         dashscope_compatible.FlatRequest,
         local.LocalRequest,
-        generic.GenericRequest,
+        rerank_v1.GenericRequest,
         cohere.CohereRequest,
         llama_cpp.LlamaCppRequest,
         openrouter.OpenRouterRequest,

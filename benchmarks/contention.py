@@ -21,9 +21,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 
-own_process()  # as commands do, before torch is loaded
+configure_process()  # as commands do, before torch is loaded
 
 from local_rerank import Reranker  # noqa: E402
 from local_rerank.engine.cpu.cpu_limits import cpu_limits  # noqa: E402
@@ -148,7 +148,7 @@ def batch(reranker: Reranker) -> float:
 
 def threads_of(reranker: Reranker) -> int:
     """Now."""
-    threads = reranker._engine._threads
+    threads = reranker.engine._threads
     return threads.current
 
 

@@ -83,16 +83,16 @@ def passages(setting: Setting, reranker: Reranker, num_documents: int) -> list[P
 def seconds_of(setting: Setting, reranker: Reranker, pairs: list[Pair]) -> float:
     """Median of a whole pass, packing on the host and fetching the scores included."""
     for _ in range(3):  # compile, capture, warm up
-        reranker._engine.forward(pack(pairs))
-    return median([timed(lambda: reranker._engine.forward(pack(pairs)), setting.device) for _ in range(setting.rounds)])
+        reranker.engine.score(pairs)
+    return median([timed(lambda: reranker.engine.score(pairs), setting.device) for _ in range(setting.rounds)])
 
 
 def run_batches(reranker: Reranker, pairs: list[Pair], number: int) -> None:
     """The same batch again and again, each launched before the scores of the one before are fetched, as in a server."""
-    engine = reranker._engine
-    running = engine.launch(pack(pairs))
+    engine = reranker.engine
+    running = engine.launch(pairs)
     for _ in range(number - 1):
-        following = engine.launch(pack(pairs))
+        following = engine.launch(pairs)
         running()
         running = following
     running()
@@ -101,7 +101,7 @@ def run_batches(reranker: Reranker, pairs: list[Pair], number: int) -> None:
 def exact_log_odds(setting: Setting, pairs: list[Pair]) -> torch.Tensor:
     """The same weights in fp32 through SDPA on the same device."""
     with loaded(setting, dtype="fp32", attention="sdpa") as reranker:
-        return reranker._engine.forward(pack(pairs))
+        return reranker.engine.score(pairs)
 
 
 def throughput(setting: Setting) -> Result:
@@ -116,7 +116,7 @@ def throughput(setting: Setting) -> Result:
             ceilings.append(gemm_flops_per_second(shape, setting.batch_tokens, setting.device, rounds=2))
             taken = timed(lambda: run_batches(reranker, pairs, BATCHES), setting.device)
             rates.append(BATCHES * flops / taken)
-        ours = reranker._engine.forward(pack(pairs))
+        ours = reranker.engine.score(pairs)
         info = reranker.info
     share = median([rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)])
     return {
@@ -134,7 +134,7 @@ def throughput(setting: Setting) -> Result:
 def breakdown(setting: Setting) -> Result:
     """Where a batch of 300-token pairs spends its time: packing, launching, and the device's kernels by kind."""
     with loaded(setting) as reranker:
-        pairs, engine = pairs_of_300(setting, reranker), reranker._engine
+        pairs, engine = pairs_of_300(setting, reranker), reranker.engine
         whole = seconds_of(setting, reranker, pairs)
         packing, launching = [], []
         for _ in range(setting.rounds):
@@ -148,7 +148,7 @@ def breakdown(setting: Setting) -> Result:
             synchronize(setting.device)
         with torch.profiler.profile() as profile:
             for _ in range(3):
-                engine.forward(pack(pairs))
+                engine.score(pairs)
     kernels: dict[str, float] = {}
     for event in profile.key_averages():
         if event.self_device_time_total and event.device_type != torch.autograd.DeviceType.CPU:
@@ -322,7 +322,7 @@ def latency(setting: Setting) -> Result:
                 start = time.perf_counter()
                 reranker.rank(request.query, request.documents)
                 taken.append(time.perf_counter() - start)
-            graphs = reranker._engine._graphs
+            graphs = reranker.engine.graphs
             results[case] = {
                 "p50_ms": 1e3 * percentile(taken, 50),
                 "p99_ms": 1e3 * percentile(taken, 99),
@@ -385,7 +385,7 @@ def fp8(setting: Setting) -> Result:
             with loaded(setting, dtype=dtype) as reranker:
                 pairs = pairs_of_300(setting, reranker)
                 taken = seconds_of(setting, reranker, pairs)
-                odds = reranker._engine.forward(pack(pairs))
+                odds = reranker.engine.score(pairs)
         except ConfigError as error:
             return {"not_here": str(error)}
         results[f"{dtype}_pairs_per_second"] = len(pairs) / taken
@@ -407,7 +407,7 @@ def memory(setting: Setting) -> Result:
 
     with loaded(setting, max_batch_tokens=None) as reranker:
         pairs = pairs_of_300(setting, reranker)
-        budget, with_graphs = reranker.info.max_batch_tokens, reranker._engine
+        budget, with_graphs = reranker.info.max_batch_tokens, reranker.engine
         engine, batch = with_graphs.with_kernel(with_graphs._kernel), pack(pairs)
         engine.forward(batch)
         torch.cuda.reset_peak_memory_stats()

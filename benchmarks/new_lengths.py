@@ -14,9 +14,9 @@ import time
 
 import psutil
 
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 
-own_process()  # as commands do, before torch is loaded
+configure_process()  # as commands do, before torch is loaded
 
 from local_rerank import Reranker  # noqa: E402
 

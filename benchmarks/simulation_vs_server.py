@@ -17,7 +17,7 @@ import time
 
 from serving_load import body, closed_loop, open_loop, post, server
 
-from local_rerank.engine.engine import CPU_BATCH_TOKENS
+from local_rerank.engine.plan import PLATFORMS
 from local_rerank.planning.simulation import Outcome, Speed, Workload, simulate
 
 DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
@@ -38,7 +38,9 @@ def main() -> None:
             f"calibrated: {1 / speed.token_seconds:.0f} tokens/s, {speed.batch_seconds * 1e3:.1f} ms a batch, "
             f"{speed.request_seconds * 1e3:.1f} ms a request outside the engine; {mean_tokens:.0f} tokens a request"
         )
-        capacity = engines / (mean_tokens * (speed.token_seconds + speed.batch_seconds / CPU_BATCH_TOKENS))
+        capacity = engines / (
+            mean_tokens * (speed.token_seconds + speed.batch_seconds / PLATFORMS["cpu"].max_batch_tokens)
+        )
         errors = []
         for share in options.shares:
             rate = share * capacity
@@ -77,13 +79,13 @@ def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -
     mean_tokens = statistics.mean(tokens)
     alone = statistics.mean(engine[5:])  # the first ones warm up
     busy = engines / closed_loop(address, bodies[60:], 12 * engines, seconds)  # of an engine, for a request
-    requests_of_batch = CPU_BATCH_TOKENS / mean_tokens
+    requests_of_batch = PLATFORMS["cpu"].max_batch_tokens / mean_tokens
     batch_seconds = max(0.0, (alone - busy) / (1 - 1 / requests_of_batch))
     speed = Speed(
         token_seconds=(busy - batch_seconds / requests_of_batch) / mean_tokens,
         batch_seconds=batch_seconds,
         request_seconds=statistics.median(other[5:]),
-        max_batch_tokens=CPU_BATCH_TOKENS,
+        max_batch_tokens=PLATFORMS["cpu"].max_batch_tokens,
     )
     return speed, mean_tokens, prefix_tokens
 

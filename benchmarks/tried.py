@@ -40,7 +40,7 @@ def main() -> None:
     with Reranker(str(folder), device="cpu", dtype=options.dtype) as reranker:
         print(f"{reranker.info.dtype} multiplied in {reranker.info.compute_dtype}")
         passages = _pairs(reranker, "passages")[0]
-        engine = reranker._engine
+        engine = reranker.engine
         batch = pack(passages[:24])
         pruned, whole = (lambda: engine.forward(batch)), (lambda: _unpruned(engine, passages[:24]))
         _print("last layer: pruned, whole", _in_turn([pruned, whole], options.rounds))
@@ -85,7 +85,7 @@ def _batches(engine: Engine, pairs: Sequence[Pair], num_tokens: int) -> Callable
 def _unpruned(engine: Engine, pairs: Sequence[Pair]) -> None:
     """Every token asks in the last layer, as if a document ended at each."""
     batch = pack(pairs)
-    layout = engine._kernel.layout(batch, False)
+    layout = engine.kernel.layout(batch, False)
     with torch.inference_mode():
         engine._odds_of(
             dataclasses.replace(batch, last_token_index=torch.arange(batch.num_tokens)), layout, lambda: layout

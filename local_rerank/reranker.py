@@ -1,12 +1,11 @@
-"""The main path: RerankRequest -> pairs -> scheduler -> packed batch -> engine -> RerankResult.
+"""The main path: RerankRequest -> tokenize -> queue -> batch -> log-odds -> RerankResult.
 
-`submit` tokenizes in the caller's thread and queues; one thread owns the model (`worker.py`) and works off batches, in
-which pairs of several requests may share a forward pass. Every request that was taken gets an answer, if only an error.
+`submit` tokenizes in the caller's thread and queues the pairs. The worker's thread takes batches from the queue, which
+may mix pairs of several requests, and resolves each request's future with a result or an error.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,23 +14,25 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from local_rerank import forks
-from local_rerank.checkpoints.find import Checkpoint, open_checkpoint
-from local_rerank.checkpoints.known_scores import ORDERED
-from local_rerank.config import DEFAULT_INSTRUCTION, EngineConfig, merged
+from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.checkpoints.known_scores import known_pairs
+from local_rerank.config import EngineConfig, merged
 from local_rerank.engine.cpu.compute_thread import compute
-from local_rerank.engine.engine import Engine, ModelInfo, load_engine
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.load import load
+from local_rerank.engine.plan import make_plan
 from local_rerank.errors import InvalidRequest, Overloaded
-from local_rerank.requests.pending import Job
-from local_rerank.requests.tokenization import Pair, PairTokenizer
+from local_rerank.requests.pending import PendingRequest
+from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.requests.worker import BatchReport, Worker
-from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
+from local_rerank.types import ModelInfo, RerankRequest, RerankResult, requests_of, scores_of
 
 
 class Reranker:
-    """Ranks documents by their relevance to a query, with a Qwen3-Reranker model on this machine.
+    """Ranks documents by relevance to a query, with a Qwen3-Reranker model on this machine.
 
-    `model` is a hub id, a local folder, a bundle or None for the embedded local-rerank-nano; options are those of
-    `EngineConfig`. Raises CheckpointError where the model cannot be loaded, ConfigError where an option cannot hold.
+    `model` is a hub id, a local folder, a bundle, or None for the built-in local-rerank-nano; `options` are fields of
+    `EngineConfig`. Raises CheckpointError if the model cannot be loaded, ConfigError if an option cannot be met.
 
     >>> reranker = Reranker()
     >>> result = reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"], top_n=1)
@@ -45,26 +46,29 @@ class Reranker:
         self.tokenizer = PairTokenizer.from_folder(
             checkpoint.folder,
             checkpoint.template,
-            max_length=min(self.config.max_length, checkpoint.max_length),
-            max_query_tokens=self.config.max_query_tokens,
-            max_document_tokens=self.config.max_document_tokens,
+            limits=PromptLimits(
+                max_length=min(self.config.max_length, checkpoint.max_length),
+                max_query_tokens=self.config.max_query_tokens,
+                max_document_tokens=self.config.max_document_tokens,
+            ),
             default_instruction=self.config.instruction,
         )
-        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
-        engine, self.info = compute(
-            lambda: load_engine(self.config, checkpoint, **ids, known=lambda: _known_pairs(checkpoint))
-        )
-        self._start(engine, self.info)
+        self.engine, self.info = compute(self._load)
+        self._worker = self._new_worker(self.info.device)
 
-    def _start(self, engine: Engine, info: ModelInfo) -> None:
-        self._engine = engine
-        self._worker = Worker(
-            lambda batch: self._engine.forward(batch),
-            max_batch_tokens=info.max_batch_tokens,
+    def _load(self) -> tuple[Engine, ModelInfo]:
+        plan = make_plan(self.config, self.checkpoint)
+        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
+        return load(plan, **ids, known=lambda: known_pairs(self.checkpoint))
+
+    def _new_worker(self, device: str) -> Worker:
+        return Worker(
+            lambda pairs: self.engine.score(pairs),
+            max_batch_tokens=self.info.max_batch_tokens,
             max_queued_tokens=self.config.max_queued_tokens,
             one_pair_at_a_time=self.config.deterministic,
-            launch=(lambda batch: self._engine.launch(batch)) if info.device.startswith("cuda") else None,
-            device=info.device if self.config.device_map is None else f"device_map {self.config.device_map!r}",
+            launch=(lambda pairs: self.engine.launch(pairs)) if device.startswith("cuda") else None,
+            device=device if self.config.device_map is None else f"device_map {self.config.device_map!r}",
         )
 
     @property
@@ -73,7 +77,7 @@ class Reranker:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens that wait for the model; those of the batch that runs do not."""
+        """Tokens in the queue, without those of the running batch."""
         return self._worker.num_queued_tokens
 
     @property
@@ -82,26 +86,28 @@ class Reranker:
 
     @property
     def max_batch_tokens(self) -> int:
-        """The budget of a batch; smaller than it was set to while memory is short."""
+        """The token budget of a batch; below the configured one while memory is short."""
         return self._worker.max_batch_tokens
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast the queue is worked off, as measured over the last batches; None before the first."""
+        """Queued tokens processed per second, measured over the last batches; None before the first one."""
         return self._worker.tokens_per_second
 
     def retry_after(self) -> float:
-        """Seconds until one of the requests that wait will be done, as measured."""
+        """Estimated seconds until one of the queued requests is done."""
         return self._worker.retry_after()
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
-        """Have every batch reported to `observer`, in the model's thread; it must be quick and must not raise."""
+        """Call `observer` after every batch, in the worker's thread; it must be quick and must not raise."""
         self._worker.on_batch = observer
 
     def rank(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
-        """Rank documents, most relevant first; raises a leaf of InvalidRequest, Overloaded or EngineFailure."""
+        """The documents ranked by relevance, at most `top_n`. Raises a leaf of InvalidRequest, Overloaded or
+        EngineFailure.
+        """
         documents = (documents,) if isinstance(documents, str) else tuple(documents)
         return self.submit(
             RerankRequest(query=query, documents=documents, instruction=instruction, top_n=top_n)
@@ -110,9 +116,9 @@ class Reranker:
     def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs in their order; log-odds with `logits=True`.
+        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`.
 
-        Neighbouring pairs with the same query share its tokens.
+        Neighbouring pairs with the same query share its tokens. Raises as `rank`.
         """
         results = self.rank_batch(requests_of(pairs, instruction))
         return [score for result in results for score in scores_of(result, logits=logits)]
@@ -130,10 +136,11 @@ class Reranker:
     def rank_batch(
         self, requests: Iterable[RerankRequest], *, return_errors: bool = False
     ) -> Iterator[RerankResult | InvalidRequest]:
-        """Rank many requests, sharing batches; yields results in the order of the requests, a bounded number ahead.
+        """Rank many requests in shared batches. Yields results in the order of the requests, reading a bounded number
+        ahead.
 
-        A request that cannot be ranked ends the iteration with its InvalidRequest or, with `return_errors=True`, is
-        answered with it; whatever else goes wrong is raised.
+        An invalid request raises InvalidRequest and ends the iteration; with `return_errors=True` the error is yielded
+        in its place. Other errors are always raised.
         """
         in_flight: deque[Future[RerankResult] | Future[RerankResult | InvalidRequest]] = deque()
         try:
@@ -145,14 +152,14 @@ class Reranker:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()
-        finally:  # a request that cannot be ranked, or a caller who stops, leaves nothing running
+        finally:  # after an error, or when the caller stops early, nothing stays queued
             for future in in_flight:
                 future.cancel()
 
     def submit_if_room(
         self, request: RerankRequest, must: bool, return_errors: bool
     ) -> Future[RerankResult] | Future[RerankResult | InvalidRequest] | None:
-        """As `submit`, but None where the queue is full, unless it `must` go in now; perhaps an error as the result."""
+        """Like `submit`, but None if the queue is full, unless `must`; `return_errors`: the error as a result."""
         try:
             return self.submit(request)
         except Overloaded:
@@ -163,30 +170,32 @@ class Reranker:
             if not return_errors:
                 raise
             refused: Future[RerankResult | InvalidRequest] = Future()
-            refused.set_result(error)  # keeps its place behind the requests before it
+            refused.set_result(error)  # keeps its place in the order
             return refused
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
-        """Tokenize in this thread and queue; cancelling the future frees its place before the next forward pass.
+        """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
-        `name` is what the log calls the request. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
+        `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
         UnusableAfterFork; the future may fail with EngineFailure.
         """
         started = time.perf_counter()
         self._worker.check_room()  # before the work of tokenizing
-        job = Job(request, self.tokenizer.pairs(request), model_id=self.model_id, started=started, name=name)
-        self._worker.submit(job)
-        return job.future
+        pending = PendingRequest(
+            request, self.tokenizer.pairs(request), model_id=self.model_id, started=started, name=name
+        )
+        self._worker.submit(pending)
+        return pending.future
 
     def explain(self, query: str, document: str, *, instruction: str | None = None) -> tuple[str, list[int]]:
-        """The exact prompt of one pair and its token ids."""
+        """The exact prompt of one pair, and its token ids."""
         request = RerankRequest(query=query, documents=(document,), instruction=instruction)
         pair = self.tokenizer.pairs(request).pairs[0]
         ids = [*pair.prefix_ids, *pair.document_ids]
         return self.tokenizer.decode(ids), ids
 
     def close(self) -> None:
-        """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the thread."""
+        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread."""
         self._worker.close()
 
     __reduce__ = forks.refuse_copies
@@ -198,18 +207,3 @@ class Reranker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _known_pairs(checkpoint: Checkpoint) -> list[Pair]:
-    """The pairs of the self-test's plain questions, whatever limits are set."""
-    limit = checkpoint.max_length
-    limits = {"max_length": limit, "max_query_tokens": limit, "max_document_tokens": limit}
-    tokenizer = PairTokenizer.from_folder(
-        checkpoint.folder, checkpoint.template, **limits, default_instruction=DEFAULT_INSTRUCTION
-    )
-    requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
-    pairs = [pair for request in requests for pair in tokenizer.pairs(request).pairs]
-    # instruction and system prompt are theirs in common: 284 tokens of a pass in place of 428
-    equal = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*(pair.prefix_ids for pair in pairs), strict=False))
-    shared = sum(1 for _ in equal)
-    return [Pair(pair.prefix_ids[:shared], pair.prefix_ids[shared:] + pair.document_ids) for pair in pairs]

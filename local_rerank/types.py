@@ -7,7 +7,7 @@ back: the documents in order of relevance, with what each one cost and what was 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,6 +124,30 @@ class RerankResult(Sequence[RankedDocument]):
 
     def __iter__(self) -> Iterator[RankedDocument]:
         return iter(self.results)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A loaded model, and how it was decided to run it."""
+
+    model_id: str
+    source: str  # embedded, folder, bundle or hub
+    revision: str | None
+    device: str
+    dtype: str  # of the weights
+    compute_dtype: str  # of the matrix products
+    decoder: str  # transformers, cpu or cuda
+    kernel: str  # of attention
+    threads: int
+    reasons: Mapping[str, str]  # for each choice: a field of the load plan, or threads
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    max_length: int  # tokens of a prompt
+    max_batch_tokens: int
+    load_seconds: float
+    unquantized: tuple[str, ...] = ()  # with int8: linear layers that stay in fp32 because int8 would spoil the scores
+    products: tuple[str, ...] = ()  # on a CPU: the kernels that multiply matrices, by their names in `products.py`
 
 
 def _check_text(field: str, value: object, limit: int | None = None) -> None:

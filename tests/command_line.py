@@ -28,7 +28,7 @@ def command(*arguments: str) -> Done:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.dict("os.environ", COLUMNS="200"),
-        mock.patch("local_rerank.commands.app.own_process"),  # this one is pytest's
+        mock.patch("local_rerank.commands.app.configure_process"),  # this one is pytest's
     ):
         try:
             main(arguments)

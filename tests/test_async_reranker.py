@@ -41,8 +41,8 @@ class Gate:
         self.num_pairs: list[int] = []
         self.open = threading.Event()
         self.fails = False
-        self._forward = reranker._engine.forward
-        reranker._engine.forward = self.forward  # type: ignore[method-assign]
+        self._forward = reranker.engine.forward
+        reranker.engine.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         self.num_pairs.append(len(batch.pair_order))

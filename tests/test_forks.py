@@ -141,9 +141,9 @@ def test_a_fork_waits_until_the_parent_is_between_two_layers(fresh: Reranker, ex
             assert gate.wait(30)
             seen.append("goes on")
 
-    backbone = fresh._engine._backbone
+    backbone = fresh.engine.decoder
     backbone.rotary_emb.register_forward_hook(hold)
-    fresh._engine._last_layer.self_attn.o_proj.register_forward_hook(lambda *_: seen.append("last layer"))
+    fresh.engine.decoder.layers[-1].self_attn.o_proj.register_forward_hook(lambda *_: seen.append("last layer"))
     answer = fresh.submit(RerankRequest(query=QUERY, documents=tuple(DOCUMENTS)))
     assert entered.wait(30)
     threading.Timer(0.3, gate.set).start()
@@ -168,14 +168,14 @@ def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
 
 def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, expected: list[float]) -> None:
     gate, entered = threading.Event(), threading.Event()
-    inner = fresh._engine.forward
+    inner = fresh.engine.forward
 
     def forward(batch: PackedBatch) -> torch.Tensor:
         entered.set()
         assert gate.wait(30)
         return inner(batch)
 
-    fresh._engine.forward = forward  # type: ignore[method-assign]  # the seam
+    fresh.engine.forward = forward  # type: ignore[method-assign]  # the seam
     waiting = [fresh.submit(RerankRequest(query=str(number), documents=tuple(DOCUMENTS))) for number in range(3)]
     assert entered.wait(30)
 
@@ -327,7 +327,7 @@ def test_a_model_that_is_not_on_the_cpu_is_an_error_in_the_child_at_once(
     fresh: Reranker, device: str, device_map: str | None, named: str
 ) -> None:
     fresh.config = replace(fresh.config, device_map=device_map)
-    fresh._start(fresh._engine, replace(fresh.info, device=device))
+    fresh._start(fresh.engine, replace(fresh.info, device=device))
     for use in (lambda: fresh.rank(QUERY, DOCUMENTS), lambda: fresh.submit(RerankRequest(query="q", documents=("a",)))):
         began = time.monotonic()
         with pytest.raises(UnusableAfterFork, match=f"the model is on {named}, .* after the fork .*spawn"):
@@ -347,7 +347,7 @@ def test_tokenizing_in_parallel_is_switched_off_in_a_child_where_it_would_wait_f
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_are_shared_with_the_child(nano: Reranker) -> None:
-    size = sum(weight.numel() * weight.element_size() for weight in nano._engine._backbone.parameters())
+    size = sum(weight.numel() * weight.element_size() for weight in nano.engine.decoder.parameters())
 
     def private_bytes() -> int:
         return int(psutil.Process().memory_full_info().uss)

@@ -11,7 +11,7 @@ import torch
 from local_rerank import Reranker
 from local_rerank.engine import dtypes as precision
 from local_rerank.engine.cpu import products
-from local_rerank.engine.cpu.onednn_linear import can_block
+from local_rerank.engine.cpu.linears import can_block
 from tests.isa import LEVELS, levels_of, main, older_levels_of
 from tests.reference import ModelCard
 from tests.tiny_checkpoints import make_checkpoint

@@ -29,7 +29,7 @@ class GatedEngine:
     """A real engine behind a gate, at the seam: it can be held, made to fail, and it counts its batches."""
 
     def __init__(self, reranker: Reranker) -> None:
-        self.inner = reranker._engine
+        self.inner = reranker.engine
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -37,7 +37,7 @@ class GatedEngine:
         self.fails_on_token: int | None = None
         self.gives_nan = False
         self.loses_a_score = False
-        reranker._engine = self  # type: ignore[assignment]  # the seam
+        reranker.engine = self  # type: ignore[assignment]  # the seam
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         self.batches.append(batch)

@@ -31,7 +31,7 @@ from local_rerank.batch.pieces import (
     state_of,
 )
 from local_rerank.config import EngineConfig
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, EngineFailure
 from local_rerank.evaluation.blending import Blend
 
@@ -159,7 +159,7 @@ class _Actor:
     """One engine in a process of its own."""
 
     def __init__(self, job: RayJob, parts: PartFormat) -> None:
-        own_process()  # before torch is loaded, which is next
+        configure_process()  # before torch is loaded, which is next
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.reranker import Reranker
 

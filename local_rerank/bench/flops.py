@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from local_rerank.engine.cpu.choices import blocks_weights
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.int8 import Int8Linear, quantize
-from local_rerank.engine.cpu.onednn_linear import BlockedLinear
+from local_rerank.engine.cpu.linears import BlockedLinear
 from local_rerank.engine.cpu.products import saturates
-from local_rerank.engine.dtypes import blocks_weights
 from local_rerank.requests.tokenization import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,11 +12,11 @@ import torch
 from local_rerank.bench.flops import Shape, gemm_ceiling, kendall_tau, useful_flops
 from local_rerank.bench.systems import Ours, Sample, System
 from local_rerank.bench.workloads import Workload, make_requests
-from local_rerank.engine.engine import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from local_rerank.engine.plan import PLATFORMS
 from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest
 
-CEILING_TOKENS = {"cpu": CPU_BATCH_TOKENS, "cuda": GPU_BATCH_TOKENS, "mps": GPU_BATCH_TOKENS}  # of the GEMM
+CEILING_TOKENS = {name: platform.max_batch_tokens for name, platform in PLATFORMS.items()}  # of the GEMM
 WARM_UP_DOCUMENTS = 8
 LogOdds = Sequence[Sequence[float]]
 

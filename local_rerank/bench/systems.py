@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from local_rerank.bench.memory import PeakMemory
-from local_rerank.engine.cpu.compute_thread import VARIABLES
+from local_rerank.engine.cpu.process_setup import OPENMP_VARIABLES
 from local_rerank.errors import ConfigError
 from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest, RerankResult
@@ -86,7 +86,7 @@ class Peer:
         threads = reranker.config.threads or 0
         command = [python, str(Path(__file__).with_name("peer.py")), name, str(reranker.checkpoint.folder), dtype]
         # peers run as they do by themselves: without the waiting policy that our command line sets for this process
-        environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        environment = {key: value for key, value in os.environ.items() if key not in OPENMP_VARIABLES}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as the process runs
         try:
             self._process = subprocess.Popen(

@@ -1,29 +1,22 @@
-"""Where a model comes from, whether it is a reranker, and how its weights are loaded.
+"""Find a model's files and check that they are a reranker's.
 
-`open_checkpoint` turns what the user named (nothing, an alias, a folder, a bundle, a hub id) into a folder of files
-that were looked at; `load_model` turns that into a transformers model. Only safetensors are read and no code of a
-checkpoint is ever run. Nothing here knows of pairs, batches or requests.
+`open_checkpoint` turns the user's name for a model (none, an alias, a folder, a bundle, a hub id) into a `Checkpoint`:
+a folder whose files were inspected. Only safetensors are read, and no code from a checkpoint ever runs.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from local_rerank.checkpoints.bundles import PICKLE_SUFFIXES, is_bundle, open_bundle
 from local_rerank.checkpoints.download import fetch, silence_telemetry
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.prompts import TEMPLATES, PromptTemplate
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +26,6 @@ ALIASES = {
     "qwen3-reranker-4b": "Qwen/Qwen3-Reranker-4B",
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
-ATTENTION_NAME = "local_rerank"  # under which the engine plugs its attention into transformers
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # a cache without the model's card is complete
 
@@ -108,40 +100,6 @@ def hub_id(model: str) -> str:
             f"model {model!r} is no folder or bundle here, no hub id (owner/name) and no alias ({', '.join(ALIASES)})"
         )
     return model_id
-
-
-def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, device_map: str | None = None
-) -> PreTrainedModel:
-    """The transformers model in evaluation mode, its attention set to `ATTENTION_NAME`; raises CheckpointError."""
-    import transformers
-
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if checkpoint.architecture.endswith("ForSequenceClassification")
-        else transformers.AutoModelForCausalLM
-    )
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
-    if checkpoint.source == "embedded" or not sys.stderr.isatty():  # a blink, or nobody to look
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # its loading threads gain nothing, and libgomp may count their pools for ever (see `openmp.py`)
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    try:
-        model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
-            checkpoint.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-        )
-    except Exception as error:  # whatever transformers, safetensors or torch raise on a broken folder
-        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.folder} lacks weights: {', '.join(missing[:5])} ({len(missing)} in all)")
-    return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
 def cached_folder(model_id: str, revision: str | None) -> Path | None:

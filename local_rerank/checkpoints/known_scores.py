@@ -7,6 +7,7 @@ only the order is known. Needs no torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from local_rerank.checkpoints.bundles import MANIFEST, read_manifest
 from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError
+from local_rerank.requests.tokenization import Pair, PairTokenizer, PromptLimits
+from local_rerank.types import RerankRequest
 
 if TYPE_CHECKING:
     from local_rerank.checkpoints.find import Checkpoint
@@ -151,3 +154,20 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
+    """The tokenized pairs of `ORDERED`, whatever limits the user set."""
+    limit = checkpoint.max_length
+    tokenizer = PairTokenizer.from_folder(
+        checkpoint.folder,
+        checkpoint.template,
+        limits=PromptLimits(max_length=limit, max_query_tokens=limit, max_document_tokens=limit),
+        default_instruction=DEFAULT_INSTRUCTION,
+    )
+    requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
+    pairs = [pair for request in requests for pair in tokenizer.pairs(request).pairs]
+    # all prompts start with the same system prompt and instruction: shared, a pass has 284 tokens instead of 428
+    equal = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*(pair.prefix_ids for pair in pairs), strict=False))
+    shared = sum(1 for _ in equal)
+    return [Pair(pair.prefix_ids[:shared], pair.prefix_ids[shared:] + pair.document_ids) for pair in pairs]

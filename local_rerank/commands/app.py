@@ -16,7 +16,7 @@ from cyclopts.config import Env
 from rich.console import Console
 
 from local_rerank import __version__
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ app.command("local_rerank.commands.doctor:doctor", name="doctor", help="Say whet
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
-    own_process()
+    configure_process()
     try:
         _refuse_unknown_variables()
         sys.exit(app(arguments) or 0)

@@ -11,9 +11,9 @@ from local_rerank.commands.console import option
 from local_rerank.config import EngineConfig
 
 if TYPE_CHECKING:
-    from local_rerank.engine.engine import ModelInfo
     from local_rerank.selftest.machine_report import Machine
     from local_rerank.selftest.self_test import PairScore, SelfTest
+    from local_rerank.types import ModelInfo
 
 
 def doctor(

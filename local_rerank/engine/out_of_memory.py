@@ -1,18 +1,20 @@
-"""How many tokens of a batch fit beside the weights, and what an allocator's failure looks like.
+"""Memory of a batch: how many tokens fit beside the weights, and how to recognize that a device is out of memory.
 
-The estimate is the peak of one decoder layer, because a forward pass without a cache keeps nothing of a layer but its
-output. It counts what the layer holds at once where it holds most, not what it ever allocates.
+The estimate is the peak of one decoder layer, because a forward pass without a KV cache keeps only a layer's output.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 USABLE_SHARE = 0.8  # of the free memory: the rest is for fragments, cuBLAS workspaces and a neighbour's growth
 MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
@@ -61,7 +63,7 @@ def fitted_budget(free_bytes: int, per_token_bytes: int, *, at_most: int) -> int
 
 
 def free_bytes(devices: set[torch.device]) -> int:
-    """What is free on the fullest of some CUDA devices, what torch keeps for itself included."""
+    """Free bytes on the fullest of some CUDA devices, torch's cached blocks included."""
     return min(_free_on(device) for device in devices)
 
 
@@ -71,12 +73,23 @@ def _free_on(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room; neither a CPU's allocator nor CUDA's own calls, as a graph's launch, have a type."""
+    """Whether memory ran out. A CPU's allocator and some CUDA calls, such as a graph launch, raise no typed error."""
     texts = ("can't allocate memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
+def unless_out_of_memory(attempt: Callable[[], T]) -> T | None:
+    """The result of `attempt`, or None if the device had no room for it; the cached blocks are released then."""
+    try:
+        return attempt()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    release_cached()  # outside the except block, where nothing refers to the failed pass's tensors any more
+    return None
+
+
 def release_cached() -> None:
-    """Give cached blocks back to the devices, so that a smaller batch does not fail on fragments."""
+    """Return cached blocks to the driver, so that a smaller batch does not fail on fragmentation."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -1,7 +1,4 @@
-"""One request on its way through the model: what came in, the log-odds that are there so far, who waits -> its result.
-
-Needs no torch; scheduling and the model's thread are in `scheduler.py` and `worker.py`.
-"""
+"""A request that waits for its scores, from submission to result."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 logger = logging.getLogger(__name__)
 
 
-class Job:
-    """A request between its submission and its answer."""
+class PendingRequest:
+    """A tokenized request, its log-odds so far, and the future that its caller waits for."""
 
     def __init__(
         self,
@@ -29,7 +26,7 @@ class Job:
         started: float,
         name: str | None = None,
     ) -> None:
-        """`started`: when tokenization began, of `time.perf_counter`; `name`: what the log calls the request."""
+        """`started`: time.perf_counter() when tokenization began; `name`: the request's name in the log."""
         self.request = request
         self.tokenized = tokenized
         self.name = name
@@ -46,14 +43,14 @@ class Job:
         return len(self.log_odds) == len(self.tokenized.pairs)
 
     def answer(self) -> None:
-        """Settle the future with the result; every pair has its log-odds."""
-        self._settle(self._result())
+        """Resolve the future with the result; every pair must have its log-odds."""
+        self._resolve(self._result())
 
     def fail(self, error: LocalRerankError) -> None:
-        self._settle(error)
+        self._resolve(error)
 
-    def _settle(self, outcome: RerankResult | LocalRerankError) -> None:
-        """Settle the future, unless its caller cancelled it at the same moment."""
+    def _resolve(self, outcome: RerankResult | LocalRerankError) -> None:
+        """Resolve the future, unless its caller cancelled it at the same moment."""
         try:
             if isinstance(outcome, LocalRerankError):
                 self.future.set_exception(outcome)
@@ -63,7 +60,7 @@ class Job:
             logger.debug("a request was cancelled as it was answered")
 
     def _result(self) -> RerankResult:
-        """Sort by log-odds (scores saturate, log-odds do not), ties by index, and keep `top_n`."""
+        """Sort by log-odds (unlike scores they do not saturate), ties by index, and keep `top_n`."""
         tokenized, now = self.tokenized, time.perf_counter()
         log_odds = [self.log_odds[pair] for pair in tokenized.pair_of_document]
         order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
@@ -94,5 +91,5 @@ class Job:
 
 
 def sigmoid(x: float) -> float:
-    """The relevance score that log-odds stand for."""
+    """The relevance score of log-odds `x`."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,9 +1,9 @@
-"""RerankRequest -> list[Pair]: the recipe of Qwen3-Reranker, to the token.
+"""RerankRequest -> TokenizedRequest: the prompt of Qwen3-Reranker's model card, token for token.
 
-A pair's ids are `prefix + document`: the prefix ends with `<Document>:` and is the same object for every pair of a
-request, so that it is computed once; the document's side begins with the space, because a space merges with the word
-after it, and ends with the suffix. User text is encoded by a copy of the tokenizer that has no added tokens: a document
-that spells `<|im_end|>` or `<think>` stays text. Needs neither torch nor transformers.
+A pair's ids are `prefix + document`. The prefix ends with `<Document>:` and is shared by the pairs of a request, so it
+is computed once. The document part starts with a space, because a space merges with the word after it, and ends with
+the template's suffix. User text is encoded by a copy of the tokenizer without added tokens, so a document that contains
+`<|im_end|>` or `<think>` stays plain text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.types import RerankRequest
 
 MAX_INSTRUCTION_TOKENS = 1024
-CHUNK_CHARS = 1_000_000  # encoded at a time: about half a second
+CHUNK_CHARS = 1_000_000  # encoded at once: about 0.5 s
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -48,8 +48,17 @@ def num_batch_tokens(pairs: Iterable[Pair]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLimits:
+    """Tokens that a prompt may have. A longer query or document is cut."""
+
+    max_length: int  # of the whole prompt
+    max_query_tokens: int
+    max_document_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRequest:
-    """The pairs of a request, duplicates once, and what its result has to say of tokens."""
+    """The pairs of a request, each distinct document once, and the token counts that its result reports."""
 
     pairs: tuple[Pair, ...]
     pair_of_document: tuple[int, ...]  # per document: its place in `pairs`
@@ -64,16 +73,14 @@ class TokenizedRequest:
 
 
 class PairTokenizer:
-    """Holds the tokenizer of a checkpoint twice: with control tokens for our text, without for the user's."""
+    """The tokenizer of a checkpoint, twice: with control tokens for the template, without them for user text."""
 
     def __init__(
         self,
         tokenizer_json: str,
         template: PromptTemplate,
         *,
-        max_length: int,
-        max_query_tokens: int,
-        max_document_tokens: int,
+        limits: PromptLimits,
         default_instruction: str,
     ) -> None:
         self.template = template
@@ -82,9 +89,7 @@ class PairTokenizer:
         for tokenizer in (self._full, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self._max_length = max_length
-        self._max_query_tokens = max_query_tokens
-        self._max_document_tokens = max_document_tokens
+        self._limits = limits
         self._default_instruction = default_instruction
         self.prefix_ids = self._control_ids(template.prefix)
         self.suffix_ids = self._control_ids(template.suffix)
@@ -94,13 +99,17 @@ class PairTokenizer:
         self.no_id = self._answer_id(template.no)
 
     @classmethod
-    def from_folder(cls, folder: Path, template: PromptTemplate, **options: int | str) -> PairTokenizer:
+    def from_folder(
+        cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
+    ) -> PairTokenizer:
         """Raises CheckpointError where the folder has no usable tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is needed")
         try:
-            return cls(path.read_text(encoding="utf-8"), template, **options)  # type: ignore[arg-type]  # checked there
+            return cls(
+                path.read_text(encoding="utf-8"), template, limits=limits, default_instruction=default_instruction
+            )
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
@@ -116,7 +125,7 @@ class PairTokenizer:
         pairs: list[Pair] = []
         cuts: list[int] = []
         num_request_tokens = (
-            0  # the hosted rule: query tokens times documents, plus the documents' tokens, after cutting
+            0  # the hosted service's rule: query tokens per document, plus document tokens, after cutting
         )
         repeats = Counter(documents)
         first_index = {document: index for index, document in reversed(list(enumerate(documents)))}
@@ -139,7 +148,7 @@ class PairTokenizer:
         )
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text has by itself."""
+        """The number of tokens of a text on its own."""
         return len(self._encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -147,13 +156,13 @@ class PairTokenizer:
         return self._full.decode(list(ids), skip_special_tokens=False)
 
     def _prefix(self, instruction: str, query: str, request: RerankRequest) -> tuple[tuple[int, ...], int, int]:
-        """Returns the prefix ids, the query's tokens that are used, and those that were cut."""
+        """The prefix ids, the number of query tokens used, and the number cut."""
         num_instruction_tokens = len(self._encode(instruction).ids)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
         encoding = self._encode(query)
         num_tokens = len(encoding.ids)
-        limit = min(num_tokens, self._max_query_tokens, request.max_query_tokens or num_tokens)
+        limit = min(num_tokens, self._limits.max_query_tokens, request.max_query_tokens or num_tokens)
         max_length = self._max_prompt_tokens(request)
         while True:
             if limit < num_tokens and request.truncation == "error":
@@ -165,16 +174,16 @@ class PairTokenizer:
                 return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
             limit -= over
             if limit < 1:
-                if max_length < self._max_length:
+                if max_length < self._limits.max_length:
                     raise _prompt_too_short(max_length + 1 - limit, max_length)
                 fits = max(0, num_instruction_tokens + limit - 1)
                 raise InstructionTooLong(limit=fits, value=num_instruction_tokens)
 
     def _max_prompt_tokens(self, request: RerankRequest) -> int:
-        return min(self._max_length, request.max_prompt_tokens or self._max_length)
+        return min(self._limits.max_length, request.max_prompt_tokens or self._limits.max_length)
 
     def _num_around_documents(self, body_ids: list[int]) -> int:
-        """Tokens of the prompt of an empty document, which has one, its space."""
+        """Tokens of the prompt with an empty document, which still has one token: its space."""
         return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids)
 
     def _body_ids(self, instruction: str, query: str) -> list[int]:
@@ -184,7 +193,7 @@ class PairTokenizer:
         self, ids: list[int], prefix_ids: tuple[int, ...], request: RerankRequest, index: int
     ) -> list[int]:
         room = max(1, self._max_prompt_tokens(request) - len(prefix_ids) - len(self.suffix_ids))
-        limit = min(room, self._max_document_tokens, request.max_document_tokens or room)
+        limit = min(room, self._limits.max_document_tokens, request.max_document_tokens or room)
         if len(ids) <= limit:
             return ids
         if request.truncation == "error":
@@ -192,14 +201,14 @@ class PairTokenizer:
         return ids[-limit:] if request.truncation == "start" else ids[:limit]
 
     def _billed_tokens(self, pair: Pair) -> int:
-        """Tokens of instruction, query and document, as live samples of the hosted service show it counts them."""
+        """Tokens of instruction, query and document, as the hosted service bills them (seen in live samples)."""
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
 
     def _encode(self, text: str) -> Encoding:
         return self._plain.encode(text, add_special_tokens=False)
 
     def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
-        """Each document with the ids of " " + document; in chunks, so that a request over its limit is soon refused."""
+        """Each document with the ids of " " + document; in chunks, so a request over its limit is refused early."""
         chunk: list[str] = []
         num_chars = 0
         for number, document in enumerate(documents, 1):
@@ -211,7 +220,7 @@ class PairTokenizer:
                 chunk, num_chars = [], 0
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of one of our own texts, in which each control token must lie within one token."""
+        """Ids of a template text; each control token in it must be a single token of the vocabulary."""
         encoding = self._full.encode(text, add_special_tokens=False)
         for match in _CONTROL_TOKEN.finditer(text):
             if not any(start <= match.start() and match.end() <= end for start, end in encoding.offsets):
@@ -231,7 +240,7 @@ def _prompt_too_short(needed: int, asked: int) -> InvalidRequest:
 
 
 def clean(text: str) -> str:
-    """Lone surrogates, which no UTF-8 text can hold, become U+FFFD."""
+    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
     return _LONE_SURROGATES.sub("\ufffd", text)
 
 

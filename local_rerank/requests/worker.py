@@ -1,11 +1,11 @@
-"""The model's thread: queued jobs -> batches -> scores -> answers, until it is closed. Whatever happens, it goes on.
+"""The thread that runs the model: it takes batches from the scheduler, scores them and resolves each request's future.
 
-Admission is decided as a job is queued. A batch that does not fit into memory is tried again in halves, with a smaller
-budget from then on; one that fails for another reason in halves by request, so that only the guilty request fails. A
-score that is no finite number is an error of its request. A cancelled job leaves the queue at once.
+A failing batch never ends the thread. One that runs out of memory is retried in halves, and later batches get a smaller
+token budget. Any other failure is retried with half of the requests, until only the request that causes it fails. A
+score that is not finite fails its request.
 
-Where a GPU computes, the next batch is launched before the scores of the one that runs are fetched, so that the device
-does not wait while answers are written.
+On a GPU the next batch is launched before the log-odds of the running one are fetched, so the device stays busy while
+the host writes responses.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from local_rerank import forks
-from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.errors import (
     EngineFailure,
     LocalRerankError,
@@ -30,54 +27,53 @@ from local_rerank.errors import (
     Overloaded,
     UnusableAfterFork,
 )
-from local_rerank.requests.pending import Job
+from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import DrainRate, Entry, Scheduler
-from local_rerank.requests.tokenization import num_batch_tokens
+from local_rerank.requests.tokenization import Pair, num_batch_tokens
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchReport:
-    """What one batch was, for whoever counts."""
+    """The size and duration of a batch, for metrics."""
 
     num_requests: int
     num_pairs: int
     num_tokens: int  # that went through the model
-    num_prefix_tokens_saved: int  # that would have, had every pair computed its prefix itself
+    num_prefix_tokens_saved: int  # that sharing prefixes saved
     seconds: float
 
 
 @dataclass(slots=True)
 class _Running:
-    """A batch between its start and its answers."""
+    """A batch that was launched and not fetched yet."""
 
     batch: list[Entry]
-    started: float  # of time.perf_counter
-    log_odds: Callable[[], Tensor] | None = None  # waits for them; None where it is still to be scored
+    started: float  # time.perf_counter()
+    fetch: Callable[[], list[float]] | None = None  # waits for the log-odds; None if it was not launched
 
 
 class Worker:
-    """Owns the thread that alone calls `forward`. It starts with the first job, in a forked child too."""
+    """Owns the one thread that scores. The thread starts with the first request, also in a forked child."""
 
     def __init__(
         self,
-        forward: Callable[[PackedBatch], Tensor],
+        score: Callable[[Sequence[Pair]], list[float]],
         *,
         max_batch_tokens: int,
         max_queued_tokens: int,
         one_pair_at_a_time: bool = False,
-        launch: Callable[[PackedBatch], Callable[[], Tensor]] | None = None,
+        launch: Callable[[Sequence[Pair]], Callable[[], list[float]]] | None = None,
         device: str = "cpu",
     ) -> None:
-        """`forward`: a batch to log-odds (num_pairs,); `one_pair_at_a_time`: every pair in a pass of its own.
+        """`score`: pairs to log-odds; `one_pair_at_a_time`: each pair in a forward pass of its own.
 
-        `launch`: as `forward`, of a device that works by itself: returns at once, with what waits for the log-odds.
-
-        `device`: where the model is, as an error names it; a forked child can use only the CPU.
+        `launch`: like `score`, but returns before the device is done, with a function that waits for the log-odds.
+        `device`: the model's, for error messages; a forked child can use only a model on the CPU.
         """
         self.on_batch: Callable[[BatchReport], None] | None = None
-        self._forward = forward
+        self._score_pairs = score
         self._launch = None if one_pair_at_a_time else launch
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
@@ -92,13 +88,13 @@ class Worker:
     def _set_up(self) -> None:
         self._scheduler = Scheduler(self._max_batch_tokens)
         self._drain_rate = DrainRate()
-        self._jobs: dict[int, Job] = {}
-        self._changed = threading.Condition()  # guards scheduler, drain rate, jobs, closing and the thread's start
+        self._requests: dict[int, PendingRequest] = {}
+        self._changed = threading.Condition()  # guards scheduler, drain rate, requests, closing and the thread's start
         self._last_done = 0.0
         self._thread: threading.Thread | None = None
 
     def renew(self) -> None:
-        """Requests that waited are the parent's to answer."""
+        """After a fork: queued requests are answered by the parent."""
         self._is_in_child = True
         self._set_up()
 
@@ -121,23 +117,23 @@ class Worker:
 
     @property
     def max_batch_tokens(self) -> int:
-        """The budget of a batch; smaller than it was set to while memory is short."""
+        """The token budget of a batch; below the configured one while memory is short."""
         return self._scheduler.max_batch_tokens
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens of the queue that a second of work takes off it; None before the first batch."""
+        """Queued tokens processed per second; None before the first batch."""
         with self._changed:
             return self._drain_rate.tokens_per_second
 
     def retry_after(self) -> float:
-        """Seconds until one of the requests that wait will be done, as measured."""
+        """Estimated seconds until one of the queued requests is done."""
         with self._changed:
             num_requests = max(1, self._scheduler.num_queued_requests)
             return self._drain_rate.seconds_for(self._scheduler.num_queued_tokens / num_requests)
 
     def check_room(self, num_tokens: int = 1) -> None:
-        """An empty queue takes any request; else what waits and what comes must fit.
+        """Check that the queue has room for `num_tokens`; an empty queue accepts any request.
 
         Raises Overloaded or UnusableAfterFork.
         """
@@ -146,30 +142,32 @@ class Worker:
         with self._changed:
             queued = self._scheduler.num_queued_tokens
             if queued and queued + num_tokens > limit:
-                what = f"{queued} tokens wait and this request has {num_tokens} or more; at most {limit} may wait"
-                over = min(queued, queued + num_tokens - limit)  # an empty queue takes it
+                what = (
+                    f"{queued} tokens are queued, this request has {num_tokens} or more; at most {limit} can be queued"
+                )
+                over = min(queued, queued + num_tokens - limit)  # an empty queue accepts it
                 raise Overloaded(what, retry_after=self._drain_rate.seconds_for(over))
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; cancelling its future frees its place at once.
+    def submit(self, request: PendingRequest) -> None:
+        """Queue a request; cancelling its future removes it at once.
 
         Raises Overloaded, ModelUnavailable or UnusableAfterFork.
         """
         with self._changed:
             if self._closing:
                 raise ModelUnavailable("the engine is closing")
-            self.check_room(num_batch_tokens(job.tokenized.pairs))
+            self.check_room(num_batch_tokens(request.tokenized.pairs))
             number = next(self._ids)
-            self._jobs[number] = job
-            self._scheduler.add(number, job.tokenized.pairs)
+            self._requests[number] = request
+            self._scheduler.add(number, request.tokenized.pairs)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        job.future.add_done_callback(lambda future: self._drop(number) if future.cancelled() else None)
+        request.future.add_done_callback(lambda future: self._drop(number) if future.cancelled() else None)
 
     def close(self) -> None:
-        """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the thread."""
+        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -186,53 +184,53 @@ class Worker:
         if running is not None:
             self._finish(running)
         with self._changed:
-            jobs, self._jobs = self._jobs, {}
-        for job in jobs.values():
-            job.fail(ModelUnavailable("the engine is closing"))
+            requests, self._requests = self._requests, {}
+        for request in requests.values():
+            request.fail(ModelUnavailable("the engine is closing"))
 
     def _started(self, batch: list[Entry]) -> _Running | None:
-        """A batch that the device works on by now; None where it is done, or failed for good."""
+        """Launch a batch; None if it is finished already, because the device cannot work on its own."""
         running = _Running(batch, time.perf_counter())
         if self._launch is None:
             self._finish(running)
             return None
         try:
-            running.log_odds = self._launch(pack([entry.pair for entry in batch]))
+            running.fetch = self._launch([entry.pair for entry in batch])
         except Exception as error:
-            logger.debug("a batch could not be launched (%s); it is tried again by itself", error)
+            logger.debug("a batch could not be launched (%s); retrying it on its own", error)
         return running
 
     def _finish(self, running: _Running) -> None:
-        """Score and deliver a batch, whether it was launched or not."""
+        """Score a batch, launched or not, and deliver the results."""
         batch = running.batch
         try:
-            self._score(batch, running.log_odds)
+            self._score(batch, running.fetch)
             now = time.perf_counter()
             self._report(batch, now - max(running.started, self._last_done))
             self._last_done = now
-        except Exception as error:  # a fault of ours: each waiter must hear of it
+        except Exception as error:  # a bug of ours: every waiting caller must get an error
             _log_failure(f"a batch of {len(batch)} pairs could not be delivered", self._names(batch), error)
             for number in {entry.request_id for entry in batch}:
                 self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
 
     def _next_batch(self, *, wait: bool) -> list[Entry] | None:
-        """The next batch; without one wait for it, or return none at all. None when closing."""
+        """The next batch; if there is none, wait for one or return an empty one. None when closing."""
         with self._changed:
             while not self._closing:
                 if batch := self._scheduler.next_batch():
                     now = time.perf_counter()
-                    for job in {self._jobs[entry.request_id] for entry in batch}:
-                        job.first_batch = job.first_batch or now
+                    for request in {self._requests[entry.request_id] for entry in batch}:
+                        request.first_batch = request.first_batch or now
                     return batch
                 if not wait:
                     return []
                 self._changed.wait()
             return None
 
-    def _score(self, batch: list[Entry], launched: Callable[[], Tensor] | None = None) -> bool:
-        """Score and deliver a batch, in parts where it fails; returns whether every request of it was served."""
+    def _score(self, batch: list[Entry], fetch: Callable[[], list[float]] | None = None) -> bool:
+        """Score and deliver a batch, in parts if it fails; returns whether all of its requests succeeded."""
         try:
-            log_odds = self._log_odds(batch) if launched is None else launched().tolist()
+            log_odds = self._log_odds(batch) if fetch is None else fetch()
         except OutOfMemory as error:
             return self._score_with_less_memory(batch, error)
         except Exception as error:
@@ -243,7 +241,7 @@ class Worker:
 
     def _log_odds(self, batch: list[Entry]) -> list[float]:
         parts = [[entry] for entry in batch] if self._one_pair_at_a_time else [batch]
-        return [odds for part in parts for odds in self._forward(pack([entry.pair for entry in part])).tolist()]
+        return [value for part in parts for value in self._score_pairs([entry.pair for entry in part])]
 
     def _score_with_less_memory(self, batch: list[Entry], error: OutOfMemory) -> bool:
         if len(batch) == 1:
@@ -254,14 +252,16 @@ class Worker:
         with self._changed:
             self._scheduler.lower_budget(num_tokens)
         logger.warning(
-            "out of memory with %d tokens; batches have at most %d now", num_tokens, self._scheduler.max_batch_tokens
+            "out of memory with %d tokens; batches have at most %d from now on",
+            num_tokens,
+            self._scheduler.max_batch_tokens,
         )
         half = len(batch) // 2
         served = [self._score(part) for part in (batch[:half], batch[half:])]
         return all(served)
 
     def _score_apart(self, batch: list[Entry], error: Exception) -> bool:
-        """Its halves by request, so that only the guilty request fails; logged once, where the guilt is known."""
+        """Retry halves of the requests until the one that fails is found; it is logged once, then."""
         numbers, names = list(dict.fromkeys(entry.request_id for entry in batch)), self._names(batch)
         if len(numbers) == 1:
             _log_failure(f"a batch of {len(batch)} pairs failed", names, error)
@@ -271,33 +271,33 @@ class Worker:
         halves = [[entry for entry in batch if (entry.request_id in first) is wanted] for wanted in (True, False)]
         served = [self._score(half) for half in halves]
         if all(served):
-            _log_failure(f"a batch of {len(batch)} pairs failed once, and not in halves", names, error)
+            _log_failure(f"a batch of {len(batch)} pairs failed once and succeeded in halves", names, error)
         return all(served)
 
     def _deliver(self, batch: list[Entry], log_odds: list[float]) -> bool:
-        """Hand scores to their requests and answer those that are complete."""
+        """Store log-odds in their requests and resolve those that are complete."""
         by_number: dict[int, list[Entry]] = {}
         for entry, value in zip(batch, log_odds, strict=True):
-            if (job := self._jobs.get(entry.request_id)) is not None:
-                job.log_odds[entry.position] = value
+            if (request := self._requests.get(entry.request_id)) is not None:
+                request.log_odds[entry.position] = value
                 by_number.setdefault(entry.request_id, []).append(entry)
         served = [self._deliver_to(number, entries) for number, entries in by_number.items()]
         return all(served)
 
     def _deliver_to(self, number: int, entries: list[Entry]) -> bool:
-        job = self._jobs.get(number)
-        if job is None:  # cancelled a moment ago
+        request = self._requests.get(number)
+        if request is None:  # cancelled a moment ago
             return True
-        job.num_computed_tokens += num_batch_tokens([entry.pair for entry in entries])
+        request.num_computed_tokens += num_batch_tokens([entry.pair for entry in entries])
         for entry in entries:
-            if not math.isfinite(value := job.log_odds[entry.position]):
+            if not math.isfinite(value := request.log_odds[entry.position]):
                 failure = EngineFailure(f"the model gave {value} as log-odds")
                 _log_failure(f"pair {entry.position} has no score", self._names([entry]), failure)
                 self._fail(number, failure)
                 return False
-        if job.is_complete:
+        if request.is_complete:
             self._drop(number)
-            job.answer()
+            request.answer()
         return True
 
     def _report(self, batch: list[Entry], seconds: float) -> None:
@@ -320,18 +320,18 @@ class Worker:
         )
 
     def _names(self, batch: Iterable[Entry]) -> list[str]:
-        """What the log calls the requests of a batch that are not answered yet."""
-        jobs = {number: self._jobs.get(number) for number in dict.fromkeys(entry.request_id for entry in batch)}
-        return [job.name or f"number {number}" for number, job in jobs.items() if job is not None]
+        """Names, for the log, of the requests of a batch that have no answer yet."""
+        requests = {number: self._requests.get(number) for number in dict.fromkeys(entry.request_id for entry in batch)}
+        return [request.name or f"number {number}" for number, request in requests.items() if request is not None]
 
     def _fail(self, number: int, error: LocalRerankError) -> None:
-        if (job := self._drop(number)) is not None:
-            job.fail(error)
+        if (request := self._drop(number)) is not None:
+            request.fail(error)
 
-    def _drop(self, number: int) -> Job | None:
+    def _drop(self, number: int) -> PendingRequest | None:
         with self._changed:
             self._scheduler.discard(number)
-            return self._jobs.pop(number, None)
+            return self._requests.pop(number, None)
 
 
 def _log_failure(what: str, names: list[str], error: Exception) -> None:

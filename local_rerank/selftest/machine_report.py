@@ -19,10 +19,10 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
-from local_rerank.engine.dtypes import choose_dtype
-from local_rerank.engine.engine import ModelInfo
 from local_rerank.engine.kernel_table import choose_kernel
+from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
+from local_rerank.types import ModelInfo
 
 NOTHING = "nothing"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -88,7 +88,7 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
     value = (
         info.dtype if info.dtype == info.compute_dtype else f"{info.dtype} weights, multiplied in {info.compute_dtype}"
     )
-    best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == choose_dtype("auto", device))
+    best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == PLATFORMS[device.type].preferred_dtype()[0])
     if info.compute_dtype != "fp32":
         faster = "--dtype fp32: this device multiplies it faster" if best == "fp32" else NOTHING
     elif best != "fp32":
@@ -101,7 +101,7 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
 
 
 def _kernel(info: ModelInfo) -> Row:
-    value = f"{info.kernel}: {info.kernel_reason}"
+    value = f"{info.kernel}: {info.reasons['kernel']}"
     device = torch.device(info.device)
     try:
         best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.compute_dtype, torch.float32))
@@ -143,7 +143,7 @@ def _memory(info: ModelInfo) -> Row:
 
 def _threads(info: ModelInfo) -> Row:
     limits = cpu_limits()
-    value = f"{info.threads} on {limits.num_cores} physical cores: {info.threads_reason}"
+    value = f"{info.threads} on {limits.num_cores} physical cores: {info.reasons['threads']}"
     if info.device != "cpu":
         return Row(value=value, faster=NOTHING)
     if info.threads < limits.num_threads:

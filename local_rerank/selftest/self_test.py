@@ -29,7 +29,6 @@ from local_rerank.checkpoints.known_scores import (
 from local_rerank.engine.cpu import int8
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.engine.packing import pack
 from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.requests.tokenization import Pair
@@ -135,7 +134,7 @@ def _live_scores(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
     try:
         return log_odds_of(reranker, pairs)
     except EngineFailure:
-        seen = _forward(reranker._engine, [_live_ids(reranker, pair) for pair in pairs])
+        seen = _forward(reranker.engine, [_live_ids(reranker, pair) for pair in pairs])
         if all(map(math.isfinite, seen)):
             raise
         return seen
@@ -174,7 +173,7 @@ class _Examination:
 
     def _head(self) -> tuple[Fault, str] | None:
         """A classifier of one label is stored as its difference from zero, so there the "no" row is rightly zero."""
-        no, yes = self.reranker._engine._head
+        no, yes = self.reranker.engine.head
         missing = [name for name, row in (("yes", yes), ("no", no)) if not row.any()]
         if missing == ["no"] and self.reranker.checkpoint.architecture.endswith("ForSequenceClassification"):
             return None
@@ -192,7 +191,7 @@ class _Examination:
         distances = {
             (fault, number): _difference(
                 self.seen,
-                _forward(self.reranker._engine, [self._ids(build(self.template, pair)) for pair in self.known.pairs]),
+                _forward(self.reranker.engine, [self._ids(build(self.template, pair)) for pair in self.known.pairs]),
             )
             for fault, builders in _WRONG_PROMPTS.items()
             for number, build in enumerate(builders)
@@ -203,7 +202,7 @@ class _Examination:
         return "other prompt", f"the prompt is not the model card's ({self._ends(live[0], right[0])})"
 
     def _claimed_dtype(self) -> tuple[Fault, str] | None:
-        claimed, actual = self.reranker.info.dtype, self.reranker._engine.weights_dtype
+        claimed, actual = self.reranker.info.dtype, self.reranker.engine.weights_dtype
         if claimed != actual:
             return "wrong dtype", f"the weights are {actual}, though {claimed} was asked for"
         return None
@@ -213,7 +212,7 @@ class _Examination:
         if (fault := self._misfit()) is None and self.expected is not None:
             return None
         pairs = self.known.pairs if fault else self.known.pairs[:2]  # two are enough to see that nothing is amiss
-        reference = self.reranker._engine.with_kernel(KERNELS[REFERENCE_KERNEL])
+        reference = self.reranker.engine.with_kernel(KERNELS[REFERENCE_KERNEL])
         if _difference(self.seen[: len(pairs)], self._right_scores(reference, pairs)) > self.tolerance_of(self.dtype):
             kernel = self.reranker.info.kernel
             return "wrong attention kernel", f"{kernel} disagrees with {REFERENCE_KERNEL}; try another --attention"
@@ -244,7 +243,7 @@ class _Examination:
         config = dataclasses.replace(self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL)
         try:
             with Reranker(config=config) as exact:
-                scores = self._right_scores(exact._engine, self.known.pairs)
+                scores = self._right_scores(exact.engine, self.known.pairs)
         except (CheckpointError, EngineFailure):  # no room for a second model
             return False
         return _difference(expected, scores) <= self.tolerance_of("fp32")
@@ -299,7 +298,7 @@ def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
     scores: list[float] = []
     for ids in prompts:
         prefix, document = tuple(ids[:1]), tuple(ids[1:])
-        scores += engine.forward(pack([Pair(prefix, document)])).tolist()
+        scores += engine.score([Pair(prefix, document)])
     return scores
 
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from local_rerank.async_reranker import AsyncReranker
 from local_rerank.commands.app import serve_options
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError
 from local_rerank_server.app import create_app
 from local_rerank_server.keys import ApiKeys
@@ -44,7 +44,7 @@ def create() -> ASGIApp:
             "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set; set one, or allow that with "
             "LOCAL_RERANK_INSECURE=true"
         )
-    own_process()
+    configure_process()
     set_up_logging(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     _import_now()

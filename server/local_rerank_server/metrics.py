@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 import local_rerank
 
 if TYPE_CHECKING:
-    from local_rerank.engine.engine import ModelInfo
     from local_rerank.requests.worker import BatchReport
-    from local_rerank.types import RerankResult
+    from local_rerank.types import ModelInfo, RerankResult
     from local_rerank_server.state import ServerState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -37,7 +37,7 @@ from local_rerank_server.tracing import Tracing
 
 if TYPE_CHECKING:
     from local_rerank import Reranker
-    from local_rerank.engine.engine import ModelInfo
+    from local_rerank.types import ModelInfo
     from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
 KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we

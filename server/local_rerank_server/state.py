@@ -27,8 +27,8 @@ from local_rerank_server.rate_limits import KeyRates
 
 if TYPE_CHECKING:
     from local_rerank.config import EngineConfig
-    from local_rerank.engine.engine import ModelInfo
     from local_rerank.requests.worker import BatchReport
+    from local_rerank.types import ModelInfo
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 LONG_CHARS = 1_000_000  # about half a second of tokenization; a request of more waits for those of its kind alone

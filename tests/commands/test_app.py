@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from local_rerank import Reranker, __version__
-from local_rerank.engine.cpu.compute_thread import CACHES, VARIABLES
+from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES, OPENMP_VARIABLES
 from tests.command_line import Done, command
 
 
@@ -175,9 +175,9 @@ def test_what_torch_reads_as_it_is_loaded_is_said_before(variables: dict[str, st
         "import os, sys; from local_rerank.commands import app\n"
         "try: app.main(['--version'])\n"
         "except SystemExit: pass\n"
-        f"print(*map(os.environ.get, {[*VARIABLES, *CACHES]}), 'torch' in sys.modules)"
+        f"print(*map(os.environ.get, {[*OPENMP_VARIABLES, *CACHE_VARIABLES]}), 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES | CACHES}
+    environment = {name: value for name, value in os.environ.items() if name not in OPENMP_VARIABLES | CACHE_VARIABLES}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment | variables, capture_output=True, text=True, check=True
     )

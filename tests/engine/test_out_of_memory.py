@@ -16,7 +16,6 @@ from local_rerank import Reranker
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.kernel_table import SegmentLayout
 from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
-from local_rerank.engine.packing import pack
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.tokenization import Pair
 
@@ -77,35 +76,35 @@ def test_the_estimate_covers_what_a_layer_holds_at_once() -> None:
 
 
 def test_out_of_memory_is_an_error_of_its_own_and_the_engine_goes_on(tiny_reranker: Reranker) -> None:
-    engine = tiny_reranker._engine
-    expected = engine.forward(pack(BATCH))
-    kernel = engine._kernel
+    engine = tiny_reranker.engine
+    expected = engine.score(BATCH)
+    kernel = engine.kernel
 
     def too_large(q: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.empty(2**59, dtype=torch.uint8, device=q.device)  # a real failure of the real allocator
 
-    engine._kernel = replace(kernel, attend=too_large)
+    engine.kernel = replace(kernel, attend=too_large)
     try:
         with pytest.raises(OutOfMemory, match="out of memory in a batch of 7 tokens") as caught:
-            engine.forward(pack(BATCH))
+            engine.score(BATCH)
     finally:
-        engine._kernel = kernel
+        engine.kernel = kernel
     assert caught.value.num_tokens == 7
     assert caught.value.__context__ is None  # a chained error would keep the failed pass's tensors alive
     assert isinstance(caught.value, EngineFailure)
-    assert torch.equal(engine.forward(pack(BATCH)), expected)
+    assert torch.equal(engine.score(BATCH), expected)
 
 
 def test_another_fault_stays_what_it_is(tiny_reranker: Reranker) -> None:
-    engine = tiny_reranker._engine
-    kernel = engine._kernel
+    engine = tiny_reranker.engine
+    kernel = engine.kernel
 
     def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SegmentLayout, scale: float) -> torch.Tensor:
         raise RuntimeError("a kernel failed")
 
-    engine._kernel = replace(kernel, attend=broken)
+    engine.kernel = replace(kernel, attend=broken)
     try:
         with pytest.raises(RuntimeError, match="a kernel failed"):
-            engine.forward(pack(BATCH))
+            engine.score(BATCH)
     finally:
-        engine._kernel = kernel
+        engine.kernel = kernel

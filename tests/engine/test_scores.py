@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from local_rerank import Reranker
-from local_rerank.checkpoints.find import load_model, open_checkpoint
+from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine import dtypes as precision
 from local_rerank.engine.engine import Engine, _entry_device, _head_rows
 from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.load import load_model
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from local_rerank.types import RerankRequest
@@ -92,7 +93,7 @@ def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
     with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
         expected = "fp16" if dtype == "fp16" else "bf16"
         assert (reranker.info.dtype, reranker.info.compute_dtype) == (expected, "fp32")
-        assert reranker._engine.weights_dtype == expected
+        assert reranker.engine.weights_dtype == expected
         result = reranker.rank("a query", texts(3, 20))
     alone = [card.pair("a query", item.document) for item in result]
     # the card's scores and ours each differ from fp64's by up to 8e-6, in proportion to the size of the logits
@@ -111,7 +112,7 @@ def test_int8_scores_stay_near_those_of_the_pair_alone(
     exact = ModelCard(folder)
     documents = texts(3, 20)
     with Reranker(str(folder), device="cpu", dtype="int8", attention=kernel, max_batch_tokens=500) as reranker:
-        assert reranker.info.dtype == reranker._engine.weights_dtype == "int8"
+        assert reranker.info.dtype == reranker.engine.weights_dtype == "int8"
         assert not reranker.info.unquantized
         result = reranker.rank("a query", documents)
     alone = torch.tensor([exact.pair("a query", item.document) for item in result])
@@ -172,7 +173,7 @@ def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_pa
     checkpoint = open_checkpoint(str(folder))
     batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-        expected = reranker._engine.forward(batch)
+        expected = reranker.engine.forward(batch)
         ids = {"yes_id": reranker.tokenizer.yes_id, "no_id": reranker.tokenizer.no_id}
     model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
@@ -189,10 +190,10 @@ def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_pa
 def test_the_pruned_last_layer_equals_the_unpruned_one(kernel: str, tiny_checkpoint: Path) -> None:
     """One layer more than the backbone runs itself, driven by transformers instead of by hand."""
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", attention=kernel) as reranker:
-        engine = reranker._engine
+        engine = reranker.engine
         batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
         pruned = engine.forward(batch)
-        backbone = engine._backbone
+        backbone = engine.decoder
         backbone.config.num_hidden_layers += 1
         row = KERNELS[kernel]
         from local_rerank.engine.engine import PackedAttention
@@ -206,7 +207,7 @@ def test_the_pruned_last_layer_equals_the_unpruned_one(kernel: str, tiny_checkpo
                 packed_attention=PackedAttention(row, row.layout(batch, False)),
             ).last_hidden_state
             last = engine._final_norm(hidden)[0, batch.last_token_index]
-            logits = last @ engine._head.T
+            logits = last @ engine.head.T
         unpruned = torch.empty_like(pruned).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
     assert torch.allclose(pruned, unpruned, atol=FP32_TOLERANCE)
 

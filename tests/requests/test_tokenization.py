@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
 from local_rerank.requests.prompts import QWEN3_RERANKER
-from local_rerank.requests.tokenization import PairTokenizer
+from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.types import Limits, RerankRequest
 from tests.reference import INSTRUCTION, prompt, prompt_ids
 from tests.tiny_checkpoints import CONTROL_TOKENS, byte_tokenizer_json, qwen_tokenizer_json
@@ -48,9 +48,9 @@ def make(
     return PairTokenizer(
         tokenizer_json,
         QWEN3_RERANKER,
-        max_length=max_length,
-        max_query_tokens=max_query_tokens,
-        max_document_tokens=max_document_tokens,
+        limits=PromptLimits(
+            max_length=max_length, max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
+        ),
         default_instruction=INSTRUCTION,
     )
 

@@ -23,7 +23,7 @@ from local_rerank.engine.dtypes import choose_dtype
 from local_rerank.engine.kernel_table import KERNELS, Layout
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.prompts import PromptTemplate
-from local_rerank.requests.tokenization import PairTokenizer
+from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.selftest.machine_report import Row, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
@@ -73,7 +73,7 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["known", "unknown"])
 def reranker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reranker]:
     """With torch's own linear layers, which can be damaged once they are loaded."""
-    monkeypatch.setattr("local_rerank.engine.cpu.prepare.blocks_weights", lambda arithmetic: False)
+    monkeypatch.setattr("local_rerank.engine.cpu.choices.blocks_weights", lambda arithmetic: False)
     with Reranker(str(request.getfixturevalue(request.param)), **EXACT) as made:
         yield made
 
@@ -120,9 +120,7 @@ def use_suffix(reranker: Reranker, suffix: str) -> None:
     reranker.tokenizer = PairTokenizer.from_folder(
         reranker.checkpoint.folder,
         dataclasses.replace(reranker.checkpoint.template, suffix=suffix),
-        max_length=8192,
-        max_query_tokens=4000,
-        max_document_tokens=4000,
+        limits=PromptLimits(max_length=8192, max_query_tokens=4000, max_document_tokens=4000),
         default_instruction=EngineConfig.instruction,
     )
 
@@ -144,28 +142,28 @@ def separate_fields_by_an_empty_line(reranker: Reranker) -> None:
 
 
 def lose_both_head_rows(reranker: Reranker) -> None:
-    reranker._engine._head.zero_()
+    reranker.engine.head.zero_()
 
 
 def lose_the_row_of_yes(reranker: Reranker) -> None:
-    reranker._engine._head[1].zero_()
+    reranker.engine.head[1].zero_()
 
 
 def load_one_row_twice(reranker: Reranker) -> None:
-    head = reranker._engine._head
+    head = reranker.engine.head
     head[0] = head[1]
 
 
 def run_in_bf16_unasked(reranker: Reranker) -> None:
-    engine = reranker._engine
-    engine._backbone.to(torch.bfloat16)
+    engine = reranker.engine
+    engine.decoder.to(torch.bfloat16)
     engine._final_norm.to(torch.bfloat16)
 
 
 def overflow_fp16(reranker: Reranker) -> None:
-    engine = reranker._engine
-    engine._backbone.embed_tokens.weight.data.mul_(1e6)
-    engine._backbone.half()
+    engine = reranker.engine
+    engine.decoder.embed_tokens.weight.data.mul_(1e6)
+    engine.decoder.half()
     engine._final_norm.half()
 
 
@@ -175,7 +173,7 @@ def forget_the_causal_mask(reranker: Reranker) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
         return KERNELS["dense"].attend(q, k, v, torch.ones_like(layout), scale)  # type: ignore[call-overload]
 
-    reranker._engine._kernel = dataclasses.replace(KERNELS["dense"], attend=attend)
+    reranker.engine.kernel = dataclasses.replace(KERNELS["dense"], attend=attend)
 
 
 DAMAGES: list[tuple[Callable[[Reranker], None], str]] = [

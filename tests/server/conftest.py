@@ -11,8 +11,8 @@ import pytest
 from httpx2 import ASGITransport, AsyncClient
 
 from local_rerank import EngineConfig, Reranker, RerankRequest, RerankResult
-from local_rerank.engine.engine import ModelInfo
 from local_rerank.requests.worker import BatchReport
+from local_rerank.types import ModelInfo
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
@@ -32,9 +32,8 @@ class HeldRanker:
         dtype="fp32",
         compute_dtype="fp32",
         kernel="dense",
-        kernel_reason="",
         threads=1,
-        threads_reason="set by the user",
+        reasons={},
         num_parameters=1,
         num_layers=1,
         hidden_size=1,

@@ -216,7 +216,7 @@ def test_an_application_made_before_a_fork_answers_and_counts_for_itself(tiny_re
 
 def test_an_application_whose_model_a_child_cannot_use_answers_503(tiny_checkpoint: Path) -> None:
     with Reranker(str(tiny_checkpoint), device="cpu") as reranker:
-        reranker._start(reranker._engine, replace(reranker.info, device="cuda:0"))
+        reranker._start(reranker.engine, replace(reranker.info, device="cuda:0"))
         state = ServerState(ServerConfig())
         state.serve(reranker)
         status, body, _ = in_child(lambda: _post(state))

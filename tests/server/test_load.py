@@ -16,7 +16,7 @@ import pytest
 from httpx2 import Client
 
 from local_rerank import Reranker
-from local_rerank.engine.cpu.compute_thread import CACHES
+from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, fault_of, make_cases, make_client, offer
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
 
@@ -50,7 +50,9 @@ def slow_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """Its model is slow, and few requests may wait for it. The last test that uses it stops it."""
     log = tmp_path_factory.mktemp("slow") / "log"
     command = ["tests.server.slow_server", str(MILLISECONDS_PER_1000_TOKENS), *options(tiny_checkpoint), "--port", "0"]
-    caches = dict.fromkeys(CACHES, "8")  # of code for the lengths that came, which would outweigh what requests leave
+    caches = dict.fromkeys(
+        CACHE_VARIABLES, "8"
+    )  # of code for the lengths that came, which would outweigh what requests leave
     with started(log, *command, "--max-queued-tokens", "20000", **caches) as running:
         running.wait_for("ready: ")
         yield running

@@ -114,7 +114,7 @@ def test_a_replica_tests_itself_before_it_takes_requests(
     require_ray()
     from local_rerank_server.ray_serve import replica
 
-    monkeypatch.setattr(replica, "own_process", lambda: None)  # this one is pytest's
+    monkeypatch.setattr(replica, "configure_process", lambda: None)  # this one is pytest's
     monkeypatch.setattr(replica, "_stay_on_loopback", lambda: None)
     config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32", threads=1)
     replica.EngineReplica(config, self_test=False)

@@ -1,12 +1,12 @@
-"""The row of the attention table for CPUs: tiles of queries as matrix products and a softmax.
+"""The attention kernel for CPUs: tiles of queries as matrix products and a softmax.
 
-A tile is some queries of one group, whatever documents they belong to: several short documents, one of middle length,
-or a piece of a long one. The keys of the prefix and those of the documents behind it are gathered in one piece, of
-which a tile reads the first: logits, softmax and weighted sum are one operator each, over data that the cache holds.
+A tile holds queries of one group: several short documents, one of middle length, or a piece of a long one. The keys of
+the prefix and of the documents behind it are gathered in one tensor, and a tile reads its first keys. Logits, softmax
+and weighted sum are one operator each, over data that fits into the cache.
 
-torch's flash operator for CPUs multiplies bf16 no faster than fp32; whole matrices run at the speed of the other
-products. oneDNN generates code for each shape that is new to it, some .3 ms and 500 KiB, and texts are seldom of the
-same lengths: where it multiplies, tiles are filled up to shapes that come again, with zeros or keys that are masked.
+torch's flash operator for CPUs multiplies bf16 no faster than fp32, whereas matrix products run at full speed. oneDNN
+generates code for each new shape, which costs about 0.3 ms and 500 KiB, and texts rarely have equal lengths. So tiles
+that oneDNN multiplies are padded to recurring shapes, with zeros or masked keys.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from local_rerank.engine.dtypes import are_fp32_products_routed
 from local_rerank.engine.packing import Group, PackedBatch
 
-TOKENS_PER_TILE = 64  # of several documents: each query multiplies the keys of all, to see its own alone
-QUERIES_PER_TILE = 128  # of a long document: the more, the more keys behind a query are multiplied for nothing
-KEYS_OF_LAST_TOKENS = 512  # of several documents, each of which has one query then
+TOKENS_PER_TILE = 64  # of several documents: each query multiplies all their keys and masks those of the others
+QUERIES_PER_TILE = 128  # of a long document: a larger tile multiplies more keys that the causal mask hides
+KEYS_OF_LAST_TOKENS = 512  # of several documents in the last layer, where each has one query
 LOGITS_PER_HEAD = 2**18  # at most in a tile, unless QUERY_STEP queries have more
-QUERY_STEP = 16  # what oneDNN multiplies is a multiple of so many queries; of 8 up to 9 % slower, of 32 the same
+QUERY_STEP = 16  # oneDNN's queries are padded to a multiple of this; 8 is up to 9 % slower, 32 no faster
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Some queries and what they see."""
+    """Queries and the keys that they see."""
 
     queries: tuple[int, int]  # first and one past the last
     num_keys: int  # of the prefix and of the documents, up to the last that a query sees
-    num_common_keys: int  # so many of them every query sees
-    mask: Tensor  # fp32, 0 or minus infinity: (queries, other keys and then those up to `padded_keys` that nobody sees)
+    num_common_keys: int  # the first keys, which every query sees
+    mask: Tensor  # fp32, 0 or -inf: (queries, the other keys, then padding up to `padded_keys`)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Neighbouring documents whose keys are gathered together; none where a prefix looks at itself."""
+    """Neighbouring documents whose keys are gathered together; no document where a prefix attends to itself."""
 
     own: tuple[int, int]  # first token and one past the last
     tiles: tuple[Tile, ...]
@@ -50,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class GroupTiles:
-    """A prefix and what stands behind it."""
+    """A prefix and the documents behind it."""
 
     prefix: tuple[int, int]  # first token and one past the last
     parts: tuple[Part, ...]
@@ -58,19 +57,21 @@ class GroupTiles:
 
 @dataclass(frozen=True, slots=True)
 class TilesLayout:
-    """The tiles of a batch; every query is in one."""
+    """The tiles of a batch; every query is in exactly one."""
 
     groups: tuple[GroupTiles, ...]
+    pads: bool  # whether queries and keys are padded to recurring shapes
 
 
-def cpu_tiles_layout(batch: PackedBatch, last_tokens_only: bool) -> TilesLayout:
-    """Queries in packed order: all tokens, or each document's last."""
+def cpu_tiles_layout(batch: PackedBatch, last_tokens_only: bool, *, pads: bool = True) -> TilesLayout:
+    """Queries in packed order: all tokens, or each document's last. `pads` is for kernels of oneDNN; MKL needs none."""
     parts_of = _parts_of_last_tokens if last_tokens_only else _parts
     return TilesLayout(
         tuple(
             GroupTiles((group.start, group.start + group.prefix_length), tuple(parts_of(group)))
             for group in batch.groups
-        )
+        ),
+        pads,
     )
 
 
@@ -90,9 +91,9 @@ def _parts(group: Group) -> Iterator[Part]:
 
 
 def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[Tile]:
-    """A prefix, or one document behind its own; the more keys, the fewer queries."""
+    """Tiles of a prefix, or of one document behind its prefix; the more keys, the fewer queries per tile."""
     most = _most_queries(QUERIES_PER_TILE, prefix_length + length)
-    size = _rounded_up(-(-length // -(-length // most)), QUERY_STEP)  # alike, as few as the most allows
+    size = _rounded_up(-(-length // -(-length // most)), QUERY_STEP)  # equal sizes, as few tiles as `most` allows
     for first in range(0, length, size):
         end = min(first + size, length)
         yield _tile_of_segment((start + first, start + end), prefix_length + end)
@@ -105,7 +106,7 @@ def _most_queries(most: int, num_keys: int) -> int:
 
 
 def _tile_of_segment(queries: tuple[int, int], num_keys: int) -> Tile:
-    """Neighbouring queries, the last of which sees all keys, and each before it one less."""
+    """Neighbouring queries: the last sees all keys, each one before it one key less."""
     num_queries = queries[1] - queries[0]
     mask = _triangle(_key_step(num_keys))[:num_queries, 1:]
     return Tile(queries, num_keys, num_keys - num_queries + 1, mask)
@@ -136,7 +137,7 @@ def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
 
 
 def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[int, list[int]]]:
-    """Neighbouring documents, as many as fit, or one: first token, and the length of each."""
+    """Neighbouring documents, as many as fit but at least one: first token, and the length of each."""
     start, lengths = group.start + group.prefix_length, list[int]()
     for length in (run.length for run in group.runs for _ in range(run.count)):
         if lengths and not fits([*lengths, length]):
@@ -148,7 +149,7 @@ def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[i
 
 @cache
 def _triangle(num_hidden: int) -> Tensor:
-    """(QUERIES_PER_TILE, QUERIES_PER_TILE + num_hidden): the last columns nobody sees."""
+    """(QUERIES_PER_TILE, QUERIES_PER_TILE + num_hidden): causal; the last columns are hidden from every query."""
     return _mask(np.tri(QUERIES_PER_TILE, dtype=bool), num_hidden)
 
 
@@ -158,9 +159,9 @@ def _mask(visible: np.ndarray, num_hidden: int) -> Tensor:
 
 
 def padded_keys(num_keys: int) -> int:
-    """What a number of keys is filled up to: some 16 sizes an octave, at least 16 apart.
+    """`num_keys` rounded up to a recurring size: about 16 sizes per octave, at least 16 apart.
 
-    A prefix and a document of 8,192 tokens together have 256 tiles, nearly all of different keys.
+    A prefix and a document of 8,192 tokens together have 256 tiles, nearly all with different numbers of keys.
     """
     return _rounded_up(num_keys, _key_step(num_keys))
 
@@ -170,27 +171,26 @@ def _key_step(num_keys: int) -> int:
 
 
 def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale: float) -> Tensor:
-    """Logits and softmax in fp32 from any q and k; the weighted sum in the dtype of v, which is that of the result."""
+    """Logits and softmax in fp32 for any dtype of q and k; weighted sum and result in the dtype of v."""
     num_heads, num_queries, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     out = q.new_empty(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim, dtype=v.dtype)
     q = q[0].view(num_kv_heads, -1, num_queries, head_dim)  # heads that share keys side by side
     k, v = k[0], v[0]
-    fills_up = v.dtype != torch.float32 or are_fp32_products_routed()
     for group in layout.groups:
         for part in group.parts:
             num_keys = sum(end - start for start, end in (group.prefix, part.own))
-            zeros = k.new_zeros(num_kv_heads, padded_keys(num_keys) - num_keys if fills_up else 0, head_dim)
+            zeros = k.new_zeros(num_kv_heads, padded_keys(num_keys) - num_keys if layout.pads else 0, head_dim)
             keys, values = (
                 torch.cat([x[:, slice(*group.prefix)], x[:, slice(*part.own)], zeros.to(x.dtype)], dim=1)
                 for x in (k, v)
             )
             keys = keys.float()
             for tile in part.tiles:
-                seen = slice(padded_keys(tile.num_keys) if fills_up else tile.num_keys)
-                # in one piece: oneDNN is slower at making them so
+                seen = slice(padded_keys(tile.num_keys) if layout.pads else tile.num_keys)
+                # contiguous: oneDNN is slower at copying them
                 attended = _attend_tile(
-                    q, keys[:, seen].contiguous(), values[:, seen], tile, scale, QUERY_STEP if fills_up else 1
+                    q, keys[:, seen].contiguous(), values[:, seen], tile, scale, QUERY_STEP if layout.pads else 1
                 )
                 out[slice(*tile.queries)] = attended.permute(2, 0, 1, 3)
     return out.flatten(1, 2).unsqueeze(0)
@@ -199,13 +199,13 @@ def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale
 def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float, step: int) -> Tensor:
     """q: (kv_heads, heads of each, all queries, head_dim); keys and values: (kv_heads, keys, head_dim).
 
-    The result is as q, of the tile's queries, which are multiplied as a multiple of `step`.
+    The result is shaped as q, for the tile's queries. They are padded to a multiple of `step`.
     """
-    asking = q[:, :, slice(*tile.queries)]
-    num_queries = asking.shape[2]
-    size = (*asking.shape[:2], _rounded_up(num_queries, step), asking.shape[3])
-    rows = torch.empty(size, dtype=torch.float32)  # in one piece
-    torch.mul(asking, scale, out=rows[:, :, :num_queries])
+    queries = q[:, :, slice(*tile.queries)]
+    num_queries = queries.shape[2]
+    size = (*queries.shape[:2], _rounded_up(num_queries, step), queries.shape[3])
+    rows = torch.empty(size, dtype=torch.float32)  # contiguous
+    torch.mul(queries, scale, out=rows[:, :, :num_queries])
     rows[:, :, num_queries:] = 0
     logits = torch.bmm(rows.flatten(1, 2), keys.transpose(1, 2))
     if num_masked := keys.shape[1] - tile.num_common_keys:

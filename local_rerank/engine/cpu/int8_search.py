@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from local_rerank import __version__
 from local_rerank.checkpoints.free_space import cache_folder
 from local_rerank.checkpoints.known_scores import MAX_MISORDERED, num_misordered
-from local_rerank.engine.cpu.compute_thread import owns_process
 from local_rerank.engine.cpu.int8 import TOLERANCE, Int8Linear
+from local_rerank.engine.cpu.process_setup import owns_process
 from local_rerank.engine.cpu.products import saturates
+from local_rerank.requests.tokenization import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +85,17 @@ class _ReusedLayer(nn.Module):
         self.is_unchanged = False
         self._output: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *arguments: Any) -> Tensor:
         if self.is_unchanged:
             assert self._output is not None
             return self._output
-        output: Tensor = self.layer(hidden_states, **options)
+        output: Tensor = self.layer(hidden, *arguments)
         self._output = output if self._output is None else self._output
         return output
 
 
 def quantize_layers(
-    layers: nn.ModuleList, log_odds: Callable[[], Tensor] | None = None, facts: Facts | None = None
+    layers: nn.ModuleList, log_odds: Callable[[], list[float]] | None = None, facts: Facts | None = None
 ) -> list[str]:
     """Replace the linear layers of the decoder's layers, except those that int8 would spoil; returns these names.
 
@@ -116,7 +117,7 @@ def quantize_layers(
 
 
 def _fp32_names(
-    layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], Tensor], facts: Facts | None
+    layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], list[float]], facts: Facts | None
 ) -> set[str]:
     """Names of the linear layers that stay in fp32; the model is in fp32 before and after."""
     if facts is not None and (kept := _read(facts, groups)) is not None:
@@ -135,20 +136,20 @@ def _fp32_names(
     return kept
 
 
-def _search(layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], Tensor]) -> list[_Group]:
+def _search(layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], list[float]]) -> list[_Group]:
     """The groups that int8 would spoil.
 
     Where int8 in all layers moves the known pairs by more than a third of what the self-test allows, each group is
     tried alone, and what moves them by a fortieth by itself is spoiled: int8 has no room for numbers far apart, which
     few layers have. Where known pairs, relevant and irrelevant ones in turn, are misordered, nothing can be spoiled.
     """
-    exact = log_odds()
-    if num_misordered(exact.tolist()) > MAX_MISORDERED:
+    if num_misordered(scores := log_odds()) > MAX_MISORDERED:
         return []
+    exact = torch.tensor(scores)
     allowed = TOLERANCE * max(1.0, float(exact.max() - exact.min()))
 
     def is_moved_by(limit: float) -> bool:
-        return not float((log_odds() - exact).abs().max()) <= limit  # what is no number is moved
+        return not float((torch.tensor(log_odds()) - exact).abs().max()) <= limit  # what is no number is moved
 
     for group in groups:
         group.quantize()
@@ -206,7 +207,7 @@ def _groups(layers: nn.ModuleList) -> list[_Group]:
     ]
 
 
-def facts_of(weights: Mapping[str, Tensor], prompts: Tensor, **more: Any) -> Facts:
+def facts_of(weights: Mapping[str, Tensor], pairs: Sequence[Pair], **more: Any) -> Facts:
     """What decides the result of a search; `more`: what else the caller decided, named, as JSON can hold it.
 
     The number of threads is left out: it moves log-odds by rounding alone. Whoever changes a constant or the package's
@@ -223,7 +224,7 @@ def facts_of(weights: Mapping[str, Tensor], prompts: Tensor, **more: Any) -> Fac
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "limits_pairs": saturates(),
         "tolerance": [TOLERANCE, SHARE_OF_ALL, SHARE_OF_ONE, MAX_MISORDERED],
-        "prompts": checksum({"ids": prompts}),
+        "prompts": hashlib.sha256(repr([(pair.prefix_ids, pair.document_ids) for pair in pairs]).encode()).hexdigest(),
         "weights": checksum(weights),
         **more,
     }

@@ -1,9 +1,7 @@
-"""Decoder layers for CPUs: transformers' own weights and steps, with fewer passes over memory between the GEMMs.
+"""The decoder for CPUs: transformers' weights and steps, with fewer passes over memory between the matrix products.
 
-transformers writes a new tensor in each of the six steps of an RMSNorm and the seven of a rotary embedding; here norms
-take one reduction and two products, and rotation, activation and residuals are done in place.
-
-`replace_layers` takes all layers but the last, which the engine drives by hand.
+transformers allocates a tensor in each of the six steps of an RMSNorm and the seven of a rotary embedding. Here a norm
+is one reduction and two products, and rotation, activation and residual additions are done in place. Norms run in fp32.
 """
 
 from __future__ import annotations
@@ -15,59 +13,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from local_rerank import forks
+from local_rerank.engine.attention import Attend, Layout
 from local_rerank.engine.cpu.int8 import project
+from local_rerank.engine.kernel_table import KernelRow
+from local_rerank.engine.packing import PackedBatch
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of a rotary embedding, (num_tokens, 1, head_dim) fp32 each."""
 
 
 class CpuLayer(nn.Module):
-    """Stands in for a Qwen3DecoderLayer, holding its modules; called as transformers calls one."""
+    """A decoder layer, built from the modules of a Qwen3DecoderLayer."""
 
-    def __init__(
-        self, layer: Any, attend: Callable[..., tuple[Tensor, None]], values: torch.dtype | None = None
-    ) -> None:
-        """`attend`: the function that transformers' attention modules call; `values`: see `replace_layers`."""
+    def __init__(self, layer: Any, values_dtype: torch.dtype | None = None) -> None:
+        """`values_dtype`: dtype in which attention sums up values, where it is not that of the hidden states."""
         super().__init__()
         self.self_attn: Any = layer.self_attn
         self.mlp: Any = layer.mlp
         self.input_layernorm: Any = layer.input_layernorm
         self.post_attention_layernorm: Any = layer.post_attention_layernorm
-        self._attend = attend
-        self._values = values
+        is_silu = layer.mlp.config.hidden_act == "silu"
+        self._activate: Callable[[Tensor], Tensor] = _silu_ if is_silu else layer.mlp.act_fn
+        self._values_dtype = values_dtype
 
-    def forward(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
-        """(1, tokens, hidden) to the same."""
-        hidden, mlp = hidden_states[0], self.mlp
-        (out,), scales = project(self._attention(hidden, position_embeddings, options), self.self_attn.o_proj)
-        x = scaled(out, scales).add_(hidden)
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        layout: Layout,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
+        """(num_tokens, hidden) to (num_queries, hidden); without `query_positions` every token is a query."""
+        mlp, residual = self.mlp, hidden if query_positions is None else hidden[query_positions]
+        attended = self._attention(hidden, rotation, attend, layout, query_positions)
+        (out,), scales = project(attended, self.self_attn.o_proj)
+        x = scaled(out, scales).add_(residual)
         (gate, up), scales = project(rms_norm(x, self.post_attention_layernorm).to(x.dtype), mlp.gate_proj, mlp.up_proj)
-        product = F.silu(scaled(gate, scales), inplace=True).mul_(up)  # still without the scales of `up`
+        product = self._activate(scaled(gate, scales)).mul_(up)  # `up` is not scaled yet: down_proj scales the product
         (out,), scales = project(product, mlp.down_proj, scales=scales)
-        return scaled(out, scales).add_(x).unsqueeze(0)
+        return scaled(out, scales).add_(x)
 
-    def _attention(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], options: dict[str, Any]) -> Tensor:
-        """(tokens, hidden) to (tokens, heads x head_dim), before the output projection."""
+    def _attention(
+        self, hidden: Tensor, rotation: Rotation, attend: Attend, layout: Layout, query_positions: Tensor | None
+    ) -> Tensor:
+        """(num_tokens, hidden) to (num_queries, heads x head_dim), before the output projection."""
         attention = self.self_attn
         x = rms_norm(hidden, self.input_layernorm).to(hidden.dtype)
-        parts, scales = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
-        scales = None if scales is None else scales.unsqueeze(-1)  # (tokens, 1, 1)
-        q, k, v = (part.view(part.shape[0], -1, attention.head_dim) for part in parts)  # (tokens, heads, head_dim)
-        cos, sin = (part[0].unsqueeze(1).float() for part in position_embeddings)  # (tokens, 1, head_dim)
-        q = rotate_(rms_norm(q, attention.q_norm, scales), cos, sin)
-        k = rotate_(rms_norm(k, attention.k_norm, scales), cos, sin)
-        v = scaled(v, scales).to(self._values or v.dtype)
-        by_head = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        attended: Tensor = self._attend(attention, *by_head, scaling=attention.scaling, **options)[0]
-        return attended[0].flatten(1).to(hidden.dtype)
+        if query_positions is None:
+            (q, k, v), scales = project(x, attention.q_proj, attention.k_proj, attention.v_proj)
+            q_scales, q_rotation = scales, rotation
+        else:
+            (q,), q_scales = project(x[query_positions], attention.q_proj)
+            (k, v), scales = project(x, attention.k_proj, attention.v_proj)
+            q_rotation = (rotation[0][query_positions], rotation[1][query_positions])
+        q, k, v = (part.view(part.shape[0], -1, attention.head_dim) for part in (q, k, v))  # (tokens, heads, head_dim)
+        q_scales, scales = (None if each is None else each.unsqueeze(-1) for each in (q_scales, scales))
+        q = rotate_(rms_norm(q, attention.q_norm, q_scales), *q_rotation)
+        k = rotate_(rms_norm(k, attention.k_norm, scales), *rotation)
+        v = scaled(v, scales).to(self._values_dtype or v.dtype)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
+        return attend(q, k, v, layout, attention.scaling)[0].flatten(1).to(hidden.dtype)
+
+
+class CpuDecoder(nn.Module):
+    """Embedding, layers and final norm of a model that is on the CPU as a whole."""
+
+    def __init__(self, backbone: Any, *, values_dtype: torch.dtype | None = None) -> None:
+        """`backbone`: a Qwen3Model, whose modules are used as they are; `values_dtype`: see `CpuLayer`."""
+        super().__init__()
+        self.embed_tokens = backbone.embed_tokens
+        self.rotary_emb = backbone.rotary_emb
+        self.norm = backbone.norm
+        self.layers: Any = nn.ModuleList(CpuLayer(layer, values_dtype) for layer in backbone.layers)
+        for norm in (module for name, module in self.named_modules() if name.endswith("norm")):
+            norm.float()
+
+    def forward(
+        self, batch: PackedBatch, kernel: KernelRow, layout: Layout, last_layout: Callable[[], Layout]
+    ) -> Tensor:
+        """See `Decoder`."""
+        hidden = self.embed_tokens(batch.input_ids[0])  # (num_tokens, hidden)
+        cos, sin = (part[0].unsqueeze(1).float() for part in self.rotary_emb(hidden, batch.position_ids))
+        for layer in self.layers[:-1]:
+            forks.between_layers()
+            hidden = layer(hidden, (cos, sin), kernel.attend, layout)
+        hidden = self.layers[-1](hidden, (cos, sin), kernel.attend, last_layout(), batch.last_token_index)
+        return rms_norm(hidden, self.norm)
 
 
 def scaled(x: Tensor, scales: Tensor | None) -> Tensor:
-    """In place, where there are scales."""
+    """x times its scales, in place; x itself without scales."""
     return x if scales is None else x.mul_(scales)
 
 
 def rms_norm(x: Tensor, norm: Any, scales: Tensor | None = None) -> Tensor:
-    """As transformers' RMSNorm, in fp32 to the end, where transformers rounds before the weight.
+    """RMSNorm in fp32 throughout; transformers rounds to x's dtype before it multiplies by the weight.
 
-    `scales`: what x is still to be multiplied by, which only the epsilon notices.
+    `scales`: factors by which x has not been multiplied yet. They change nothing but the weight of epsilon.
     """
     wide = x.float()
     squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
@@ -77,7 +121,7 @@ def rms_norm(x: Tensor, norm: Any, scales: Tensor | None = None) -> Tensor:
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (tokens, heads, head_dim) by (tokens, 1, head_dim), whose halves are the same; in place."""
+    """Rotary embedding of (tokens, heads, head_dim) by (tokens, 1, head_dim), whose halves are equal; in place."""
     (first, second), (cos, _), (sin, _) = (part.chunk(2, dim=-1) for part in (x, cos, sin))
     of_first = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
@@ -85,15 +129,5 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def replace_layers(
-    backbone: Any, attend: Callable[..., tuple[Tensor, None]], *, values: torch.dtype | None = None
-) -> None:
-    """All layers but the last; a model with another activation keeps its own.
-
-    `values`: the dtype in which attention sums them up, where that is not the one of the hidden states.
-    """
-    if backbone.config.hidden_act == "silu":
-        for index in range(len(backbone.layers) - 1):
-            for norm in (module for name, module in backbone.layers[index].named_modules() if name.endswith("norm")):
-                norm.float()  # which is how they are multiplied
-            backbone.layers[index] = CpuLayer(backbone.layers[index], attend, values)
+def _silu_(x: Tensor) -> Tensor:
+    return F.silu(x, inplace=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local_rerank.engine.cpu.int8 import LARGEST, Int8Linear, pair_sums
-from local_rerank.engine.cpu.onednn_linear import BlockedLinear, can_block
+from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from local_rerank.errors import ConfigError
 
 logger = logging.getLogger(__name__)

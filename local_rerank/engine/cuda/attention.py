@@ -1,16 +1,12 @@
-"""The rows of the attention table for CUDA in bf16 and fp16.
+"""Attention kernels for CUDA in bf16 and fp16. Nothing here blocks on the device.
 
-*Tiles*, our own kernel in Triton: queries of one group side by side, whatever documents they belong to, read their
-prefix and then the keys of these documents, of which each query sees its own. Nothing is copied, merged or run twice,
-and short documents share a tile.
+*Tiles* is our own Triton kernel. A tile holds queries of one group, possibly of several short documents. It reads their
+prefix and then the keys of these documents, of which each query sees its own. Nothing is copied, merged or run twice.
 
-The others ask a variable-length operator: torch's own (`varlen_attn`, which runs Flash Attention), or that of the
-package flash-attn. *Merged*: the documents' own part, where queries and keys are the packed tokens as they are, and the
-prefix part, one long segment per group, joined by log-sum-exp; no key is copied. *Gathered*: one call, whose keys are
-prefix + document written out for each document. Only a document's last token asks in the last layer, so there both
-gather.
-
-Layouts are built on the host and hold lists no longer than the batch; nothing here waits for the device.
+*Merged* and *gathered* call torch's `varlen_attn`, which runs Flash Attention. *Merged* attends to the own document and
+to the prefix in two calls and joins them by log-sum-exp; only the prefixes' keys are copied. *Gathered* is one call
+over keys that are written out as prefix + document for each document. In the last layer there is one query per
+document, so nothing is shared and *merged* gathers too.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +23,7 @@ from torch import Tensor
 from local_rerank.engine.packing import PackedBatch, ranges
 
 QUERIES_PER_TILE = 64
-QUERIES_OF_LAST_TOKENS = 16  # for each a document's keys are read: the fewer in a tile, the more tiles side by side
+QUERIES_OF_LAST_TOKENS = 16  # each reads a document's keys: fewer queries per tile give more tiles to run in parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +56,19 @@ class MergedLayout:
 class TileLayout:
     """Tiles of queries that have one prefix; padding is tiles without queries."""
 
-    tiles: (
-        Tensor  # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix, first own
-    )
-    # key and one past the last; tokens of a prefix have no prefix
+    # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix (0 for tokens of a
+    # prefix), first own key and one past the last
+    tiles: Tensor
     first_own: Tensor  # (num_queries,) int32: first token of the query's segment
     last_own: Tensor  # (num_queries,) int32: the query's own token
     queries_per_tile: int
 
 
-class VarlenOperator(Protocol):
-    """Attention over segments: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
-
-    `cu` and `longest` are of queries and keys. A causal segment has as many queries as keys, or its queries are its
-    last tokens. Keys may have fewer heads than queries.
-    """
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *,
-        causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-
 def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile: int | None = None) -> TileLayout:
     """Queries in packed order: all tokens, or each document's last."""
     per_tile = queries_per_tile or (QUERIES_OF_LAST_TOKENS if last_tokens_only else QUERIES_PER_TILE)
-    parts: list[
-        tuple[int, int, int, int]
-    ] = []  # first query, number of queries, first token and length of their prefix
+    # first query, number of queries, first token and length of their prefix
+    parts: list[tuple[int, int, int, int]] = []
     starts: list[int] = []  # of the segments that have queries
     lengths: list[int] = []
     for group in batch.groups:
@@ -181,47 +162,37 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, scale: flo
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-    """One call over gathered keys. A document behind its prefix needs the causal mask aligned to the last key."""
-    return _gathered(torch_varlen, *_by_token(q, k, v), layout, scale).unsqueeze(0)
+    """One call over gathered keys. The causal mask of a document behind its prefix is aligned to the last key."""
+    q, k, v = _by_token(q, k, v)
+    keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
+    cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
+    return torch_varlen(q, keys, values, cu, longest, causal=layout.causal, scale=scale)[0].unsqueeze(0)
 
 
 def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
     """Two calls of torch's operator, merged by log-sum-exp."""
-    return _merged(torch_varlen, q, k, v, layout, scale)
-
-
-def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
-    """As `attend_merged`, with the operator of the package flash-attn."""
-    return _merged(flash_attn_varlen, q, k, v, layout, scale)
-
-
-def _merged(
-    operator: VarlenOperator, q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float
-) -> Tensor:
-    q, k, v = _by_token(q, k, v)
     if isinstance(layout, VarlenLayout):
-        return _gathered(operator, q, k, v, layout, scale).unsqueeze(0)
+        return attend_varlen(q, k, v, layout, scale)
+    q, k, v = _by_token(q, k, v)
     own_cu, own_longest = (layout.cu_seqlens, layout.cu_seqlens), (layout.max_seqlen, layout.max_seqlen)
-    own, own_lse = operator(q, k, v, own_cu, own_longest, causal=True, scale=scale)
+    own, own_lse = torch_varlen(q, k, v, own_cu, own_longest, causal=True, scale=scale)
     prefix_k, prefix_v = k[layout.prefix_index], v[layout.prefix_index]  # (num_prefix_tokens, num_kv_heads, head_dim)
     cu = (layout.cu_seqlens_group, layout.cu_seqlens_prefix)
     longest = (layout.max_seqlen_group, layout.max_seqlen_prefix)
-    shared, shared_lse = operator(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
+    shared, shared_lse = torch_varlen(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
     # softmax over both parts = the parts weighted by their share of the joint normaliser; a prefix has no other
     weight = (torch.sigmoid(shared_lse - own_lse) * layout.is_document).T.unsqueeze(-1)  # (num_queries, heads, 1)
     return own.lerp(shared, weight.to(own.dtype)).unsqueeze(0)
 
 
-def _gathered(operator: VarlenOperator, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-    keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
-    cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
-    return operator(q, keys, values, cu, longest, causal=layout.causal, scale=scale)[0]
-
-
 def torch_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """torch's `varlen_attn`. Its docstring gives the log-sum-exp as (num_queries, heads), its code the reverse."""
+    """torch's `varlen_attn`: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
+
+    `cu` and `longest`: cumulative lengths and longest segment of queries and keys. A causal segment's queries are its
+    last tokens. torch's docstring gives the log-sum-exp as (num_queries, heads), its code returns the transpose.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     window = (-1, 0) if causal else (-1, -1)
@@ -237,18 +208,6 @@ def _gqa_option() -> dict[str, Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def flash_attn_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """flash-attn 2.x, whose third result (for its own tests) is left alone."""
-    from flash_attn import flash_attn_varlen_func
-
-    out, lse, _ = flash_attn_varlen_func(
-        q, k, v, *cu, *longest, softmax_scale=scale, causal=causal, return_attn_probs=True
-    )
-    return out, lse
 
 
 def _by_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""The decoder for a GPU in bf16 or fp16: products that share an input are joined, the rest are kernels of ours.
+"""The decoder for a GPU in bf16 or fp16: products that share an input are joined, the rest are our Triton kernels.
 
-transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors,
-and takes 2 ms of a CPU core to launch a layer's, longer than an H200 takes to run them. Here a layer is four products
-and six launches of kernels of ours, which also run in a CUDA graph. Of the last layer only each document's last token
-is computed.
+transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors. It
+needs 2 ms of a CPU core to launch a layer's kernels, longer than an H200 needs to run them. Here a layer is four
+products and six launches of our kernels, which also run in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from local_rerank.engine.attention import Attend, Layout, layout_to
 from local_rerank.engine.cuda.fp8 import FP8, quantize
-from local_rerank.engine.kernel_table import KERNELS, Layout, layout_to
+from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.requests.tokenization import Pair
 
@@ -28,11 +28,9 @@ LARGEST_DIFFERENCE = 0.03  # of a kernel in bf16 to fp32, as a share of the larg
 NUM_CHECKED_ROWS = 35  # of kernels that treat rows alone; no multiple of the four that a program of theirs takes
 EPSILON = 1e-6
 
-Attend = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
-
 
 class FusedLayer(nn.Module):
-    """A decoder layer's weights, and what it does with a stream of residuals that is added to in place."""
+    """A decoder layer whose residual stream is updated in place."""
 
     def __init__(self, layer: Any, *, is_last: bool) -> None:
         super().__init__()
@@ -53,24 +51,32 @@ class FusedLayer(nn.Module):
         self.eps = float(layer.input_layernorm.variance_epsilon)
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, rotation: tuple[Tensor, Tensor], asking: Tensor | None,
-        attend: Attend, layout: Layout,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`delta` is still to be added to `residual`, (tokens, hidden); so are the two that are returned.
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        query_positions: Tensor | None,
+        attend: Attend,
+        layout: Layout,
+    ) -> tuple[Tensor, Tensor]:
+        """(num_tokens, hidden) each: `delta` has not been added to `residual` yet, here and in the result.
 
-        `asking`: the tokens that have a query and come out, all where it is None; rotation: (tokens, head_dim) each.
+        `rotation`: (num_tokens, head_dim) each; without `query_positions` every token is a query and has a result.
         """
         from local_rerank.engine.cuda.triton_kernels import add_rms_norm_, norm_rotate_, silu_mul
 
         x = add_rms_norm_(delta, residual, self.input_layernorm.weight, self.eps)
         q_rotation = rotation
-        if asking is None:
+        if query_positions is None:
             heads = self.projections[0](x).unflatten(-1, (-1, self.head_dim))
             q, k, v = heads.tensor_split((-2 * self.num_key_heads, -self.num_key_heads), dim=1)
         else:
-            q = self.projections[0](x[asking]).unflatten(-1, (-1, self.head_dim))
+            q = self.projections[0](x[query_positions]).unflatten(-1, (-1, self.head_dim))
             k, v = self.projections[1](x).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=1)
-            residual, q_rotation = residual[asking], (rotation[0][asking], rotation[1][asking])
+            residual, q_rotation = (
+                residual[query_positions],
+                (rotation[0][query_positions], rotation[1][query_positions]),
+            )
         norm_rotate_(q, self.q_norm.weight, *q_rotation, self.eps)
         norm_rotate_(k, self.k_norm.weight, *rotation, self.eps)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
@@ -81,10 +87,10 @@ class FusedLayer(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """Embedding, layers and final norm; takes the place of transformers' own forward."""
+    """Embedding, layers and final norm of a model in half precision on one GPU."""
 
     def __init__(self, backbone: Any) -> None:
-        """`backbone`: a Qwen3Model, whose layers are taken apart one by one, so that no two copies are held."""
+        """`backbone`: a Qwen3Model. Its layers are replaced one by one, so only one layer's weights exist twice."""
         super().__init__()
         self.embed_tokens: Any = backbone.embed_tokens
         self.rotary_emb: Any = backbone.rotary_emb
@@ -94,20 +100,20 @@ class FusedDecoder(nn.Module):
             backbone.layers[index] = FusedLayer(layer, is_last=index == last)
         self.layers: Any = backbone.layers
 
-    def forward(self, batch: PackedBatch, attend: Attend, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
-        """The last hidden state of each pair's last token, normed: (num_pairs, hidden).
-
-        Batch and layouts are on the device; `last_layout` is called once the layers before are on their way.
-        """
+    def forward(
+        self, batch: PackedBatch, kernel: KernelRow, layout: Layout, last_layout: Callable[[], Layout]
+    ) -> Tensor:
+        """See `Decoder`."""
         from local_rerank.engine.cuda.triton_kernels import add_rms_norm_
 
         residual = F.embedding(batch.input_ids[0], self.embed_tokens.weight)
         cos, sin = (part[0] for part in self.rotary_emb(residual, batch.position_ids))
         delta: Tensor | None = None
+        layout = layout_to(layout, residual.device)
         for layer in self.layers[:-1]:
-            delta, residual = layer(delta, residual, (cos, sin), None, attend, layout)
-        last = self.layers[-1]
-        delta, residual = last(delta, residual, (cos, sin), batch.last_token_index, attend, last_layout())
+            delta, residual = layer(delta, residual, (cos, sin), None, kernel.attend, layout)
+        last, layout = self.layers[-1], layout_to(last_layout(), residual.device)
+        delta, residual = last(delta, residual, (cos, sin), batch.last_token_index, kernel.attend, layout)
         return add_rms_norm_(delta, residual, self.norm.weight, last.eps)
 
 

@@ -17,10 +17,9 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.config import EngineConfig
-from local_rerank.engine.cpu.compute_thread import own_process
-from local_rerank.engine.engine import ModelInfo
+from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import Replicas, ServerConfig
 
 ROUTER = "local_rerank_server.ray_serve.routing.FewestTokensRouter"
@@ -36,7 +35,7 @@ class EngineReplica:
     """One engine. Answers are values, errors too: what is wrong with a request is no failure of the replica."""
 
     def __init__(self, config: EngineConfig, self_test: bool) -> None:
-        own_process()  # before torch is loaded, which is next
+        configure_process()  # before torch is loaded, which is next
         _stay_on_loopback()
         from local_rerank import Reranker
         from local_rerank.selftest.self_test import require_self_test

@@ -25,10 +25,9 @@ from ray.serve.handle import DeploymentHandle
 from local_rerank import forks
 from local_rerank.batch import ray_cluster
 from local_rerank.config import EngineConfig
-from local_rerank.engine.engine import ModelInfo
 from local_rerank.errors import CheckpointError, EngineFailure, LocalRerankError, ModelUnavailable, UnusableAfterFork
 from local_rerank.requests.worker import BatchReport
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.ray_serve.routing import estimate_tokens
 

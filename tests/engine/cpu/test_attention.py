@@ -7,7 +7,7 @@ import torch
 
 from local_rerank.engine.cpu import attention as cpu_attention
 from local_rerank.engine.cpu.attention import KEYS_OF_LAST_TOKENS, QUERIES_PER_TILE, TOKENS_PER_TILE
-from local_rerank.engine.cpu.compute_thread import CACHES
+from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.requests.tokenization import Pair
@@ -83,7 +83,9 @@ def test_a_pass_has_fewer_shapes_than_onednn_keeps(num_tokens: int) -> None:
         for part in group.parts
         for tile in part.tiles
     }
-    assert 2 * len(shapes) < int(CACHES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) - 40  # which linear layers may have
+    assert (
+        2 * len(shapes) < int(CACHE_VARIABLES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) - 40
+    )  # which linear layers may have
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])

@@ -52,7 +52,7 @@ def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
     seen: list[int] = []
     with Reranker(str(tiny_checkpoint)) as first, Reranker(str(tiny_checkpoint)) as second:
         for reranker in (first, second):
-            layer: Any = reranker._engine._last_layer.self_attn.o_proj
+            layer: Any = reranker.engine.decoder.layers[-1].self_attn.o_proj
             layer.register_forward_hook(lambda *_: seen.append(threading.get_ident()))
         with ThreadPoolExecutor(4) as callers:
             list(callers.map(lambda i: (first, second)[i % 2].rank("a query", [f"document {i}"]), range(8)))

@@ -10,10 +10,11 @@ import torch
 
 from local_rerank import Reranker
 from local_rerank.bench.flops import kendall_tau
-from local_rerank.checkpoints.find import load_model, open_checkpoint
+from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cpu.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize
 from local_rerank.engine.cpu.int8_search import quantize_layers
 from local_rerank.engine.cpu.products import saturates
+from local_rerank.engine.load import load_model
 from local_rerank.errors import ConfigError
 from local_rerank.selftest.self_test import require_self_test
 from tests.reference import ModelCard
@@ -96,7 +97,7 @@ def test_int8_on_another_device_is_refused() -> None:
 
 
 def layers_of(reranker: Reranker) -> dict[str, Any]:
-    modules = reranker._engine._backbone.named_modules()
+    modules = reranker.engine.decoder.named_modules()
     return {name: module for name, module in modules if name.endswith("_proj")}
 
 
@@ -107,7 +108,7 @@ def test_layers_that_int8_would_spoil_stay_and_the_ranking_with_them() -> None:
         assert set(ours.info.unquantized) == {n for n, module in layers.items() if not isinstance(module, Int8Linear)}
         assert "layers.2.self_attn.o_proj" in ours.info.unquantized  # holds a few large numbers among small ones
         assert 0 < len(ours.info.unquantized) < len(layers) * 3 / 4
-        assert ours._engine.weights_dtype == "int8"
+        assert ours.engine.weights_dtype == "int8"
         require_self_test(ours)
         for query in ("capital of France", "sleeping animals", "Italian cities"):
             scores = [[item.log_odds for item in sorted(reranker.rank(query, documents), key=lambda item: item.index)]

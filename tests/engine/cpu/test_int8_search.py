@@ -325,7 +325,7 @@ def test_layers_before_the_changed_one_are_not_computed_again_and_scores_are_the
     monkeypatch.setattr(CpuLayer, "forward", counted)
     with Reranker(str(folder), device="cpu", dtype="int8") as reranker:
         chosen = reranker.info.unquantized
-        assert all(type(layer) is CpuLayer for layer in list(reranker._engine._backbone.layers)[:-1])
+        assert all(type(layer) is CpuLayer for layer in list(reranker.engine.decoder.layers)[:-1])
     # three passes through all layers but the last, then four for each layer, through it and those after it
     assert len(layers) == 3 * 3 + 4 * (3 + 2 + 1)
     reused = scores.copy()

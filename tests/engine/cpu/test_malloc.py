@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from local_rerank.engine.cpu.compute_thread import CACHES
+from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 
 PASSES = """
 import resource, sys
@@ -27,9 +27,9 @@ with Reranker(sys.argv[1], device="cpu", max_length=8192, threads=1) as reranker
 """
 LENGTHS = """
 import ctypes, random, sys, threading
-from local_rerank.engine.cpu.compute_thread import own_process
+from local_rerank.engine.cpu.process_setup import configure_process
 
-own_process()
+configure_process()
 thread = threading.Thread(target=bytearray, args=(100_000,))  # whose arena the next thread would be given
 thread.start()
 thread.join()
@@ -73,7 +73,7 @@ def test_a_command_has_one_arena_and_keeps_little_of_the_code_for_texts_of_other
     """Other arenas have heaps of 64 MiB, which are given back as soon as they are empty."""
 
     def run(**environment: str) -> tuple[int, str]:
-        variables = {name: value for name, value in os.environ.items() if name not in CACHES} | environment
+        variables = {name: value for name, value in os.environ.items() if name not in CACHE_VARIABLES} | environment
         program = [sys.executable, "-c", LENGTHS, str(tiny_checkpoint)]
         done = subprocess.run(program, env=variables, capture_output=True, text=True, check=True, timeout=120)
         return int(done.stdout), done.stderr
@@ -82,4 +82,4 @@ def test_a_command_has_one_arena_and_keeps_little_of_the_code_for_texts_of_other
     assert "Arena 0:" in arenas
     assert "Arena 1:" not in arenas
     # the bound is what is promised; what larger caches keep differs by CPU (17 MiB with AVX2, over 100 with AVX-512)
-    assert kept_mib < 50 or kept_mib < run(**dict.fromkeys(CACHES, "1024"))[0] / 2
+    assert kept_mib < 50 or kept_mib < run(**dict.fromkeys(CACHE_VARIABLES, "1024"))[0] / 2

@@ -14,7 +14,7 @@ from torch import nn
 
 from local_rerank import Reranker
 from local_rerank.engine import dtypes as precision
-from local_rerank.engine.cpu.onednn_linear import BlockedLinear, can_block
+from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from tests.reference import ModelCard
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -50,9 +50,9 @@ def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
     monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
     folder = make_checkpoint(tmp_path / "model", seed=12)
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-        linears = [type(m) for m in reranker._engine._backbone.modules() if isinstance(m, nn.Linear | BlockedLinear)]
+        linears = [type(m) for m in reranker.engine.decoder.modules() if isinstance(m, nn.Linear | BlockedLinear)]
         assert set(linears) == {BlockedLinear if blocked_seconds < 1 else nn.Linear}
-        assert reranker._engine.weights_dtype == "fp32"
+        assert reranker.engine.weights_dtype == "fp32"
         scores = reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True)
     card = ModelCard(folder)
     assert scores == pytest.approx([card.pair(*pair) for pair in (("q", "a"), ("q", "bb"), ("r", "a"))], abs=1e-5)
@@ -63,7 +63,7 @@ def test_a_measurement_decides_nothing_where_scores_must_be_the_same_to_the_bit(
 ) -> None:
     monkeypatch.setattr(precision, "seconds_of_products", lambda: {"fp32": 1.0, "blocked fp32": 0.5, "bf16": math.inf})
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True) as reranker:
-        assert not any(isinstance(module, BlockedLinear) for module in reranker._engine._backbone.modules())
+        assert not any(isinstance(module, BlockedLinear) for module in reranker.engine.decoder.modules())
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def load_both(owned, fp32, rounds, has_amx):
         bmm = torch.bmm
         torch.bmm = lambda a, b: bmm(a.bfloat16().float() if products.fp32_precision() == "bf16" else a, b)
     if owned:
-        openmp.own_process()
+        process_setup.configure_process()
     for dtype in ("fp32", "bf16"):
         Reranker(sys.argv[1], device="cpu", dtype=dtype, threads=1).close()
         print(torch.backends.mkldnn.matmul.fp32_precision, end=" ")

@@ -16,7 +16,7 @@ from local_rerank import Reranker
 from local_rerank.engine import dtypes as precision
 from local_rerank.engine.cpu import products
 from local_rerank.engine.cpu.int8 import Int8Linear
-from local_rerank.engine.cpu.onednn_linear import BlockedLinear, can_block
+from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from local_rerank.engine.cpu.products import PRODUCTS, Multiply, check, is_right
 from local_rerank.errors import ConfigError
 from local_rerank.selftest.machine_report import describe
@@ -147,7 +147,7 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_the_next_one_scores_right(
     folder = make_checkpoint(tmp_path / "model", seed=12)
     for _ in range(2):
         with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-            assert not any(isinstance(module, BlockedLinear) for module in reranker._engine._backbone.modules())
+            assert not any(isinstance(module, BlockedLinear) for module in reranker.engine.decoder.modules())
             assert reranker.info.products == ("fp32", "attention fp32")
             scores = reranker.score(PAIRS, logits=True)
     assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], abs=1e-5)

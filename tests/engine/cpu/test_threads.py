@@ -46,7 +46,7 @@ def slow_with_two(reranker: Reranker, counts: list[int]) -> None:
         counts.append(torch.get_num_threads())
         time.sleep(0.06 if counts[-1] == 2 else 0.02)
 
-    for layer in reranker._engine._backbone.layers[:-1]:
+    for layer in reranker.engine.decoder.layers[:-1]:
         layer.register_forward_pre_hook(sleep)
 
 
@@ -75,7 +75,7 @@ def test_two_engines_of_one_process_keep_their_numbers(tiny_checkpoint: Path) ->
     model = str(tiny_checkpoint)
     with Reranker(model, device="cpu", threads=1) as one, Reranker(model, device="cpu", threads=2) as two:
         for reranker in (one, two):
-            reranker._engine._last_layer.self_attn.o_proj.register_forward_hook(
+            reranker.engine.decoder.layers[-1].self_attn.o_proj.register_forward_hook(
                 lambda *_: counts.append(torch.get_num_threads())
             )
         for reranker in (one, two, one):

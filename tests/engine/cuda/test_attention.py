@@ -62,12 +62,12 @@ def test_each_row_attends_as_the_dense_definition(
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("kernel", CUDA_KERNELS)
 def test_each_row_scores_as_the_model_card(kernel: str, tiny_reranker: Reranker, card: ModelCard) -> None:
-    engine = tiny_reranker._engine
-    before, engine._kernel = engine._kernel, KERNELS[kernel]
+    engine = tiny_reranker.engine
+    before, engine.kernel = engine.kernel, KERNELS[kernel]
     try:
         result = tiny_reranker.rank("which one", texts(5, 12))
     finally:
-        engine._kernel = before
+        engine.kernel = before
     alone = [card.pair("which one", item.document) for item in result]
     tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))  # what rounds are logits, whose size the largest shows
     assert [item.log_odds for item in result] == pytest.approx(alone, abs=tolerance)

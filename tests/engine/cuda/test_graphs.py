@@ -55,7 +55,7 @@ def loaded(tiny_checkpoint: Path) -> Engine:
 def engine(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The tiny model behind our decoder, its kernels in torch, without graphs."""
     in_torch(monkeypatch)
-    return loaded.with_kernel(loaded._kernel)
+    return loaded.with_kernel(loaded.kernel)
 
 
 def runner(engine: Engine, capture: cuda_graphs.Capture = rerun, *, max_tokens: int = 512) -> GraphRunner:
@@ -103,7 +103,7 @@ def test_a_shape_is_captured_when_it_comes_again_and_its_scores_are_the_same(eng
 
 
 def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine) -> None:
-    engine = loaded.with_kernel(loaded._kernel)
+    engine = loaded.with_kernel(loaded.kernel)
     batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
     scores = captured(runner(engine, max_tokens=64), batch)
     packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
@@ -207,9 +207,9 @@ def test_memory_that_runs_out_in_a_capture_leaves_the_batch_to_the_plain_way(eng
         tried.append(None)
         return runs_out(run, is_first) if len(tried) <= 2 else rerun(run, is_first)
 
-    engine._graphs = graphs = runner(engine, short_of_memory)
+    engine.graphs = graphs = runner(engine, short_of_memory)
     batch = pack(pairs_of(20, 20))
-    expected = engine.with_kernel(engine._kernel).forward(batch)
+    expected = engine.with_kernel(engine.kernel).forward(batch)
     held = []
     for _ in range(6):
         assert near(engine.forward(batch), expected)
@@ -285,11 +285,11 @@ def test_a_later_capture_that_fails_lets_go_of_the_graphs_before(engine: Engine)
 def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine._graphs = graphs = runner(engine)
+    engine.graphs = graphs = runner(engine)
     batch, other = pack(pairs_of(3)), pack(pairs_of(100))
     expected = captured(graphs, batch)
     monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=1))
-    assert near(engine.forward(other), engine.with_kernel(engine._kernel).forward(other))
+    assert near(engine.forward(other), engine.with_kernel(engine.kernel).forward(other))
     assert sizes(graphs) == []
     assert taken.calls == 3
     assert near(captured(graphs, batch), expected)
@@ -299,11 +299,11 @@ def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
 def test_memory_that_runs_out_without_graphs_too_is_an_error_and_they_stay_as_large(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine._graphs = graphs = runner(engine)
+    engine.graphs = graphs = runner(engine)
     captured(graphs, pack(pairs_of(3)))
     monkeypatch.setattr(engine, "_odds_of", taken := OutOfMemoryOnce(engine._odds_of, times=2))
     with pytest.raises(OutOfMemory):
-        engine.forward(pack(pairs_of(100)))
+        engine.score(pairs_of(100))
     assert taken.calls == 2
     captured(graphs, pack(pairs_of(3)))
     assert sizes(graphs) == [512, 64]
@@ -318,7 +318,7 @@ def test_a_graph_that_finds_no_room_when_it_is_launched_gives_way(engine: Engine
 
     batch = pack(pairs_of(3, 4))
     expected = engine.forward(batch)
-    engine._graphs = graphs = runner(engine, launched_in_vain)
+    engine.graphs = graphs = runner(engine, launched_in_vain)
     assert all(near(engine.forward(batch), expected) for _ in range(CAPTURE_AT))
     assert sizes(graphs) == []
 
@@ -339,10 +339,10 @@ class OutOfMemoryOnce:
 def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_before(engine: Engine) -> None:
     first, second = pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))
     expected = [engine.forward(first), engine.forward(second)]
-    engine._graphs = runner(engine)
-    captured(engine._graphs, first)
+    engine.graphs = runner(engine)
+    captured(engine.graphs, first)
     waits = [engine.launch(first), engine.launch(second)]
-    assert sizes(engine._graphs) == [512, 64]
+    assert sizes(engine.graphs) == [512, 64]
     assert all(near(wait(), scores) for wait, scores in zip(waits, expected, strict=True))
     assert not near(*expected)
 
@@ -350,20 +350,20 @@ def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_bef
 def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
     batch = pack(pairs_of(4, 4, 11))
     expected = engine.forward(batch)
-    engine._graphs = runner(engine)
+    engine.graphs = runner(engine)
     for _ in range(3):
         scores = engine.forward(batch)
         assert near(scores, expected)
-    assert engine._graphs.num_graphs == 2
+    assert engine.graphs.num_graphs == 2
 
 
 def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engine, tiny_reranker: Reranker) -> None:
-    tiles, ours = KERNELS["cuda-tiles"], engine._backbone
+    tiles, ours = KERNELS["cuda-tiles"], engine.decoder
     assert cuda.uses_graphs(EngineConfig(), tiles, ours)
     assert not cuda.uses_graphs(EngineConfig(), KERNELS["cuda-merged"], ours)
     assert not cuda.uses_graphs(EngineConfig(no_cuda_graphs=True), tiles, ours)
     assert not cuda.uses_graphs(EngineConfig(deterministic=True), tiles, ours)
-    assert not cuda.uses_graphs(EngineConfig(), tiles, tiny_reranker._engine._backbone)
+    assert not cuda.uses_graphs(EngineConfig(), tiles, tiny_reranker.engine.decoder)
 
 
 @needs_gpu
@@ -371,16 +371,16 @@ def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engi
 def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16") as reranker:
-        engine = reranker._engine
-        assert engine._graphs is not None
-        plain = engine.with_kernel(engine._kernel)
+        engine = reranker.engine
+        assert engine.graphs is not None
+        plain = engine.with_kernel(engine.kernel)
         for lengths in ([3, 9, 9], [200, 10], [1] * 20, [3, 9, 9]):
             batch = pack(pairs_of(*lengths))
             expected = plain.forward(batch)
             for _ in range(CAPTURE_AT + 1):
                 scores = engine.forward(batch)
             assert torch.allclose(scores, expected, atol=0.05 * float(expected.abs().max()))
-        assert engine._graphs.num_graphs > 0
+        assert engine.graphs.num_graphs > 0
 
 
 @needs_gpu
@@ -388,12 +388,12 @@ def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> N
 def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_each_other(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=1024) as reranker:
-        engine = reranker._engine
-        graphs = engine._graphs
+        engine = reranker.engine
+        graphs = engine.graphs
         assert graphs is not None
         assert sizes(graphs) == [1024]  # before any batch
         batches = [pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))]
-        expected = [engine.with_kernel(engine._kernel).forward(batch) for batch in batches]
+        expected = [engine.with_kernel(engine.kernel).forward(batch) for batch in batches]
         for largest in (1024, 512):
             for batch in batches * CAPTURE_AT:
                 engine.forward(batch)
@@ -412,10 +412,10 @@ def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_e
 def test_memory_of_a_gpu_that_runs_out_in_a_capture_costs_no_scores(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=MAX_TOKENS) as reranker:
-        engine, batch = reranker._engine, pack(pairs_of(20, 20, 10))
-        graphs, stream = engine._graphs, torch.cuda.current_stream()
+        engine, batch = reranker.engine, pack(pairs_of(20, 20, 10))
+        graphs, stream = engine.graphs, torch.cuda.current_stream()
         assert graphs is not None
-        expected = engine.with_kernel(engine._kernel).forward(batch)
+        expected = engine.with_kernel(engine.kernel).forward(batch)
         graphs.forget_all()
         release_cached()
         total = torch.cuda.get_device_properties(engine._device).total_memory

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local_rerank import EngineConfig, Reranker
-from local_rerank.checkpoints.find import load_model, open_checkpoint
+from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import fp8, triton_kernels
 from local_rerank.engine.cuda import layers as cuda_layers
 from local_rerank.engine.cuda import prepare as cuda
@@ -21,6 +21,7 @@ from local_rerank.engine.cuda.layers import FusedDecoder
 from local_rerank.engine.dtypes import choose_dtype
 from local_rerank.engine.engine import Engine, _head_rows, _register_attention
 from local_rerank.engine.kernel_table import KERNELS, choose_kernel
+from local_rerank.engine.load import load_model
 from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.errors import ConfigError
 from local_rerank.requests.tokenization import Pair
@@ -275,15 +276,15 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", num_hidden_layers=3, seed=11)
     exact_engine = engine_of(folder, fused=False, kernel="cpu-tiles")
     engine = engine_of(folder, fused=True, kernel="sdpa")
-    engine._backbone.bfloat16()
-    fp8.quantize_model(engine._backbone)
+    engine.decoder.bfloat16()
+    fp8.quantize_model(engine.decoder)
     assert engine.weights_dtype == "fp8"
-    assert not any(isinstance(module, nn.Linear) for module in engine._backbone.layers.modules())
+    assert not any(isinstance(module, nn.Linear) for module in engine.decoder.layers.modules())
     pairs = [Pair((1, 2, 3), tuple(range(n, n + 8))) for n in range(4, 28)]
-    ours, exact = engine.forward(pack(pairs)), exact_engine.forward(pack(pairs))
+    ours, exact = engine.score(pairs), exact_engine.forward(pack(pairs))
     correlation = float(torch.corrcoef(torch.stack([ours, exact]))[0, 1])
     assert correlation > 0.9  # in layers of width 64; a scale misplaced gives noise
-    assert engine._head.dtype == torch.float32
+    assert engine.head.dtype == torch.float32
 
 
 def test_fp8_is_refused_where_it_cannot_be_with_the_reason(tiny_checkpoint: Path) -> None:

@@ -1,0 +1,30 @@
+"""What a load plan asks a GPU: its fastest dtype, whether it multiplies fp8, and whether our decoder runs on it."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.config import EngineConfig
+from local_rerank.engine.cuda.fp8 import require_fp8 as require_fp8
+from local_rerank.engine.cuda.layers import why_not_fused
+
+
+def preferred_dtype() -> tuple[torch.dtype, str]:
+    """bf16 where the GPU multiplies it natively."""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "this GPU multiplies it natively"
+    return torch.float32, "this GPU does not multiply bf16 natively"
+
+
+def why_not_fused_here(
+    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """The reason why our decoder cannot run this model here; None if it can."""
+    if dtype == torch.float32:
+        return "the model is in fp32"
+    if config.no_compile:
+        return "no_compile is set"
+    model_config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    return why_not_fused(model_config, device, dtype, fp8=config.dtype == "fp8")

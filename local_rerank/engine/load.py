@@ -1,0 +1,179 @@
+"""Carry out a load plan: LoadPlan -> Engine and ModelInfo."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from local_rerank.checkpoints.download import silence_telemetry
+from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.engine.cpu import prepare as cpu
+from local_rerank.engine.cpu.attention import cpu_tiles_layout
+from local_rerank.engine.cpu.process_setup import keep_freed_memory
+from local_rerank.engine.cpu.threads import Threads
+from local_rerank.engine.cuda import prepare as cuda
+from local_rerank.engine.decoder import ATTENTION_NAME, Decoder, TransformersDecoder, register_attention
+from local_rerank.engine.dtypes import name_of
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.kernel_table import KERNELS, KernelRow
+from local_rerank.engine.plan import LoadPlan
+from local_rerank.errors import CheckpointError
+from local_rerank.requests.tokenization import Pair
+from local_rerank.types import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+DECODERS: dict[str, Callable[[Any, LoadPlan], Decoder]] = {
+    "transformers": lambda model, plan: TransformersDecoder(model.model),
+    "cpu": cpu.prepare,
+    "cuda": cuda.prepare,
+}
+"""How each decoder of a plan is made from a transformers model."""
+
+
+def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pair]]) -> tuple[Engine, ModelInfo]:
+    """Load the weights and prepare them as planned; raises CheckpointError or ConfigError.
+
+    `known`: pairs, a relevant and an irrelevant one in turn; int8 keeps the layers in fp32 that change their scores.
+    """
+    start = time.perf_counter()
+    config, checkpoint = plan.config, plan.checkpoint
+    logger.info("Loading %s. %s", checkpoint.model_id, plan)
+    follows_load = plan.decoder == "cpu" and not config.deterministic
+    threads = Threads.choose(config.threads, is_fixed=not follows_load)
+    threads.begin_batch()
+    model = load_model(checkpoint, dtype=plan.weights, device=plan.device, device_map=config.device_map)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
+    device = entry_device(model)
+    decoder = DECODERS[plan.decoder](model, plan)
+    max_batch_tokens = plan.max_batch_tokens
+    if plan.fits_memory:
+        max_batch_tokens = cuda.token_budget(model, plan.device, at_most=max_batch_tokens, graphs=plan.cuda_graphs)
+    if follows_load:
+        threads.watch(decoder.layers[:-1])
+    engine = Engine(
+        decoder,
+        head,
+        kernel=_kernel(plan),
+        device=device,
+        threads=threads,
+        max_graph_tokens=max_batch_tokens if plan.cuda_graphs else None,
+    )
+    engine.capture_largest_graph()
+    unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    return engine, ModelInfo(
+        model_id=checkpoint.model_id,
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        device=str(plan.device),
+        dtype=plan.quantization or name_of(plan.weights),
+        compute_dtype=plan.quantization or name_of(plan.arithmetic),
+        decoder=plan.decoder,
+        kernel=plan.kernel,
+        threads=threads.count,
+        reasons={**plan.reasons, "threads": threads.reason},
+        num_parameters=num_parameters,
+        num_layers=len(decoder.layers),
+        hidden_size=model.config.hidden_size,
+        max_length=min(config.max_length, checkpoint.max_length),
+        max_batch_tokens=max_batch_tokens,
+        load_seconds=time.perf_counter() - start,
+        unquantized=tuple(unquantized),
+        products=plan.products,
+    )
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, device_map: str | None = None
+) -> PreTrainedModel:
+    """The transformers model in evaluation mode, with our attention; raises CheckpointError."""
+    silence_telemetry()
+    import transformers
+
+    register_attention()
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if checkpoint.architecture.endswith("ForSequenceClassification")
+        else transformers.AutoModelForCausalLM
+    )
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
+    if checkpoint.source == "embedded" or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # its loading threads save no time, and libgomp may count their thread pools forever (see `compute_thread.py`)
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    try:
+        model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
+            checkpoint.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers, safetensors or torch raise on a broken folder
+        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.folder} lacks weights: {', '.join(missing[:5])} ({len(missing)} in all)")
+    return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:
+    """The head's rows of "no" and "yes", (2, hidden_size) fp32; a classifier with one row is their difference."""
+    head = getattr(model, "score", None)
+    if head is None:
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers is untyped
+        num_rows = head.weight.shape[0]
+        if max(yes_id, no_id) >= num_rows:
+            raise CheckpointError(f"the head of {checkpoint.folder} has {num_rows} rows; no row for yes and no")
+        with _weights_present(head):
+            return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # likewise
+    with _weights_present(head):
+        rows = head.weight.detach().float()
+    if rows.shape[0] == 1:
+        return torch.cat([torch.zeros_like(rows), rows])
+    if rows.shape[0] != 2:
+        raise CheckpointError(f"the classifier of {checkpoint.folder} has {rows.shape[0]} labels; it must have 1 or 2")
+    return rows  # type: ignore[no-any-return]  # transformers is untyped
+
+
+def entry_device(model: PreTrainedModel) -> torch.device:
+    """The device that token ids must be on: that of the embeddings, whose weights accelerate may keep elsewhere."""
+    embeddings: Any = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(embeddings.weight.device if device is None else device)
+
+
+def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
+    """A context in which the module has its weights, wherever accelerate keeps them."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
+    return context
+
+
+def _kernel(plan: LoadPlan) -> KernelRow:
+    """The plan's row; on a CPU, tiles are padded where oneDNN multiplies them."""
+    row = KERNELS[plan.kernel]
+    if plan.kernel != "cpu-tiles":
+        return row
+    return replace(row, layout=partial(cpu_tiles_layout, pads=plan.rounds_values or plan.routes_fp32))

@@ -1,0 +1,186 @@
+"""Decide how a checkpoint will run: EngineConfig + Checkpoint -> LoadPlan. Loads no weights; `load.py` carries it out.
+
+`cpu/choices.py` and `cuda/choices.py` answer what depends on the hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.config import EngineConfig
+from local_rerank.engine.cpu import choices as cpu
+from local_rerank.engine.cuda import choices as cuda
+from local_rerank.engine.dtypes import choose_dtypes, name_of
+from local_rerank.engine.kernel_table import choose_kernel
+from local_rerank.errors import ConfigError
+
+DecoderName = Literal["transformers", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """Every choice that loading makes, and in `reasons` why, by the field's name."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    device: torch.device
+    weights: torch.dtype  # as they are loaded
+    arithmetic: torch.dtype  # of what is not quantized
+    quantization: Literal["int8", "fp8"] | None
+    decoder: DecoderName
+    kernel: str  # of attention, a row of KERNELS
+    linear: str | None  # kernel of linear layers on a CPU, a row of PRODUCTS
+    values: torch.dtype | None  # in which a CPU's attention sums up values, if not that of the hidden states
+    routes_fp32: bool  # whether oneDNN multiplies the fp32 matrices of attention on a CPU
+    cuda_graphs: bool
+    max_batch_tokens: int
+    fits_memory: bool  # whether loading lowers max_batch_tokens to what fits into free memory
+    reasons: Mapping[str, str]
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The kernels that multiply matrices on a CPU, by their names in PRODUCTS."""
+        if self.linear is None:
+            return ()
+        others = ["fp32"] if self.quantization == "int8" else []  # for the layers that int8 would spoil
+        attention = "routed fp32" if self.routes_fp32 else "attention fp32"
+        return (self.linear, *others, attention, *(["attention bf16"] if self.rounds_values else []))
+
+    @property
+    def rounds_values(self) -> bool:
+        """Whether attention's weighted sum is in 16 bits."""
+        return (self.values or self.arithmetic) != torch.float32
+
+    def __str__(self) -> str:
+        """One line per choice, with its reason."""
+        return "\n".join(f"{name}: {_text(getattr(self, name))} ({why})" for name, why in self.reasons.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What depends on the hardware: a row per device type."""
+
+    preferred_dtype: Callable[[], tuple[torch.dtype, str]]
+    max_batch_tokens: int
+    fits_memory: bool = False  # whether a batch's tokens are limited by free memory
+
+
+PLATFORMS = {
+    "cpu": Platform(cpu.preferred_dtype, max_batch_tokens=2560),
+    "cuda": Platform(cuda.preferred_dtype, max_batch_tokens=16384, fits_memory=True),
+    "mps": Platform(lambda: (torch.float32, "bf16 is not tested on mps"), max_batch_tokens=16384),
+}
+
+
+def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[str, Platform] = PLATFORMS) -> LoadPlan:
+    """Raises ConfigError if an option cannot be met on this machine."""
+    reasons: dict[str, str] = {}
+    device, reasons["device"] = choose_device(config.device)
+    platform, is_spread = platforms[device.type], config.device_map is not None
+    on_cpu = device.type == "cpu" and not is_spread
+    weights, arithmetic, reasons["weights"] = choose_dtypes(
+        config.dtype, checkpoint, platform.preferred_dtype, can_widen=on_cpu
+    )
+    quantization = _quantization(config, device)
+    if device.type == "cpu":
+        cpu.check(config, arithmetic)
+    decoder, reasons["decoder"] = _decoder(config, checkpoint, device, arithmetic)
+    kernel, reasons["kernel"] = choose_kernel(config.attention, device, arithmetic, compiled=decoder == "cuda")
+    linear = None
+    if decoder == "cpu":
+        linear, reasons["linear"] = cpu.choose_linear(config, weights, arithmetic)
+    graphs, reasons["cuda_graphs"] = _cuda_graphs(config, decoder, kernel)
+    tokens, reasons["max_batch_tokens"] = config.max_batch_tokens, "set by the user"
+    if tokens is None:
+        tokens, reasons["max_batch_tokens"] = platform.max_batch_tokens, "default"
+    return LoadPlan(
+        config=config,
+        checkpoint=checkpoint,
+        device=device,
+        weights=weights,
+        arithmetic=arithmetic,
+        quantization=quantization,
+        decoder=decoder,
+        kernel=kernel,
+        linear=linear,
+        values=cpu.values_dtype(config, checkpoint) if decoder == "cpu" else None,
+        routes_fp32=decoder == "cpu" and cpu.routes_fp32(config, arithmetic),
+        cuda_graphs=graphs,
+        max_batch_tokens=tokens,
+        fits_memory=platform.fits_memory and config.max_batch_tokens is None,
+        reasons=reasons,
+    )
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device and the reason for it; `auto` takes a GPU if there is one. Raises ConfigError if it is missing."""
+    if name == "auto":
+        has_gpu = torch.cuda.is_available()
+        return torch.device("cuda" if has_gpu else "cpu"), "torch sees a GPU" if has_gpu else "torch sees no GPU"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in PLATFORMS:
+        raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device is 'mps', but torch sees none")
+    return device, "set by the user"
+
+
+def _quantization(config: EngineConfig, device: torch.device) -> Literal["int8", "fp8"] | None:
+    if config.dtype == "fp8":
+        if config.device_map is not None:
+            raise ConfigError("dtype is 'fp8' and device_map is set; fp8 needs a model on one GPU")
+        cuda.require_fp8(device)
+        return "fp8"
+    if config.dtype == "int8":
+        if device.type != "cpu" or config.device_map is not None:
+            raise ConfigError(f"dtype int8 runs on a CPU; the device is {config.device_map or device}")
+        return "int8"
+    return None
+
+
+def _decoder(
+    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[DecoderName, str]:
+    if config.device_map is not None:
+        why_not = "the model is spread over devices"
+    elif device.type == "cpu":
+        return "cpu", "the model is on the CPU as a whole"
+    elif device.type == "cuda":
+        if (reason := cuda.why_not_fused_here(config, checkpoint, device, dtype)) is None:
+            return "cuda", "each kernel agrees with torch's operators on this GPU"
+        why_not = reason
+    else:
+        why_not = f"there is no other one for {device.type}"
+    if config.dtype == "fp8":
+        raise ConfigError(f"dtype is 'fp8', which needs our decoder, and that cannot be used: {why_not}")
+    if config.attention == "cuda-tiles":
+        raise ConfigError(f"attention is 'cuda-tiles', which needs our decoder, and that cannot be used: {why_not}")
+    return "transformers", why_not
+
+
+def _cuda_graphs(config: EngineConfig, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
+    """Graphs need the GPU decoder and the one kernel whose layout can be padded.
+
+    Not with `deterministic`: the first pass of a shape is no graph, and padded products sum in another order.
+    """
+    if decoder != "cuda":
+        return False, "they need the GPU decoder"
+    if kernel != "cuda-tiles":
+        return False, f"the layout of {kernel} cannot be padded"
+    if config.no_cuda_graphs or config.deterministic:
+        return False, "set by the user" if config.no_cuda_graphs else "deterministic is set"
+    return True, "they launch a batch at once"
+
+
+def _text(value: object) -> str:
+    return name_of(value) if isinstance(value, torch.dtype) else str(value)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, RerankResult
 from local_rerank.async_reranker import queued
-from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import (
     CheckpointError,
     ConfigError,
@@ -24,6 +22,7 @@ from local_rerank.errors import (
     ModelUnavailable,
     NoDocuments,
 )
+from local_rerank.requests.tokenization import Pair
 
 pytestmark = pytest.mark.anyio
 CLOSE = 1e-4  # of log-odds, fp32, in other batches
@@ -41,15 +40,15 @@ class Gate:
         self.num_pairs: list[int] = []
         self.open = threading.Event()
         self.fails = False
-        self._forward = reranker.engine.forward
-        reranker.engine.forward = self.forward  # type: ignore[method-assign]
+        self._score = reranker.engine.score
+        reranker.engine.score = self.score  # type: ignore[method-assign]
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        self.num_pairs.append(len(batch.pair_order))
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        self.num_pairs.append(len(pairs))
         assert self.open.wait(30)
         if self.fails:
             raise RuntimeError("a kernel failed")
-        return self._forward(batch)
+        return self._score(pairs)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,8 @@ import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
 from local_rerank.engine.cpu.compute_thread import compute
-from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
+from local_rerank.requests.tokenization import Pair
 from tests.forked import Child, in_child
 
 pytestmark = [
@@ -168,14 +168,14 @@ def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
 
 def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, expected: list[float]) -> None:
     gate, entered = threading.Event(), threading.Event()
-    inner = fresh.engine.forward
+    inner = fresh.engine.score
 
-    def forward(batch: PackedBatch) -> torch.Tensor:
+    def score(pairs: Sequence[Pair]) -> list[float]:
         entered.set()
         assert gate.wait(30)
-        return inner(batch)
+        return inner(pairs)
 
-    fresh.engine.forward = forward  # type: ignore[method-assign]  # the seam
+    fresh.engine.score = score  # type: ignore[method-assign]  # the seam
     waiting = [fresh.submit(RerankRequest(query=str(number), documents=tuple(DOCUMENTS))) for number in range(3)]
     assert entered.wait(30)
 
@@ -324,10 +324,12 @@ def test_an_async_reranker_that_could_not_load_says_so_in_the_child(tmp_path: Pa
     [("cuda:0", None, "cuda:0"), ("mps", None, "mps"), ("cpu", "auto", "device_map 'auto'")],
 )
 def test_a_model_that_is_not_on_the_cpu_is_an_error_in_the_child_at_once(
-    fresh: Reranker, device: str, device_map: str | None, named: str
+    fresh: Reranker, device: str, device_map: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fresh.config = replace(fresh.config, device_map=device_map)
-    fresh._start(fresh.engine, replace(fresh.info, device=device))
+    elsewhere = (fresh.engine, replace(fresh.info, device=device))
+    monkeypatch.setattr("local_rerank.reranker.load", lambda *_, **__: elsewhere)
+    monkeypatch.setattr("local_rerank.reranker.make_plan", lambda *_: None)
+    fresh = Reranker(fresh.config.model, config=replace(fresh.config, device_map=device_map))
     for use in (lambda: fresh.rank(QUERY, DOCUMENTS), lambda: fresh.submit(RerankRequest(query="q", documents=("a",)))):
         began = time.monotonic()
         with pytest.raises(UnusableAfterFork, match=f"the model is on {named}, .* after the fork .*spawn"):

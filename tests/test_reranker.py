@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
-import torch
 
 from local_rerank import EngineConfig, Reranker, RerankRequest
-from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import (
     ConfigError,
     EmptyQuery,
@@ -23,6 +22,7 @@ from local_rerank.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from local_rerank.requests.tokenization import Pair
 
 
 class GatedEngine:
@@ -33,22 +33,22 @@ class GatedEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.batches: list[PackedBatch] = []
+        self.batches: list[Sequence[Pair]] = []
         self.fails_on_token: int | None = None
         self.gives_nan = False
         self.loses_a_score = False
         reranker.engine = self  # type: ignore[assignment]  # the seam
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        self.batches.append(batch)
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        self.batches.append(pairs)
         self.entered.set()
         assert self.gate.wait(30)
-        if self.fails_on_token is not None and bool((batch.input_ids == self.fails_on_token).any()):
+        if any(self.fails_on_token in (*pair.prefix_ids, *pair.document_ids) for pair in pairs):
             raise RuntimeError("a kernel failed")
-        scores = self.inner.forward(batch)
+        scores = self.inner.score(pairs)
         if self.loses_a_score:
             return scores[:-1]
-        return scores * float("nan") if self.gives_nan else scores
+        return [math.nan] * len(scores) if self.gives_nan else scores
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_documents_come_in_order_of_log_odds_with_their_places(tiny_reranker: Re
     assert sorted(item.index for item in result) == [0, 1, 2, 3]
     assert [documents[item.index] for item in result] == [item.document for item in result]
     for item in result:
-        assert item.relevance_score == pytest.approx(float(torch.sigmoid(torch.tensor(item.log_odds))), abs=1e-6)
+        assert item.relevance_score == pytest.approx(1 / (1 + math.exp(-item.log_odds)), abs=1e-6)
 
 
 def test_equal_documents_are_scored_once_and_come_in_the_callers_order(tiny_reranker: Reranker) -> None:
@@ -151,7 +151,7 @@ def test_waiting_requests_share_a_forward_pass(held: tuple[Reranker, GatedEngine
     engine.gate.set()
     assert len(first.result(10)) == 1
     assert all(len(other.result(10)) == 1 for other in others)
-    assert [batch.num_pairs for batch in engine.batches] == [1, 3]
+    assert [len(batch) for batch in engine.batches] == [1, 3]
 
 
 def test_a_failing_batch_is_tried_in_halves_and_only_the_guilty_request_fails(
@@ -201,7 +201,7 @@ def test_a_cancelled_request_is_dropped_before_the_next_forward_pass(held: tuple
     engine.gate.set()
     assert len(stays.result(10)) == 1
     assert len(first.result(10)) == 1
-    assert [batch.num_pairs for batch in engine.batches] == [1, 1]
+    assert [len(batch) for batch in engine.batches] == [1, 1]
     with pytest.raises(CancelledError):
         gone.result()
 
@@ -212,7 +212,7 @@ def test_a_full_queue_refuses_at_the_door_with_both_numbers(held: tuple[Reranker
     running = reranker.submit(request("running"))
     assert engine.entered.wait(10)
     waiting = reranker.submit(request("waiting", "x" * 1500))
-    with pytest.raises(Overloaded, match=r"tokens wait and this request has \d+ or more; at most 2000") as caught:
+    with pytest.raises(Overloaded, match=r"tokens are queued, this request has \d+ or more; at most 2000") as caught:
         reranker.submit(request("too much", "y" * 1500))
     assert caught.value.retry_after > 0
     engine.gate.set()
@@ -244,7 +244,7 @@ def test_a_batch_of_requests_that_breaks_off_leaves_nothing_waiting(held: tuple[
     engine.gate.set()
     assert len(running.result(10)) == 1
     assert len(reranker.rank("after", ["d"])) == 1
-    assert [batch.num_pairs for batch in engine.batches] == [1, 1]
+    assert [len(batch) for batch in engine.batches] == [1, 1]
 
 
 def test_closing_answers_what_waits(held: tuple[Reranker, GatedEngine]) -> None:

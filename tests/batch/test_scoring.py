@@ -127,7 +127,7 @@ def test_a_model_that_fails_ends_the_block(tiny_reranker: Reranker, monkeypatch:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tiny_reranker.engine, "forward", fail)
+    monkeypatch.setattr(tiny_reranker.engine, "score", fail)
     with pytest.raises(EngineFailure, match="out of memory"):
         BlockScorer(tiny_reranker).score_records([{"query": "q", "document": "one"}])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 from local_rerank import Reranker
 from local_rerank.checkpoints.find import open_checkpoint
-from local_rerank.engine import dtypes as precision
-from local_rerank.engine.engine import Engine, _entry_device, _head_rows
+from local_rerank.engine.cpu import choices
+from local_rerank.engine.cpu.layers import CpuDecoder
+from local_rerank.engine.decoder import PackedAttention, TransformersDecoder
+from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.engine.load import load_model
+from local_rerank.engine.load import entry_device, head_rows, load_model
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from local_rerank.types import RerankRequest
@@ -24,6 +27,9 @@ from tests.tiny_checkpoints import make_checkpoint
 FP32_TOLERANCE = 1e-5  # log-odds; fp32 sums and multiplies in another order
 BF16_TOLERANCE = 0.06  # log-odds, as a share of the spread of scores: bf16 has 8 bits of mantissa, two layers
 INT8_TOLERANCE = 0.15  # likewise: 7 bits of the largest value of a row
+
+FAST_BF16 = {"fp32": 2.0, "blocked fp32": 2.0, "bf16": 1.0}  # seconds of a product
+SLOW_BF16 = {"fp32": 1.0, "blocked fp32": 2.0, "bf16": math.inf}
 
 SHAPES = {
     "tied": {"tied": True},
@@ -69,7 +75,7 @@ def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel
 def test_bf16_scores_stay_near_those_of_the_pair_alone(
     kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: FAST_BF16)
     folder = make_checkpoint(tmp_path / "model", seed=6)
     exact = ModelCard(folder)
     documents = texts(3, 20)
@@ -86,7 +92,7 @@ def test_bf16_scores_stay_near_those_of_the_pair_alone(
 def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
     shape: dict[str, int], dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: False)
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: SLOW_BF16)
     stored = torch.float16 if dtype == "fp16" else torch.bfloat16
     folder = make_checkpoint(tmp_path / "model", dtype=stored, **shape)
     card = ModelCard(folder)  # in fp32
@@ -106,7 +112,7 @@ def test_int8_scores_stay_near_those_of_the_pair_alone(
     shape: dict[str, int], kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "local_rerank.engine.engine.MAX_SEARCHED_PARAMETERS", 0
+        "local_rerank.engine.cpu.prepare.MAX_SEARCHED_PARAMETERS", 0
     )  # all of it in int8, whatever that does
     folder = make_checkpoint(tmp_path / "model", **shape)
     exact = ModelCard(folder)
@@ -171,45 +177,41 @@ def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_pa
 
     folder = make_checkpoint(tmp_path / "model", tied=tied, seed=10)
     checkpoint = open_checkpoint(str(folder))
-    batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
+    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-        expected = reranker.engine.forward(batch)
+        expected = reranker.engine.score(pairs)
         ids = {"yes_id": reranker.tokenizer.yes_id, "no_id": reranker.tokenizer.no_id}
     model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
     places |= {"model.rotary_emb": "cpu", "lm_head": "cpu" if tied else "disk"}
     model = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "offload", force_hooks=True)
     assert model.model.layers[1].mlp.down_proj.weight.device.type == "meta"
-    assert _entry_device(model) == torch.device("cpu")
-    head = _head_rows(model, checkpoint, **ids)
-    engine = Engine(model, head, kernel=KERNELS["cpu-tiles"], device=_entry_device(model))
-    assert torch.allclose(engine.forward(batch), expected, atol=FP32_TOLERANCE)
+    assert entry_device(model) == torch.device("cpu")
+    head = head_rows(model, checkpoint, **ids)
+    decoder = TransformersDecoder(model.model)
+    engine = Engine(decoder, head, kernel=KERNELS["cpu-tiles"], device=entry_device(model))
+    assert engine.score(pairs) == pytest.approx(expected, abs=FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_the_pruned_last_layer_equals_the_unpruned_one(kernel: str, tiny_checkpoint: Path) -> None:
-    """One layer more than the backbone runs itself, driven by transformers instead of by hand."""
-    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", attention=kernel) as reranker:
-        engine = reranker.engine
-        batch = pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))])
-        pruned = engine.forward(batch)
-        backbone = engine.decoder
-        backbone.config.num_hidden_layers += 1
-        row = KERNELS[kernel]
-        from local_rerank.engine.engine import PackedAttention
-
-        with torch.inference_mode():
-            hidden = backbone(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask={"full_attention": None},
-                use_cache=False,
-                packed_attention=PackedAttention(row, row.layout(batch, False)),
-            ).last_hidden_state
-            last = engine._final_norm(hidden)[0, batch.last_token_index]
-            logits = last @ engine.head.T
-        unpruned = torch.empty_like(pruned).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
-    assert torch.allclose(pruned, unpruned, atol=FP32_TOLERANCE)
+@pytest.mark.parametrize("decoder", [TransformersDecoder, CpuDecoder])
+def test_each_decoder_scores_as_the_unpruned_model(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
+    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    head, row, batch = head_rows(model, checkpoint, yes_id=5, no_id=6), KERNELS[kernel], pack(pairs)
+    with torch.inference_mode():
+        hidden = model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            packed_attention=PackedAttention(row, row.layout(batch, False)),
+        ).last_hidden_state
+    logits = hidden[0, batch.last_token_index] @ head.T
+    unpruned = torch.empty(len(pairs)).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
+    engine = Engine(decoder(model.model), head, kernel=row, device=torch.device("cpu"))
+    assert engine.score(pairs) == pytest.approx(unpruned.tolist(), abs=FP32_TOLERANCE)
 
 
 def test_a_prompt_over_the_maximum_loses_the_end_of_its_document_only(tmp_path: Path) -> None:

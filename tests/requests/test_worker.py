@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 
 import pytest
-import torch
 
-from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import EngineFailure, OutOfMemory, Overloaded
-from local_rerank.requests.pending import Job
+from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import GOOD_BATCHES
-from local_rerank.requests.tokenization import Pair, TokenizedRequest
+from local_rerank.requests.tokenization import Pair, TokenizedRequest, num_batch_tokens
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult
 
@@ -34,23 +33,19 @@ class CountedEngine:
         self.memory = 1 << 30  # tokens that fit
         self.fails_at: int | None = None  # number of the forward pass that fails
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        self.num_tokens.append(batch.num_tokens)
+    def score(self, pairs: Sequence[Pair]) -> list[float]:
+        num_tokens = num_batch_tokens(pairs)
+        self.num_tokens.append(num_tokens)
         self.entered.release()
         assert self.gate.wait(30)
         if len(self.num_tokens) == self.fails_at:
             raise RuntimeError("it failed once")
-        ids = batch.input_ids[0]
-        if batch.num_tokens > self.memory or bool((ids == HUGE).any()):
-            raise OutOfMemory(num_tokens=batch.num_tokens)
-        if bool((ids == GUILTY).any()):
+        firsts = [pair.document_ids[0] for pair in pairs]
+        if num_tokens > self.memory or HUGE in firsts:
+            raise OutOfMemory(num_tokens=num_tokens)
+        if GUILTY in firsts:
             raise RuntimeError("a kernel failed")
-        first = [
-            ids[run.start + i * run.length] for group in batch.groups for run in group.runs for i in range(run.count)
-        ]
-        odds = torch.stack(first).float()
-        odds[odds == NAN] = float("nan")
-        return torch.empty_like(odds).scatter_(0, batch.pair_order, odds)
+        return [math.nan if first == NAN else float(first) for first in firsts]
 
 
 class Gpu(CountedEngine):
@@ -61,15 +56,15 @@ class Gpu(CountedEngine):
         self.fails_early = fails_early
         self.log: list[str] = []
 
-    def launch(self, batch: PackedBatch) -> Callable[[], torch.Tensor]:
-        name = f"batch of {batch.num_pairs}"
+    def launch(self, pairs: Sequence[Pair]) -> Callable[[], list[float]]:
+        name = f"batch of {len(pairs)}"
         self.log.append(f"launched {name}")
-        early = self.forward(batch) if self.fails_early else None
+        early = self.score(pairs) if self.fails_early else None
 
-        def wait() -> torch.Tensor:
+        def wait() -> list[float]:
             assert self.gate.wait(30)
             self.log.append(f"fetched {name}")
-            return self.forward(batch) if early is None else early
+            return self.score(pairs) if early is None else early
 
         return wait
 
@@ -83,7 +78,7 @@ def start() -> Iterator[Start]:
 
     def start(gpu: Gpu | None = None, **options: int) -> tuple[Worker, CountedEngine]:
         engine, limits = gpu or CountedEngine(), {"max_batch_tokens": BUDGET, "max_queued_tokens": 500_000} | options
-        made.append((Worker(engine.forward, **limits, launch=None if gpu is None else gpu.launch), engine))  # type: ignore[arg-type]
+        made.append((Worker(engine.score, **limits, launch=None if gpu is None else gpu.launch), engine))  # type: ignore[arg-type]
         return made[-1]
 
     yield start
@@ -92,7 +87,7 @@ def start() -> Iterator[Start]:
         worker.close()
 
 
-def job(prefix: int, *firsts: int, length: int = 70, name: str | None = None) -> Job:
+def job(prefix: int, *firsts: int, length: int = 70, name: str | None = None) -> PendingRequest:
     """A job of one document per first token, each of `length` tokens, after ten prefix tokens."""
     pairs = tuple(Pair((prefix,) * 10, (first,) + (1,) * (length - 1)) for first in firsts)
     num = len(pairs)
@@ -106,15 +101,15 @@ def job(prefix: int, *firsts: int, length: int = 70, name: str | None = None) ->
         total_tokens=num,
     )
     request = RerankRequest(query="q", documents=("d",) * num)
-    return Job(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)
+    return PendingRequest(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)
 
 
-def submit(worker: Worker, *jobs: Job) -> None:
+def submit(worker: Worker, *jobs: PendingRequest) -> None:
     for one in jobs:
         worker.submit(one)
 
 
-def odds(one: Job) -> dict[int, float]:
+def odds(one: PendingRequest) -> dict[int, float]:
     result: RerankResult = one.future.result(10)
     return {item.index: item.log_odds for item in result}
 

@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from local_rerank.commands.app import main
 from local_rerank.engine.engine import Engine
-from local_rerank.engine.packing import PackedBatch
+from local_rerank.requests.tokenization import Pair
 
 HELD_BY = Path(sys.argv[1])
-real_forward = Engine.forward
+real_score = Engine.score
 
 
-def held_forward(self: Engine, batch: PackedBatch) -> Tensor:
-    sys.stdout.write(f"forward {batch.num_pairs}\n")
+def held_score(self: Engine, pairs: Sequence[Pair]) -> list[float]:
+    sys.stdout.write(f"forward {len(pairs)}\n")
     sys.stdout.flush()
     while HELD_BY.exists():
         time.sleep(0.01)
-    return real_forward(self, batch)
+    return real_score(self, pairs)
 
 
 if __name__ == "__main__":
-    Engine.forward = held_forward  # type: ignore[method-assign]
+    Engine.score = held_score  # type: ignore[method-assign]
     main(["serve", *sys.argv[2:]])

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import sys
 import time
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from local_rerank.commands.app import main
 from local_rerank.engine.engine import Engine
-from local_rerank.engine.packing import PackedBatch
+from local_rerank.requests.tokenization import Pair, num_batch_tokens
 
-real_forward = Engine.forward
+real_score = Engine.score
 
 
-def slow_forward(self: Engine, batch: PackedBatch) -> Tensor:
-    time.sleep(batch.num_tokens * float(sys.argv[1]) / 1e6)
-    return real_forward(self, batch)
+def slow_score(self: Engine, pairs: Sequence[Pair]) -> list[float]:
+    time.sleep(num_batch_tokens(pairs) * float(sys.argv[1]) / 1e6)
+    return real_score(self, pairs)
 
 
 if __name__ == "__main__":
-    Engine.forward = slow_forward  # type: ignore[method-assign]
+    Engine.score = slow_score  # type: ignore[method-assign]
     main(["serve", *sys.argv[2:]])

@@ -58,7 +58,7 @@ def test_values_at_full_range_and_of_one_sign_do_not_saturate(pattern: tuple[flo
 def test_the_error_is_at_most_twice_that_of_exact_8_bit_quantization(
     shape: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("local_rerank.engine.engine.MAX_SEARCHED_PARAMETERS", 0)  # every layer in int8
+    monkeypatch.setattr("local_rerank.engine.cpu.prepare.MAX_SEARCHED_PARAMETERS", 0)  # every layer in int8
     folder = make_checkpoint(tmp_path / "model", **shape)
     documents = [f"document {number} " + "word " * number for number in range(20)]
     card, rounded = ModelCard(folder), ModelCard(folder)
@@ -132,13 +132,13 @@ def test_a_model_that_answers_no_plain_questions_is_not_searched(
     model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.float32, device=torch.device("cpu"))
     exact = torch.tensor([value for each in wins for value in (each, 0)], dtype=torch.float32)
     answers = iter([exact, *[torch.full((8,), torch.nan)] * 100])
-    assert bool(quantize_layers(model.model.layers, lambda: next(answers))) == is_searched
+    assert bool(quantize_layers(model.model.layers, lambda: next(answers).tolist())) == is_searched
     layers = [module for name, module in model.model.named_modules() if name.endswith("_proj")]
     assert any(isinstance(layer, Int8Linear) for layer in layers) != is_searched
 
 
 def test_a_large_model_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("local_rerank.engine.engine.MAX_SEARCHED_PARAMETERS", 10)
+    monkeypatch.setattr("local_rerank.engine.cpu.prepare.MAX_SEARCHED_PARAMETERS", 10)
     with Reranker(device="cpu", dtype="int8") as reranker:
         assert reranker.info.unquantized == ()
         assert all(isinstance(module, Int8Linear) for module in layers_of(reranker).values())
@@ -148,7 +148,7 @@ def test_a_model_that_int8_makes_undefined_is_left_as_it_is(tiny_checkpoint: Pat
     model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.float32, device=torch.device("cpu"))
     before = {name: module for name, module in model.model.named_modules() if name.endswith("_proj")}
     answers = iter([torch.zeros(2), *[torch.full((2,), torch.nan)] * 100])
-    assert set(quantize_layers(model.model.layers, lambda: next(answers))) == set(before)
+    assert set(quantize_layers(model.model.layers, lambda: next(answers).tolist())) == set(before)
     assert before == {name: module for name, module in model.model.named_modules() if name.endswith("_proj")}
 
 

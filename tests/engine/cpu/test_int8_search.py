@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from local_rerank.engine.cpu.int8_search import (
 )
 from local_rerank.engine.cpu.layers import CpuLayer
 from local_rerank.engine.engine import Engine
-from local_rerank.engine.packing import PackedBatch
+from local_rerank.requests.tokenization import Pair
 from local_rerank.selftest.machine_report import describe
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -52,10 +52,10 @@ class Model:
         self.spoiled = list(spoiled)
         self.num_passes = 0
 
-    def log_odds(self) -> Tensor:
+    def log_odds(self) -> list[float]:
         self.num_passes += 1
         moved = any(name in self.spoiled for name in self.int8_names())
-        return torch.tensor([1.0, 0.0] * 4) + 10.0 * moved
+        return [value + 10.0 * moved for value in [1.0, 0.0] * 4]
 
     def int8_names(self) -> list[str]:
         names = [name for name, module in self.model.model.named_modules() if isinstance(module, Int8Linear)]
@@ -88,8 +88,8 @@ def test_that_nothing_is_spoiled_is_kept_too(tiny_checkpoint: Path) -> None:
 
 def test_the_built_in_model_starts_again_with_equal_scores_and_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    forward = Engine.forward
-    monkeypatch.setattr(Engine, "forward", lambda *given: passes.append(1) or forward(*given))  # type: ignore[func-returns-value]
+    score = Engine.score
+    monkeypatch.setattr(Engine, "score", lambda *given: passes.append(1) or score(*given))  # type: ignore[func-returns-value]
     chosen, scores = [], []
     for _ in range(2):
         with Reranker(device="cpu", dtype="int8") as reranker:
@@ -116,12 +116,12 @@ def test_what_changes_the_result_is_searched_anew(tmp_path: Path, tiny_checkpoin
 
 
 def changed(monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, Any]:
-    weights, prompts, more = {"w": torch.arange(8.0)}, torch.arange(5), {"values": "None"}
+    weights, prompts, more = {"w": torch.arange(8.0)}, [Pair((1,), (2,))], {"values": "None"}
     match name:
         case "weights":
             weights["w"][3] += 1e-6
         case "prompts":
-            prompts = prompts + 1
+            prompts = [Pair((1,), (3,))]
         case "what the loader decided":
             more["values"] = "torch.bfloat16"
         case "limited pairs":
@@ -310,18 +310,18 @@ def test_layers_before_the_changed_one_are_not_computed_again_and_scores_are_the
     folder = make_checkpoint(tmp_path / "model", num_hidden_layers=4)
     scores: list[list[float]] = []
     layers: list[Any] = []
-    forward, layer_forward = Engine.forward, CpuLayer.forward
+    score, layer_forward = Engine.score, CpuLayer.forward
 
-    def scored(engine: Engine, batch: PackedBatch) -> Tensor:
-        odds = forward(engine, batch)
-        scores.append(odds.tolist())
-        return odds
+    def scored(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+        scores.append(score(engine, pairs))
+        return scores[-1]
 
-    def counted(layer: CpuLayer, *given: Any, **options: Any) -> Tensor:
-        layers.append(layer)
-        return layer_forward(layer, *given, **options)
+    def counted(layer: CpuLayer, hidden: Tensor, rotation: Any, attend: Any, layout: Any, *last: Tensor) -> Tensor:
+        if not last:
+            layers.append(layer)
+        return layer_forward(layer, hidden, rotation, attend, layout, *last)
 
-    monkeypatch.setattr(Engine, "forward", scored)
+    monkeypatch.setattr(Engine, "score", scored)
     monkeypatch.setattr(CpuLayer, "forward", counted)
     with Reranker(str(folder), device="cpu", dtype="int8") as reranker:
         chosen = reranker.info.unquantized
@@ -330,7 +330,7 @@ def test_layers_before_the_changed_one_are_not_computed_again_and_scores_are_the
     assert len(layers) == 3 * 3 + 4 * (3 + 2 + 1)
     reused = scores.copy()
     scores.clear()
-    monkeypatch.setattr(_ReusedLayer, "forward", lambda self, x, **options: self.layer(x, **options))
+    monkeypatch.setattr(_ReusedLayer, "forward", lambda self, x, *given: self.layer(x, *given))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
     with Reranker(str(folder), device="cpu", dtype="int8") as reranker:
         assert reranker.info.unquantized == chosen

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from local_rerank import Reranker
-from local_rerank.engine import dtypes as precision
-from local_rerank.engine.cpu import products
+from local_rerank.engine.cpu import choices, products
 from local_rerank.engine.cpu.int8 import Int8Linear
 from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from local_rerank.engine.cpu.products import PRODUCTS, Multiply, check, is_right
@@ -141,7 +140,7 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_the_next_one_scores_right(
     broken: Break, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seconds = {"fp32": 1.0, "blocked fp32": 0.5, "bf16": 2.0}
-    monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: seconds)
     forward = BlockedLinear.forward
     monkeypatch.setattr(BlockedLinear, "forward", lambda *given: saturated(forward(*given)))
     folder = make_checkpoint(tmp_path / "model", seed=12)
@@ -172,7 +171,7 @@ def test_a_wrong_kernel_is_not_timed(broken: Break, monkeypatch: pytest.MonkeyPa
 def test_16_bit_weights_are_multiplied_in_fp32_where_bf16_is_wrong(
     wrong: tuple[str, ...], broken: Break, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "seconds_of_products", lambda: {"fp32": 2.0, "blocked fp32": 2.0, "bf16": 1.0})
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: {"fp32": 2.0, "blocked fp32": 2.0, "bf16": 1.0})
     folder = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16, seed=3)
     with Reranker(str(folder), device="cpu", dtype="bf16") as reranker:
         assert reranker.info.compute_dtype == "bf16"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from local_rerank import Reranker
-from local_rerank.engine import dtypes as precision
+from local_rerank.engine.cpu import choices
 from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from tests.reference import ModelCard
 from tests.tiny_checkpoints import make_checkpoint
@@ -27,7 +27,7 @@ needs_operators = pytest.mark.skipif(not can_block(), reason="this torch has no 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 40), (3, 40), (257, 40), (1, 33, 40)])
 def test_it_multiplies_as_torch_does(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
-    if not precision.blocks_weights(torch.bfloat16) and dtype == torch.bfloat16:
+    if not choices.blocks_weights(torch.bfloat16) and dtype == torch.bfloat16:
         pytest.skip("this processor multiplies no bf16")
     torch.manual_seed(0)
     linear = nn.Linear(40, 56, bias=bias).to(dtype)
@@ -47,7 +47,7 @@ def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
     blocked_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"fp32": 1.0, "blocked fp32": blocked_seconds, "bf16": math.inf}
-    monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: seconds)
     folder = make_checkpoint(tmp_path / "model", seed=12)
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         linears = [type(m) for m in reranker.engine.decoder.modules() if isinstance(m, nn.Linear | BlockedLinear)]
@@ -61,7 +61,7 @@ def test_fp32_weights_are_blocked_where_that_is_faster_and_score_the_same(
 def test_a_measurement_decides_nothing_where_scores_must_be_the_same_to_the_bit(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "seconds_of_products", lambda: {"fp32": 1.0, "blocked fp32": 0.5, "bf16": math.inf})
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: {"fp32": 1.0, "blocked fp32": 0.5, "bf16": math.inf})
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True) as reranker:
         assert not any(isinstance(module, BlockedLinear) for module in reranker.engine.decoder.modules())
 
@@ -73,21 +73,19 @@ def test_bf16_is_taken_where_it_is_clearly_faster_than_what_16_bit_weights_are_m
     plain: float, blocked: float, bf16: float, is_faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"fp32": plain, "blocked fp32": blocked, "bf16": bf16}
-    monkeypatch.setattr(precision, "seconds_of_products", lambda: seconds)
-    assert (precision.choose_dtype("auto", torch.device("cpu")) == torch.bfloat16) == is_faster
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: seconds)
+    assert (choices.preferred_dtype()[0] == torch.bfloat16) == is_faster
 
 
 ROUTED = """
 import json, os, sys
 import torch
 from local_rerank import Reranker
-from local_rerank.engine.cpu import compute_thread as openmp
-from local_rerank.engine import dtypes as precision
-from local_rerank.engine.cpu import products
+from local_rerank.engine.cpu import choices, process_setup, products
 
 def load_both(owned, fp32, rounds, has_amx):
     seconds = {"fp32": fp32, "blocked fp32": 1.0, "bf16": 0.5}
-    precision.seconds_of_products = lambda: seconds
+    choices.seconds_of_products = lambda: seconds
     torch.cpu._is_amx_tile_supported = lambda: bool(has_amx)
     if rounds:  # as oneDNN might, without AMX
         bmm = torch.bmm

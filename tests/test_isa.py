@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from local_rerank import Reranker
-from local_rerank.engine import dtypes as precision
-from local_rerank.engine.cpu import products
+from local_rerank.engine.cpu import choices, products
 from local_rerank.engine.cpu.linears import can_block
 from tests.isa import LEVELS, levels_of, main, older_levels_of
 from tests.reference import ModelCard
@@ -45,7 +44,7 @@ def test_an_arm_cpu_uses_plain_fp32_and_scores_right(tmp_path: Path, monkeypatch
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     products.seconds_of_products.cache_clear()
     assert not can_block()
-    assert not precision.multiplies_bf16_faster()
+    assert choices.preferred_dtype()[0] == torch.float32
     folder = make_checkpoint(tmp_path / "model", seed=12)
     pairs = [("q", "a"), ("q", "bb"), ("r", "a")]
     with Reranker(str(folder), device="cpu") as reranker:

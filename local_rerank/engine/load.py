@@ -176,4 +176,4 @@ def _kernel(plan: LoadPlan) -> KernelRow:
     row = KERNELS[plan.kernel]
     if plan.kernel != "cpu-tiles":
         return row
-    return replace(row, layout=partial(cpu_tiles_layout, pads=plan.rounds_values or plan.routes_fp32))
+    return replace(row, layout=partial(cpu_tiles_layout, pads=plan.pads_attention))

@@ -56,6 +56,11 @@ class LoadPlan:
         """Whether attention's weighted sum is in 16 bits."""
         return (self.values or self.arithmetic) != torch.float32
 
+    @property
+    def pads_attention(self) -> bool:
+        """Whether a CPU's attention pads tiles to recurring shapes: oneDNN generates code for each shape."""
+        return self.rounds_values or self.routes_fp32
+
     def __str__(self) -> str:
         """One line per choice, with its reason."""
         return "\n".join(f"{name}: {_text(getattr(self, name))} ({why})" for name, why in self.reasons.items())

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3Model
 
 from local_rerank import Reranker
+from local_rerank.engine.attention import SegmentLayout
 from local_rerank.engine.cuda import prepare as cuda
-from local_rerank.engine.kernel_table import SegmentLayout
 from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.tokenization import Pair

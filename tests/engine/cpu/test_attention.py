@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from local_rerank.engine.cpu import attention as cpu_attention
-from local_rerank.engine.cpu.attention import KEYS_OF_LAST_TOKENS, QUERIES_PER_TILE, TOKENS_PER_TILE
+from local_rerank.engine.cpu.attention import (
+    KEYS_OF_LAST_TOKENS,
+    QUERIES_PER_TILE,
+    TOKENS_PER_TILE,
+    cpu_tiles_layout,
+)
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import PackedBatch, pack
@@ -26,55 +33,52 @@ def a_batch() -> PackedBatch:
     return pack([Pair(prefix, tuple(range(length))) for prefix in prefixes for length in LENGTHS])
 
 
-def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: torch.dtype) -> torch.Tensor:
+def attended(
+    batch: PackedBatch, kernel: str, last_tokens_only: bool, *, dtype: torch.dtype, pads: bool = True
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     num_queries = batch.num_pairs if last_tokens_only else batch.num_tokens
     q = torch.randn(1, num_queries, HEADS, HEAD_DIM, generator=generator).transpose(1, 2)
     k, v = (torch.randn(1, batch.num_tokens, KV_HEADS, HEAD_DIM, generator=generator).transpose(1, 2) for _ in "kv")
     row = KERNELS[kernel]
-    return row.attend(q, k, v.to(dtype), row.layout(batch, last_tokens_only), 0.7)
+    layout = partial(cpu_tiles_layout, pads=pads) if kernel == "cpu-tiles" else row.layout
+    return row.attend(q, k, v.to(dtype), layout(batch, last_tokens_only), 0.7)
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("logits", [pytest.param(cpu_attention.LOGITS_PER_HEAD, marks=pytest.mark.numeric), 1000, 1])
-@pytest.mark.parametrize("fills_up", [False, True])
+@pytest.mark.parametrize("pads", [False, True])
 def test_tiles_of_every_kind_attend_as_the_dense_definition(
-    fills_up: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
+    pads: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`logits`: the fewer a tile may have, the smaller the pieces of a long document."""
     monkeypatch.setattr(cpu_attention, "LOGITS_PER_HEAD", logits)
-    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: fills_up)
-    batch = a_batch()
-    tiles, dense = (attended(batch, kernel, last_tokens_only, dtype=torch.float32) for kernel in ("cpu-tiles", "dense"))
+    batch, dtype = a_batch(), torch.float32
+    tiles = attended(batch, "cpu-tiles", last_tokens_only, dtype=dtype, pads=pads)
+    dense = attended(batch, "dense", last_tokens_only, dtype=dtype)
     assert torch.allclose(tiles, dense, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "is_routed", "fills_up"),
-    [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
-)
-def test_tiles_are_filled_up_where_onednn_multiplies_them(
-    dtype: torch.dtype, is_routed: bool, fills_up: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("pads", [False, True])
+def test_padded_tiles_have_recurring_shapes(pads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     products = list[tuple[int, ...]]()
 
     def recorded(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         products.append((*first.shape, second.shape[2]))
         return torch.matmul(first, second)
 
-    monkeypatch.setattr(cpu_attention, "are_fp32_products_routed", lambda: is_routed)
     monkeypatch.setattr(torch, "bmm", recorded)
     for last_tokens_only in (False, True):
-        attended(a_batch(), "cpu-tiles", last_tokens_only, dtype=dtype)
+        attended(a_batch(), "cpu-tiles", last_tokens_only, dtype=torch.float32, pads=pads)
     logits = products[::2]  # (kv_heads, heads of each x queries, head_dim, keys); every other one sums up values
-    queries_filled_up = {rows // (HEADS // KV_HEADS) % cpu_attention.QUERY_STEP == 0 for _, rows, _, _ in logits}
-    keys_filled_up = {keys == cpu_attention.padded_keys(keys) for *_, keys in logits}
-    assert queries_filled_up == keys_filled_up == ({True} if fills_up else {True, False})
+    pads_queries = {rows // (HEADS // KV_HEADS) % cpu_attention.QUERY_STEP == 0 for _, rows, _, _ in logits}
+    pads_keys = {keys == cpu_attention.padded_keys(keys) for *_, keys in logits}
+    assert pads_queries == pads_keys == ({True} if pads else {True, False})
 
 
 @pytest.mark.parametrize("num_tokens", [2560, 5000, 8192])
 def test_a_pass_has_fewer_shapes_than_onednn_keeps(num_tokens: int) -> None:
-    """Else each layer would have their code generated anew."""
+    """Otherwise oneDNN would generate their code again in each layer."""
     batch = pack([Pair(tuple(range(60)), tuple(range(num_tokens)))])
     layout = KERNELS["cpu-tiles"].layout(batch, False)
     shapes = {
@@ -83,9 +87,8 @@ def test_a_pass_has_fewer_shapes_than_onednn_keeps(num_tokens: int) -> None:
         for part in group.parts
         for tile in part.tiles
     }
-    assert (
-        2 * len(shapes) < int(CACHE_VARIABLES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) - 40
-    )  # which linear layers may have
+    num_linear = 40  # entries for linear layers
+    assert 2 * len(shapes) + num_linear < int(CACHE_VARIABLES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])

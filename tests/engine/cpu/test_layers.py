@@ -19,10 +19,10 @@ NUM_TOKENS = 24
 GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
-def _attend(module: Any, q: Any, k: Any, v: Any, *_: Any, scaling: float, **__: Any) -> tuple[Any, None]:
+def _attend(q: Any, k: Any, v: Any, layout: None, scale: float) -> torch.Tensor:
     q, k = q.to(v.dtype), k.to(v.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_tokens_scales_are_applied_once_wherever_they_are_left_out(
     mask = torch.full((NUM_TOKENS, NUM_TOKENS), -torch.inf).triu(1)[None, None]
     with torch.inference_mode():
         expected = layer(hidden.clone(), position_embeddings=rotation, attention_mask=mask)
-        actual = CpuLayer(layer, _attend, values)(hidden.clone(), position_embeddings=rotation)
+        by_token = (rotation[0][0].unsqueeze(1), rotation[1][0].unsqueeze(1))
+        actual = CpuLayer(layer, values)(hidden[0].clone(), by_token, _attend, None)
     moved = (actual - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-9)
     assert moved.max() < largest  # a value that falls on the edge of a step may be rounded the other way
     assert moved.median() < median

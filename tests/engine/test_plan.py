@@ -1,0 +1,130 @@
+"""What a load plan decides, from options, the model's files and what the platform says of itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from local_rerank import EngineConfig
+from local_rerank.checkpoints.find import Checkpoint, open_checkpoint
+from local_rerank.engine.cpu import choices
+from local_rerank.engine.plan import LoadPlan, Platform, make_plan
+from local_rerank.errors import ConfigError
+from tests.tiny_checkpoints import make_checkpoint
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SLOW_BF16 = {"fp32": 1.0, "blocked fp32": 2.0, "bf16": math.inf}  # seconds of a product
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Checkpoint]:
+    """By the dtype of the stored weights."""
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    made = {dtype: make_checkpoint(folder / str(dtype), dtype=dtype) for dtype in (FP32, BF16)}
+    return {dtype: open_checkpoint(str(path)) for dtype, path in made.items()}
+
+
+def plan_on_cpu(checkpoint: Checkpoint, preferred: torch.dtype, **options: object) -> LoadPlan:
+    platform = Platform(lambda: (preferred, "measured"), max_batch_tokens=100)
+    return make_plan(EngineConfig(device="cpu", **options), checkpoint, {"cpu": platform})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "preferred", "weights", "arithmetic"),
+    [
+        ("auto", FP32, FP32, FP32, FP32),
+        ("auto", BF16, FP32, BF16, FP32),  # as stored, multiplied in fp32
+        ("auto", FP32, BF16, BF16, BF16),
+        ("bf16", FP32, BF16, BF16, BF16),
+        ("bf16", FP32, FP32, BF16, FP32),
+        ("fp16", FP32, BF16, FP16, FP32),
+        ("fp32", BF16, BF16, FP32, FP32),
+        ("int8", BF16, FP32, BF16, FP32),
+    ],
+)
+def test_dtypes_on_a_cpu(
+    dtype: str,
+    stored: torch.dtype,
+    preferred: torch.dtype,
+    weights: torch.dtype,
+    arithmetic: torch.dtype,
+    checkpoints: dict[torch.dtype, Checkpoint],
+) -> None:
+    plan = plan_on_cpu(checkpoints[stored], preferred, dtype=dtype)
+    assert (plan.weights, plan.arithmetic) == (weights, arithmetic)
+    assert plan.quantization == ("int8" if dtype == "int8" else None)
+
+
+def test_the_built_in_model_stays_in_fp32() -> None:
+    plan = plan_on_cpu(open_checkpoint(None), BF16)
+    assert (plan.weights, plan.arithmetic) == (FP32, FP32)
+    assert "lower precision" in plan.reasons["weights"]
+
+
+def test_every_choice_has_a_reason_which_the_plan_prints(checkpoints: dict[torch.dtype, Checkpoint]) -> None:
+    plan = plan_on_cpu(checkpoints[FP32], FP32, attention="sdpa")
+    assert set(plan.reasons) <= {field.name for field in fields(LoadPlan)}
+    assert set(plan.reasons) == {
+        "device", "weights", "decoder", "kernel", "linear", "cuda_graphs", "max_batch_tokens"
+    }  # fmt: skip
+    assert "kernel: sdpa (set by the user)" in str(plan)
+    assert "max_batch_tokens: 100 (default)" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "decoder"),
+    [({}, "cpu"), ({"device_map": "auto"}, "transformers")],
+)
+def test_the_decoder_follows_the_platform(
+    options: dict[str, str], decoder: str, checkpoints: dict[torch.dtype, Checkpoint]
+) -> None:
+    plan = plan_on_cpu(checkpoints[BF16], FP32, **options)
+    assert plan.decoder == decoder
+    assert plan.weights == (BF16 if decoder == "cpu" else FP32)  # only the CPU's decoder widens weights
+    assert not plan.cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("options", "pads", "products"),
+    [
+        ({"dtype": "fp32"}, False, ("fp32", "attention fp32")),
+        ({"dtype": "bf16"}, False, ("fp32", "attention fp32")),
+        ({"dtype": "int8", "deterministic": True}, False, ("fp32", "attention fp32")),
+    ],
+)
+def test_a_cpu_with_slow_bf16_computes_in_fp32(
+    options: dict[str, object],
+    pads: bool,
+    products: tuple[str, ...],
+    checkpoints: dict[torch.dtype, Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choices, "seconds_of_products", lambda: SLOW_BF16)
+    plan = plan_on_cpu(checkpoints[FP32], FP32, **options)
+    assert plan.pads_attention == pads
+    assert plan.products[-2:] == products
+    assert (plan.values, plan.routes_fp32) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "fp4"}, "dtype is 'fp4'; it must be auto, fp32, bf16, fp16, fp8, int8"),
+        ({"dtype": "fp8"}, "dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is cpu"),
+        ({"dtype": "fp8", "device_map": "auto"}, "device_map is set; fp8 needs a model on one GPU"),
+        ({"dtype": "int8", "device_map": "auto"}, "dtype int8 runs on a CPU; the device is auto"),
+        ({"attention": "cuda-tiles"}, "attention is 'cuda-tiles', which needs our decoder"),
+        ({"attention": "fast"}, "attention is 'fast'; it must be auto or one of"),
+        ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_an_option_that_cannot_be_met_is_named(
+    options: dict[str, str], says: str, checkpoints: dict[torch.dtype, Checkpoint]
+) -> None:
+    config = EngineConfig(**{"device": "cpu"} | options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=says):
+        make_plan(config, checkpoints[FP32])

@@ -43,9 +43,7 @@ class EngineConfig:
     ] = None
     attention: Annotated[
         str,
-        Parameter(
-            help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, flash-attn, sdpa or dense."
-        ),
+        Parameter(help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, sdpa or dense."),
     ] = "auto"
     threads: Annotated[
         int | None,

@@ -1,4 +1,4 @@
-"""The documents say what is so: options, make targets, routes, links and examples."""
+"""Documents match the code: options, make targets, routes, links, anchors, files and examples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from local_rerank_server.dialects import ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("server", "examples")  # with a README of their own
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / name / "README.md" for name in FOLDERS)]
+DIALECTS = (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted(ROOT.glob("docs/*.md"))
+ASSETS = ("/playground/", "/docs/")  # files that the pages at / and /docs load
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -55,10 +56,10 @@ def test_every_command_line_that_is_shown_parses() -> None:
         app.parse_args(arguments, print_error=False, exit_on_error=False)
 
 
-def test_the_readme_lists_every_route() -> None:
+def test_the_table_of_routes_lists_every_route() -> None:
     paths = {route.path.replace(":path", "").rstrip("/") or "/" for _, router in ROWS for route in router.routes}
-    files = {path for path in paths if path.startswith("/playground/")}  # of the page at /
-    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", README, re.MULTILINE)) == paths - files
+    served = {path for path in paths if not path.startswith(ASSETS)}
+    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", DIALECTS, re.MULTILINE)) == served
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -87,7 +87,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path) -> Iterator[Server]:
     """In the end it is well and has logged no error."""
     log = checkpoint.parent / "log"
-    arguments = ["local_rerank", "serve", *options(checkpoint), "--port", "0", "--body-timeout-seconds", "2"]
+    arguments = ["local_rerank", "serve", *options(checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
     with started(log, *arguments) as running:
         running.wait_for("ready: ")
         with Client(base_url=running.address, timeout=WAIT_SECONDS) as client:

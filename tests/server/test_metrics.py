@@ -1,4 +1,4 @@
-"""What a running server tells of itself: metrics, the dashboard that reads them, logs, traces."""
+"""Metrics, the Grafana dashboard, logs and traces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
 LOCAL = "/v1/local/rank"
 BODY: dict[str, Any] = {"model": "qwen3-rerank", "query": "q", "documents": ["a", "bb", "c" * 9000]}
-SECRET = "a-secret-that-no-log-holds"
+SECRET = "a-secret-that-no-log-contains"
 
 
 def samples(page: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -68,7 +68,7 @@ async def test_requests_refusals_batches_and_tokens_are_counted(serve: Serve, ti
 
 
 @pytest.mark.anyio
-async def test_metrics_answer_while_the_model_loads_and_need_the_key(serve: Serve) -> None:
+async def test_metrics_work_while_the_model_loads_and_need_the_key(serve: Serve) -> None:
     async with serve(None, api_key=("k",)) as client:
         assert (await client.get("/metrics")).status_code == 401
         loading = await client.get("/metrics", headers={"Authorization": "Bearer k"})
@@ -108,13 +108,13 @@ def panels() -> list[dict[str, Any]]:
     return [panel for panel in found if panel["type"] != "row"]
 
 
-def test_panels_of_the_dashboard_have_a_title_a_unit_and_a_place_of_their_own() -> None:
+def test_dashboard_panels_have_a_title_a_unit_and_distinct_positions() -> None:
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels()]
     assert len(set(places)) == len(places)
     assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels())
 
 
-def test_a_json_line_has_the_fields_of_its_record() -> None:
+def test_json_logs_have_the_fields_of_the_record() -> None:
     record = logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": "said %s", "args": ("é",), "status": 200})
     line = make_formatter(ServerConfig(log_format="json")).format(record)
     said = json.loads(line)
@@ -123,7 +123,7 @@ def test_a_json_line_has_the_fields_of_its_record() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_line_of_a_request_names_key_error_and_id(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_access_log_has_key_error_and_id(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with serve(HeldRanker(), api_key=("anna:a",)) as client:
         answer = await client.post(LOCAL, json={}, headers={"Authorization": "Bearer a"})
@@ -142,7 +142,7 @@ SECRET_BODY = {
 
 
 @pytest.mark.anyio
-async def test_texts_are_logged_where_that_is_asked_for(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+async def test_texts_are_logged_only_with_log_texts(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for log_texts in (False, True):
         async with serve(HeldRanker(ModelUnavailable("no")), log_texts=log_texts) as client:
@@ -152,7 +152,7 @@ async def test_texts_are_logged_where_that_is_asked_for(serve: Serve, caplog: py
 
 @contextmanager
 def collector() -> Iterator[tuple[str, list[bytes]]]:
-    """An OTLP receiver on this machine: its URL, and the bodies that came."""
+    """An OTLP receiver on this machine: its URL, and the bodies received."""
     bodies: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -163,7 +163,7 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Suppress the access log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as receiver:
         thread = threading.Thread(target=receiver.serve_forever)
@@ -175,9 +175,7 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
             thread.join()
 
 
-def test_a_whole_server_logs_no_text_at_any_level_and_sends_a_span_of_each_request_to_the_collector(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_server_logs_no_text_at_any_level_and_sends_a_span_per_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     bad = [
@@ -197,7 +195,7 @@ def test_a_whole_server_logs_no_text_at_any_level_and_sends_a_span_of_each_reque
                 client.post(NATIVE, content=f'{{"query": "{SECRET}'.encode())
                 client.post(NATIVE, json=SECRET_BODY, headers={"X-Request-Timeout-Ms": SECRET})
             assert {200, 400, 404} <= set(statuses)
-            assert server.stop() == 0, "what is left is sent at the end"
+            assert server.stop() == 0, "the remaining spans are sent on exit"
             until(lambda: bodies)
         assert LOCAL in server.output
         assert SECRET not in server.output

@@ -1,4 +1,4 @@
-"""Parts of answers that several dialects share: usage, Cohere's `meta`, and an error that all their clients read."""
+"""Parts of responses that several dialects share: usage, Cohere's `meta`, and an error that all clients can read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing_extensions import TypedDict
 from local_rerank.errors import InvalidRequest, LocalRerankError
 from local_rerank.types import RerankResult
 
-DOCUMENTS_PER_SEARCH_UNIT = 100  # as Cohere bills
+DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere's billing unit
 
 
 class Usage(TypedDict):
-    """Tokens as the model's tokenizer counts them; a reranker writes none."""
+    """Tokens as the model's tokenizer counts them; a reranker generates none."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -34,7 +34,7 @@ class Tokens(TypedDict):
 
 
 class Meta(TypedDict):
-    """What Cohere, Xinference and SiliconFlow tell of usage."""
+    """Usage as Cohere, Xinference and SiliconFlow report it."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -42,7 +42,7 @@ class Meta(TypedDict):
 
 
 class ErrorDetail(TypedDict):
-    """The part that OpenAI, vLLM and llama.cpp clients read."""
+    """The part that clients of OpenAI, vLLM and llama.cpp read."""
 
     message: str
     type: str
@@ -51,7 +51,7 @@ class ErrorDetail(TypedDict):
 
 
 class GenericError(TypedDict):
-    """`error` for OpenAI-like clients, `message` for Cohere's, `detail` for Jina's, Voyage's and Xinference's."""
+    """`error` is for OpenAI-like clients, `message` for Cohere's, `detail` for Jina's, Voyage's and Xinference's."""
 
     error: ErrorDetail
     message: str

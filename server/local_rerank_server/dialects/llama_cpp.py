@@ -1,4 +1,4 @@
-"""llama.cpp's own paths for reranking, `/v1/reranking` and `/reranking`."""
+"""The rerank API of llama.cpp's server, on `/v1/reranking` and `/reranking`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents, Flag
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 from local_rerank_server.errors import MissingField
 
 PATHS = ("/v1/reranking", "/reranking")
@@ -28,7 +28,7 @@ _TYPES = {
     501: "not_supported_error",
     503: "unavailable_error",
 }
-_WORDS = {
+_MESSAGES = {
     "query": '"query" must be provided',
     "documents": '"documents" must be a non-empty string array',
 }
@@ -36,8 +36,10 @@ _WORDS = {
 
 class LlamaCppRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
-    return_documents: Flag | None = Field(default=None, description="Jina's: whether to send the documents back.")
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
+    return_documents: Flag | None = Field(
+        default=None, description="Whether to return the documents, as in Jina's API."
+    )
 
 
 class LlamaCppResult(TypedDict):
@@ -60,14 +62,14 @@ class LlamaCppResponse(TypedDict):
     results: list[LlamaCppResult]
 
 
-class ErrorDetail(TypedDict):
+class LlamaCppErrorDetail(TypedDict):
     code: int
     message: str
     type: str
 
 
 class LlamaCppError(TypedDict):
-    error: ErrorDetail
+    error: LlamaCppErrorDetail
 
 
 def parse(body: LlamaCppRequest, config: ServerConfig) -> RerankRequest:
@@ -94,7 +96,7 @@ def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
 def render_error(error: LocalRerankError, status: int, request_id: str) -> LlamaCppError:
     message = str(error)
     if isinstance(error, MissingField | NoDocuments):
-        message = _WORDS.get(error.field, message)
+        message = _MESSAGES.get(error.field, message)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"code": status, "message": message, "type": kind}}
 
@@ -106,10 +108,8 @@ EXAMPLE = {"model": "qwen3-reranker", "query": QUERY, "documents": DOCUMENTS, "t
 
 
 async def rank(http: Request, body: LlamaCppRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query, as llama.cpp's server does."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+    """Rank documents by relevance to a query, like llama.cpp's server."""
+    return JSONResponse(render(await rank_body(http, body, parse), body))
 
 
 add_post(

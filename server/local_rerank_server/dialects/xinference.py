@@ -1,4 +1,4 @@
-"""The probe that Xinference's client makes before anything else; its rerank is the generic one."""
+"""The route that Xinference's client calls first; its rerank requests go to `rerank_v1`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATH = "/v1/cluster/auth"
 
 
 class ClusterAuth(TypedDict):
-    """Whether the client must send its key."""
+    """Whether the client must send its API key."""
 
     auth: bool
 
@@ -37,7 +37,7 @@ router = dialect.router()
 
 
 async def cluster_auth(http: Request) -> JSONResponse:
-    """Whether the server asks for a key; where it does not, Xinference's client sends none."""
+    """Whether the server needs an API key; if not, Xinference's client sends none."""
     return JSONResponse(ClusterAuth(auth=state_of(http).config.has_keys))
 
 

@@ -28,7 +28,6 @@ from local_rerank_server.metrics import EngineStatus, Metrics
 if TYPE_CHECKING:
     from local_rerank.config import EngineConfig
     from local_rerank.requests.worker import BatchReport
-    from local_rerank.types import ModelInfo
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 LONG_CHARS = 1_000_000  # about half a second of tokenization; longer requests share a pool of their own

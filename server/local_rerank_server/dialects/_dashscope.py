@@ -102,12 +102,6 @@ class Result(TypedDict):
     relevance_score: float
 
 
-class TotalTokens(TypedDict):
-    """What the hosted service would bill: instruction and query once per document, plus the documents."""
-
-    total_tokens: int
-
-
 def refuse_async(http: Request) -> None:
     """A dependency that refuses DashScope's asynchronous mode, whose responses no rerank client can read."""
     if http.headers.get("x-dashscope-async", "").strip().lower() == "enable":

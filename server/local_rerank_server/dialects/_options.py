@@ -81,6 +81,11 @@ def score_of(item: RankedDocument, options: Options) -> float:
     return item.log_odds if options.raw_scores or options.use_activation is False else item.relevance_score
 
 
+def as_object(document: str | dict[str, Any]) -> dict[str, Any]:
+    """The document as it was sent, with a text in an object."""
+    return document if isinstance(document, dict) else {"text": document}
+
+
 def texts_of(
     documents: Sequence[str | dict[str, Any]], rank_fields: Sequence[str] | None = None, *, field: str = "documents"
 ) -> tuple[str, ...]:

@@ -20,6 +20,19 @@ class Usage(TypedDict):
     total_tokens: int
 
 
+class PromptUsage(TypedDict):
+    """Usage without the tokens that a generating model would add."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class TotalTokens(TypedDict):
+    """Instruction and query once per document, plus the documents; what the hosted DashScope service would bill."""
+
+    total_tokens: int
+
+
 class ApiVersion(TypedDict):
     version: str
 
@@ -59,9 +72,23 @@ class GenericError(TypedDict):
     request_id: str
 
 
+class DetailError(TypedDict):
+    """The error of Voyage and Xinference."""
+
+    detail: str
+
+
+def render_detail_error(error: LocalRerankError, status: int, request_id: str) -> DetailError:
+    return {"detail": str(error)}
+
+
 def make_usage(*results: RerankResult) -> Usage:
     total = sum(result.total_tokens for result in results)
     return {"prompt_tokens": total, "completion_tokens": 0, "total_tokens": total}
+
+
+def make_prompt_usage(result: RerankResult) -> PromptUsage:
+    return {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens}
 
 
 def make_meta(result: RerankResult, num_documents: int, *, version: str) -> Meta:

@@ -24,7 +24,6 @@ from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
     Result,
-    TotalTokens,
     code_and_message,
     make_request,
     refuse_async,
@@ -32,6 +31,7 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import RequestBody, String, Text, Texts
+from local_rerank_server.dialects._responses import TotalTokens
 from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, rank_body
 
 PATH = "/api/v1/services/rerank/text-rerank/text-rerank"

@@ -17,7 +17,6 @@ from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
     Result,
-    TotalTokens,
     code_and_message,
     make_request,
     refuse_async,
@@ -25,6 +24,7 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import IgnoredUnlessObject, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._responses import TotalTokens
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = (

@@ -56,15 +56,11 @@ class TokenLimits(TypedDict):
     max_prompt_tokens: int
 
 
-class ServerLimits(TypedDict):
-    """Every limit that a client can exceed."""
+class ConfiguredLimits(TypedDict):
+    """The names are those of `ServerConfig`."""
 
-    dashscope: Limits
-    other_routes: Limits
-    texts: TokenLimits
     max_body_bytes: int
     max_total_body_bytes: int
-    max_queued_tokens: int
     max_queued_requests: int
     request_timeout_ms: int
     client_timeout_seconds: int
@@ -72,15 +68,13 @@ class ServerLimits(TypedDict):
     key_tokens_per_minute: int | None
 
 
-CONFIGURED_LIMITS = (
-    "max_body_bytes",
-    "max_total_body_bytes",
-    "max_queued_requests",
-    "request_timeout_ms",
-    "client_timeout_seconds",
-    "key_requests_per_minute",
-    "key_tokens_per_minute",
-)
+class ServerLimits(ConfiguredLimits):
+    """Every limit that a client can exceed."""
+
+    dashscope: Limits
+    other_routes: Limits
+    texts: TokenLimits
+    max_queued_tokens: int
 
 
 async def health() -> JSONResponse:
@@ -110,7 +104,7 @@ async def limits(http: Request) -> JSONResponse:
         max_prompt_tokens=state.reranker.info.max_length,
     )
     of_routes = {"dashscope": asdict(config.dashscope_route_limits), "other_routes": asdict(config.limits)}
-    configured: dict[str, Any] = {name: getattr(config, name) for name in CONFIGURED_LIMITS}
+    configured: dict[str, Any] = {name: getattr(config, name) for name in ConfiguredLimits.__annotations__}
     return JSONResponse(of_routes | {"texts": tokens, "max_queued_tokens": engine.max_queued_tokens} | configured)
 
 

@@ -14,7 +14,8 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents, Flag
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._responses import PromptUsage, make_prompt_usage
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 from local_rerank_server.errors import MissingField
 
@@ -48,17 +49,12 @@ class LlamaCppResult(TypedDict):
     document: NotRequired[dict[str, Any]]
 
 
-class LlamaCppUsage(TypedDict):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class LlamaCppResponse(TypedDict):
     """The documents, most relevant first."""
 
     model: str
     object: str
-    usage: LlamaCppUsage
+    usage: PromptUsage
     results: list[LlamaCppResult]
 
 
@@ -80,7 +76,7 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
     return {
         "model": body.model or result.model,
         "object": "list",
-        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "usage": make_prompt_usage(result),
         "results": [_render_item(item, body) for item in result],
     }
 
@@ -88,8 +84,7 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
 def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
     rendered: LlamaCppResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.return_documents:
-        sent = body.documents[item.index]
-        rendered["document"] = sent if isinstance(sent, dict) else {"text": sent}
+        rendered["document"] = as_object(body.documents[item.index])
     return rendered
 
 

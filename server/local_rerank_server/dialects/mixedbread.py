@@ -11,13 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents, FieldNames, Flag
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
-from local_rerank_server.dialects._responses import GenericError, render_generic_error
+from local_rerank_server.dialects._responses import GenericError, PromptUsage, make_prompt_usage, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/v1/reranking", "/reranking")
@@ -37,15 +36,10 @@ class MixedbreadResult(TypedDict):
     object: str
 
 
-class MixedbreadUsage(TypedDict):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class MixedbreadResponse(TypedDict):
     """The documents, most relevant first."""
 
-    usage: MixedbreadUsage
+    usage: PromptUsage
     model: str
     data: list[MixedbreadResult]
     object: str
@@ -65,7 +59,7 @@ def parse(body: MixedbreadRequest, config: ServerConfig) -> RerankRequest:
 
 def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
     return {
-        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "usage": make_prompt_usage(result),
         "model": body.model or result.model,
         "data": [_render_item(item, body) for item in result],
         "object": "list",
@@ -81,12 +75,8 @@ def _render_item(item: RankedDocument, body: MixedbreadRequest) -> MixedbreadRes
     return {"index": item.index, "score": score, "object": "rank_result"}
 
 
-def render_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:
-    """The hosted service's error format is unknown, so this one has the fields of all clients."""
-    return render_generic_error(error, status, request_id)
-
-
-dialect = Dialect(name="Mixedbread", render_error=render_error, error_model=GenericError)
+# the hosted service's error format is unknown, so this one has the fields of all clients
+dialect = Dialect(name="Mixedbread", render_error=render_generic_error, error_model=GenericError)
 router = dialect.router()
 
 EXAMPLE = {

@@ -14,7 +14,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import search_units
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
@@ -71,8 +71,7 @@ def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> Op
 
 
 def _render_item(item: RankedDocument, body: OpenRouterRequest) -> OpenRouterResult:
-    sent = body.documents[item.index]
-    document = sent if isinstance(sent, dict) else {"text": sent}
+    document = as_object(body.documents[item.index])
     return {"document": document, "index": item.index, "relevance_score": score_of(item, body)}
 
 

@@ -19,7 +19,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import DocumentEcho, ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents, FieldNames, Flag
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import (
     GenericError,
     Meta,
@@ -86,9 +86,7 @@ def render(result: RerankResult, body: GenericRequest, request_id: str, echo: Do
 def _render_item(item: RankedDocument, body: GenericRequest, echo: DocumentEcho) -> GenericResult:
     rendered: GenericResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.return_documents is not False:
-        sent = body.documents[item.index]
-        as_object = sent if isinstance(sent, dict) else {"text": sent}
-        rendered["document"] = item.document if echo == "string" else as_object
+        rendered["document"] = item.document if echo == "string" else as_object(body.documents[item.index])
     return rendered
 
 

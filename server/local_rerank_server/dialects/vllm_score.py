@@ -19,7 +19,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import OneOrMore
 from local_rerank_server.dialects._options import Options, make_request, score_of
-from local_rerank_server.dialects._responses import Usage, make_usage
+from local_rerank_server.dialects._responses import ErrorDetail, Usage, make_usage
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField
 
@@ -58,15 +58,8 @@ class ScoreResponse(TypedDict):
     usage: Usage
 
 
-class VllmErrorDetail(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
 class VllmError(TypedDict):
-    error: VllmErrorDetail
+    error: ErrorDetail
 
 
 def parse(body: ScoreRequest, config: ServerConfig) -> list[tuple[RerankRequest, list[int]]]:

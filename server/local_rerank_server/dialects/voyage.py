@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents, Flag
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._responses import DetailError, TotalTokens, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/v1/rerank", "/rerank")
@@ -35,21 +35,13 @@ class VoyageResult(TypedDict):
     document: NotRequired[str]
 
 
-class VoyageUsage(TypedDict):
-    total_tokens: int
-
-
 class VoyageResponse(TypedDict):
     """The documents, most relevant first."""
 
     object: str
     data: list[VoyageResult]
     model: str
-    usage: VoyageUsage
-
-
-class VoyageError(TypedDict):
-    detail: str
+    usage: TotalTokens
 
 
 def takes(body: Mapping[str, Any]) -> bool:
@@ -78,11 +70,7 @@ def _render_item(item: RankedDocument, body: VoyageRequest) -> VoyageResult:
     return rendered
 
 
-def render_error(error: LocalRerankError, status: int, request_id: str) -> VoyageError:
-    return {"detail": str(error)}
-
-
-dialect = Dialect(name="Voyage", render_error=render_error, error_model=VoyageError)
+dialect = Dialect(name="Voyage", render_error=render_detail_error, error_model=DetailError)
 router = dialect.router()
 
 EXAMPLE = {"model": "rerank-2.5", "query": QUERY, "documents": DOCUMENTS, "top_k": 2, "truncation": True}

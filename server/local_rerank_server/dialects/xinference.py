@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
+from local_rerank_server.dialects._responses import DetailError, render_detail_error
 from local_rerank_server.dialects._route import Dialect, state_of
 
 PATH = "/v1/cluster/auth"
@@ -18,18 +18,10 @@ class ClusterAuth(TypedDict):
     auth: bool
 
 
-class XinferenceError(TypedDict):
-    detail: str
-
-
-def render_error(error: LocalRerankError, status: int, request_id: str) -> XinferenceError:
-    return {"detail": str(error)}
-
-
 dialect = Dialect(
     name="Xinference",
-    render_error=render_error,
-    error_model=XinferenceError,
+    render_error=render_detail_error,
+    error_model=DetailError,
     prefixes=("/v1/cluster",),
     open_paths=(PATH,),
 )

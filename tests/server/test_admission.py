@@ -138,25 +138,6 @@ async def test_pages_of_other_origins_are_refused_unless_their_origin_is_set(
         assert "access-control-allow-origin" not in other.headers
 
 
-async def test_limits_shows_the_configured_values(serve: Serve) -> None:
-    options = {"max_documents": 7, "client_timeout_seconds": 9, "key_tokens_per_minute": 9, "strict": True}
-    async with serve(HeldRanker(), **options) as client:
-        published = (await client.get("/limits")).json()
-    assert published["dashscope"] == {
-        "max_documents": 500,
-        "max_query_chars": 300_000,
-        "max_instruction_chars": 50_000,
-        "max_document_chars": 300_000,
-        "max_request_tokens": 120_000,
-        "allow_empty_documents": False,
-    }
-    assert published["other_routes"]["max_documents"] == 7
-    assert published["client_timeout_seconds"] == 9
-    assert published["texts"]["max_document_tokens"] == 4000
-    assert published["max_queued_tokens"] == 500_000
-    assert (published["key_tokens_per_minute"], published["key_requests_per_minute"]) == (9, None)
-
-
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "%00", "held/../x"])
 async def test_a_path_as_model_name_reads_no_file(name: str, serve: Serve) -> None:
     async with serve(HeldRanker()) as client:

@@ -37,8 +37,8 @@ async def test_the_openapi_document_names_server_and_key_as_configured(serve: Se
         keyed = (await client.get("/openapi.json", headers={"Authorization": "Bearer k"})).json()
     async with serve(HeldRanker()) as client:
         document = (await client.get("/openapi.json")).json()
-    assert (keyed["servers"], keyed["security"]) == ([{"url": "/rerank"}], [{"API key": []}])
-    assert keyed["components"]["securitySchemes"] == {"API key": {"type": "http", "scheme": "bearer"}}
+    assert (keyed["servers"], keyed["security"]) == ([{"url": "/rerank"}], [{"ApiKey": []}])
+    assert keyed["components"]["securitySchemes"] == {"ApiKey": {"type": "http", "scheme": "bearer"}}
     assert document["servers"] == [{"url": "/"}]
     assert "security" not in document
 

@@ -6,7 +6,7 @@ forbids inline scripts and other origins.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,14 @@ from local_rerank_server.dialects._responses import GenericError, render_generic
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
 
 FOLDER = Path(__file__).parents[1] / "docs"
+SWAGGER_FOLDER = Path(str(files("fastapi_swagger") / "resources"))
 SWAGGER_NAMES = ("favicon-32x32.png", "swagger-ui-bundle.js", "swagger-ui.css")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-def _swagger_folder() -> Path:
-    spec = find_spec("fastapi_swagger")  # located without importing it
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "resources"
-
-
 FILES = {"/docs": FOLDER / "index.html", "/docs/start.js": FOLDER / "start.js"} | {
-    f"/docs/{name}": _swagger_folder() / name for name in SWAGGER_NAMES
+    f"/docs/{name}": SWAGGER_FOLDER / name for name in SWAGGER_NAMES
 }
 
 dialect = Dialect(name="Documentation", render_error=render_generic_error, error_model=GenericError)
@@ -44,10 +36,9 @@ async def openapi(http: Request) -> JSONResponse:
     """The OpenAPI document."""
     document: dict[str, Any] = http.app.openapi() | {"servers": [{"url": http.scope.get("root_path") or "/"}]}
     if state_of(http).config.has_keys:
-        document["components"] = document["components"] | {
-            "securitySchemes": {"API key": {"type": "http", "scheme": "bearer"}}
-        }
-        document["security"] = [{"API key": []}]
+        schemes = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+        document["components"] = document["components"] | {"securitySchemes": schemes}
+        document["security"] = [{"ApiKey": []}]
     return JSONResponse(document)
 
 

@@ -137,6 +137,19 @@ async def test_the_access_log_has_one_line_per_request_without_its_texts(
     assert "secret" not in caplog.text
 
 
+async def test_the_access_log_has_key_error_and_id(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with serve(HeldRanker(), api_key=("anna:a",)) as client:
+        answer = await client.post(LOCAL, json={}, headers={"Authorization": "Bearer a"})
+    (record,) = [record for record in caplog.records if record.name == "local_rerank_server.middleware"]
+    request_id = answer.headers["x-request-id"]
+    assert record.getMessage().endswith(f" ms key=anna error=MissingField id={request_id}")
+    fields = record.__dict__
+    assert (fields["request_id"], fields["status"], fields["key"], fields["error"]) == (
+        request_id, 400, "anna", "MissingField",
+    )  # fmt: skip
+
+
 def paths(client: object) -> list[str]:
     documented = client._transport.app.openapi()["paths"]  # type: ignore[attr-defined]
     return [path for path, methods in documented.items() if "get" in methods]

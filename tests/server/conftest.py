@@ -35,7 +35,6 @@ class HeldRanker:
         kernel="dense",
         threads=1,
         reasons={},
-        reasons={},
         num_parameters=1,
         num_layers=1,
         hidden_size=1,

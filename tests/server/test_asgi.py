@@ -212,9 +212,13 @@ def test_an_application_created_before_a_fork_works_in_the_child_with_its_own_co
     assert in_child(lambda: _post(state))[2] == 1
 
 
-def test_a_child_that_cannot_use_the_model_answers_503(tiny_checkpoint: Path) -> None:
-    with Reranker(str(tiny_checkpoint), device="cpu") as reranker:
-        reranker._start(reranker.engine, replace(reranker.info, device="cuda:0"))
+def test_a_child_that_cannot_use_the_model_answers_503(
+    tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny_reranker.engine, replace(tiny_reranker.info, device="cuda:0")
+    monkeypatch.setattr("local_rerank.reranker.load", lambda *_, **__: loaded)
+    monkeypatch.setattr("local_rerank.reranker.make_plan", lambda *_: None)
+    with Reranker(str(tiny_checkpoint)) as reranker:
         state = ServerState(ServerConfig())
         state.serve(reranker)
         status, body, _ = in_child(lambda: _post(state))

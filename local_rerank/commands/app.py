@@ -33,7 +33,7 @@ app = App(
     error_formatter=lambda error: f"local-rerank: {error}",
     error_console=Console(stderr=True, width=1000),  # one line, as for every other error
 )
-app.command("local_rerank_server.command:serve", name="serve", help="Answer the HTTP APIs of hosted rerankers.")
+app.command("local_rerank_server:serve", name="serve", help="Serve rerank APIs over HTTP.")
 app.command("local_rerank.commands.rank:rank", name="rank", help="Rank documents given here, in a file or piped in.")
 app.command("local_rerank.commands.eval:evaluate", name="eval", help="Measure how much a model improves a search run.")
 app.command("local_rerank.commands.batch:batch", name="batch", help="Score a file of queries and documents.")

@@ -31,6 +31,7 @@ class HeldRanker:
         device="cpu",
         dtype="fp32",
         compute_dtype="fp32",
+        decoder="transformers",
         kernel="dense",
         threads=1,
         reasons={},

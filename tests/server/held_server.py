@@ -1,4 +1,4 @@
-"""`local-rerank serve`, but the model waits while a file is there, and tells how many pairs each forward pass has.
+"""`local-rerank serve` whose model blocks while a file exists, and prints the number of pairs of each forward pass.
 
 python -m tests.server.held_server FILE [options of serve]
 """

@@ -87,7 +87,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(checkpoint: Path) -> Iterator[Server]:
     """In the end it is well and has logged no error."""
     log = checkpoint.parent / "log"
-    arguments = ["local_rerank", "serve", *options(checkpoint), "--port", "0", "--body-timeout-seconds", "2"]
+    arguments = ["local_rerank", "serve", *options(checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
     with started(log, *arguments) as running:
         running.wait_for("ready: ")
         with Client(base_url=running.address, timeout=WAIT_SECONDS) as client:
@@ -184,7 +184,7 @@ def test_a_body_that_is_all_structure_is_refused_before_it_costs_anything(dialec
         answer = post(client, path, f'{usual[:-1]}, "more": [{",".join([item] * most)}, 1]}}')
         check(answer, None, statuses=(400,))
         if path == LOCAL:
-            assert f"at most {most} are read" in message_of(answer.json())
+            assert f"at most {most} are allowed" in message_of(answer.json())
     check(post(client, path, usual.replace('["a", "b"]', json.dumps([""] * 100_001))), None, statuses=(400, 422))
 
 

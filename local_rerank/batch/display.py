@@ -28,9 +28,7 @@ class Display:
         self._size = size
         self._clock = clock
         self._started = self._last_line = clock()
-        self._block: tuple[float, float, int] | None = (
-            None  # start and end offset, number of pairs of the current block
-        )
+        self._block: tuple[float, float, int] | None = None  # start, end and pairs of the current block
         self._offset = 0.0
         self._pairs_of_block = 0
         self.num_pairs = 0  # scored or found in the cache

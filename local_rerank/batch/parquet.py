@@ -1,8 +1,8 @@
 """Read and write Parquet. Needs the extra `local-rerank[parquet]`.
 
 A table has a column `query` and either `document` (each row is a pair) or `documents` (a list of strings, or of structs
-with `text` and optional `id` and `score`). A Parquet file cannot be appended to, so a job writes a small part per commit
-and joins the parts at the end.
+with `text` and optional `id` and `score`). A Parquet file cannot be appended to, so a job writes a part per commit and
+joins the parts at the end.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ class ParquetSink:
             if not part.name.endswith(".parquet") or int(part.stem.removeprefix("part-")) >= mark:
                 part.unlink()
         if missing := [number for number in range(mark) if not self._part(number).is_file()]:
-            raise ConfigError(
-                f"{self._part(missing[0])} is missing, although the job wrote it; --overwrite starts again"
-            )
+            raise ConfigError(f"{self._part(missing[0])} is missing, but the job wrote it; --overwrite starts again")
         self._num_parts = mark
 
     def write(self, rows: Sequence[ScoredRow]) -> None:

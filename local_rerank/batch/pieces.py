@@ -196,11 +196,10 @@ class PieceScorer:
             if piece.path.endswith(".parquet"):
                 parquet = pq.ParquetFile(stream)
                 return list(_rows_of(parquet, piece)), parquet.schema_arrow
+            is_pairs = self._parts.is_pairs
             lines = lines_between(io.BufferedReader(stream), piece.begin, piece.end)  # pyarrow's stream has no readline
             return [
-                _PieceRecord(
-                    row=_row(line, is_pairs=self._parts.is_pairs), place={"byte": byte}, content=content_of(line)
-                )
+                _PieceRecord(row=_row(line, is_pairs=is_pairs), place={"byte": byte}, content=content_of(line))
                 for byte, line in lines
                 if line.strip()
             ], None

@@ -41,9 +41,7 @@ def require_ray() -> None:
     if "RAY_ADDRESS" not in os.environ:
         # despite its name, without this Ray replaces 127.0.0.1 by an address that other machines can reach
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # otherwise Ray warns that this default will change
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns that this default will change
 
 
 def connect(address: str | None = None, *, log_to_driver: bool = True) -> bool:

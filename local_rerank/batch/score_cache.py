@@ -54,9 +54,7 @@ class ScoreCache:
         try:
             self._database = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute(
-                "PRAGMA synchronous = NORMAL"
-            )  # survives a kill; a power failure may lose the last writes
+            self._database.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last writes
             self._create()
         except sqlite3.Error as error:
             raise ConfigError(f"cache {file} cannot be used: {error}") from error

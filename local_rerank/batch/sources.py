@@ -94,7 +94,7 @@ class JsonLines:
 
 
 class Delimited:
-    """CSV or TSV: a header, then one pair per record. CSV fields may be quoted and contain line feeds; TSV has no quotes."""
+    """CSV or TSV: a header, then one pair per record. Quoted CSV fields may contain line feeds; TSV has no quotes."""
 
     is_pairs = True
 
@@ -120,13 +120,11 @@ class Delimited:
             end = max(position, self._start, key=lambda each: each.offset)
             while end.offset < self.size:
                 stream.seek(end.offset)
-                for item, end in self._until_malformed(stream, end):  # noqa: B020  # resume after the last item
+                for item, end in self._until_error(stream, end):  # noqa: B020  # resume after the last item
                     if item is not None:
                         yield item, end
 
-    def _until_malformed(
-        self, stream: IO[bytes], position: Position
-    ) -> Iterator[tuple[Row | Rejected | None, Position]]:
+    def _until_error(self, stream: IO[bytes], position: Position) -> Iterator[tuple[Row | Rejected | None, Position]]:
         """Yield records up to the end of the file or the first malformed record, whose first line is rejected."""
         lines = _LineCounter(stream, position)
         reader = self._reader(lines)

@@ -9,6 +9,12 @@ from typing import Any
 from local_rerank.bench.measure import WorkloadResult
 
 
+def all_tables(results: Sequence[WorkloadResult]) -> list[Any]:
+    tables = [*map(workload_table, results), latency_table(results)]
+    has_reference = any(row.agreement is not None for each in results for row in each.rows)
+    return [*tables, agreement_table(results)] if has_reference else tables
+
+
 def workload_table(result: WorkloadResult) -> Any:
     """Throughput of each target, its ratio to the first one, and its share of the ceiling."""
     title = (

@@ -1,7 +1,7 @@
-"""The command line. Each command is a function in a module of its own, imported when it runs: `--help` loads no torch.
+"""The command line. Commands are imported when they run, so `--help` does not load torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the options' definitions; a flag wins over a variable. Errors end in one
-line on standard error and exit status 1 (2 for the command line itself), without a traceback.
+Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence. An error prints one
+line on standard error, without a traceback, and exits with status 1, or 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ ENV_PREFIX = "LOCAL_RERANK_"
 
 app = App(
     name="local-rerank",
-    help="Rank documents by relevance to a query with a Qwen3-Reranker model, offline, on this machine.",
+    help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=Env(ENV_PREFIX, command=False),
     error_formatter=lambda error: f"local-rerank: {error}",
-    error_console=Console(stderr=True, width=1000),  # one line, as for every other error
+    error_console=Console(stderr=True, width=1000),  # wide, to keep an error on one line
 )
-app.command("local_rerank_server.command:serve", name="serve", help="Answer the HTTP APIs of hosted rerankers.")
-app.command("local_rerank.commands.rank:rank", name="rank", help="Rank documents given here, in a file or piped in.")
-app.command("local_rerank.commands.eval:evaluate", name="eval", help="Measure how much a model improves a search run.")
-app.command("local_rerank.commands.batch:batch", name="batch", help="Score a file of queries and documents.")
-app.command("local_rerank.commands.compare:compare", name="compare", help="Compare two runs, query by query.")
+app.command("local_rerank_server.command:serve", name="serve", help="Serve rerank APIs over HTTP.")
 app.command(
-    "local_rerank.commands.bench:bench", name="bench", help="Measure speed against other code and the hardware."
+    "local_rerank.commands.rank:rank", name="rank", help="Rank documents from arguments, a file or standard input."
 )
-app.command("local_rerank.commands.plan:plan", name="plan", help="Say how long a large job takes, and on how much.")
+app.command(
+    "local_rerank.commands.eval:evaluate", name="eval", help="Measure how much a model improves a first-stage run."
+)
+app.command("local_rerank.commands.batch:batch", name="batch", help="Score a file of queries and documents.")
+app.command("local_rerank.commands.compare:compare", name="compare", help="Compare two runs query by query.")
+app.command("local_rerank.commands.bench:bench", name="bench", help="Measure speed, memory and exactness here.")
+app.command("local_rerank.commands.plan:plan", name="plan", help="Estimate time, machines and cost of a large job.")
 app.command("local_rerank.commands.models:pull", name="pull", help="Download a model from a hub.")
-app.command("local_rerank.commands.models:pack", name="pack", help="Write a model into one bundle for use offline.")
-app.command("local_rerank.commands.models:verify", name="verify", help="Check a bundle's files and its scores.")
-app.command("local_rerank.commands.doctor:doctor", name="doctor", help="Say whether the scores are right, and why not.")
+app.command("local_rerank.commands.models:pack", name="pack", help="Pack a model into one bundle for offline use.")
+app.command("local_rerank.commands.models:verify", name="verify", help="Check the files and scores of a bundle.")
+app.command(
+    "local_rerank.commands.doctor:doctor", name="doctor", help="Check that scores are correct, and diagnose faults."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,27 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse_unknown_variables()
         sys.exit(app(arguments) or 0)
     except LocalRerankError as error:
-        print(f"local-rerank: {error}", file=sys.stderr)  # noqa: T201  # the one place that speaks without rich
+        print(f"local-rerank: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of our output has closed it, like `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
 def _refuse_unknown_variables() -> None:
-    """A misspelt variable would be passed over in silence; name it instead."""
+    """Raise ConfigError for an unknown variable, because a misspelt one would have no effect."""
     given = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
     if not given:
         return
     known = {ENV_PREFIX + name.upper() for name in option_names()}
     if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{unknown[0]} is no option's variable; `local-rerank serve --help` lists them")
+        raise ConfigError(f"{unknown[0]} is not a known variable; `local-rerank serve --help` lists them")
 
 
 def serve_options() -> tuple[EngineConfig, ServerConfig]:
-    """The options of a `serve` without flags: those that variables set, else the defaults. Raises ConfigError."""
+    """Return the options of `serve` from variables and defaults, without flags. Raises ConfigError."""
     from local_rerank.config import EngineConfig
     from local_rerank_server.config import ServerConfig
 
@@ -88,7 +92,7 @@ def serve_options() -> tuple[EngineConfig, ServerConfig]:
 
 
 def option_names() -> list[str]:
-    """Names of all options that have a variable."""
+    """Return the names of all options that have a variable."""
     import dataclasses
 
     from local_rerank.config import EngineConfig

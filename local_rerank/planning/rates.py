@@ -117,7 +117,7 @@ def find_rate(device: str, model: str, tokens_per_second: float | None) -> Rate:
 
 
 def _estimate(device: str, model: str) -> Rate:
-    """Estimate a rate: two operations per parameter and token at a share of the peak. Attention is small and left out."""
+    """Estimate a rate from two operations per parameter and token, without attention, at a share of the peak."""
     found, size = _row("device", device), _row("model", model)
     if found is None or "peak_tflops" not in found:
         names = ", ".join(row["name"] for row in table()["device"])

@@ -83,22 +83,6 @@ class EngineConfig:
             raise ConfigError("model is empty; leave it out to take the built-in one")
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EngineOfArgument(EngineConfig):
-    """For a command whose argument is the model; --model stands behind it, unmentioned, for its variable's sake."""
-
-    model: Annotated[str | None, Parameter(show=False)] = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EngineOfFile(EngineConfig):
-    """For a command whose argument is the file of the model: no other model can be named."""
-
-    model: Annotated[str | None, Parameter(parse=False)] = None
-
-
 _LEAST = {
     "threads": 1,
     "max_length": 1,

@@ -1,7 +1,7 @@
 """The command line. Commands are imported when they run, so `--help` does not load torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence. An error prints one
-line on standard error, without a traceback, and exits with status 1, or 2 for a wrong command line.
+Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence. An error is
+one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -33,23 +33,20 @@ app = App(
     error_formatter=lambda error: f"local-rerank: {error}",
     error_console=Console(stderr=True, width=1000),  # wide, to keep an error on one line
 )
-app.command("local_rerank_server.command:serve", name="serve", help="Serve rerank APIs over HTTP.")
-app.command(
-    "local_rerank.commands.rank:rank", name="rank", help="Rank documents from arguments, a file or standard input."
-)
-app.command(
-    "local_rerank.commands.eval:evaluate", name="eval", help="Measure how much a model improves a first-stage run."
-)
-app.command("local_rerank.commands.batch:batch", name="batch", help="Score a file of queries and documents.")
-app.command("local_rerank.commands.compare:compare", name="compare", help="Compare two runs query by query.")
-app.command("local_rerank.commands.bench:bench", name="bench", help="Measure speed, memory and exactness here.")
-app.command("local_rerank.commands.plan:plan", name="plan", help="Estimate time, machines and cost of a large job.")
-app.command("local_rerank.commands.models:pull", name="pull", help="Download a model from a hub.")
-app.command("local_rerank.commands.models:pack", name="pack", help="Pack a model into one bundle for offline use.")
-app.command("local_rerank.commands.models:verify", name="verify", help="Check the files and scores of a bundle.")
-app.command(
-    "local_rerank.commands.doctor:doctor", name="doctor", help="Check that scores are correct, and diagnose faults."
-)
+for _command, _function, _help in (
+    ("serve", "local_rerank_server.command:serve", "Serve rerank APIs over HTTP."),
+    ("rank", "local_rerank.commands.rank:rank", "Rank documents from arguments, a file or standard input."),
+    ("eval", "local_rerank.commands.eval:evaluate", "Measure how much a model improves a first-stage run."),
+    ("batch", "local_rerank.commands.batch:batch", "Score a file of queries and documents."),
+    ("compare", "local_rerank.commands.compare:compare", "Compare two runs query by query."),
+    ("bench", "local_rerank.commands.bench:bench", "Measure speed, memory and exactness on this machine."),
+    ("plan", "local_rerank.commands.plan:plan", "Estimate time, machines and cost of a large job."),
+    ("pull", "local_rerank.commands.models:pull", "Download a model from a hub."),
+    ("pack", "local_rerank.commands.models:pack", "Pack a model into one bundle for offline use."),
+    ("verify", "local_rerank.commands.models:verify", "Check the files and scores of a bundle."),
+    ("doctor", "local_rerank.commands.doctor:doctor", "Check that scores are correct, and diagnose faults."),
+):
+    app.command(_function, name=_command, help=_help)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -59,7 +59,7 @@ class BatchOptions:
             raise InvalidRequest(f"input is {self.input}; there is no such file", field="input")
         if self.input.resolve() in (self.output.resolve(), self.rejects.resolve()):
             raise ConfigError(f"output is {self.output}, which is the input; choose another name")
-        if self.output.suffix.lower() not in SUFFIXES:
+        if self.output.suffix.lower() not in OUTPUT_SUFFIXES:
             raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
         if not self.output.parent.is_dir():
             raise ConfigError(f"output is {self.output}; there is no folder {self.output.parent}")

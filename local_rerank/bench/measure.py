@@ -66,7 +66,7 @@ def measure(
     *,
     reference: Reranker | None,
     rounds: int,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
 ) -> WorkloadResult:
     """Warm up all targets, then run them in alternation. Ratios refer to `targets[0]`, which is a RerankerTarget."""
     first = targets[0]

@@ -44,7 +44,7 @@ class BatchOptions:
 
     @property
     def rejects(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.rejects.jsonl")
+        return Path(f"{self.output}.rejects.jsonl")
 
     @property
     def is_run(self) -> bool:
@@ -223,10 +223,10 @@ def _run_on_ray(
 
 def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
     from local_rerank.batch.display import Display
+    from local_rerank.batch.formats import open_sink
     from local_rerank.batch.job import job_folder, run_job
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
-    from local_rerank.batch.sinks import open_sink
 
     with job_folder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite) as folder:
         was_done = folder.progress.is_done
@@ -253,7 +253,7 @@ def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> 
 
 
 def _source(job: BatchOptions, folder: JobFolder) -> Source:
-    from local_rerank.batch.sources import open_source
+    from local_rerank.batch.formats import open_source
 
     if not job.is_run:
         return open_source(job.input)

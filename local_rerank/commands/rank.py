@@ -145,9 +145,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
-        text = Text(
-            " ".join(item.document.split()) + cut
-        )  # Text, because rich would read brackets in a document as markup
+        text = Text(" ".join(item.document.split()) + cut)  # not a str, in which rich would parse brackets as markup
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
     console.print(table)

@@ -134,10 +134,7 @@ def batch(
     ] = False,
     engine: EngineConfig | None = None,
 ) -> None:
-    """Score a file. The same command line resumes a killed job.
-
-    Records that cannot be ranked go to OUTPUT.rejects.jsonl.
-    """
+    """Score a file, or resume a job that was killed."""
     mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
     if ray:
         return _run_on_ray(

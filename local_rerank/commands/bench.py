@@ -46,10 +46,7 @@ def bench(
     json_output: JsonOutput = False,
     engine: EngineConfig | None = None,
 ) -> None:
-    """Measure throughput, latency, memory and exactness, and compare with the limit of the hardware.
-
-    Precisions run in alternation, so their ratios stay valid when the machine's speed changes.
-    """
+    """Measure throughput, latency, memory and exactness of a model on this machine."""
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}; it must be at least 1")
     if weights is not None and shape is None:

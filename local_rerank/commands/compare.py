@@ -30,7 +30,7 @@ def compare(
     json_output: JsonOutput = False,
     plot: Annotated[Path | None, option(help="Plot the differences by query to this file (.svg, .png, .pdf).")] = None,
 ) -> None:
-    """Compare RUN_B with RUN_A: nDCG@10, MRR, MAP, recall, wins by query and significance."""
+    """Compare run B with run A."""
     check_plot(plot)
     from local_rerank.evaluation.measures import compare as compare_systems
     from local_rerank.evaluation.measures import parse_measure

@@ -20,7 +20,7 @@ def doctor(
     json_output: JsonOutput = False,
     engine: EngineConfig | None = None,
 ) -> int:
-    """Check the scores of known pairs, diagnose faults, and say what would be faster. Exit status 1 on a fault."""
+    """Run the self-test, describe the machine, and return the exit status."""
     from local_rerank.reranker import Reranker
     from local_rerank.selftest.machine_report import describe
     from local_rerank.selftest.self_test import self_test

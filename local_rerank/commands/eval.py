@@ -43,7 +43,7 @@ def evaluate(
     plot: Annotated[Path | None, option(help="Plot the differences by query to this file (.svg, .png, .pdf).")] = None,
     engine: EngineConfig | None = None,
 ) -> None:
-    """Rerank a first-stage run and measure it against relevance judgements: nDCG@10, MRR, MAP and recall."""
+    """Rerank a first-stage run and measure both against relevance judgements."""
     for name, value in (("top_k", top_k), ("max_queries", max_queries)):
         if value is not None and value < 1:
             raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)

@@ -113,7 +113,7 @@ def verify(
     *,
     engine: VerifyEngineConfig | None = None,
 ) -> int:
-    """Check the checksums of the bundle FILE and recompute its expected scores. Exit status 1 on a difference."""
+    """Check the checksums of a bundle, recompute its expected scores, and return the exit status."""
     from local_rerank.checkpoints.bundles import damaged_files, read_manifest
     from local_rerank.commands.doctor import print_scores
     from local_rerank.reranker import Reranker

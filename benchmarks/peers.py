@@ -107,11 +107,10 @@ def main() -> None:
         ours = [RerankerTarget(f"local-rerank {each.info.dtype}", each, "", None) for each in rerankers]
         targets = [*ours, *start_peers(stack, rerankers[0], options)]
         reference = load_reference(stack, config)
-        results = []
-        for name in options.workload:
-            results.append(
-                measure(WORKLOADS[name], targets, reference=reference, rounds=options.rounds, advance=lambda: None)
-            )
+        results = [
+            measure(WORKLOADS[name], targets, reference=reference, rounds=options.rounds, advance=lambda: None)
+            for name in options.workload
+        ]
     from rich.console import Console
 
     for target in targets:

@@ -77,7 +77,7 @@ def run(job: RayJob, address: str | None, *, overwrite: bool, begin: Begin) -> I
     left = _left(job, pieces, overwrite)
     begin(len(pieces) - len(left), len(pieces))
     if left:
-        yield from _run(job, left, _part_format(job, pieces), address)
+        yield from score_on_cluster(job, left, _part_format(job, pieces), address)
 
 
 def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
@@ -108,7 +108,7 @@ def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
     return [piece for piece in pieces if part_path(folder, piece.number, job.suffix) not in there]
 
 
-def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[PieceResult]:
+def score_on_cluster(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[PieceResult]:
     ray_cluster.require_ray()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised here anyway
     import ray

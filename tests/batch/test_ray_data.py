@@ -139,7 +139,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> str:
         with Reranker(config=job.config) as reranker:
             yield from map(PieceScorer(reranker, job.input, job.output, parts, blend=job.blend), pieces)
 
-    monkeypatch.setattr(ray_data, "_run", run)
+    monkeypatch.setattr(ray_data, "score_on_cluster", run)
     return "here"
 
 

@@ -60,8 +60,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which no score is known: the first random one that happens to order the plain questions right."""
-    for seed in range(20, 60):  # chance lets one in three pass
+    """A checkpoint without known scores: the first random one that ranks the plain questions correctly by chance."""
+    for seed in range(20, 60):  # about one in three does
         folder = make_checkpoint(tmp_path_factory.mktemp("unknown") / "some-reranker", seed=seed)
         card = ModelCard(folder)
         odds = [card.pair(pair.query, pair.document) for pair in ORDERED]
@@ -368,5 +368,5 @@ def test_doctor_prints_every_pair_and_the_verdict() -> None:
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
         assert f"{pair['log_odds']:+.4f}" in done.stdout
-    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "to be faster"):
+    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "faster with"):
         assert name in done.stdout

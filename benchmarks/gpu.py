@@ -30,11 +30,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-reranker-0.6b")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--limit", type=float, default=520, help="time limit of the whole run in seconds")
-    parser.add_argument(
-        "--only",
-        type=lambda names: names.split(","),
-        help="comma-separated parts to run, for example gpu_tests,latency",
-    )
+    parser.add_argument("--only", type=lambda names: names.split(","), help="parts to run, as gpu_tests,latency")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -111,10 +107,7 @@ def gpu_tests(limit: float) -> dict[str, Any]:
     """Run the tests that need a GPU, to check that the measured kernels are correct."""
     files = [str(ROOT / "tests" / "engine" / "cuda")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", *files]
-    alone = os.environ | {
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "TRITON_INTERPRET": "0",
-    }  # whatever plugins are installed
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:

@@ -12,8 +12,8 @@ from pathlib import Path
 import data
 import numpy as np
 import torch
-from compile import FEATURES, D
 from encoder import OTHERS, OWN
+from layer_weights import FEATURES, D
 from model import Nano, Shape, collate
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, silu

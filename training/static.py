@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoder import POOL, Corpus, Encoder, Texts, likeness
+from encoder import POOL, Encoder, likeness
+from encoder_texts import Corpus, TaughtTexts
 from pieces import is_cjk, piece_vectors, rarities
 from teach import load_space
 from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ def initial(work: Path) -> Tensor:
     return torch.from_numpy(rows.astype(np.float32))
 
 
-def flat(texts: Texts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flat(texts: TaughtTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ids of all chosen texts in a row, and the texts' lengths."""
     spans = [texts.ids[texts.starts[r] : texts.starts[r] + texts.lengths[r]] for r in rows]
     return np.concatenate(spans).astype(np.int64), texts.lengths[rows]

@@ -1,9 +1,9 @@
 """Step 5b: train a small causal encoder on the teachers' token states and text vectors.
 
 The encoder is the semantic half of the final decoder. It is trained alone because that is cheaper: it has the same
-blocks, but only its own `WIDTH` dimensions of the residual stream. The other half's contribution to a norm is a constant
-(`OTHERS`), the segment that separates texts is a constant dimension of queries and keys, and a text starts with a marker
-whose row stays zero. ``compile.py`` joins the weights with the lexical half.
+blocks, but only its own `WIDTH` dimensions of the residual stream. The other half adds a constant to a norm
+(`OTHERS`), the segment that separates texts is a constant dimension of queries and keys, and a text starts with a
+marker whose row stays zero. ``compile.py`` joins the weights with the lexical half.
 
 Losses: each token's state compared with the teacher's; each text's vector compared with the teacher's, and its length
 with 1; and the similarities within a batch. A batch contains similar texts, so that the model must distinguish them:
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoder_texts import DEV, Corpus, Part, batch
+from encoder_texts import DEV, Corpus, Part, TaughtTexts, batch
 from safetensors.torch import save_file
 from teach import WIDTH
 from torch import Tensor, nn

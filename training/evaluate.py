@@ -1,6 +1,6 @@
-"""Step 7: nDCG@10 on the evaluation collections (never trained on), the model alone and blended with BM25.
+"""Step 7: measure nDCG@10 on the evaluation collections (never trained on), alone and blended with BM25.
 
-``python evaluate.py --model FOLDER --ir DIR`` reranks the top 20 of each ``bm25.run``; what lies below keeps its order.
+``python evaluate.py --model FOLDER --ir DIR`` reranks the top 20 of each ``bm25.run``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DEPTH = 20
 
 
 def texts(file: Path) -> dict[str, str]:
-    """Texts by id."""
+    """Read texts by id."""
     return {r["id"]: r["text"] for r in map(json.loads, file.open())}
 
 
 def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
-    """Documents and scores by query, in the order of the ranks."""
+    """Read documents and scores by query, in order of rank."""
     run: dict[str, list[tuple[str, float]]] = {}
     for line in file.open():
         query, _, document, _, score, _ = line.split()
@@ -38,14 +38,14 @@ def read_run(file: Path) -> dict[str, list[tuple[str, float]]]:
 
 
 def read_qrels(file: Path) -> list[Qrel]:
-    """Judgements."""
+    """Read relevance judgements."""
     rows = (line.split() for line in file.open())
     return [Qrel(query, document, int(grade)) for query, _, document, grade in rows]
 
 
 @torch.inference_mode()
 def score(model: Nano, prompt: Prompt, query: str, documents: list[str], instruction: str = INSTRUCTION) -> list[float]:
-    """Log-odds of documents for one query; documents of like length share a batch."""
+    """Return log-odds of a query's documents, in batches of similar length."""
     tails = [prompt.tail(d) for d in documents]
     order = sorted(range(len(tails)), key=lambda i: len(tails[i]))
     out = [0.0] * len(tails)
@@ -58,20 +58,20 @@ def score(model: Nano, prompt: Prompt, query: str, documents: list[str], instruc
 
 
 def standardise(values: list[float]) -> np.ndarray:
-    """z-scores."""
+    """Return z-scores."""
     array = np.array(values)
     return np.asarray((array - array.mean()) / (array.std() + 1e-9))
 
 
 def ndcg(qrels: list[Qrel], rankings: dict[str, list[str]]) -> float:
-    """Mean nDCG@10 over the queries ranked."""
+    """Return the mean nDCG@10 over the ranked queries."""
     judged = [q for q in qrels if q.query_id in rankings]
     run = [ScoredDoc(q, d, -float(i)) for q, found in rankings.items() for i, d in enumerate(found)]
     return float(ir_measures.calc_aggregate([nDCG @ 10], judged, run)[nDCG @ 10])
 
 
 def collection(model: Nano, prompt: Prompt, folder: Path, limit: int | None) -> dict[str, float]:
-    """nDCG@10 of BM25, of the model, and of the sum of their z-scores."""
+    """Return nDCG@10 of BM25, of the model, and of the sum of their z-scores."""
     corpus, queries = texts(folder / "corpus.jsonl"), texts(folder / "queries.jsonl")
     run, qrels = read_run(folder / "bm25.run"), read_qrels(folder / "qrels.trec")
     judged = {q.query_id for q in qrels}
@@ -89,7 +89,7 @@ def collection(model: Nano, prompt: Prompt, folder: Path, limit: int | None) -> 
 
 
 def sanity(model: Nano, prompt: Prompt, file: Path) -> dict[str, float]:
-    """Right documents at rank 1, and how the scores use the range."""
+    """Count relevant documents at rank 1, and describe the range of scores."""
     cases = [json.loads(line) for line in file.open()]
     right, wrong, hits = [], [], 0
     for case in cases:
@@ -107,11 +107,11 @@ def sanity(model: Nano, prompt: Prompt, file: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one line per collection and, where asked, the hand-written cases."""
+    """Print one line per collection and, on request, the result on the hand-written cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--ir", type=Path)
-    parser.add_argument("--limit", type=int, help="first queries only")
+    parser.add_argument("--limit", type=int, help="use only the first queries")
     parser.add_argument("--sanity", type=Path, help="JSON lines of query, documents, right")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=2)

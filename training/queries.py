@@ -1,8 +1,8 @@
 """Step 2: generate queries from passages by rules.
 
-Kinds: titles, keywords, "what is" questions, clauses turned into questions, sentences with a span replaced by a question
-word, and neighbouring sentences. Some words are replaced by WordNet synonyms or get a typing error. Queries need not be
-good, because the model learns the teachers' scores of the candidates.
+Kinds: titles, keywords, "what is" questions, clauses turned into questions, sentences with a span replaced by a
+question word, and neighbouring sentences. Some words are replaced by WordNet synonyms or get a typing error. Queries
+need not be good, because the model learns the teachers' scores of the candidates.
 
 ``python queries.py --work training/work`` writes ``queries.jsonl``.
 """

@@ -1,7 +1,7 @@
 """The training texts of the built-in model: the package of each, its licence, and how to read it.
 
-A source is a Debian package (downloaded and unpacked, not installed), a Python wheel, or the package descriptions of the
-Debian archive. The texts are used for training only and not shipped.
+A source is a Debian package (downloaded and unpacked, not installed), a Python wheel, or the package descriptions of
+the Debian archive. The texts are used for training only and not shipped.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from benchmarks.gpu_setup import (
     loaded,
     overhead_of,
     pairs_of_300,
-    synchronize,
     timed,
 )
 from local_rerank import Reranker, RerankRequest
@@ -29,7 +28,7 @@ from local_rerank.bench.flops import DecoderShape, useful_flops
 from local_rerank.bench.measure import percentile
 from local_rerank.engine.packing import pack
 from local_rerank.errors import ConfigError, OutOfMemory
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.tokenization import Pair, num_batch_tokens
 
 BATCHES = 8  # per round, launched one after the other
 
@@ -52,7 +51,7 @@ def run_batches(reranker: Reranker, pairs: list[Pair], number: int) -> None:
     running()
 
 
-def exact_log_odds(setting: Setting, pairs: list[Pair]) -> torch.Tensor:
+def exact_log_odds(setting: Setting, pairs: list[Pair]) -> list[float]:
     """Compute log-odds in fp32 with SDPA on the same device."""
     with loaded(setting, dtype="fp32", attention="sdpa") as reranker:
         return reranker.engine.score(pairs)
@@ -93,13 +92,12 @@ def breakdown(setting: Setting) -> Result:
         packing, launching = [], []
         for _ in range(setting.rounds):
             start = time.perf_counter()
-            batch = pack(pairs)
-            packed = time.perf_counter()
-            with torch.inference_mode():
-                engine._odds(batch)
-            launching.append(time.perf_counter() - packed)
-            packing.append(packed - start)
-            synchronize(setting.device)
+            pack(pairs)
+            packing.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            fetch = engine.launch(pairs)  # packs, too
+            launching.append(time.perf_counter() - start - packing[-1])
+            fetch()
         with torch.profiler.profile() as profile:
             for _ in range(3):
                 engine.score(pairs)
@@ -241,7 +239,7 @@ def peer(setting: Setting) -> Result:
 def fp8(setting: Setting) -> Result:
     """Compare bf16 and fp8 on 300-token pairs: throughput and log-odds."""
     results: Result = {}
-    exact: torch.Tensor | None = None
+    exact: list[float] | None = None
     for dtype in ("bf16", "fp8"):
         try:
             with loaded(setting, dtype=dtype) as reranker:
@@ -270,33 +268,33 @@ def memory(setting: Setting) -> Result:
     with loaded(setting, max_batch_tokens=None) as reranker:
         pairs = pairs_of_300(setting, reranker)
         budget, with_graphs = reranker.info.max_batch_tokens, reranker.engine
-        engine, batch = with_graphs.with_kernel(with_graphs._kernel), pack(pairs)
-        engine.forward(batch)
+        engine = with_graphs.with_kernel(with_graphs.kernel)
+        engine.score(pairs)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        engine.forward(batch)
+        engine.score(pairs)
         peak = torch.cuda.max_memory_allocated() - before
-        assert with_graphs._graphs is not None
-        with_graphs._graphs.forget_all()  # drops the largest, captured at the start
+        assert with_graphs.graphs is not None
+        with_graphs.graphs.forget_all()  # drops the largest, captured at the start
         release_cached()
         before = torch.cuda.memory_reserved()
         for number in range(1, len(pairs) + 1, 4):  # from the smallest graph to the largest
             for _ in range(CAPTURE_AT):
-                with_graphs.forward(pack(pairs[:number]))
+                with_graphs.score(pairs[:number])
         release_cached()
         held_by_graphs = torch.cuda.memory_reserved() - before
         torch.cuda.set_per_process_memory_fraction(0.05)
         try:
-            with_graphs.forward(pack(pairs * 40))
+            with_graphs.score(pairs * 40)
             refused = "nothing: it fitted"
         except OutOfMemory as error:
             refused = str(error)
         torch.cuda.set_per_process_memory_fraction(1.0)
-        with_graphs.forward(batch)
+        with_graphs.score(pairs)
     estimate = bytes_per_token(LayerShape.of(Qwen3Config(**SHAPES[setting.shape])), 2)
     return {
         "max_batch_tokens": budget,
-        "peak_bytes_per_token": peak / batch.num_tokens,
+        "peak_bytes_per_token": peak / num_batch_tokens(pairs),
         "estimated_bytes_per_token": estimate,
         "peak_bytes": peak,
         "bytes_held_by_graphs": held_by_graphs,

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_process import DTYPES, PEERS
-from local_rerank.engine.cpu.compute_thread import VARIABLES, own_process
+from local_rerank.engine.cpu.process_setup import OPENMP_VARIABLES, configure_process
 from local_rerank.types import RerankRequest
 
-own_process()  # must run before torch is imported
+configure_process()  # must run before torch is imported
 
 from local_rerank import EngineConfig, Reranker  # noqa: E402
 from local_rerank.bench.measure import measure  # noqa: E402
@@ -48,7 +48,7 @@ class PeerTarget:
         threads = reranker.config.threads or 0
         command = [python, str(Path(__file__).with_name("peer_process.py")), name, str(reranker.checkpoint.folder)]
         # peers get default settings, without the OpenMP wait policy of this process
-        environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        environment = {key: value for key, value in os.environ.items() if key not in OPENMP_VARIABLES}
         self._process = subprocess.Popen(
             [*command, dtype, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from local_rerank.planning.rates import Plan, Range, Rate
     from local_rerank.planning.simulation import SimulationResult
 
-GPU_BATCH_TOKENS = 16384  # as in engine.engine, which would import torch
+GPU_BATCH_TOKENS = 16384  # as in engine.plan, which imports torch
 
 
 def plan(

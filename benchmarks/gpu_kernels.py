@@ -10,9 +10,10 @@ from statistics import median
 import torch
 
 from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, pairs_of_300, passages, timed
+from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda.attention import tile_layout
 from local_rerank.engine.cuda.fp8 import FP8
-from local_rerank.engine.kernel_table import KERNELS, is_installed, layout_to
+from local_rerank.engine.kernel_table import KERNELS, is_installed
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 

@@ -6,7 +6,6 @@ prefix and to themselves, with positions that continue it, so the scores equal t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,16 +186,3 @@ def collate(heads: list[list[int]], tails: list[list[list[int]]]) -> Batch:
     head_ids, head_lengths = pad(heads)
     tail_ids, tail_lengths = pad([tail for group in tails for tail in group])
     return Batch(head_ids, head_lengths, tail_ids, tail_lengths, len(tails[0]))
-
-
-def load_folder(folder: Path) -> tuple[Nano, dict[str, Any]]:
-    """Load a model exported by ``export.py`` or transformers."""
-    from tokenizers import Tokenizer
-
-    config = json.loads((folder / "config.json").read_text())
-    shape = Shape(config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
-                  config["num_attention_heads"], config["head_dim"], config["intermediate_size"],
-                  config["rope_theta"], config["rms_norm_eps"])  # fmt: skip
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    yes, no = (tokenizer.encode(w, add_special_tokens=False).ids[0] for w in ("yes", "no"))
-    return Nano.load(folder / "model.safetensors", shape, yes, no), config

@@ -17,10 +17,10 @@ from torch import Tensor
 from local_rerank import EngineConfig, Reranker
 from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
 from local_rerank.checkpoints.known_scores import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
-from local_rerank.engine import dtypes as precision
+from local_rerank.engine.attention import Layout
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
-from local_rerank.engine.dtypes import choose_dtype
-from local_rerank.engine.kernel_table import KERNELS, Layout
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
@@ -155,16 +155,14 @@ def load_one_row_twice(reranker: Reranker) -> None:
 
 
 def run_in_bf16_unasked(reranker: Reranker) -> None:
-    engine = reranker.engine
-    engine.decoder.to(torch.bfloat16)
-    engine._final_norm.to(torch.bfloat16)
+    decoder: Any = reranker.engine.decoder
+    decoder.to(torch.bfloat16)
 
 
 def overflow_fp16(reranker: Reranker) -> None:
-    engine = reranker.engine
-    engine.decoder.embed_tokens.weight.data.mul_(1e6)
-    engine.decoder.half()
-    engine._final_norm.half()
+    decoder: Any = reranker.engine.decoder
+    decoder.embed_tokens.weight.data.mul_(1e6)
+    decoder.half()
 
 
 def forget_the_causal_mask(reranker: Reranker) -> None:
@@ -255,7 +253,8 @@ def test_weights_rounded_on_disk_are_diagnosed_as_a_wrong_dtype(known: Path, tmp
 
 
 def test_a_model_that_needs_fp32_is_diagnosed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
+    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda: (torch.bfloat16, "for the test"))
+    monkeypatch.setitem(PLATFORMS, "cpu", native_bf16)
     monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
     with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
         outcome = self_test(reranker)
@@ -338,7 +337,7 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     assert best.kernel.faster == "nothing"
     assert best.threads.faster.startswith("more cores" if usable == cores else "a wider limit: ")
     rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    native = PLATFORMS["cpu"].preferred_dtype()[0] == torch.bfloat16
     assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
     assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
     widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype

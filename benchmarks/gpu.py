@@ -120,7 +120,7 @@ def gpu_tests(limit: float) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     from importlib import metadata
 
-    names = ("torch", "transformers", "sentence-transformers", "triton", "flash-attn")
+    names = ("torch", "transformers", "sentence-transformers", "triton")
     found: dict[str, str] = {}
     for name in names:
         try:

@@ -73,11 +73,11 @@ class RunSource:
 
     def read(self, position: Position) -> Iterator[Item]:
         for offset in range(position.offset, self.size):
-            behind = Position(offset + 1, offset + 2)
+            end = Position(offset + 1, offset + 2)
             if offset < self._num_rejected:
-                yield self._rejected(offset), behind
+                yield self._rejected(offset), end
             else:
-                yield self._row(offset - self._num_rejected), behind
+                yield self._row(offset - self._num_rejected), end
 
     def _rejected(self, place: int) -> Rejected:
         number, error, content, file = self._one("SELECT * FROM rejected WHERE rowid = ?", place + 1)

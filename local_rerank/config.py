@@ -83,6 +83,22 @@ class EngineConfig:
             raise ConfigError("model is empty; leave it out to take the built-in one")
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PackEngineConfig(EngineConfig):
+    """Options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
+
+    model: Annotated[str | None, Parameter(show=False)] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyEngineConfig(EngineConfig):
+    """Options of `verify`, which loads its argument and no other model."""
+
+    model: Annotated[str | None, Parameter(parse=False)] = None
+
+
 _LEAST = {
     "threads": 1,
     "max_length": 1,

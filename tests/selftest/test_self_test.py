@@ -328,7 +328,7 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
         info, checkpoint = reranker.info, reranker.checkpoint
     machine = describe(info, checkpoint)
-    assert machine.kernel == MachineProperty(value="sdpa: asked for", faster="--attention cpu-tiles")
+    assert machine.kernel == MachineProperty(value="sdpa: set by the user", faster="--attention cpu-tiles")
     assert machine.threads.value == f"1 on {cores} physical cores: set by the user"
     usable = cpu_limits().num_threads
     assert machine.threads.faster.startswith("more cores" if usable == 1 else f"--threads {usable}")

@@ -155,7 +155,7 @@ def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
     fresh: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
-    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(compute, lambda: (entered.set(), gate.wait(30)))
         assert entered.wait(30)
@@ -304,7 +304,7 @@ def test_an_async_reranker_that_a_fork_could_not_wait_for_says_so_in_the_child(
         assert gate.wait(30)
 
     monkeypatch.setattr(AsyncReranker, "_load", load)
-    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)
     reranker = AsyncReranker(str(tiny_checkpoint))
     assert entered.wait(30)
     with pytest.raises(UnusableAfterFork, match="no model was loaded before the process was forked"):

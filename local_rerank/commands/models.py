@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
 from local_rerank.commands.console import option, say, status
-from local_rerank.config import EngineConfig, EngineOfArgument, EngineOfFile
+from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
 PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
 """What goes into a bundle beside the weights that the checkpoint names."""
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in the head of a model card
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PackEngineConfig(EngineConfig):
+    """Engine options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
+
+    model: Annotated[str | None, Parameter(show=False)] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyEngineConfig(EngineConfig):
+    """Engine options of `verify`, which loads its argument and no other model."""
+
+    model: Annotated[str | None, Parameter(parse=False)] = None
 
 
 def pull(
@@ -51,7 +69,7 @@ def pack(
         Path, option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
     ],
     no_self_test: Annotated[bool, option(help="Pack a model although its self-test fails.")] = False,
-    engine: EngineOfArgument | None = None,
+    engine: PackEngineConfig | None = None,
 ) -> None:
     """Write MODEL's weights, tokenizer, prompt recipe, licence, checksums and expected scores into one bundle."""
     from local_rerank.checkpoints.bundles import write_bundle
@@ -91,7 +109,7 @@ def verify(
     file: Annotated[Path, option(help="A bundle: a file or a folder.")],
     /,
     *,
-    engine: EngineOfFile | None = None,
+    engine: VerifyEngineConfig | None = None,
 ) -> int:
     """Check every checksum of the bundle FILE and compute its expected scores anew; exit status 1 if any is off."""
     from local_rerank.checkpoints.bundles import damaged_files, read_manifest

@@ -103,7 +103,7 @@ class Worker:
         if self._is_in_child:
             if self._device != "cpu":
                 raise UnusableAfterFork(f"the model is on {self._device}, which a forked process cannot use")
-            forks.check_whole()
+            forks.check_usable()
 
     @property
     def num_queued_tokens(self) -> int:

@@ -48,16 +48,18 @@ class EngineConfig:
     threads: Annotated[
         int | None,
         Parameter(help="CPU threads for the model. Default: one per physical core that affinity and cgroup quotas "
-                       "allow, and fewer while other processes use the CPUs."),
+                       "allow, and fewer while other processes use the CPUs. A number set here is never changed."),
     ] = None  # fmt: skip
-    instruction: Annotated[str, Parameter(help="Default instruction, used when a request has none.")] = DEFAULT_INSTRUCTION
+    instruction: Annotated[
+        str, Parameter(help="Default instruction, used when a request has none.")
+    ] = DEFAULT_INSTRUCTION  # fmt: skip
     max_length: Annotated[
         int, Parameter(help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
     ] = 8192  # fmt: skip
-    max_query_tokens: Annotated[int, Parameter(help="Maximum query tokens; a longer query is truncated.")] = 4000
+    max_query_tokens: Annotated[int, Parameter(help="Maximum query tokens; longer queries are truncated.")] = 4000
     max_document_tokens: Annotated[
-        int, Parameter(help="Maximum tokens of a document; a longer one is truncated.")
-    ] = 4000
+        int, Parameter(help="Maximum tokens of a document; longer documents are truncated.")
+    ] = 4000  # fmt: skip
     max_batch_tokens: Annotated[
         int | None,
         Parameter(help="Maximum tokens of a forward pass. Default: 2560 on CPU; on CUDA what fits into free memory, "

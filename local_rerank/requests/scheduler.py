@@ -63,7 +63,7 @@ class Scheduler:
         self._num_good_batches = 0
 
     def raise_budget(self) -> None:
-        """After a batch that succeeded: every `GOOD_BATCHES` times, double a lowered budget up to the configured one."""
+        """After a successful batch: every `GOOD_BATCHES` batches, double a lowered budget, up to the configured one."""
         if self.max_batch_tokens == self._configured_batch_tokens:
             return
         self._num_good_batches += 1

@@ -68,7 +68,7 @@ class TransformersDecoder(nn.Module):
         return self._last_layer(hidden, batch, kernel, last_layout())
 
     def _last_layer(self, hidden: Tensor, batch: PackedBatch, kernel: KernelRow, layout: Layout) -> Tensor:
-        """The last layer for each document's last token, and the norm: (1, num_tokens, hidden) to (num_pairs, hidden)."""
+        """The last layer for each last token, and the norm: (1, num_tokens, hidden) to (num_pairs, hidden)."""
         layer: Any = self.layers[-1]
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)  # accelerate moves it to this layer's device

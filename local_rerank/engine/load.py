@@ -158,7 +158,7 @@ def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:
-    """The device that token ids must be on: the embeddings' device, even if accelerate keeps their weights elsewhere."""
+    """The device that token ids must be on: the embeddings', even if accelerate keeps their weights elsewhere."""
     embeddings: Any = model.get_input_embeddings()
     device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return torch.device(embeddings.weight.device if device is None else device)

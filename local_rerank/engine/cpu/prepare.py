@@ -15,7 +15,7 @@ from local_rerank.requests.tokenization import Pair
 
 
 def prepare(model: Any, plan: LoadPlan) -> CpuDecoder:
-    """Make the CPU decoder from a transformers model, with the plan's dtypes and kernels. `quantize` does int8 later."""
+    """Make the CPU decoder from a transformers model as planned, except for int8, which `quantize` does later."""
     if plan.weights != plan.arithmetic:
         widen(model.model)
     if plan.linear is not None and plan.linear.startswith("blocked"):

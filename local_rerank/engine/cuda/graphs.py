@@ -54,7 +54,7 @@ class GraphShape:
 
     @property
     def num_tiles(self) -> int:
-        """Maximum number of tiles: a group has at most two partial tiles, one of its prefix and one of its documents."""
+        """Maximum number of tiles: a group has at most two partial ones, of its prefix and of its documents."""
         return self.num_tokens // QUERIES_PER_TILE + 2 * self.num_groups
 
     @property
@@ -122,8 +122,9 @@ class GraphRunner:
         self._num_counted = 0
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
+    def sizes(self) -> list[int]:
+        """Token counts of the captured graphs, oldest first."""
+        return [shape.num_tokens for shape in self._graphs]
 
     def run(self, batch: PackedBatch) -> Tensor | None:
         """(num_pairs,) fp32 in packed order, on the device; None if no graph runs this batch."""

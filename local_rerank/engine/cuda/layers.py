@@ -37,9 +37,9 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         q, kv = [attention.q_proj], [attention.k_proj, attention.v_proj]
         # in the last layer few tokens have a query, so queries have a product of their own
-        self.projections = nn.ModuleList(map(_merged, [q, kv] if is_last else [q + kv]))
+        self.projections = nn.ModuleList(map(join_linears, [q, kv] if is_last else [q + kv]))
         self.o_proj: Any = attention.o_proj
-        self.gate_up_proj: Any = _merged([mlp.gate_proj, mlp.up_proj])
+        self.gate_up_proj: Any = join_linears([mlp.gate_proj, mlp.up_proj])
         self.down_proj: Any = mlp.down_proj
         self.input_layernorm: Any = layer.input_layernorm
         self.post_attention_layernorm: Any = layer.post_attention_layernorm
@@ -206,7 +206,7 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
     return differences
 
 
-def _merged(layers: list[Any]) -> nn.Module:
+def join_linears(layers: list[Any]) -> nn.Module:
     """One linear layer that returns the concatenated outputs of `layers`."""
     if len(layers) == 1:
         return layers[0]  # type: ignore[no-any-return]  # transformers is untyped

@@ -79,7 +79,7 @@ def test_a_second_start_reads_the_choice_without_a_search(tiny_checkpoint: Path,
     assert json.loads(only_file(cache).read_text(encoding="utf-8"))["fp32_layers"] == DAMAGED
 
 
-def test_that_nothing_is_spoiled_is_kept_too(tiny_checkpoint: Path) -> None:
+def test_an_empty_choice_is_cached_too(tiny_checkpoint: Path) -> None:
     first, second = Model(tiny_checkpoint, []), Model(tiny_checkpoint, [])
     assert first.choose() == second.choose() == []
     assert (first.num_passes, second.num_passes) == (2, 0)
@@ -101,9 +101,7 @@ def test_the_built_in_model_restarts_with_equal_scores_and_no_search(monkeypatch
     assert (num_first > 20, num_second) == (True, 0)
 
 
-def test_options_that_affect_the_result_lead_to_a_new_search(
-    tmp_path: Path, tiny_checkpoint: Path, cache: Path
-) -> None:
+def test_options_that_affect_the_result_need_a_new_search(tmp_path: Path, tiny_checkpoint: Path, cache: Path) -> None:
     other = make_checkpoint(tmp_path / "other", seed=1)
     for folder, options, num_files in (
         (tiny_checkpoint, {}, 1),

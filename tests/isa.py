@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     if name not in found:
         sys.stderr.write(f"ISA is {name!r}; this CPU has {', '.join(found) or 'none'}\n")
         return 2
-    files = sorted(str(path) for path in TESTS.glob("test_*.py") if "mark.numeric" in path.read_text(encoding="utf-8"))
+    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.numeric" in path.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-m", "numeric", *files, *options]
     os.execve(sys.executable, command, os.environ | LEVELS[name].environment)
 

@@ -1,4 +1,4 @@
-"""The rows for CUDA: without a GPU over a reference operator, with one as they are, against the dense definition."""
+"""The attention kernels for CUDA against the dense definition; without a GPU, on a reference operator."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.gpu import needs_gpu
 from tests.reference import ModelCard
 from tests.varlen_reference import slow_varlen
 
-# prefixes and documents on both sides of a tile's 64 queries and a block's 64 keys, 17 documents for tiles of 16
+# prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16
 LONG_PAIRS = [Pair((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair((3,) * 64, (4,) * 65)]
 CUDA_KERNELS = [name for name, row in KERNELS.items() if row.device_types == ("cuda",)]
 
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    """Both operators replaced by the reference."""
+    """Replaces both operators by the reference."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("torch_varlen", "flash_attn_varlen"):
             patch.setattr(cuda_attention, name, slow_varlen)
@@ -69,16 +69,16 @@ def test_each_row_scores_as_the_model_card(kernel: str, tiny_reranker: Reranker,
     finally:
         engine.kernel = before
     alone = [card.pair("which one", item.document) for item in result]
-    tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))  # what rounds are logits, whose size the largest shows
+    tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))  # rounding errors grow with the logits
     assert [item.log_odds for item in result] == pytest.approx(alone, abs=tolerance)
 
 
 @pytest.mark.parametrize("has_gqa_option", [False, True], ids=["torch 2.11", "torch 2.12 and later"])
 @pytest.mark.parametrize("lse_by_token", [False, True])
-def test_torchs_operator_is_called_as_each_version_wants_it(
+def test_torchs_operator_is_called_with_the_arguments_of_each_version(
     has_gqa_option: bool, lse_by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signatures of both versions over the reference; the log-sum-exp by its docstring and by its code."""
+    """Both versions' signatures on the reference, and both layouts of the log-sum-exp: torch documents the other one."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu: Any, longest: Any, window: tuple[int, int], scale: float) -> Any:
         out, lse = slow_varlen(q, k, v, cu, longest, causal=window == (-1, 0), scale=scale)
@@ -109,15 +109,15 @@ def test_torchs_operator_is_called_as_each_version_wants_it(
     cuda_attention._gqa_option.cache_clear()
 
 
-def test_the_installed_torch_takes_our_call() -> None:
-    """The arguments fit the real signature; torch's own shape inference stands for the kernel."""
+def test_the_installed_torch_accepts_our_arguments() -> None:
+    """On meta tensors, for which torch infers shapes without running the kernel."""
     q, k = torch.empty(5, 4, 16, device="meta"), torch.empty(5, 2, 16, device="meta")
     cu = torch.empty(3, dtype=torch.int32, device="meta")
     out, lse = cuda_attention.torch_varlen(q, k, k, (cu, cu), (5, 5), causal=True, scale=1.0)
     assert (out.shape, lse.shape) == (q.shape, (4, 5))
 
 
-def test_a_layout_is_made_on_the_host_and_moved_whole() -> None:
+def test_a_layout_is_made_on_the_host_and_moves_as_a_whole() -> None:
     batch = pack([Pair((1, 2), (3, 4)), Pair((1, 2), (5,)), Pair((6,), (7,))])
     for kernel, row in KERNELS.items():
         for last_tokens_only in (False, True):
@@ -138,7 +138,7 @@ def test_a_layout_is_copied_once_for_each_device_of_a_spread_model() -> None:
 
 
 def _tensors(*layouts: Any) -> list[tuple[Tensor, ...]]:
-    """The tensors of layouts side by side."""
+    """The tensors of several layouts, field by field."""
     if isinstance(layouts[0], Tensor):
         return [layouts]
     values = [tuple(getattr(layout, f.name) for layout in layouts) for f in fields(layouts[0])]

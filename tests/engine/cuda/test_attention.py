@@ -78,7 +78,7 @@ def test_each_row_scores_as_the_model_card(kernel: str, tiny_reranker: Reranker,
 def test_torchs_operator_is_called_with_the_arguments_of_each_version(
     has_gqa_option: bool, lse_by_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both versions' signatures on the reference, and both layouts of the log-sum-exp: torch documents the other one."""
+    """Both signatures, on the reference, and both layouts of the log-sum-exp: torch's docstring has the other one."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu: Any, longest: Any, window: tuple[int, int], scale: float) -> Any:
         out, lse = slow_varlen(q, k, v, cu, longest, causal=window == (-1, 0), scale=scale)

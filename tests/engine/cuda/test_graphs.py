@@ -1,4 +1,4 @@
-"""Batches in the buffers of a graph: the same scores, through a stand-in for the capture alone."""
+"""CUDA graphs give the same scores; without a GPU, only the capture is a stand-in."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.tiny_checkpoints import make_checkpoint
 from tests.triton_reference import in_torch
 
 CPU = torch.device("cpu")
-# rows of padding hold what memory held, which Triton's interpreter, made of numpy, minds
+# padding rows hold uninitialized memory, about which numpy warns in Triton's interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 def rerun(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
-    """In place of a capture: a replay runs the pass again over the same buffers, into the same output."""
+    """Takes the place of a capture: a replay repeats the forward pass with the same buffers and output."""
     output = run()
-    output.fill_(float("nan"))  # nothing is computed by capturing
+    output.fill_(float("nan"))  # a capture computes nothing
 
     def replay() -> None:
         output.copy_(run())
@@ -53,7 +53,7 @@ def loaded(tiny_checkpoint: Path) -> Engine:
 
 @pytest.fixture
 def engine(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """The tiny model behind our decoder, its kernels in torch, without graphs."""
+    """The tiny model with the fused decoder, kernels in torch and no graphs."""
     in_torch(monkeypatch)
     return loaded.with_kernel(loaded.kernel)
 
@@ -63,12 +63,12 @@ def runner(engine: Engine, capture: cuda_graphs.Capture = rerun, *, max_tokens: 
 
 
 def runs_out(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
-    """A capture for which there is no memory."""
+    """A capture that runs out of memory."""
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def sizes(graphs: GraphRunner) -> list[int]:
-    """Tokens of the graphs that are held, in the order of their captures."""
+    """Token counts of the captured graphs, oldest first."""
     return [shape.num_tokens for shape in graphs._graphs]
 
 
@@ -82,7 +82,7 @@ def pairs_of(*lengths: int, prefix: int = 5) -> list[Pair]:
 
 
 def captured(graphs: GraphRunner, batch: PackedBatch) -> Tensor:
-    """The scores of a batch whose shape is captured by then."""
+    """The scores of a batch, run until its shape is captured."""
     for _ in range(CAPTURE_AT - 1):
         run(graphs, batch)
     scores = run(graphs, batch)
@@ -90,13 +90,13 @@ def captured(graphs: GraphRunner, batch: PackedBatch) -> Tensor:
     return scores
 
 
-def test_a_shape_is_captured_when_it_comes_again_and_its_scores_are_the_same(engine: Engine) -> None:
+def test_a_shape_is_captured_when_it_comes_again_with_the_same_scores(engine: Engine) -> None:
     graphs = runner(engine)
     batch = pack([*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))])
     assert run(graphs, batch) is None
     assert sizes(graphs) == []
     scores = run(graphs, batch)
-    assert sizes(graphs) == [512, 64]  # the largest first, for the sake of the pool
+    assert sizes(graphs) == [512, 64]  # the largest first, so that others reuse its pool
     assert scores is not None
     packed = torch.empty_like(scores).scatter_(0, batch.pair_order, scores)
     assert near(packed, engine.forward(batch))
@@ -110,7 +110,7 @@ def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine)
     assert near(packed, engine.forward(batch))
 
 
-def test_other_batches_of_one_shape_share_a_graph_and_leave_nothing_of_the_one_before(engine: Engine) -> None:
+def test_batches_of_one_shape_share_a_graph_and_nothing_of_the_previous_one_remains(engine: Engine) -> None:
     graphs = runner(engine)
     batches = [pack(pairs_of(*lengths)) for lengths in ([20, 20, 10], [1], [2, 2, 2, 2, 2], [20, 20, 10], [40])]
     for batch in batches:
@@ -141,7 +141,7 @@ def test_padding_changes_sizes_and_nothing_that_a_tile_reads(pairs: list[Pair]) 
             assert after.dtype == torch.int32
 
 
-def test_a_batch_that_is_too_large_is_left_to_the_plain_way(engine: Engine) -> None:
+def test_a_batch_that_is_too_large_runs_without_a_graph(engine: Engine) -> None:
     graphs = runner(engine, max_tokens=MAX_TOKENS)
     batch = pack(pairs_of(MAX_TOKENS))
     assert [run(graphs, batch) for _ in range(3)] == [None] * 3
@@ -155,7 +155,7 @@ def test_the_largest_graph_is_that_of_the_token_budget(engine: Engine, max_token
     assert sizes(graphs) == ([64] if largest == 64 else [largest, 64])
 
 
-def test_the_pool_is_a_new_one_whenever_no_graph_is_held(engine: Engine) -> None:
+def test_the_pool_is_new_whenever_there_is_no_graph(engine: Engine) -> None:
     first: list[bool] = []
 
     def noted(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
@@ -170,7 +170,7 @@ def test_the_pool_is_a_new_one_whenever_no_graph_is_held(engine: Engine) -> None
     assert first == [True, False, False, True, False]
 
 
-def test_forgotten_graphs_are_captured_anew_and_halved_ones_are_smaller(
+def test_forgotten_graphs_are_captured_again_and_smaller_after_halving(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs, batch = runner(engine), pack(pairs_of(3))
@@ -200,7 +200,7 @@ def test_the_largest_can_be_captured_before_the_first_batch(engine: Engine) -> N
     assert sizes(graphs) == [512, 64]
 
 
-def test_memory_that_runs_out_in_a_capture_leaves_the_batch_to_the_plain_way(engine: Engine) -> None:
+def test_a_batch_runs_without_a_graph_if_memory_runs_out_in_the_capture(engine: Engine) -> None:
     tried: list[None] = []
 
     def short_of_memory(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
@@ -217,7 +217,7 @@ def test_memory_that_runs_out_in_a_capture_leaves_the_batch_to_the_plain_way(eng
     assert held == [[], [], [], [], [], [128, 64]]  # 512 and 256 tokens found no room
 
 
-def test_a_shape_takes_the_place_of_one_that_has_become_rare(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_replaces_one_that_has_become_rare(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     graphs = runner(engine, max_tokens=64)
     often, before, now = (pack(pairs_of(*[1] * count)) for count in (1, 20, 40))
@@ -233,10 +233,10 @@ def test_a_shape_takes_the_place_of_one_that_has_become_rare(engine: Engine, mon
 
 
 @pytest.mark.parametrize("num_before", [0, 300])
-def test_shapes_that_are_alike_in_number_do_not_push_each_other_out(
+def test_equally_frequent_shapes_do_not_evict_each_other(
     num_before: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drawn at random, so that one comes more often for a while; also long after others filled the room."""
+    """Random draws make one shape more frequent for a while; also long after others took all places."""
     monkeypatch.setattr(cuda_graphs, "FORGET_AFTER", 24)
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 4)
     captures: list[bool] = []
@@ -255,7 +255,7 @@ def test_shapes_that_are_alike_in_number_do_not_push_each_other_out(
     assert len(captures) <= 10
 
 
-def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
+def test_a_failed_capture_turns_graphs_off_and_the_batch_is_scored(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
@@ -268,9 +268,9 @@ def test_a_capture_that_fails_turns_graphs_off_and_the_batch_is_scored(
     assert graphs.num_graphs == 0
 
 
-def test_a_later_capture_that_fails_lets_go_of_the_graphs_before(engine: Engine) -> None:
+def test_a_later_capture_that_fails_releases_the_earlier_graphs(engine: Engine) -> None:
     class TritonError(Exception):
-        """As Triton's are: no RuntimeError."""
+        """Like Triton's errors, no RuntimeError."""
 
     def fails_later(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         if is_first:
@@ -282,7 +282,7 @@ def test_a_later_capture_that_fails_lets_go_of_the_graphs_before(engine: Engine)
     assert graphs.num_graphs == 0
 
 
-def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
+def test_when_memory_runs_out_the_engine_releases_its_graphs_and_retries(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.graphs = graphs = runner(engine)
@@ -296,7 +296,7 @@ def test_when_memory_runs_out_the_engine_lets_go_of_its_graphs_and_tries_again(
     assert sizes(graphs) == [256, 64]
 
 
-def test_memory_that_runs_out_without_graphs_too_is_an_error_and_they_stay_as_large(
+def test_memory_that_also_runs_out_without_graphs_is_an_error_and_does_not_shrink_them(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.graphs = graphs = runner(engine)
@@ -309,10 +309,10 @@ def test_memory_that_runs_out_without_graphs_too_is_an_error_and_they_stay_as_la
     assert sizes(graphs) == [512, 64]
 
 
-def test_a_graph_that_finds_no_room_when_it_is_launched_gives_way(engine: Engine) -> None:
+def test_a_graph_whose_launch_runs_out_of_memory_is_released(engine: Engine) -> None:
     def launched_in_vain(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         def replay() -> None:
-            raise RuntimeError("CUDA error: out of memory")  # as torch words what CUDA's own calls answer
+            raise RuntimeError("CUDA error: out of memory")  # torch's message for an error of a CUDA call
 
         return replay, run()
 
@@ -324,7 +324,7 @@ def test_a_graph_that_finds_no_room_when_it_is_launched_gives_way(engine: Engine
 
 
 class OutOfMemoryOnce:
-    """In place of a pass: the first calls find no memory."""
+    """A forward pass whose first calls run out of memory."""
 
     def __init__(self, compute: cuda_graphs.Compute, *, times: int) -> None:
         self.calls, self._compute, self._times = 0, compute, times
@@ -336,7 +336,7 @@ class OutOfMemoryOnce:
         return self._compute(*arguments)
 
 
-def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_before(engine: Engine) -> None:
+def test_a_batch_launched_ahead_does_not_change_the_scores_of_the_previous_one(engine: Engine) -> None:
     first, second = pack(pairs_of(20, 20, 10)), pack(pairs_of(9, 4, 30))
     expected = [engine.forward(first), engine.forward(second)]
     engine.graphs = runner(engine)
@@ -347,7 +347,7 @@ def test_a_batch_that_is_launched_ahead_does_not_touch_the_scores_of_the_one_bef
     assert not near(*expected)
 
 
-def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
+def test_the_engine_uses_a_graph_where_there_is_one(engine: Engine) -> None:
     batch = pack(pairs_of(4, 4, 11))
     expected = engine.forward(batch)
     engine.graphs = runner(engine)
@@ -357,7 +357,7 @@ def test_the_engine_takes_a_graph_where_there_is_one(engine: Engine) -> None:
     assert engine.graphs.num_graphs == 2
 
 
-def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engine, tiny_reranker: Reranker) -> None:
+def test_graphs_need_the_fused_decoder_and_a_layout_that_can_be_padded(engine: Engine, tiny_reranker: Reranker) -> None:
     tiles, ours = KERNELS["cuda-tiles"], engine.decoder
     assert cuda.uses_graphs(EngineConfig(), tiles, ours)
     assert not cuda.uses_graphs(EngineConfig(), KERNELS["cuda-merged"], ours)
@@ -368,7 +368,7 @@ def test_graphs_are_for_our_decoder_and_a_layout_that_can_be_padded(engine: Engi
 
 @needs_gpu
 @pytest.mark.gpu
-def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> None:
+def test_a_graph_on_a_gpu_gives_the_scores_without_one(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16") as reranker:
         engine = reranker.engine
@@ -385,7 +385,7 @@ def test_a_graph_on_a_gpu_gives_the_scores_of_the_plain_way(tmp_path: Path) -> N
 
 @needs_gpu
 @pytest.mark.gpu
-def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_each_other(tmp_path: Path) -> None:
+def test_a_gpu_captures_released_graphs_again_and_keeps_consecutive_batches_apart(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=1024) as reranker:
         engine = reranker.engine
@@ -409,7 +409,7 @@ def test_a_gpu_captures_anew_what_gave_way_and_keeps_batches_apart_that_follow_e
 
 @needs_gpu
 @pytest.mark.gpu
-def test_memory_of_a_gpu_that_runs_out_in_a_capture_costs_no_scores(tmp_path: Path) -> None:
+def test_a_capture_that_runs_out_of_gpu_memory_costs_no_scores(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16", max_batch_tokens=MAX_TOKENS) as reranker:
         engine, batch = reranker.engine, pack(pairs_of(20, 20, 10))

@@ -16,7 +16,7 @@ from local_rerank_server.config import HOSTED_INSTRUCTION
 from tests.clients.conftest import KEY
 
 NUM_CLIENTS = 16
-NUM_REQUESTS = 8  # of each client
+NUM_REQUESTS = 4  # of each client
 TOLERANCE = 1e-5  # fp32; requests share batches, so sums come in another order than alone
 WORDS = "river bank loan music stone cloud engine paper 模型 排序 garden law fever orbit salt theory".split()
 

@@ -1,4 +1,4 @@
-"""`local-rerank serve`, but the model waits while a file is there, and tells how many pairs each forward pass has.
+"""`local-rerank serve` with a model that waits while a file exists, and prints the number of pairs of each batch.
 
 python -m tests.server.held_server FILE [options of serve]
 """

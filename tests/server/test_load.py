@@ -97,9 +97,7 @@ def test_sigterm_under_load_loses_no_accepted_request(slow_server: Server, cases
         tally = Tally()
         async with make_client(slow_server.address, connections=100) as client:
             first = [asyncio.create_task(ask(client, case, tally)) for case in cases[:num_first]]
-            async with make_client(
-                slow_server.address
-            ) as watcher:  # late requests use other connections
+            async with make_client(slow_server.address) as watcher:  # late requests use other connections
                 while f"requests_in_flight {len(first) + 1}.0" not in (await watcher.get("/metrics")).text:
                     assert not any(task.done() for task in first), "the model is faster than the test"
             slow_server.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A real headless Chromium and two real servers; every page that a test opens is watched."""
+"""A headless Chromium and two real servers; every page that a test opens is checked for errors and requests."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["KEY"]
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = "no Chromium for the tests of the page; install one: apt-get install --no-install-recommends chromium"
-QUIET = [  # what a browser does of its own accord, which would be requests that are not the page's
-    "--no-sandbox",  # root has none
+QUIET = [  # no requests other than the page's
+    "--no-sandbox",  # root has no sandbox
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -28,11 +28,11 @@ QUIET = [  # what a browser does of its own accord, which would be requests that
     "--disable-component-update",
     "--disable-sync",
 ]
-OTHER_NAME = "playground.test"  # this machine under a name for which browsers offer no clipboard
-expect.set_options(timeout=20_000)
+OTHER_NAME = "playground.test"  # resolves to this machine; browsers offer no clipboard for it
+expect.set_options(timeout=60_000)
 
 
-@pytest.fixture(scope="package")  # while playwright lives, no other event loop can run in this thread
+@pytest.fixture(scope="package")  # no other event loop can run in this thread meanwhile
 def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None and os.environ.get("CI"):
@@ -48,24 +48,24 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def base_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for no key and has the precision of the library's fixture `nano`."""
+    """A server that requires no key and has the dtype of the fixture `nano`."""
     return client_servers[1]
 
 
 @pytest.fixture
 def locked_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for `KEY` and cuts long documents."""
+    """A server that requires `KEY` and truncates long documents."""
     return client_servers[0]
 
 
 @dataclass
 class Watched:
-    """What a browser context did and said while its test ran."""
+    """The requests and errors of a browser context."""
 
     context: BrowserContext
     origin: str
     requests: list[Request] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # what no page of ours may do
+    faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.context.on("request", lambda request: self.requests.append(request))
@@ -79,7 +79,7 @@ class Watched:
 
 
 def is_fault(line: ConsoleMessage) -> bool:
-    """Anything on the console but a browser's own note of a status, or of a lost network, that a test provokes."""
+    """Whether a console line is more than the browser's note about a status or network that a test provokes."""
     return not line.text.startswith("Failed to load resource: ")
 
 
@@ -88,7 +88,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[Open]:
-    """`open_page(url, **context options)`: the page in a fresh profile, once it shows that `status` of its server."""
+    """`open_page(url, **context options)`: the page in a new profile, when it shows `status` for its server."""
     watched: list[Watched] = []
 
     def open_(
@@ -115,7 +115,7 @@ def page(open_page: Open, base_url: str) -> Page:
 
 
 def rank(page: Page, query: str, documents: str, **fields: str) -> None:
-    """Fill the form and press the button; `fields` are labels of other fields."""
+    """Fill in the form and press the button; `fields` are further fields by label."""
     page.get_by_label("Query", exact=True).fill(query)
     page.get_by_label("Documents", exact=True).fill(documents)
     for label, value in fields.items():
@@ -124,14 +124,14 @@ def rank(page: Page, query: str, documents: str, **fields: str) -> None:
 
 
 def shown(page: Page) -> list[str]:
-    """The documents of the ranking, best first, once it is there."""
+    """Wait for the ranking; its documents, best first."""
     expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
     expect(page.locator(".ranking").first).to_be_visible()
     return page.locator(".document").all_inner_texts()
 
 
 def bodies_sent(page: Page) -> list[dict[str, Any]]:
-    """The bodies of the requests to rank that the page sends from now on."""
+    """The bodies of ranking requests that the page sends from now on."""
     bodies: list[dict[str, Any]] = []
 
     def note(request: Request) -> None:

@@ -326,7 +326,7 @@ def latency(setting: Setting) -> Result:
             results[case] = {
                 "p50_ms": 1e3 * percentile(taken, 50),
                 "p99_ms": 1e3 * percentile(taken, 99),
-                "num_graphs": 0 if graphs is None else graphs.num_graphs,
+                "num_graphs": 0 if graphs is None else len(graphs.sizes),
             }
     return results
 

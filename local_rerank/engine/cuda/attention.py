@@ -197,14 +197,14 @@ def torch_varlen(
 
     window = (-1, 0) if causal else (-1, -1)
     out, lse = varlen_attn(
-        q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), scale=scale, window_size=window, **_gqa_option()
+        q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), scale=scale, window_size=window, **gqa_option()
     )
     return out, lse if lse.shape == (q.shape[1], q.shape[0]) else lse.T
 
 
 @cache
-def _gqa_option() -> dict[str, Any]:
-    """torch 2.12 began to ask for `enable_gqa` where keys have fewer heads; 2.11 takes them without a word."""
+def gqa_option() -> dict[str, Any]:
+    """torch 2.12 and later require `enable_gqa` if keys have fewer heads than queries; 2.11 has no such option."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -122,8 +122,9 @@ class GraphRunner:
         self._num_counted = 0
 
     @property
-    def num_graphs(self) -> int:
-        return len(self._graphs)
+    def sizes(self) -> list[int]:
+        """Token counts of the captured graphs, oldest first."""
+        return [shape.num_tokens for shape in self._graphs]
 
     def run(self, batch: PackedBatch) -> Tensor | None:
         """(num_pairs,) fp32 in packed order, on the device; None where the batch is not one for a graph."""

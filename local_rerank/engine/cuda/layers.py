@@ -37,9 +37,9 @@ class FusedLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         joined = [attention.q_proj], [attention.k_proj, attention.v_proj]
         # in the last layer few tokens have a query
-        self.projections = nn.ModuleList(map(_joined, joined if is_last else [[*joined[0], *joined[1]]]))
+        self.projections = nn.ModuleList(map(join_linears, joined if is_last else [[*joined[0], *joined[1]]]))
         self.o_proj: Any = attention.o_proj
-        self.gate_up_proj: Any = _joined([mlp.gate_proj, mlp.up_proj])
+        self.gate_up_proj: Any = join_linears([mlp.gate_proj, mlp.up_proj])
         self.down_proj: Any = mlp.down_proj
         self.input_layernorm: Any = layer.input_layernorm
         self.post_attention_layernorm: Any = layer.post_attention_layernorm
@@ -207,7 +207,7 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
     return differences
 
 
-def _joined(layers: list[Any]) -> nn.Module:
+def join_linears(layers: list[Any]) -> nn.Module:
     """One linear layer whose output is that of `layers`, side by side."""
     if len(layers) == 1:
         return layers[0]  # type: ignore[no-any-return]  # transformers is untyped

@@ -78,6 +78,7 @@ def run_python() -> Iterator[RunPython]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Sizes of the generated tests; `benchmarks/soak.py fuzz` sets larger ones."""
     parser.addoption("--num-cases", type=int, default=100, help="cases that schemathesis generates")
+    parser.addoption("--fuzz-phases", default="examples,fuzzing", help="of schemathesis; coverage makes 2,400 cases")
     parser.addoption("--num-bodies", type=int, default=150, help="bodies that hypothesis generates")
     parser.addoption("--fuzz-seed", type=int, default=1, help="seed of both generators")
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,7 +61,7 @@ def locked_url(client_servers: tuple[str, str]) -> str:
 
 @dataclass
 class Watched:
-    """The requests and errors of a browser context."""
+    """The requests and errors of a browser context, from now until `check`."""
 
     context: BrowserContext
     origin: str
@@ -68,11 +69,17 @@ class Watched:
     faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.context.on("request", lambda request: self.requests.append(request))
-        self.context.on("weberror", lambda error: self.faults.append(str(error.error)))
-        self.context.on("console", lambda line: self.faults.append(line.text) if is_fault(line) else None)
+        self.listeners: dict[Any, Any] = {
+            "request": lambda request: self.requests.append(request),
+            "weberror": lambda error: self.faults.append(str(error.error)),
+            "console": lambda line: self.faults.append(line.text) if is_fault(line) else None,
+        }
+        for event, listener in self.listeners.items():
+            self.context.on(event, listener)
 
     def check(self) -> None:
+        for event, listener in self.listeners.items():
+            self.context.remove_listener(event, listener)
         assert self.faults == []
         asked = {"{0.scheme}://{0.netloc}".format(urlsplit(request.url)) for request in self.requests}
         assert asked == {self.origin}
@@ -86,27 +93,31 @@ def is_fault(line: ConsoleMessage) -> bool:
 Open = Callable[..., Page]
 
 
+@pytest.fixture(scope="package")
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    """The profile of all tests that need no other one: the page keeps nothing in it."""
+    with chromium.new_context() as context:
+        yield context
+
+
 @pytest.fixture
-def open_page(chromium: Browser) -> Iterator[Open]:
-    """`open_page(url, **context options)`: the page in a new profile, when it shows `status` for its server."""
-    watched: list[Watched] = []
+def open_page(chromium: Browser, context: BrowserContext) -> Iterator[Open]:
+    """`open_page(url, **context options)`: the page, when it shows `status` for its server."""
+    with ExitStack() as stack:
 
-    def open_(
-        url: str, *, status: str = "ready", routes: Mapping[str, Callable[[Route], None]] = {}, **options: Any
-    ) -> Page:
-        context = chromium.new_context(**options)
-        watched.append(Watched(context, url))
-        for pattern, handler in routes.items():
-            context.route(pattern, handler)
-        page = context.new_page()
-        page.goto(url)
-        expect(page.locator("#server-status")).to_have_attribute("data-status", status)
-        return page
+        def open_(
+            url: str, *, status: str = "ready", routes: Mapping[str, Callable[[Route], None]] = {}, **options: Any
+        ) -> Page:
+            used = stack.enter_context(chromium.new_context(**options)) if options else context
+            stack.callback(Watched(used, url).check)
+            page = stack.enter_context(used.new_page())
+            for pattern, handler in routes.items():
+                page.route(pattern, handler)
+            page.goto(url)
+            expect(page.locator("#server-status")).to_have_attribute("data-status", status)
+            return page
 
-    yield open_
-    for each in watched:
-        each.context.close()
-        each.check()
+        yield open_
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ LONG_PAIRS = [Pair((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] 
 CUDA_KERNELS = [name for name, row in KERNELS.items() if row.device_types == ("cuda",)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")  # per test; hypothesis refuses function scope
 def on_cpu() -> Iterator[None]:
     """Replaces torch's operator by the reference."""
     with pytest.MonkeyPatch.context() as patch:

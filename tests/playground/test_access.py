@@ -96,27 +96,18 @@ def faults(page: Page) -> list[dict[str, Any]]:
     return [{"rule": each["id"], "where": [node["html"] for node in each["nodes"]]} for each in found]
 
 
-def test_axe_finds_no_fault_in_any_state(page: Page, open_page: Open, base_url: str, locked_url: str) -> None:
-    assert faults(page) == []
-    compare(page)
-    assert faults(page) == []
-    rank(page, "", "a")
-    expect(page.locator("#error")).to_be_visible()
-    assert faults(page) == []
-    assert faults(open_page(locked_url, status="locked")) == []
-    dark = open_page(base_url, color_scheme="dark")
-    compare(dark)
-    rank(dark, "", "a")  # its error stands above the rankings
-    expect(dark.locator("#error")).to_be_visible()
-    assert faults(dark) == []
-
-
-def compare(page: Page) -> None:
-    """Show two rankings, with a long and an empty document."""
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_fault_in_any_state(scheme: Scheme, open_page: Open, base_url: str, locked_url: str) -> None:
+    page = open_page(base_url, color_scheme=scheme)
     page.get_by_label("Compare two instructions").check()
     rank(page, "q", json.dumps(["word " * 200, ""]))
     expect(page.locator(".ranking")).to_have_count(2)
     shown(page)
+    assert faults(page) == []
+    rank(page, "", "a")
+    expect(page.locator("#error")).to_be_visible()
+    assert faults(page) == []
+    assert faults(open_page(locked_url, status="locked", color_scheme=scheme)) == []
 
 
 def test_the_page_follows_the_readers_colour_scheme(open_page: Open, base_url: str) -> None:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-import torch
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.client_servers import RunPython, python_hosts, two_servers
+
+if TYPE_CHECKING:  # imported by the fixtures: pytest-xdist's controller runs no test, and torch takes seconds
+    from local_rerank import Reranker
+    from tests.reference import ModelCard
 
 # Triton interprets kernels on the CPU unless the tests run on a GPU; it reads this when it is imported
 os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from local_rerank import Reranker
-from tests.client_servers import RunPython, python_hosts, two_servers
-from tests.reference import ModelCard
-from tests.tiny_checkpoints import make_checkpoint
-
 # no deadline: test machines are shared, and no test depends on timing
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tests")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch
+
     torch.set_num_threads(1)  # a core for each worker: threads that wait for a core make a pass many times slower
 
 
@@ -39,11 +40,15 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen3ForCausalLM with a byte tokenizer, tied head, fp32."""
+    from tests.tiny_checkpoints import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-reranker")
 
 
 @pytest.fixture(scope="session")
 def tiny_reranker(tiny_checkpoint: Path) -> Iterator[Reranker]:
+    from local_rerank import Reranker
+
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
         yield reranker
 
@@ -51,12 +56,16 @@ def tiny_reranker(tiny_checkpoint: Path) -> Iterator[Reranker]:
 @pytest.fixture(scope="session")
 def card(tiny_checkpoint: Path) -> ModelCard:
     """The checkpoint of `tiny_reranker`, run with the model card's code."""
+    from tests.reference import ModelCard
+
     return ModelCard(tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def nano() -> Iterator[Reranker]:
     """The embedded default model, fp32."""
+    from local_rerank import Reranker
+
     with Reranker(device="cpu", dtype="fp32") as reranker:
         yield reranker
 

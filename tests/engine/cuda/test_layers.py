@@ -247,11 +247,6 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     assert engine.head.dtype == torch.float32
 
 
-def test_fp8_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ConfigError, match=r"dtype is 'fp8', which needs a GPU of compute capability 8.9; .* is cpu"):
-        fp8.require_fp8(CPU)
-
-
 def test_sizes_that_fp8_cannot_multiply_are_named() -> None:
     backbone = nn.Module()
     backbone.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 20))])

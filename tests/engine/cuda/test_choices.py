@@ -51,7 +51,7 @@ def test_a_wrong_kernel_keeps_the_model_out_of_our_decoder(
     monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: "the kernels are wrong")
     planned = plan(tiny_checkpoint)
     assert (planned.decoder, planned.kernel) == ("transformers", "cuda-merged")
-    with pytest.raises(ConfigError, match="dtype is 'fp8', which needs our decoder, .*: the kernels are wrong"):
+    with pytest.raises(ConfigError, match=r"dtype is 'fp8', which needs our decoder, .*: the kernels are wrong"):
         plan(tiny_checkpoint, dtype="fp8")
 
 

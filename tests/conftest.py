@@ -95,6 +95,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 GROUPS = {"ray": ("_ray_",), "clients": ("tests/clients/", "tests/playground/"), "hostile": ("_hostile", "_fuzz")}
 """Files that share a server or Ray, by parts of their paths: each group runs on one worker of pytest-xdist."""
 LONGEST_FIRST = ("ray", "clients", "hostile")
+SLOW_FILES = (  # servers, SDKs, other processes, the built-in model
+    "tests/server/", "tests/clients/", "tests/playground/", "_ray_", "test_forks", "test_celery", "test_packaging",
+    "test_no_network", "test_bench.", "test_job", "test_command", "test_app", "test_quality", "test_self_test",
+)  # fmt: skip
 
 
 def group_of(path: str) -> str:
@@ -117,6 +121,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup | No
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups start first, so that no worker idles in the end."""
+    """Mark the tests of slow files; the longest groups start first, so that no worker idles in the end."""
+    for item in items:
+        if any(part in item.nodeid for part in SLOW_FILES):
+            item.add_marker("slow")
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid.partition("::")[0]), len(order)))

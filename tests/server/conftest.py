@@ -35,6 +35,7 @@ class HeldRanker:
         device="cpu",
         dtype="fp32",
         compute_dtype="fp32",
+        decoder="cpu",
         kernel="dense",
         threads=1,
         reasons={},

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import sys
 
 import dashscope
@@ -21,8 +20,8 @@ def call(job):
             main()
         except SystemExit as exit:
             status = exit.code
-    if status:
-        return {"error": {"exit_status": status, "message": errors.getvalue()}}
+    if status:  # the message is wrapped at the width of a terminal
+        return {"error": {"exit_status": status, "message": " ".join(errors.getvalue().split())}}
     text = printed.getvalue()
     output, end = json.JSONDecoder().raw_decode(text)  # two documents: output and usage
     return {"results": ranked(output["results"]), "total_tokens": json.loads(text[end:])["total_tokens"]}
@@ -40,5 +39,4 @@ def arguments(request):
         yield "--return-documents"
 
 
-os.environ["COLUMNS"] = "10000"  # it wraps its output at the width of the terminal
 run(call)

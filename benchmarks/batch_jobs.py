@@ -1,9 +1,9 @@
-"""`local-rerank batch` as a process: pairs a second, what a cache saves, and whether memory grows with the file.
+"""Measure `local-rerank batch`: pairs per second, the gain of a cache, and whether memory grows with the file.
 
-    python benchmarks/batch_jobs.py --queries 100 --times 10
+    python -m benchmarks.batch_jobs --queries 100 --times 10
 
-A file of queries with 20 documents of 30 words each, one of ten times that, and the large one twice with a cache. The
-last line fits docs/log.md.
+Runs a file of queries with 20 documents of 30 words each, a file ten times as large, and the large one twice with a
+cache. The last line fits docs/log.md.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ DOCUMENTS, LENGTH = 20, 30
 
 
 @dataclass(frozen=True)
-class Run:
+class JobFigures:
     pairs: int
-    seconds: float  # of the job, after the model was loaded
+    seconds: float  # without loading the model
     pairs_per_second: float
     tokens_per_second: float
-    peak_mb: float  # resident memory of the whole process
+    peak_mb: float  # resident memory of the process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--times", type=int, default=10, help="how much larger the large file is")
-    parser.add_argument("options", nargs="*", help="of `local-rerank batch`, behind --")
+    parser.add_argument("--times", type=int, default=10, help="size of the large file over that of the small one")
+    parser.add_argument("options", nargs="*", help="options of `local-rerank batch`, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -71,7 +71,7 @@ def write(file: Path, num_queries: int) -> None:
             stream.write(json.dumps(record) + "\n")
 
 
-def run(input: Path, output: Path, options: list[str]) -> Run:
+def run(input: Path, output: Path, options: list[str]) -> JobFigures:
     command = [sys.executable, "-m", "local_rerank", "batch", str(input), "--output", str(output), "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -81,7 +81,7 @@ def run(input: Path, output: Path, options: list[str]) -> Run:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     done = json.loads(last)
-    return Run(
+    return JobFigures(
         pairs=done["pairs"],
         seconds=done["seconds"],
         pairs_per_second=done["pairs_per_second"],

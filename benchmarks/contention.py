@@ -1,10 +1,10 @@
-"""Does the number of threads follow the machine? Fixed numbers and `threads: auto` in turn while CPUs are shared.
+"""Compare the adaptive thread count with fixed ones while other processes or quotas limit the CPUs.
 
-    python benchmarks/contention.py [--model FOLDER] [--seconds 2] [--rounds 3] [--only quota]
+    python -m benchmarks.contention [--model FOLDER] [--seconds 2] [--rounds 3] [--only quota]
 
-Prints pairs a second beside a busy process (pinned to one core, or free) and under cgroup quotas, the time until full
-speed after that process ends, and what following the load costs alone. Quotas need cgroup v1's `cpu` controller and
-the right to write there; then everything runs in a cgroup of a large weight, so that other work counts less.
+Prints pairs per second next to a busy process (pinned to a core or not) and under cgroup quotas, the time to full speed
+after that process ends, and the cost of adapting on an idle machine. Quotas need a writable `cpu` controller of cgroup
+v1; everything then runs in a cgroup with a large weight, to reduce the influence of other work.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pathlib import Path
 
 from local_rerank.engine.cpu.process_setup import configure_process
 
-configure_process()  # as commands do, before torch is loaded
+configure_process()  # must run before torch is imported
 
 from local_rerank import Reranker  # noqa: E402
 from local_rerank.engine.cpu.cpu_limits import cpu_limits  # noqa: E402
 
 CPU_CONTROLLER = Path("/sys/fs/cgroup/cpu")
 GROUP = "local-rerank-contention"
-WEIGHT = 262_144  # the largest; others have 1,024
+WEIGHT = 262_144  # the maximum; the default is 1,024
 DOCUMENTS = ["word " * 60] * 8
-FULL_SPEED = 1.1  # times the seconds of a batch alone
+FULL_SPEED = 1.1  # relative to the time of a batch on an idle machine
 BATCHES_AT_FULL_SPEED = 5
 
 
@@ -57,13 +57,13 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="a part of the names of the cases to run; 'recovery', 'cost'")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this, or 'recovery' or 'cost'")
     options = parser.parse_args()
     most = cpu_limits().num_threads
     if most == 1:
-        sys.exit("one CPU: there is nothing to choose")
+        sys.exit("this machine has one CPU, so there is nothing to compare")
     with ExitStack() as stack:
         group = stack.enter_context(cpu_group())
         fixed = {
@@ -105,7 +105,7 @@ def compare(case: Case, fixed: dict[str, Reranker], group: Path | None, options:
 
 
 def recovery(auto: Reranker, group: Path | None) -> None:
-    """Prints the seconds from the end of a busy process to full speed."""
+    """Print the seconds from the end of a busy process to full speed."""
     alone = statistics.median(batch(auto) for _ in range(60))
     with neighbour("pinned", group):
         run(auto, 5.0)
@@ -121,18 +121,18 @@ def recovery(auto: Reranker, group: Path | None) -> None:
 
 
 def cost(auto: Reranker, fixed: Reranker, again: Reranker, seconds: float) -> None:
-    """Prints what following the load costs while nothing else runs, beside the spread of equal systems."""
+    """Print the cost of adapting on an idle machine, and the spread between two equal systems."""
     systems, times = (fixed, auto, again), ([], [], [])  # type: tuple[Reranker, ...], tuple[list[float], ...]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for index in random.sample(range(len(systems)), len(systems)):
             times[index].append(batch(systems[index]))
     first, second, third = (statistics.median(of_system) for of_system in times)
-    print(f"alone, time of a batch: auto {second / first:.3f} of fixed threads, the same again {third / first:.3f}")
+    print(f"alone, time of a batch: auto {second / first:.3f} of fixed threads, an equal system {third / first:.3f}")
 
 
 def run(reranker: Reranker, seconds: float) -> float:
-    """Pairs a second."""
+    """Return pairs per second."""
     start, num_pairs = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         batch(reranker)
@@ -147,14 +147,13 @@ def batch(reranker: Reranker) -> float:
 
 
 def threads_of(reranker: Reranker) -> int:
-    """Now."""
     threads = reranker.engine._threads
     return threads.current
 
 
 @contextmanager
 def neighbour(kind: str | None, group: Path | None) -> Iterator[None]:
-    """A process that keeps one CPU busy."""
+    """Run a process that keeps one CPU busy."""
     if kind is None:
         yield
         return
@@ -171,7 +170,7 @@ def neighbour(kind: str | None, group: Path | None) -> Iterator[None]:
 
 @contextmanager
 def cpu_group() -> Iterator[Path | None]:
-    """A cgroup of a large weight; this process is in a group below it. None where none can be made."""
+    """Make a cgroup with a large weight and move this process into a group below it; yields None if impossible."""
     group = CPU_CONTROLLER / GROUP
     try:
         (group / "measured").mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Does a large request hold up small ones? Requests of 8 passages, alone and beside one of 500 documents at a time.
+"""Measure how much a large request delays small ones: requests of 8 passages, alone and next to one of 500 documents.
 
     python -m benchmarks.fairness                                     # the built-in model
     python -m benchmarks.fairness --layers 4 --samples 100            # random weights, 0.6B shape, 4 layers of 28
-    python -m benchmarks.fairness --model FOLDER -- --dtype int8      # what stands after -- goes to the server
+    python -m benchmarks.fairness --model FOLDER -- --dtype int8      # options after -- go to the server
 
-The bar: the 99th percentiles are at most two batch times apart. A batch time is that of a full batch, at the speed of
-those that ran beside. A small request comes as soon as the one before is answered, when a batch has just begun: it
-waits for that one and is in the next.
+The goal is a p99 with the large request at most two batch times above the p99 without it. A batch time is that of a
+full batch. A small request arrives when the one before is answered, just after a batch has started: it waits for that
+batch and runs in the next one.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from local_rerank.bench.shapes import make_checkpoint
 
 SMALL_DOCUMENTS, LARGE_DOCUMENTS, WORDS = 8, 500, 50
 WARM_UP = 10
-BARS = 2  # batch times
-LARGE_NUMBERS = 1_000_000  # numbers of large requests start here, so that no text is seen twice
+GOAL = 2  # batch times
+LARGE_NUMBERS = 1_000_000  # seeds of large requests start here, so that no text occurs twice
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """Seconds of one small request, and what they went into."""
+class SmallRequest:
+    """The latency of one small request in seconds, and its parts."""
 
     total: float
     tokenizing: float
-    waiting: float  # for the first batch that holds something of it
+    waiting: float  # until its first batch
     scoring: float
 
     @property
     def rest(self) -> float:
-        """Both sides' HTTP, and the event loop."""
+        """HTTP on both sides, and the event loop."""
         return self.total - self.tokenizing - self.waiting - self.scoring
 
 
-def samples(address: str, count: int, first: int) -> list[Sample]:
-    """Small requests, one after the other; the quickest first."""
+def samples(address: str, count: int, first: int) -> list[SmallRequest]:
+    """Send small requests one after the other; returns them sorted by latency."""
     connection = http.client.HTTPConnection(address)
     return sorted((sample(connection, number) for number in range(first, first + count)), key=lambda each: each.total)
 
 
-def sample(connection: http.client.HTTPConnection, number: int) -> Sample:
+def sample(connection: http.client.HTTPConnection, number: int) -> SmallRequest:
     content = body(number, SMALL_DOCUMENTS, WORDS, spread=0.3)
     started = time.perf_counter()
     answer = post(connection, content)
     total = time.perf_counter() - started
     tokenizing, waiting = answer["tokenize_ms"] / 1e3, answer["queue_ms"] / 1e3
-    return Sample(total, tokenizing, waiting, answer["total_ms"] / 1e3 - tokenizing - waiting)
+    return SmallRequest(total, tokenizing, waiting, answer["total_ms"] / 1e3 - tokenizing - waiting)
 
 
 @contextmanager
 def large_requests(address: str) -> Iterator[list[float]]:
-    """One large request after the other while the block runs; yields the seconds of those that were answered."""
+    """Send large requests one after the other during the block; yields the list of their latencies."""
     over, answered = threading.Event(), list[float]()
 
     def forever() -> None:
@@ -92,16 +92,16 @@ def wait_until_queued(address: str) -> None:
 
 
 def metrics(address: str) -> dict[str, float]:
-    """Those without labels, by name without the prefix."""
+    """Read the metrics without labels."""
     text = urllib.request.urlopen(f"http://{address}/metrics").read().decode()
     return {name: float(value) for name, value in re.findall(r"^local_rerank_(\w+) (\S+)$", text, re.MULTILINE)}
 
 
-def percentile(values: list[Sample], share: float) -> float:
+def percentile(values: list[SmallRequest], share: float) -> float:
     return values[round(share * (len(values) - 1))].total
 
 
-def mean_parts(values: list[Sample]) -> str:
+def mean_parts(values: list[SmallRequest]) -> str:
     parts = ("tokenizing", "waiting", "scoring", "rest")
     return ", ".join(f"{part} {statistics.fmean(getattr(value, part) for value in values):.3f}" for part in parts)
 
@@ -127,16 +127,16 @@ def measure(address: str, count: int) -> None:
         f"{batches:.0f} batches beside, {tokens:.0f} tokens and {batch:.3f} s in the mean; {len(answered)} requests "
         f"of {LARGE_DOCUMENTS} took {statistics.fmean(answered):.1f} s each; a batch of {budget:.0f} tokens takes "
         f"{batch / tokens * budget:.3f} s: p99 {apart:.2f} batch times apart "
-        f"(bar {BARS}): {'holds' if apart <= BARS else 'missed'}"
+        f"(goal {GOAL}): {'holds' if apart <= GOAL else 'missed'}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--layers", type=int, help="random weights in the 0.6B shape with so many layers")
+    parser.add_argument("--layers", type=int, help="random weights in the 0.6B shape with this many layers")
     parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("options", nargs="*", help="of local-rerank serve, after --")
+    parser.add_argument("options", nargs="*", help="options of local-rerank serve, after --")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         options = ["--request-timeout-ms", "600000", *chosen.options]

@@ -1,7 +1,7 @@
-"""Every CUDA figure in one call; see gpu.sh, which sets the environment.
+"""Measure every CUDA figure in one call; see gpu.sh, which sets the environment.
 
-Makes a checkpoint of random weights, runs each part of gpu_parts.py as a process with a limit, keeps what it says or
-why it failed, and ends with one line for docs/log.md.
+Makes a checkpoint of random weights, runs each part of gpu_parts.py in a process with a time limit, saves its result or
+error, and ends with a line for docs/log.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", default="qwen3-reranker-0.6b")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--limit", type=float, default=520, help="seconds that everything may take")
-    parser.add_argument("--only", type=lambda names: names.split(","), help="some parts, for example gpu_tests,latency")
+    parser.add_argument("--limit", type=float, default=520, help="time limit of the whole run in seconds")
+    parser.add_argument("--only", type=lambda names: names.split(","), help="parts to run, as gpu_tests,latency")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def run_part(options: argparse.Namespace) -> None:
-    """In a process of its own: make the checkpoint, or measure one thing and print it."""
+    """Make the checkpoint or run one part, in this process, and print the result."""
     import torch
 
     from benchmarks.gpu_parts import PARTS, Setting
@@ -80,7 +80,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             left = end - time.monotonic()
         start = time.monotonic()
         if left < 20 or shape not in shapes:
-            results[part] = {"failed": "no time was left"}
+            results[part] = {"failed": "out of time"}
         else:
             results[part] = child(options, part, shape, shapes[shape], min(limit, left))
         print(f"{part} ({time.monotonic() - start:.0f} s): {json.dumps(results[part])}")
@@ -89,7 +89,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def child(options: argparse.Namespace, part: str, shape: str, folder: Path, limit: float) -> dict[str, Any]:
-    """What a part says, or why it does not."""
+    """Run a part in a process; returns its result or its error."""
     command = [sys.executable, __file__, "--part", part, "--device", options.device]
     command += ["--shape", shape, "--folder", str(folder)]
     try:
@@ -104,10 +104,10 @@ def child(options: argparse.Namespace, part: str, shape: str, folder: Path, limi
 
 
 def gpu_tests(limit: float) -> dict[str, Any]:
-    """The tests that need a GPU: whether the kernels that are measured are right."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_cuda_*.py"))]
+    """Run the tests that need a GPU, to check that the measured kernels are correct."""
+    files = [str(ROOT / "tests" / "engine" / "cuda")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", *files]
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}  # whatever plugins there are
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -120,7 +120,7 @@ def gpu_tests(limit: float) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     from importlib import metadata
 
-    names = ("torch", "transformers", "sentence-transformers", "triton", "flash-attn")
+    names = ("torch", "transformers", "sentence-transformers", "triton")
     found: dict[str, str] = {}
     for name in names:
         try:
@@ -131,10 +131,10 @@ def versions() -> dict[str, str]:
 
 
 def line_for_the_log(results: dict[str, Any]) -> str:
-    """The figures in one sentence; a part that failed says so."""
+    """Put the figures in one sentence."""
 
     def figure(part: str, text: str) -> str:
-        values = results.get(part, {"failed": "not asked for"})
+        values = results.get(part, {"failed": "not run"})
         if "failed" in values or "not_here" in values:
             return f"{part}: no figure"
         return text.format(**values)

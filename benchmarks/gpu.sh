@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every CUDA figure of the project in one call of under nine minutes, on a machine with nothing but torch, transformers
-# and sentence-transformers: random weights in the 0.6B shape are made on the spot, nothing is installed or downloaded.
+# Measure every CUDA figure of the project in under nine minutes, on a machine with only torch, transformers and
+# sentence-transformers. Uses random weights in the 0.6B shape; nothing is installed or downloaded.
 #
 #   benchmarks/gpu.sh --out gpu.json          # everything, on the first GPU
 #   benchmarks/gpu.sh --only latency,peer     # some parts
-#   benchmarks/gpu.sh --device cpu --shape tiny --out /tmp/try.json   # does the script run?
+#   benchmarks/gpu.sh --device cpu --shape tiny --out /tmp/try.json   # only checks that the script runs
 #
-# Each part is a process of its own with a limit, so that one that fails takes nothing else with it. The file of results
-# is written anew after each part; the last line fits docs/log.md.
+# Each part runs in its own process with a time limit, so that a failure affects no other part. The file of results is
+# saved after each part; the last line fits docs/log.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

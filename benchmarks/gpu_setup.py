@@ -1,12 +1,13 @@
-"""What the parts of gpu.py share: a checkpoint of random weights, requests of a given length, clocks and operations."""
+"""Shared code of the parts of gpu.py: random checkpoints, requests of a given length, timing and the GEMM ceiling."""
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,20 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from local_rerank import RerankRequest
+from local_rerank import Reranker, RerankRequest
+from local_rerank.bench.shapes import COMMON
+from local_rerank.bench.shapes import SHAPES as MODEL_SHAPES
+from local_rerank.requests.tokenization import Pair
 
 ROOT = Path(__file__).parents[1]
+Result = dict[str, Any]
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+).split()
 SHAPES: dict[str, dict[str, int]] = {
-    "qwen3-reranker-0.6b": {
-        "vocab_size": 151_669, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    },
-    "qwen3-reranker-4b": {
-        "vocab_size": 151_669, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    },
-    "tiny": {
-        "vocab_size": 151_669, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    },
-}  # fmt: skip
+    name: {size: (COMMON | shape)[size] for size in _SIZES} for name, shape in MODEL_SHAPES.items()
+}
+SHAPES["tiny"] = dict(zip(_SIZES, (151_669, 64, 192, 3, 4, 2, 16), strict=True))
 WORDS = (
     "water river city music history science market energy letter garden winter animal engine planet doctor window "
     "school people number question answer country language building method result system value matter reason"
@@ -41,11 +39,11 @@ CHAT_TEMPLATE = (
     "{%- elif m.role == 'document' -%}{%- set t.document = m.content -%}{%- endif -%}{%- endfor -%}"
     "{{- t.query + ' ' + t.document -}}"
 )
-"""For sentence-transformers: the query carries the whole prompt up to the document, the document the suffix."""
+"""For sentence-transformers: the query contains the whole prompt up to the document, the document the suffix."""
 
 
 def make_checkpoint(folder: Path, shape: str, device: torch.device) -> None:
-    """Random bf16 weights with the built-in model's tokenizer, which the shape's vocabulary contains."""
+    """Write random bf16 weights, made on the device, with the built-in model's tokenizer."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], tie_word_embeddings=True)).to(torch.bfloat16)
@@ -60,8 +58,8 @@ def make_checkpoint(folder: Path, shape: str, device: torch.device) -> None:
     (folder / "README.md").write_text("Random weights for a benchmark of a reranker.\n", encoding="utf-8")
 
 
-class Texts:
-    """Requests of random words, as long as asked for in the tokens of the checkpoint."""
+class RandomTexts:
+    """Makes requests of random words with given lengths in tokens."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -78,7 +76,7 @@ class Texts:
         )
 
     def requests_of_300(self, num_requests: int, num_documents: int, prompt_overhead: int) -> list[RerankRequest]:
-        """Every pair's whole prompt has 300 tokens; `prompt_overhead`: all of it but query and document."""
+        """Make pairs of 300 tokens, of which `prompt_overhead` are neither query nor document."""
         return [self.request(15, [300 - 15 - prompt_overhead] * num_documents) for _ in range(num_requests)]
 
     def passages(self, num_documents: int) -> RerankRequest:
@@ -87,7 +85,7 @@ class Texts:
 
 
 def gemm_flops_per_second(shape: dict[str, int], num_tokens: int, device: torch.device, rounds: int = 5) -> float:
-    """What bf16 matrix products of a layer's shapes reach, all of them one after the other: the ceiling."""
+    """Measure the ceiling: bf16 matrix products of a layer's shapes, one after the other."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     q, kv = (shape[name] * shape["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     sizes = [(hidden, q + 2 * kv), (q, hidden), (hidden, 2 * inner), (inner, hidden)]
@@ -108,7 +106,7 @@ def gemm_flops_per_second(shape: dict[str, int], num_tokens: int, device: torch.
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the device has done what `run` asks of it."""
+    """Return the seconds until the device has finished `run`."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -121,20 +119,54 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that so many percent of the values do not pass."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def difference(ours: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Log-odds beside those of fp32."""
+def difference(ours: Sequence[float], exact: Sequence[float]) -> dict[str, float]:
+    """Compare log-odds with those in fp32."""
+    gaps = [abs(a - b) for a, b in zip(ours, exact, strict=True)]
     return {
-        "largest_difference": float((ours - exact).abs().max()),
-        "mean_difference": float((ours - exact).abs().mean()),
-        "spread_of_fp32": float(exact.max() - exact.min()),
+        "largest_difference": max(gaps),
+        "mean_difference": sum(gaps) / len(gaps),
+        "spread_of_fp32": max(exact) - min(exact),
     }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a part runs, and the size of its loops."""
+
+    folder: Path
+    shape: str
+    device: torch.device
+    quick: bool  # few tokens and rounds, to see that the script runs
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.quick else 10
+
+    @property
+    def batch_tokens(self) -> int:
+        return 1024 if self.quick else 16384
+
+
+@contextmanager
+def loaded(setting: Setting, **options: Any) -> Iterator[Reranker]:
+    options = {"dtype": "bf16", "max_batch_tokens": setting.batch_tokens, "max_queued_tokens": 10**7} | options
+    with Reranker(str(setting.folder), device=str(setting.device), **options) as reranker:
+        yield reranker
+
+
+def pairs_of_300(setting: Setting, reranker: Reranker) -> list[Pair]:
+    """Fill one batch with requests of ten pairs of 300 tokens."""
+    texts, overhead = RandomTexts(setting.folder), overhead_of(reranker)
+    per_request = overhead + 15 + 10 * (300 - 15 - overhead + len(reranker.tokenizer.suffix_ids))
+    num_requests = max(1, setting.batch_tokens // per_request)
+    requests = texts.requests_of_300(num_requests, 10, overhead)
+    return [pair for request in requests for pair in reranker.tokenizer.pairs(request).pairs]
+
+
+def overhead_of(reranker: Reranker) -> int:
+    """Return the tokens of a prompt that are neither query nor document."""
+    return len(reranker.explain("water", "water")[1]) - 2
+
+
+def passages(setting: Setting, reranker: Reranker, num_documents: int) -> list[Pair]:
+    return list(reranker.tokenizer.pairs(RandomTexts(setting.folder).passages(num_documents)).pairs)

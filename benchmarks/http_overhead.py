@@ -1,10 +1,9 @@
-"""What does HTTP cost? The same requests through a Reranker here and through a server, in turn, medians and ratios.
+"""Measure the overhead of HTTP: the same requests through a Reranker here and through a server, in alternation.
 
     OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=20000 python -m benchmarks.http_overhead [--clients 16] [--rounds 5]
 
-The variables are those that the server sets for itself. Client and server share the machine. Two figures: requests a
-second of so many clients at once, HTTP over in-process;
-and the milliseconds that HTTP adds to one small request at a time, at the median.
+The variables are those that the server sets for itself. Client and server share the machine. Prints the throughput of
+concurrent clients, as a ratio of HTTP to in-process, and the median time that HTTP adds to a small request.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--dtype", default="auto")
     options = parser.parse_args()
-    serve = ["--dtype", options.dtype, "--no-self-test"]  # which random weights would fail
+    serve = ["--dtype", options.dtype, "--no-self-test"]  # random weights would fail it
     serve += ["--model", options.model] if options.model else []
     bodies = [body(number, options.documents, options.words) for number in range(options.clients)]
     with Reranker(options.model, dtype=options.dtype) as reranker, server(*serve) as address:
@@ -58,7 +57,7 @@ def main() -> None:
 
 
 def at_once(ask: Ask, bodies: list[bytes]) -> float:
-    """Seconds until all are answered, each by a client of its own."""
+    """Return the seconds until all clients have their answer."""
     started = time.perf_counter()
     with ThreadPoolExecutor(len(bodies)) as pool:
         list(pool.map(ask, bodies))
@@ -66,7 +65,7 @@ def at_once(ask: Ask, bodies: list[bytes]) -> float:
 
 
 def one_at_a_time(ask: Ask, content: bytes) -> float:
-    """Milliseconds of a request at the median; fewer are asked where they take long."""
+    """Return the median milliseconds of a request; slow requests are sent fewer times."""
     times: list[float] = []
     while len(times) < SMALL_REQUESTS and (len(times) < 3 or sum(times) < 3.0):
         started = time.perf_counter()

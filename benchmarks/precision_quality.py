@@ -1,4 +1,4 @@
-"""What does a precision cost in quality? nDCG@10 and Kendall's tau per query against fp32, as in docs/performance.md.
+"""Measure the loss of quality of a precision: nDCG@10 and Kendall's tau per query compared with fp32.
 
     python -m benchmarks.precision_quality --data DIR [--model MODEL] [--dtype int8]
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from benchmarks.quality import NAMES, TOP_K, read, short
 from local_rerank import Reranker
-from local_rerank.bench.flops import kendall_tau
+from local_rerank.bench.measure import kendall_tau
 from local_rerank.evaluation.collection import Collection
 from local_rerank.evaluation.measures import MEASURE, Scores, measure, reorder, score
 
 
 def main() -> None:
-    """A row for each collection."""
+    """Print a row for each collection."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model")
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def cells(collection: Collection, exact: Scores, other: Scores) -> list[str]:
-    """nDCG of both, the mean of tau over the queries, and the largest difference in log-odds."""
+    """Return nDCG of both, mean tau over the queries, and the largest difference of log-odds."""
     means = [
         statistics.fmean(measure(collection.qrels, reorder(collection, scores), [MEASURE])[MEASURE].values())
         for scores in (exact, other)

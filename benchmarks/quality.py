@@ -1,9 +1,9 @@
-"""How good is a model? nDCG@10 of BM25, the model alone and the model blended, as the table of docs/quality.md.
+"""Measure nDCG@10 of BM25, a model alone and the model blended, as in the table of docs/quality.md.
 
-    python benchmarks/quality.py --data DIR [--model MODEL] [--weight 1]
+    python -m benchmarks.quality --data DIR [--model MODEL] [--weight 1]
 
-DIR holds a folder for each collection, with corpus.jsonl, queries.jsonl, qrels.trec and bm25.run. The top 20 of the run
-are reranked, for the first 200 queries. Needs `local-rerank[eval]`.
+DIR has a folder for each collection, with corpus.jsonl, queries.jsonl, qrels.trec and bm25.run. The top 20 of the run
+are reranked for the first 200 queries. Needs `local-rerank[eval]`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SANITY = Path(__file__).parents[1] / "tests" / "data" / "sanity40.jsonl"
 
 
 def main() -> None:
-    """Print the table, then the hand-written cases."""
+    """Print the table, then the result on the hand-written cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the blended rows")
+    parser.add_argument("--weight", type=float, default=1.0, help="weight of the blended rows")
     arguments = parser.parse_args()
     blends = [Blend("run", arguments.weight), Blend("bm25", arguments.weight)]
     with Reranker(arguments.model) as reranker:
@@ -46,7 +46,7 @@ def read(folder: Path) -> Collection:
 
 
 def systems(reranker: Reranker, collection: Collection, blends: list[Blend]) -> list[System]:
-    """The first stage, the model alone, and each blend."""
+    """Measure the first stage, the model alone, and each blend."""
     start = time.perf_counter()
     scores = dict(score(reranker, collection, top_k=TOP_K))
     print(f"{sum(map(len, scores.values()))} pairs in {time.perf_counter() - start:.0f} s", flush=True)
@@ -59,7 +59,7 @@ def systems(reranker: Reranker, collection: Collection, blends: list[Blend]) -> 
 
 
 def print_table(columns: dict[str, list[System]], reranker: Reranker) -> None:
-    """A row for each system; * where its difference from the first stage has p < .05."""
+    """Print a row for each system; * marks a difference from the first stage with p < 0.05."""
     info = reranker.info
     print(f"\n{datetime.date.today()}, {info.model_id} on {info.device} in {info.dtype}, {MEASURE}:\n")
     print(f"| | {' | '.join(NAMES)} | mean |\n| --- |{' --- |' * (len(NAMES) + 1)}")
@@ -74,7 +74,7 @@ def print_table(columns: dict[str, list[System]], reranker: Reranker) -> None:
 
 
 def print_sanity(reranker: Reranker) -> None:
-    """How many of the hand-written cases are right, and whether the scores use their range."""
+    """Print how many hand-written cases are correct, and how decided the scores are."""
     cases = [json.loads(line) for line in SANITY.read_text(encoding="utf-8").splitlines()]
     requests = [RerankRequest(query=case["query"], documents=tuple(case["documents"])) for case in cases]
     results = list(reranker.rank_batch(requests))
@@ -84,13 +84,13 @@ def print_sanity(reranker: Reranker) -> None:
         for item in result:
             (right if item.index == case["right"] else wrong).append(item.relevance_score)
     print(
-        f"\n{hits} of {len(cases)} hand-written cases right; {share(x > 0.5 for x in right)} of the right documents "
+        f"\n{hits} of {len(cases)} hand-written cases correct; {share(x > 0.5 for x in right)} of the right documents "
         f"above 0.5, {share(x < 0.2 for x in wrong)} of the wrong ones below 0.2"
     )
 
 
 def short(value: float) -> str:
-    """Three digits without the leading zero, as tables of nDCG have them."""
+    """Format with three digits and without the leading zero."""
     return f"{value:.3f}".removeprefix("0")
 
 

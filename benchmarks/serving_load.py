@@ -1,4 +1,4 @@
-"""A server of its own and load on it, for the other scripts here: requests of equal documents, closed or open loop."""
+"""Start a server and put closed-loop or open-loop load on it, for the other scripts here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ START_SECONDS = 240
 
 @contextmanager
 def server(*options: str) -> Iterator[str]:
-    """`local-rerank serve` on a free port, ready; yields host and port."""
+    """Run `local-rerank serve` on a free port until it is ready; yields host and port."""
     command = [sys.executable, "-m", "local_rerank", "serve", "--port", "0", "--log-level", "warning", *options]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -53,7 +52,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def body(number: int, documents: int, words: int, spread: float = 0.0) -> bytes:
-    """A request whose documents of so many words in the mean (log-normal) differ from those of every other number."""
+    """Make a request body; `number` seeds its texts, whose lengths are log-normal with mean `words`."""
     draw = random.Random(number)
     location = math.log(words) - spread**2 / 2
     lengths = [max(1, round(draw.lognormvariate(location, spread))) for _ in range(documents)]
@@ -70,14 +69,8 @@ def post(connection: http.client.HTTPConnection, content: bytes) -> dict[str, fl
     return result
 
 
-def num_computed_tokens(address: str, content: bytes) -> int:
-    """Tokens that the model computes for a request."""
-    answer = post(http.client.HTTPConnection(address), content)
-    return int(answer["num_computed_tokens"])
-
-
 def closed_loop(address: str, bodies: list[bytes], clients: int, seconds: float) -> float:
-    """Requests answered in a second; each client sends its next request when it has its answer."""
+    """Return requests per second of clients that send the next request when they have the answer."""
     stop_at = time.perf_counter() + seconds
 
     def ask(client: int) -> int:
@@ -94,7 +87,7 @@ def closed_loop(address: str, bodies: list[bytes], clients: int, seconds: float)
 
 
 def open_loop(address: str, bodies: list[bytes], rate: float, seconds: float, seed: int = 0) -> list[float]:
-    """Latencies in seconds, sorted, of requests that come at random, `rate` in a second, whatever is answered."""
+    """Return the sorted latencies of Poisson arrivals with `rate` requests per second."""
     draw = random.Random(seed)
     connections = threading.local()
 
@@ -112,12 +105,3 @@ def open_loop(address: str, bodies: list[bytes], rate: float, seconds: float, se
             time.sleep(max(0.0, due - time.perf_counter()))
             waiting.append(pool.submit(ask, bodies[len(waiting) % len(bodies)], due))
         return sorted(future.result() for future in waiting)
-
-
-def health_milliseconds(address: str, times: int = 200) -> float:
-    """What a request costs that asks nothing of the model."""
-    url = f"http://{address}/health"
-    started = time.perf_counter()
-    for _ in range(times):
-        urllib.request.urlopen(url).read()
-    return (time.perf_counter() - started) / times * 1e3

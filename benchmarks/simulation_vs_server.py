@@ -1,11 +1,10 @@
-"""How far is `local_rerank.planning.simulation` from a real server? Calibrate it on other runs, then compare.
+"""Compare `local_rerank.planning.simulation` with a real server, after calibrating it on other runs.
 
-    python benchmarks/simulation_vs_server.py --seconds 45
+    python -m benchmarks.simulation_vs_server --seconds 45
 
-A server with an engine of one thread, or replicas of one (--replicas 2), gets requests of 4 documents of 100 tokens in
-the mean (log-normal, spread 0.3) at random times, at three shares of what its engines can do. The simulation knows
-three numbers from other runs: seconds per token, per batch, and per request outside the engine. Few documents, so that
-there are enough requests for a p99.
+A server with one engine of one thread, or replicas of it (--replicas 2), gets Poisson arrivals at three shares of its
+capacity. Requests have 4 documents of 100 tokens on average, few enough for many requests and a meaningful p99. The
+simulation gets three numbers from other runs: seconds per token, per batch, and per request outside the engine.
 """
 
 from __future__ import annotations
@@ -15,18 +14,17 @@ import http.client
 import statistics
 import time
 
-from serving_load import body, closed_loop, open_loop, post, server
-
+from benchmarks.serving_load import body, closed_loop, open_loop, post, server
 from local_rerank.engine.plan import PLATFORMS
-from local_rerank.planning.simulation import Outcome, Speed, Workload, simulate
+from local_rerank.planning.simulation import SimulationResult, Speed, Traffic, simulate
 
 DOCUMENTS, WORDS, SPREAD = 4, 100, 0.3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=45.0, help="of each share")
-    parser.add_argument("--replicas", type=int, default=0, help="0: one process, without Ray")
+    parser.add_argument("--seconds", type=float, default=45.0, help="per share")
+    parser.add_argument("--replicas", type=int, default=0, help="0 runs one process without Ray")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.4, 0.6, 0.8])
     options = parser.parse_args()
     how = ["--ray", "--replicas", str(options.replicas)] if options.replicas else []
@@ -45,14 +43,14 @@ def main() -> None:
         for share in options.shares:
             rate = share * capacity
             real = open_loop(address, bodies, rate, options.seconds)
-            workload = Workload(
+            traffic = Traffic(
                 requests_per_second=rate,
                 num_documents=DOCUMENTS,
                 document_tokens=(mean_tokens - prefix_tokens) / DOCUMENTS,
                 document_spread=SPREAD,
                 prefix_tokens=prefix_tokens,
             )
-            simulated = simulate(workload, speed, num_replicas=engines, num_requests=20_000)
+            simulated = simulate(traffic, speed, num_replicas=engines, num_requests=20_000)
             errors.append(compare(share, rate, real, simulated))
     print(
         f"simulation against a server of {engines} engines: p50 off by at most {max(e[0] for e in errors):.0%}, "
@@ -61,10 +59,10 @@ def main() -> None:
 
 
 def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -> tuple[Speed, float, int]:
-    """The simulation's numbers, mean tokens of a request of the load, and those of its prefix.
+    """Return the simulation's speed, and the mean tokens of a request and of its prefix.
 
-    From requests one after the other, each a batch of its own, and from a server that is never idle, whose batches are
-    full: two equations for seconds per token and per batch.
+    Sequential requests, each in a batch by itself, and a busy server with full batches give two equations for seconds
+    per token and per batch.
     """
     connection = http.client.HTTPConnection(address)
     tokens, engine, other = [], [], []
@@ -74,11 +72,11 @@ def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -
         engine.append((answer["total_ms"] - answer["queue_ms"] - answer["tokenize_ms"]) / 1e3)
         other.append(time.perf_counter() - started - engine[-1])
         tokens.append(answer["num_computed_tokens"])
-    # a document of the answer counts without its suffix, which is one token here
+    # num_document_tokens does not count the suffix, which is one token here
     prefix_tokens = int(answer["num_computed_tokens"] - answer["num_document_tokens"]) - DOCUMENTS
     mean_tokens = statistics.mean(tokens)
     alone = statistics.mean(engine[5:])  # the first ones warm up
-    busy = engines / closed_loop(address, bodies[60:], 12 * engines, seconds)  # of an engine, for a request
+    busy = engines / closed_loop(address, bodies[60:], 12 * engines, seconds)  # engine seconds per request
     requests_of_batch = PLATFORMS["cpu"].max_batch_tokens / mean_tokens
     batch_seconds = max(0.0, (alone - busy) / (1 - 1 / requests_of_batch))
     speed = Speed(
@@ -90,8 +88,8 @@ def calibrate(address: str, bodies: list[bytes], engines: int, seconds: float) -
     return speed, mean_tokens, prefix_tokens
 
 
-def compare(share: float, rate: float, real: list[float], simulated: Outcome) -> tuple[float, float, float]:
-    """Print both sides; returns the relative errors of p50, p95 and p99."""
+def compare(share: float, rate: float, real: list[float], simulated: SimulationResult) -> tuple[float, float, float]:
+    """Print both; returns the relative errors of p50, p95 and p99."""
     errors = []
     line = []
     for name, part, said in (

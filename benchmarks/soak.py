@@ -1,6 +1,6 @@
-"""Does the server stay right, and its memory flat, under long, hostile and too much load?
+"""Check that answers stay correct and memory stays flat under long, hostile and excessive load.
 
-From the root of a checkout; each command ends in a line that fits docs/log.md:
+The last line of each command fits docs/log.md:
 
     python -m benchmarks.soak mixed --minutes 22       # mixed traffic on the built-in model: slope of resident memory
     python -m benchmarks.soak overload --seconds 60    # ten times what a slowed engine can do
@@ -30,18 +30,18 @@ from tests.server.load import PATH, Case, Tally, all_at_once, ask, make_cases, m
 from tests.server.test_process import Server, options, started, until
 from tests.tiny_checkpoints import make_checkpoint
 
-WARM_UP_SECONDS = 300  # of a soak, whose memory does not count
+WARM_UP_SECONDS = 300  # during which memory is not counted
 SAMPLE_SECONDS = 5
 MIB = 1 << 20
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """Least-squares slope of (seconds, MiB) samples, in MiB a minute."""
+    """Return the least-squares slope of (seconds, MiB) samples in MiB per minute."""
     return statistics.linear_regression(*zip(*samples, strict=True)).slope * 60
 
 
 async def mixed(address: str, process: psutil.Process, cases: list[Case], minutes: float) -> None:
-    """Kinds of traffic side by side, a sample of memory every five seconds."""
+    """Run several kinds of traffic at the same time and sample memory every five seconds."""
     tally, others, samples = Tally(), Counter[str](), list[tuple[float, float]]()
     begin, end = time.monotonic(), time.monotonic() + 60 * minutes
 
@@ -113,7 +113,7 @@ async def mixed(address: str, process: psutil.Process, cases: list[Case], minute
     print(
         f"soak of {minutes:g} minutes: {len(tally.wrong) + len(late.wrong)} wrong, {len(tally.lost)} lost; "
         f"resident memory {counted[0][1]:.1f} MiB after the warm-up, {counted[-1][1]:.1f} at the end, "
-        f"slope {slope(counted):+.3f} MiB a minute"
+        f"slope {slope(counted):+.3f} MiB per minute"
     )
 
 
@@ -128,7 +128,7 @@ def run_mixed(minutes: float, folder: Path) -> None:
 
 
 def run_overload(seconds: float, folder: Path) -> None:
-    """Capacity is lowered to less than 20 requests a second; 200 are offered."""
+    """Offer 200 requests per second to a server slowed down to less than 20."""
     checkpoint = make_checkpoint(folder / "tiny")
     with Reranker(str(checkpoint), device="cpu", dtype="fp32", threads=1) as reranker:
         cases = make_cases(reranker, 100)
@@ -136,10 +136,10 @@ def run_overload(seconds: float, folder: Path) -> None:
     with started(folder / "log", *arguments, "--log-level", "error") as server:
         server.wait_for("ready: ")
         process = psutil.Process(server.process.pid)
-        asyncio.run(offer(server.address, cases, per_second=200, seconds=5))  # warm, so that memory is comparable
+        asyncio.run(offer(server.address, cases, per_second=200, seconds=5))  # warm-up, so that memory is comparable
         capacity = asyncio.run(all_at_once(server.address, cases, 30))
         before = process.memory_info().rss / MIB
-        over = time.monotonic() + seconds  # when the last request is sent; what waits then is still worked off
+        over = time.monotonic() + seconds  # when the last request is sent
         tally = asyncio.run(offer(server.address, cases, per_second=200, seconds=seconds))
         after = process.memory_info().rss / MIB
         drained = time.monotonic() - over
@@ -157,7 +157,7 @@ def run_overload(seconds: float, folder: Path) -> None:
 
 
 def run_fuzz(num_bodies: int, num_cases: int, seed: int) -> None:
-    """The tests' own, with more examples."""
+    """Run the fuzz tests with more examples."""
     test = ["-m", "pytest", "-q", "-s", "tests/server/test_fuzz.py", "--num-bodies", str(num_bodies)]
     test += ["--num-cases", str(num_cases), "--fuzz-seed", str(seed), "--fuzz-phases", "examples,coverage,fuzzing"]
     subprocess.run([sys.executable, *test], check=True)
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--num-bodies", type=int, default=20_000)
     parser.add_argument("--num-cases", type=int, default=5_000)
-    parser.add_argument("--seed", type=int, default=1, help="of fuzz: a long run can be made in pieces")
+    parser.add_argument("--seed", type=int, default=1, help="of fuzz, to split a long run")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         match chosen.what:

@@ -1,8 +1,8 @@
-"""How long does it take until the command line answers, the port is open, and the built-in model is ready?
+"""Measure the start-up time of the command line, of the open port, and of the ready built-in model.
 
-    python benchmarks/startup.py --rounds 5
+    python -m benchmarks.startup --rounds 5
 
-Each round starts the real commands as processes of their own. The last line fits docs/log.md.
+Each round starts new processes. The last line fits docs/log.md.
 """
 
 from __future__ import annotations

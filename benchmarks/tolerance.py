@@ -1,11 +1,11 @@
-"""How far does a pair's score move with its company, and what does `--deterministic`, which forbids that, cost?
+"""Measure how much a pair's score depends on its batch, and the cost of `--deterministic`, which prevents that.
 
     python -m benchmarks.tolerance                                             # the built-in model, fp32
     python -m benchmarks.tolerance --model FOLDER --mode fp32 --mode bf16      # any checkpoint
-    python -m benchmarks.tolerance --model FOLDER --mode fp32 --cost           # pairs a second, with and without
+    python -m benchmarks.tolerance --model FOLDER --mode fp32 --cost           # pairs per second with and without
 
-Every pair is scored alone, in one request with its neighbours, with the order of these reversed, and with all requests
-in the queue at once, several times over. Reported is the largest difference of log-odds from the pair alone.
+Each pair is scored alone, in a request with others, in reverse order, and with all requests queued at once, several
+times. The result is the largest difference of log-odds from the pair alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from local_rerank import Reranker, RerankRequest, RerankResult
 from local_rerank.bench.workloads import WORKLOADS, make_requests
 
 DOCUMENT_WORDS = (3, 150)
-LOADS = 2  # times that everything is queued at once, shuffled
+LOADS = 2  # times that all requests are queued at once, shuffled
 WORDS = "river mountain engine protein market treaty violin harbour glacier senate 模型 排序 检索".split()
 
 LogOdds = dict[tuple[str, str], float]

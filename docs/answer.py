@@ -1,4 +1,4 @@
-"""Puts the built-in model's answer to the README's request into the README (`make docs`; a test compares the two)."""
+"""Update the response in README.md with that of the built-in model (`make docs`). A test compares the two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER = """{{
 
 
 def render(request: str) -> str:
-    """The answer to the request's JSON, as a server on the built-in model gives it, laid out for the page."""
+    """The response of a server with the built-in model to `request`, JSON text, formatted for the README."""
     body = json.loads(request)["input"]
     with Reranker(device="cpu", dtype="fp32") as reranker:
         ranked = reranker.rank(body["query"], body["documents"], instruction=HOSTED_INSTRUCTION)

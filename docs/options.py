@@ -1,4 +1,4 @@
-"""EngineConfig and ServerConfig -> docs/options.md, on standard output (`make docs`; a test compares the two)."""
+"""Print docs/options.md from EngineConfig and ServerConfig (`make docs`). A test compares the two."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""BM25 finds candidates, the reranker orders the best of them: how much better is that, on a public collection?
+"""Measure how much reranking improves BM25 on a public collection.
 
     pip install 'local-rerank[eval]' ir-datasets
-    python examples/bm25_first_stage.py vaswani        # a collection of ir_datasets, which fetches it once
+    python examples/bm25_first_stage.py vaswani        # ir_datasets downloads the collection once
 
-BM25 is that of SQLite's full-text search, which Python brings. Both runs are written as TREC files beside the script's
-caller, so that `local-rerank compare bm25.run reranked.run --qrels qrels.trec` says more about them.
+BM25 comes from SQLite's full-text search. Both runs are written as TREC files to the working directory, for
+`local-rerank compare bm25.run reranked.run --qrels qrels.trec`.
 """
 
 import argparse
@@ -25,10 +25,10 @@ MEASURES = [nDCG @ 10, RR @ 10, R @ 20]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="its name at https://ir-datasets.com")
+    parser.add_argument("dataset", help="name of a collection at https://ir-datasets.com")
     parser.add_argument("--num-queries", type=int, default=50)
-    parser.add_argument("--top-k", type=int, default=20, help="candidates that are reranked")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the runs go")
+    parser.add_argument("--top-k", type=int, default=20, help="candidates to rerank per query")
+    parser.add_argument("--folder", type=Path, default=Path(), help="folder for the runs")
     options = parser.parse_args()
 
     dataset = ir_datasets.load(options.dataset)
@@ -57,7 +57,7 @@ def make_index(texts: dict[str, str]) -> sqlite3.Connection:
 
 
 def search(index: sqlite3.Connection, query: str, num_documents: int) -> list[str]:
-    """Ids of the best documents by BM25, any of the query's words."""
+    """Return the ids of the best documents by BM25 that contain any word of the query."""
     words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", query))
     found = "SELECT id FROM documents WHERE documents MATCH ? ORDER BY bm25(documents) LIMIT ?"
     return [document_id for (document_id,) in index.execute(found, (words, num_documents))]

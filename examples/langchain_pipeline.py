@@ -1,4 +1,4 @@
-"""LangChain: a retriever that finds many documents, and local-rerank, which keeps the best of them.
+"""LangChain: rerank the documents of a retriever with local-rerank and keep the best.
 
 pip install langchain-classic langchain-cohere
 local-rerank serve &
@@ -23,8 +23,8 @@ TEXTS = [
 ]
 
 
-class SharedWords(BaseRetriever):
-    """Stands for your search: the documents that share words with the query."""
+class SharedWordsRetriever(BaseRetriever):
+    """A placeholder for your search: returns documents that share words with the query."""
 
     texts: list[str]
 
@@ -36,7 +36,9 @@ class SharedWords(BaseRetriever):
 def main() -> None:
     url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
     reranker = CohereRerank(cohere_api_key="any", model="rerank-v3.5", base_url=url, top_n=2)
-    retriever = ContextualCompressionRetriever(base_retriever=SharedWords(texts=TEXTS), base_compressor=reranker)
+    retriever = ContextualCompressionRetriever(
+        base_retriever=SharedWordsRetriever(texts=TEXTS), base_compressor=reranker
+    )
     for document in retriever.invoke("capital of France"):
         print(f"{document.metadata['relevance_score']:.6f} {document.page_content}")
 

@@ -1,10 +1,10 @@
-"""LlamaIndex: a query engine whose retriever finds many nodes, and local-rerank, which keeps the best of them.
+"""LlamaIndex: a query engine that reranks retrieved nodes with local-rerank and keeps the best.
 
     pip install llama-index-core llama-index-postprocessor-cohere-rerank
     local-rerank serve &
     python examples/llama_index_pipeline.py http://127.0.0.1:8000
 
-The language model here is LlamaIndex's stand-in, so only the nodes that it would read are printed.
+The language model is LlamaIndex's mock, so the script prints the nodes that a model would get.
 """
 
 import sys
@@ -26,8 +26,8 @@ TEXTS = [
 ]
 
 
-class SharedWords(BaseRetriever):
-    """Stands for your index: the nodes that share words with the query."""
+class SharedWordsNodes(BaseRetriever):
+    """A placeholder for your index: returns nodes that share words with the query."""
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         words = set(query_bundle.query_str.lower().split())
@@ -39,7 +39,7 @@ def main() -> None:
     url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
     Settings.llm = MockLLM()
     reranker = CohereRerank(api_key="any", base_url=url, top_n=2)
-    engine = RetrieverQueryEngine.from_args(SharedWords(), node_postprocessors=[reranker])
+    engine = RetrieverQueryEngine.from_args(SharedWordsNodes(), node_postprocessors=[reranker])
     for node in engine.query("capital of France").source_nodes:
         print(f"{node.score:.6f} {node.text}")
 

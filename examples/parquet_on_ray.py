@@ -1,10 +1,10 @@
-"""A Parquet file of pairs through an actor pool of rerankers, in a Ray Data pipeline of your own.
+"""Score a Parquet file of pairs with a pool of rerankers in your own Ray Data pipeline.
 
     pip install 'local-rerank[ray]'
     python examples/parquet_on_ray.py pairs.parquet scored.parquet
 
-Columns: query and document in, those and relevance_score out. Where nothing has to stand before or behind it,
-`local-rerank batch pairs.parquet --output scored.parquet --ray` does the same, and goes on where it was ended.
+The input has the columns query and document; the output also has relevance_score. If you need no other steps, use
+`local-rerank batch pairs.parquet --output scored.parquet --ray`, which also resumes.
 """
 
 import sys
@@ -21,7 +21,7 @@ BATCH_PAIRS = 512
 
 
 class Scorer:
-    """One engine for each actor; `Reranker(device="cuda")` and `num_gpus=1` below give each of them a GPU."""
+    """One engine per actor. For GPUs use `Reranker(device="cuda")` here and `num_gpus=1` below."""
 
     def __init__(self) -> None:
         from local_rerank import Reranker

@@ -85,16 +85,16 @@ class EngineConfig:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EngineOfArgument(EngineConfig):
-    """For a command whose argument is the model; --model stands behind it, unmentioned, for its variable's sake."""
+class PackEngineConfig(EngineConfig):
+    """Options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
 
     model: Annotated[str | None, Parameter(show=False)] = None
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EngineOfFile(EngineConfig):
-    """For a command whose argument is the file of the model: no other model can be named."""
+class VerifyEngineConfig(EngineConfig):
+    """Options of `verify`, which loads its argument and no other model."""
 
     model: Annotated[str | None, Parameter(parse=False)] = None
 

@@ -1,4 +1,4 @@
-"""The documents say what is so: options, make targets, routes, links and examples."""
+"""Documents match the code: options, make targets, routes, links, anchors, files and examples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from local_rerank_server.dialects import ROWS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("server", "examples")  # with a README of their own
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / name / "README.md" for name in FOLDERS)]
+DIALECTS = (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted(ROOT.glob("docs/*.md"))
+ASSETS = ("/playground/", "/docs/")  # files that the pages at / and /docs load
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -55,16 +56,39 @@ def test_every_command_line_that_is_shown_parses() -> None:
         app.parse_args(arguments, print_error=False, exit_on_error=False)
 
 
-def test_the_readme_lists_every_route() -> None:
+def test_the_table_of_routes_lists_every_route() -> None:
     paths = {route.path.replace(":path", "").rstrip("/") or "/" for _, router in ROWS for route in router.routes}
-    files = {path for path in paths if path.startswith("/playground/")}  # of the page at /
-    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", README, re.MULTILINE)) == paths - files
+    served = {path for path in paths if not path.startswith(ASSETS)}
+    assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", DIALECTS, re.MULTILINE)) == served
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_every_link_to_a_file_and_to_a_heading_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    targets = [(page.parent / file if file else page, anchor) for file, anchor in links]
+    assert [path for path, _ in targets if not path.exists()] == []
+    assert [(path, anchor) for path, anchor in targets if anchor and anchor not in anchors(path)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_every_module_and_script_that_a_page_names_exists(page: Path) -> None:
+    folders = (ROOT, ROOT / "local_rerank", ROOT / "server" / "local_rerank_server")
+    named = re.findall(r"`([\w/]+/\w+\.(?:py|sh|json|toml))`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_the_log_is_newest_first_and_its_index_has_every_entry() -> None:
+    page = ROOT / "docs" / "log.md"
+    log = page.read_text(encoding="utf-8")
+    entries = re.findall(r"^## (\S+): (.*)$", log, re.MULTILINE)
+    assert [date for date, _ in entries] == sorted((date for date, _ in entries), reverse=True)
+    assert re.findall(r"^\| ([\d-]+) \| \[(.+)\]\(#", log, re.MULTILINE) == entries
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

@@ -64,7 +64,7 @@ def test_the_wheel_holds_every_file_of_the_packages(built: Path) -> None:
     }
     assert {name for name in wheel_names(built) if ".dist-info/" not in name} == expected
     assert {"local_rerank/py.typed", "local_rerank_server/py.typed", "local_rerank/nano/model.safetensors"} <= expected
-    assert {f"local_rerank_server/playground/{name}" for name in playground.PATHS.values()} <= expected
+    assert {f"local_rerank_server/playground/{file.name}" for file in playground.FILES.values()} <= expected
 
 
 def test_the_sdist_builds_from_what_it_holds(built: Path) -> None:

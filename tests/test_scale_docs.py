@@ -12,7 +12,7 @@ import yaml
 
 from local_rerank.commands.app import app
 from local_rerank.config import EngineConfig
-from local_rerank_server.config import Replicas, ServerConfig
+from local_rerank_server.config import ReplicaRange, ServerConfig
 
 FOLDER = Path(__file__).parents[1] / "docs" / "deploy"
 
@@ -31,9 +31,9 @@ def test_the_manifest_deploys_an_application_that_exists_with_options_that_exist
     assert f"def {name}(" in Path(found.origin or "").read_text(encoding="utf-8")
     known = {field.name for kind in (EngineConfig, ServerConfig) for field in dataclasses.fields(kind)}
     assert set(application["args"]) <= known | {"ingresses"}
-    replicas = Replicas.parse(application["args"]["replicas"])
+    replicas = ReplicaRange.parse(application["args"]["replicas"])
     (group,) = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert replicas.most == group["maxReplicas"]  # one GPU a node, one engine a GPU
+    assert replicas.maximum == group["maxReplicas"]  # one GPU a node, one engine a GPU
     containers = [
         group["template"]["spec"]["containers"][0],
         manifest["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0],

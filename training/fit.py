@@ -1,4 +1,4 @@
-"""Step 5c: weigh the compiled features. Only the last feed-forward part and the readout learn, on cached states.
+"""Step 5c: fit the weights of the compiled features: the last MLP and the readout, on cached states.
 
 ``python fit.py --work training/work`` reads ``compiled.safetensors`` and writes ``start.safetensors``.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import data
 import numpy as np
 import torch
-from compile import FEATURES, D
 from encoder import OTHERS, OWN
+from layer_weights import FEATURES, D
 from model import Nano, Shape, collate
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
@@ -21,19 +21,19 @@ from tqdm import tqdm
 
 UNITS = 64
 STEPS, RATE, DECAY = 800, 0.01, 1e-2
-SHARPER = 2.0  # log-odds times this at the end: fitted to soft targets they keep near even odds; no order changes
+SHARPER = 2.0  # scales the log-odds at the end, because soft targets keep them near 0; the order stays
 SCORE, BIAS = D["SCORE"], D["BIAS"]
 
 
 def objective(scores: Tensor, targets: Tensor) -> Tensor:
-    """Listwise divergence from the teachers' distribution plus pointwise cross-entropy."""
+    """Return the listwise divergence from the teachers' distribution plus pointwise cross-entropy."""
     wanted = torch.log_softmax(targets, -1)
     listwise = (wanted.exp() * (wanted - torch.log_softmax(scores, -1))).sum(-1).mean()
     return listwise + 0.5 * binary_cross_entropy_with_logits(scores, targets.sigmoid())
 
 
 def states(model: Nano, groups: data.Groups, rows: np.ndarray) -> Tensor:
-    """States of the last token after the compiled layers, queries x candidates x hidden."""
+    """Compute the last token's states after the compiled layers: (queries, candidates, hidden)."""
     columns = np.arange(groups.candidates.shape[1])
     rng = np.random.default_rng(1)
     out = []
@@ -45,7 +45,7 @@ def states(model: Nano, groups: data.Groups, rows: np.ndarray) -> Tensor:
 
 
 def score(state: Tensor, gain: Tensor, parts: dict[str, Tensor]) -> Tensor:
-    """The last layer's feed-forward part and the readout, on the features alone."""
+    """Apply the last layer's MLP and the readout to the features."""
     scale = gain / state.pow(2).mean(-1, keepdim=True).sqrt()
     inner = state[..., FEATURES] * scale
     value = (silu(inner @ parts["gate"].T) * (inner @ parts["up"].T)) @ parts["down"]
@@ -56,7 +56,7 @@ def score(state: Tensor, gain: Tensor, parts: dict[str, Tensor]) -> Tensor:
 
 
 def train(state: Tensor, targets: Tensor, gain: float, held: int) -> dict[str, Tensor]:
-    """The parts of the last layer, learned from the first `held` queries."""
+    """Fit the last layer on the first `held` queries."""
     seen = state[..., FEATURES] * gain / state.pow(2).mean(-1, keepdim=True).sqrt()
     spread = seen.std((0, 1))
     spread[0] = seen[..., 0].mean()  # the constant
@@ -81,12 +81,12 @@ def train(state: Tensor, targets: Tensor, gain: float, held: int) -> dict[str, T
 
 
 def scaled(parts: dict[str, Tensor], spread: Tensor) -> dict[str, Tensor]:
-    """Parts that work on features of unequal spread as the given ones do on features of spread 1."""
+    """Rescale weights fitted to features of spread 1 to the actual spread."""
     return parts | {name: parts[name] / spread for name in ("gate", "up")}
 
 
 def main() -> None:
-    """Fit and write."""
+    """Fit and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--queries", type=int, default=640)
@@ -102,7 +102,7 @@ def main() -> None:
     parts = [np.flatnonzero((languages == x) & (groups.asked == asked))[: arguments.queries // 4]
              for x in ("en", "zh") for asked in (False, True)]  # fmt: skip
     rows = np.random.default_rng(1).permutation(np.concatenate(parts))
-    cached = arguments.work / "states.pt"  # of these compiled weights; compile.py removes it
+    cached = arguments.work / "states.pt"  # computed with these compiled weights; compile.py removes it
     state = torch.load(cached, weights_only=True) if cached.exists() else states(model, groups, rows)
     torch.save(state, cached)
     targets = torch.from_numpy(groups.targets[rows])

@@ -1,12 +1,11 @@
-"""A Qwen3 decoder for training: parameters are named as in transformers, the beginning of a query is computed once.
+"""A Qwen3 decoder for training, with transformers' parameter names. The prefix of a query is computed once.
 
-The documents of one query share everything up to the document marker. Their tokens attend to the keys and values of
-that beginning and to themselves, with positions that continue it, so the scores equal those of separate prompts.
+The documents of a query share everything up to the document marker. Their tokens attend to the keys and values of that
+prefix and to themselves, with positions that continue it, so the scores equal those of separate prompts.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn.functional import embedding, linear, scaled_dot_product_attention,
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the decoder."""
+    """The sizes of the decoder."""
 
     vocabulary: int
     hidden: int = 352
@@ -27,11 +26,11 @@ class Shape:
     heads: int = 8
     head: int = 64
     inner: int = 512
-    theta: float = 1e20  # nearly all rotary pairs are slow, so that matching does not depend on distance
+    theta: float = 1e20  # makes nearly all rotary pairs slow, so that matching does not depend on distance
     eps: float = 1e-6
 
     def config(self, pad: int) -> dict[str, Any]:
-        """The config.json of a Qwen3ForCausalLM."""
+        """Return the config.json of a Qwen3ForCausalLM."""
         return {
             "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": self.vocabulary,
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
@@ -46,16 +45,16 @@ class Shape:
 
 @dataclass
 class Batch:
-    """Queries with an equal number of documents each; ids are padded on the right."""
+    """Queries with the same number of documents each; ids are right-padded."""
 
-    head_ids: Tensor  # queries x head tokens
+    head_ids: Tensor  # (queries, head tokens)
     head_lengths: Tensor
-    tail_ids: Tensor  # queries * documents x tail tokens
+    tail_ids: Tensor  # (queries * documents, tail tokens)
     tail_lengths: Tensor
     documents: int
 
     def to(self, device: str) -> Batch:
-        """The same batch on a device."""
+        """Move the batch to a device."""
         ids = (self.head_ids, self.head_lengths, self.tail_ids, self.tail_lengths)
         return Batch(*(t.to(device) for t in ids), self.documents)
 
@@ -84,22 +83,22 @@ class Nano(nn.Module):
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter by its transformers name without ``.weight``."""
+        """Return a parameter by its transformers name without ``.weight``."""
         return self.get_parameter(self.names[name + ".weight"])
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Root-mean-square normalisation."""
+        """RMS normalization."""
         return torch.nn.functional.rms_norm(hidden, (hidden.shape[-1],), weight, self.shape.eps)
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of (rows, heads, tokens, head) states."""
+        """Apply rotary embedding to states (rows, heads, tokens, head)."""
         angles = positions[:, None, :, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         a, b = states.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def project(self, layer: int, part: str, hidden: Tensor, positions: Tensor | None) -> Tensor:
-        """Queries, keys or values of a layer as (rows, heads, tokens, head)."""
+        """Project to queries, keys or values (rows, heads, tokens, head)."""
         states = linear(hidden, self.weight(f"model.layers.{layer}.self_attn.{part}_proj"))
         states = states.view(*hidden.shape[:2], self.shape.heads, self.shape.head)
         if positions is not None:
@@ -108,7 +107,7 @@ class Nano(nn.Module):
         return states.transpose(1, 2)
 
     def finish(self, layer: int, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Output projection and feed-forward part of a layer."""
+        """Apply the output projection and the MLP of a layer."""
         base = f"model.layers.{layer}."
         mixed = mixed.transpose(1, 2).reshape(*hidden.shape[:2], -1)
         hidden = hidden + linear(mixed, self.weight(base + "self_attn.o_proj"))
@@ -117,7 +116,7 @@ class Nano(nn.Module):
         return hidden + linear(silu(gate) * up, self.weight(base + "mlp.down_proj"))
 
     def last_states(self, batch: Batch) -> Tensor:
-        """Residual stream at the last token of every prompt, before the final norm."""
+        """Return the residual stream at each prompt's last token, before the final norm."""
         table = self.weight("model.embed_tokens")
         head, tail = embedding(batch.head_ids, table), embedding(batch.tail_ids, table)
         many, device = batch.documents, batch.head_ids.device
@@ -153,13 +152,13 @@ class Nano(nn.Module):
         return tail[:, 0]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Log-odds, one row per query."""
+        """Return log-odds (queries, documents)."""
         hidden = self.norm(self.last_states(batch), self.weight("model.norm"))
         table = self.weight("model.embed_tokens")
         return (hidden @ (table[self.yes] - table[self.no])).view(-1, batch.documents)
 
     def save(self, file: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the weights under transformers' names."""
+        """Save the weights under transformers' names."""
         state = {
             name: self.get_parameter(own).detach().cpu().to(dtype).contiguous() for name, own in self.names.items()
         }
@@ -167,7 +166,7 @@ class Nano(nn.Module):
 
     @classmethod
     def load(cls, file: Path, shape: Shape, yes: int, no: int) -> Nano:
-        """Read weights written by `save`."""
+        """Load weights written by `save`."""
         model = cls(shape, yes, no)
         for name, value in load_file(file).items():
             model.get_parameter(model.names[name]).data = value.float()
@@ -175,7 +174,7 @@ class Nano(nn.Module):
 
 
 def collate(heads: list[list[int]], tails: list[list[list[int]]]) -> Batch:
-    """Pad a batch on the right."""
+    """Right-pad a batch."""
 
     def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(r) for r in rows])
@@ -187,16 +186,3 @@ def collate(heads: list[list[int]], tails: list[list[list[int]]]) -> Batch:
     head_ids, head_lengths = pad(heads)
     tail_ids, tail_lengths = pad([tail for group in tails for tail in group])
     return Batch(head_ids, head_lengths, tail_ids, tail_lengths, len(tails[0]))
-
-
-def load_folder(folder: Path) -> tuple[Nano, dict[str, Any]]:
-    """A model exported by ``export.py`` (or transformers) with its config."""
-    from tokenizers import Tokenizer
-
-    config = json.loads((folder / "config.json").read_text())
-    shape = Shape(config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
-                  config["num_attention_heads"], config["head_dim"], config["intermediate_size"],
-                  config["rope_theta"], config["rms_norm_eps"])  # fmt: skip
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    yes, no = (tokenizer.encode(w, add_special_tokens=False).ids[0] for w in ("yes", "no"))
-    return Nano.load(folder / "model.safetensors", shape, yes, no), config

@@ -1,12 +1,12 @@
-"""Step 4: candidates of every query, with their BM25 scores and the teachers' scores.
+"""Step 4: choose candidates for every query, and score them with BM25 and the teachers.
 
-Candidates are the query's source, passages that BM25 ranks high (the near misses a reranker must tell apart), some of
-its middle ranks, some that the language's teacher ranks high (they may share no word), and a random one. Texts in the
-manner of queries (``asked.jsonl``) have no source: what the teacher ranks first stands for it. The teacher's cosines
-are standardised by random pairs; English has two teachers, and the mean of their scores.
+Candidates are the query's source, passages that BM25 ranks high (hard negatives), some of its middle ranks, some that
+the language's teacher ranks high (which may share no word), and a random one. The queries of ``asked.jsonl`` have no
+source, so the teacher's first passage replaces it. Cosines are standardized by those of random pairs; English uses the
+mean of two teachers.
 
-``python pairs.py --work training/work`` writes ``pairs.npz``. Its numbers of candidates count ``passages.jsonl`` and
-then ``everyday.jsonl``, those of queries ``queries.jsonl`` and then ``asked.jsonl``.
+``python pairs.py --work training/work`` writes ``pairs.npz``. Candidate numbers count ``passages.jsonl`` and then
+``everyday.jsonl``; query numbers count ``queries.jsonl`` and then ``asked.jsonl``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SEED = 20261123
 K1, B = 1.2, 0.75
 TOP, MIDDLE, ALIKE = 4, 2, 3  # candidates from BM25's ranks 1-12 and 13-50, and from the teacher's ranks 1-12
 WIDTH = 1 + TOP + MIDDLE + ALIKE + 1
-ASKED = 1000  # texts in the manner of queries, of five characters and more
+ASKED = 1000  # texts of ``asked.jsonl``, of five characters or more
 
 
 def terms(texts: list[str]) -> list[list[str]]:
-    """Porter stems of words, and bigrams of Chinese characters."""
+    """Return Porter stems of words and bigrams of Chinese characters."""
     stemmer = Stemmer.Stemmer("porter")
     out = []
     for text in texts:
@@ -42,7 +42,7 @@ def terms(texts: list[str]) -> list[list[str]]:
 
 
 class BM25:
-    """Okapi BM25 as a sparse matrix of term weights."""
+    """BM25 as a sparse matrix of term weights."""
 
     def __init__(self, texts: list[str]) -> None:
         documents = terms(texts)
@@ -57,19 +57,19 @@ class BM25:
         self.weights = counts.T.tocsr()
 
     def matrix(self, documents: list[list[str]]) -> sparse.coo_matrix:
-        """Term counts."""
+        """Return term counts."""
         cells = [(row, self.ids[t]) for row, d in enumerate(documents) for t in d if t in self.ids]
         rows, columns = np.array(cells or [(0, 0)]).T
         return sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), (len(documents), len(self.ids)))
 
     def score(self, queries: list[str]) -> sparse.csr_matrix:
-        """Scores of all documents, one sparse row per query."""
+        """Return the scores of all documents, one sparse row per query."""
         return (self.matrix([list(set(d)) for d in terms(queries)]).tocsr() @ self.weights).tocsr()
 
 
 def standardised(queries: np.ndarray, passages: np.ndarray, rows: np.ndarray, candidates: np.ndarray,
                  rng: np.random.Generator) -> np.ndarray:  # fmt: skip
-    """Cosines of the candidates in units of the deviation of random pairs."""
+    """Return candidates' cosines standardized by those of random pairs."""
     a, b = rng.integers(0, len(queries), 20000), rng.integers(0, len(passages), 20000)
     chance = (queries[a].astype(np.float32) * passages[b].astype(np.float32)).sum(1)
     cosines = np.einsum("qd,qcd->qc", queries[rows].astype(np.float32), passages[candidates].astype(np.float32))
@@ -77,7 +77,7 @@ def standardised(queries: np.ndarray, passages: np.ndarray, rows: np.ndarray, ca
 
 
 def draw(scores: np.ndarray, cosines: np.ndarray, source: int | None, rng: np.random.Generator) -> np.ndarray:
-    """The source, then sampled candidates, none twice."""
+    """Return the source and sampled candidates, without repetition."""
     source = int(cosines.argmax()) if source is None else source
     ranked = [i for i in np.argsort(-scores, kind="stable")[:50] if i != source]
     picked = [source, *rng.permutation(ranked[:12])[:TOP], *rng.permutation(ranked[12:])[:MIDDLE]]
@@ -94,7 +94,7 @@ Gathered = tuple[np.ndarray, list[dict[str, Any]], list[np.ndarray]]
 
 
 def gather(work: Path, kinds: tuple[str, str], language: str, most: int | None = None) -> Gathered:
-    """Texts of two kinds as one: their numbers, their records, their vectors by each teacher; `most` of the second."""
+    """Join two kinds of texts: numbers, records and vectors by each teacher; at most `most` of the second."""
     places, records, vectors, before = [], [], [], 0
     for kind in kinds:
         rows, found = chosen(work, kind, language)
@@ -108,7 +108,7 @@ def gather(work: Path, kinds: tuple[str, str], language: str, most: int | None =
 
 
 def main() -> None:
-    """Candidates per language, then all scores."""
+    """Choose candidates per language, then compute all scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     work = parser.parse_args().work

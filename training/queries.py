@@ -1,8 +1,8 @@
-"""Step 2: rule-made queries, each from one passage.
+"""Step 2: generate queries from passages by rules.
 
-Titles, keywords, "what is" questions, clauses turned into questions, sentences with one span asked for, neighbouring
-sentences; some words are replaced by a WordNet synonym, some get a typing error. The queries need not be good: the
-teachers' scores of the candidates, not the rule, are what the model learns.
+Kinds: titles, keywords, "what is" questions, clauses turned into questions, sentences with a span replaced by a
+question word, and neighbouring sentences. Some words are replaced by WordNet synonyms or get a typing error. Queries
+need not be good, because the model learns the teachers' scores of the candidates.
 
 ``python queries.py --work training/work`` writes ``queries.jsonl``.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from sources import synsets
 
 SEED = 20261123
-# Mean number of queries per passage; encyclopaedic text is worth more than manuals.
+# Mean number of queries per passage; encyclopaedic text gets more than manuals.
 WEIGHTS = {"wikipedia-sample": 1.6, "wordnet": 0.7, "descriptions": 0.8, "libreoffice-help": 0.6, "python-doc": 0.8,
            "postgresql-doc": 0.7, "git-doc": 0.6, "libreoffice-help-zh": 0.6, "manpages-zh": 0.8}  # fmt: skip
 STOP = set(
@@ -40,7 +40,7 @@ KINDS = {
 
 
 def synonyms(wordnet: Path) -> dict[str, list[str]]:
-    """Single-word synonyms of the frequent sense, nouns and verbs."""
+    """Read single-word synonyms of the most frequent sense of nouns and verbs."""
     table: dict[str, list[str]] = defaultdict(list)
     for kind in ("noun", "verb", "adj"):
         for words, _ in synsets(wordnet, kind):
@@ -52,18 +52,18 @@ def synonyms(wordnet: Path) -> dict[str, list[str]]:
 
 
 class Maker:
-    """Makes queries of all kinds from passages; `rng` decides everything."""
+    """Generates queries of all kinds from passages; deterministic for a given `rng`."""
 
     def __init__(self, rng: random.Random, table: dict[str, list[str]]) -> None:
         self.rng, self.table = rng, table
 
     def sentences(self, text: str, language: str) -> list[str]:
-        """Sentences of a passage."""
+        """Split a passage into sentences."""
         pattern = r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])" if language == "en" else r"(?<=[。！？；])"
         return [s.strip() for s in re.split(pattern, text) if s.strip()]
 
     def make(self, passage: dict[str, str], neighbour: str) -> tuple[str, str] | None:
-        """One query: its kind and its text, or None where the passage allows none of the drawn kind."""
+        """Return the kind and text of a query, or None if the passage does not allow the chosen kind."""
         language = passage["language"]
         kinds = KINDS[language]
         kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
@@ -88,14 +88,14 @@ class Maker:
         return (kind, query) if 1 <= units <= (40 if language == "en" else 60) and len(query) > 1 else None
 
     def title(self, title: str, language: str, ask: bool) -> str:
-        """The title itself, or a question for what it names."""
+        """Return the title, or a question about it."""
         title = title.split(",")[0] if ask else title
         if not ask or not title:
             return title
         return self.rng.choice(TITLE_FORMS[language]).format(title)
 
     def keywords(self, text: str, language: str) -> str:
-        """Three to seven content words, or two to four runs of characters."""
+        """Return three to seven content words, or two to four runs of characters."""
         if language == "en":
             words = [w for w in re.findall(r"[A-Za-z][A-Za-z0-9-]+", text) if w.lower() not in STOP]
             count = min(len(words), self.rng.randint(3, 7))
@@ -106,7 +106,7 @@ class Maker:
         return " ".join(runs[i][:6] for i in picked)
 
     def asked_span_en(self, sentence: str) -> str:
-        """A sentence with one span replaced by its question word."""
+        """Replace a span of a sentence by its question word."""
         words = sentence.rstrip(".!?;:").split()
         if len(words) < 6:
             return " ".join(words)
@@ -138,7 +138,7 @@ class Maker:
         return question[0].upper() + question[1:] + "?" if self.rng.random() < 0.6 else question.lower()
 
     def asked_span_zh(self, sentence: str) -> str:
-        """A sentence with one span replaced by its question word, at the end or in place."""
+        """Replace a span of a sentence by its question word, at the end or in place."""
         text = sentence.rstrip("。！？；;.,，")
         if len(text) < 8:
             return text
@@ -159,7 +159,7 @@ class Maker:
         return out.strip("，、 ,") + self.rng.choice(["？", "？", ""])
 
     def clause_en(self, sentence: str) -> str:
-        """A clause behind a question's beginning."""
+        """Put a clause after the beginning of a question."""
         clause = self.rng.choice([c for c in re.split(r"[,;:()]", sentence) if len(c.split()) >= 4] or [sentence])
         words = clause.rstrip(".!?").split()
         count = self.rng.randint(4, 10)
@@ -171,7 +171,7 @@ class Maker:
         return self.rng.choice(forms).format(" ".join(kept))
 
     def clause_zh(self, sentence: str) -> str:
-        """A clause with a question's end or beginning."""
+        """Add the end or the beginning of a question to a clause."""
         clause = self.rng.choice([c for c in re.split(r"[，,；;：:（）()]", sentence) if len(c) >= 5] or [sentence])
         clause = clause.rstrip("。！？")
         count = self.rng.randint(5, 16)
@@ -182,7 +182,7 @@ class Maker:
         return self.rng.choice(FORMS_ZH).format(clause)
 
     def reword(self, query: str) -> str:
-        """One or two words replaced by a synonym."""
+        """Replace one or two words by a synonym."""
         words = query.split()
         places = [i for i, w in enumerate(words) if w.lower() in self.table and w.lower() not in STOP]
         for i in self.rng.sample(places, min(len(places), self.rng.randint(1, 2))):
@@ -190,7 +190,7 @@ class Maker:
         return " ".join(words)
 
     def mistype(self, query: str) -> str:
-        """Two neighbouring characters swapped, or one dropped."""
+        """Swap two neighbouring characters, or drop one."""
         if len(query) < 6:
             return query
         at = self.rng.randint(1, len(query) - 3)
@@ -199,11 +199,11 @@ class Maker:
 
 
 def main() -> None:
-    """Draw passages by their source's weight and make one query for each draw."""
+    """Draw passages by the weight of their source and generate a query for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer queries per passage")
-    parser.add_argument("--limit", type=int, default=20480, help="queries kept, after shuffling")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the number of queries per passage")
+    parser.add_argument("--limit", type=int, default=20480, help="maximum number of queries, after shuffling")
     arguments = parser.parse_args()
     rng = random.Random(SEED)
     passages = [json.loads(line) for line in (arguments.work / "passages.jsonl").open()]

@@ -1,7 +1,7 @@
-"""The texts that train the embedded model: which package each comes from, its licence, and how to read it.
+"""The training texts of the built-in model: the package of each, its licence, and how to read it.
 
-Every source is a Debian package (fetched with ``apt-get download``, unpacked, never installed), a Python wheel, or the
-package descriptions of the Debian archive. The texts are input to training only: none of them is shipped.
+A source is a Debian package (downloaded and unpacked, not installed), a Python wheel, or the package descriptions of
+the Debian archive. The texts are used for training only and not shipped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Passage = tuple[str, str]  # title (may be empty), text
 
 
 @dataclass(frozen=True)
-class Source:
-    """One body of text: `reader` names a function of this module, `path` a place inside the unpacked package."""
+class TextSource:
+    """A source of texts; `reader` names a function of this module, `path` is inside the unpacked package."""
 
     name: str
     language: str
@@ -30,54 +30,54 @@ class Source:
     licence: str
     reader: str
     path: str
-    limit: int  # passages taken at most, so that no source outweighs the rest
+    limit: int  # maximum number of passages, so that no source dominates
 
 
 DEB = "deb/usr/share"
 SOURCES = [
-    Source("wordnet", "en", "wordnet-base=1:3.0-37", "WordNet (BSD-like)", "wordnet",
+    TextSource("wordnet", "en", "wordnet-base=1:3.0-37", "WordNet (BSD-like)", "wordnet",
            f"{DEB}/wordnet", 2500),
-    Source("foldoc", "en", "dict-foldoc=20230119-1", "GFDL-1.1+", "foldoc",
+    TextSource("foldoc", "en", "dict-foldoc=20230119-1", "GFDL-1.1+", "foldoc",
            f"{DEB}/dictd/foldoc.dict.dz", 1800),
-    Source("python-doc", "en", "python3.11-doc=3.11.2-6+deb12u9", "PSF-2.0", "html",
+    TextSource("python-doc", "en", "python3.11-doc=3.11.2-6+deb12u9", "PSF-2.0", "html",
            f"{DEB}/doc/python3.11/html", 1200),
-    Source("postgresql-doc", "en", "postgresql-doc-15=15.20-0+deb12u1", "PostgreSQL", "html",
+    TextSource("postgresql-doc", "en", "postgresql-doc-15=15.20-0+deb12u1", "PostgreSQL", "html",
            f"{DEB}/doc/postgresql-doc-15/html", 800),
-    Source("wikipedia-sample", "en", "gensim==4.4.0", "CC-BY-SA-3.0 (text), LGPL-2.1 (package)", "wikipedia",
+    TextSource("wikipedia-sample", "en", "gensim==4.4.0", "CC-BY-SA-3.0 (text), LGPL-2.1 (package)", "wikipedia",
            "wheel/gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2", 5000),
-    Source("anarchism-faq", "en", "anarchism=15.3-3", "GFDL-1.1+ / GPL-2+", "html",
+    TextSource("anarchism-faq", "en", "anarchism=15.3-3", "GFDL-1.1+ / GPL-2+", "html",
            f"{DEB}/doc/anarchism/html", 1200),
-    Source("gnome-help", "en", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
+    TextSource("gnome-help", "en", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
            f"{DEB}/help/C", 400),
-    Source("libreoffice-help", "en", "libreoffice-help-en-us=4:7.4.7-1+deb12u14", "MPL-2.0", "html",
+    TextSource("libreoffice-help", "en", "libreoffice-help-en-us=4:7.4.7-1+deb12u14", "MPL-2.0", "html",
            f"{DEB}/libreoffice/help/en-US", 500),
-    Source("debian-handbook", "en", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
+    TextSource("debian-handbook", "en", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
            f"{DEB}/doc/debian-handbook/html/en-US", 500),
-    Source("git-doc", "en", "git-doc=1:2.39.5-0+deb12u3", "GPL-2", "html",
+    TextSource("git-doc", "en", "git-doc=1:2.39.5-0+deb12u3", "GPL-2", "html",
            f"{DEB}/doc/git/html", 300),
-    Source("kde-edu", "en", "kstars-data=5:3.6.2-2, kalzium-data=4:22.12.3-1", "GFDL-1.2+", "docbook",
+    TextSource("kde-edu", "en", "kstars-data=5:3.6.2-2, kalzium-data=4:22.12.3-1", "GFDL-1.2+", "docbook",
            f"{DEB}/doc/HTML/en", 400),
-    Source("descriptions", "en", "Debian archive, Translation-en", "as each package", "descriptions",
+    TextSource("descriptions", "en", "Debian archive, Translation-en", "as each package", "descriptions",
            "lists/Translation-en", 1800),
-    Source("jionlp-words", "zh", "jionlp==1.5.31", "Apache-2.0", "jionlp",
+    TextSource("jionlp-words", "zh", "jionlp==1.5.31", "Apache-2.0", "jionlp",
            "wheel/jionlp/dictionary/chinese_word_dictionary.zip", 5500),
-    Source("libreoffice-help-zh", "zh", "libreoffice-help-zh-cn=4:7.4.7-1+deb12u14", "MPL-2.0", "html",
+    TextSource("libreoffice-help-zh", "zh", "libreoffice-help-zh-cn=4:7.4.7-1+deb12u14", "MPL-2.0", "html",
            f"{DEB}/libreoffice/help/zh-CN", 1300),
-    Source("debian-handbook-zh", "zh", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
+    TextSource("debian-handbook-zh", "zh", "debian-handbook=11.20220922", "GPL-2+ / CC-BY-SA-3.0", "html",
            f"{DEB}/doc/debian-handbook/html/zh-CN", 1100),
-    Source("debian-reference-zh", "zh", "debian-reference-zh-cn=2.100", "GPL-2+", "html_zh",
+    TextSource("debian-reference-zh", "zh", "debian-reference-zh-cn=2.100", "GPL-2+", "html_zh",
            f"{DEB}/debian-reference", 500),
-    Source("gimp-help-zh", "zh", "gimp-help-zh-cn=2.10.34-2", "GFDL-1.2+", "html",
+    TextSource("gimp-help-zh", "zh", "gimp-help-zh-cn=2.10.34-2", "GFDL-1.2+", "html",
            f"{DEB}/gimp/2.0/help/zh_CN", 200),
-    Source("kicad-doc-zh", "zh", "kicad-doc-zh=6.0.11+dfsg-1", "GPL-3+ / CC-BY-3.0+", "html",
+    TextSource("kicad-doc-zh", "zh", "kicad-doc-zh=6.0.11+dfsg-1", "GPL-3+ / CC-BY-3.0+", "html",
            f"{DEB}/doc/kicad/help/zh", 250),
-    Source("debian-edu-zh", "zh", "debian-edu-doc-zh-cn=2.12.23~deb12u1", "GPL-2+", "html",
+    TextSource("debian-edu-zh", "zh", "debian-edu-doc-zh-cn=2.12.23~deb12u1", "GPL-2+", "html",
            f"{DEB}/doc/debian-edu-doc-zh-cn", 250),
-    Source("gnome-help-zh", "zh", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
+    TextSource("gnome-help-zh", "zh", "gnome-user-docs=43.0-2", "CC-BY-SA-3.0", "mallard",
            f"{DEB}/help/zh_CN", 400),
-    Source("manpages-zh", "zh", "manpages-zh=1.6.4.0-1", "GFDL-1.2 / as each page", "troff",
+    TextSource("manpages-zh", "zh", "manpages-zh=1.6.4.0-1", "GFDL-1.2 / as each page", "troff",
            f"{DEB}/man/zh_CN", 700),
-    Source("descriptions-zh", "zh", "Debian archive, Translation-zh_CN", "as each package", "descriptions",
+    TextSource("descriptions-zh", "zh", "Debian archive, Translation-zh_CN", "as each package", "descriptions",
            "lists/Translation-zh_CN", 600),
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ SKIPPED = {"script", "style", "pre", "nav", "head", "footer", "table"}
 
 
 class _Paragraphs(HTMLParser):
-    """Paragraphs of a page, each under its nearest heading."""
+    """Collects paragraphs with their nearest heading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class _Paragraphs(HTMLParser):
 
 
 def html(path: Path, pattern: str = "*.html") -> Iterator[Passage]:
-    """Every page below a folder."""
+    """Read all pages below a folder."""
     for file in sorted(path.rglob(pattern)):
         if re.search(r"genindex|copyright|license|gfdl|changelog|whatsnew/changelog", file.name.lower()):
             continue
@@ -129,12 +129,12 @@ def html(path: Path, pattern: str = "*.html") -> Iterator[Passage]:
 
 
 def html_zh(path: Path) -> Iterator[Passage]:
-    """The Chinese pages of a folder that holds several languages."""
+    """Read the Chinese pages of a folder with several languages."""
     return html(path, "*.zh-cn.html")
 
 
 def mallard(path: Path) -> Iterator[Passage]:
-    """GNOME help: XML pages with <title> and <p>."""
+    """Read GNOME help: XML pages with <title> and <p>."""
     for file in sorted(path.rglob("*.page")):
         try:
             root = ElementTree.parse(file).getroot()
@@ -151,7 +151,7 @@ def mallard(path: Path) -> Iterator[Passage]:
 
 
 def docbook(path: Path) -> Iterator[Passage]:
-    """KDE handbooks: compressed DocBook; entities are dropped."""
+    """Read KDE handbooks: compressed DocBook, without entities."""
     for file in sorted(path.rglob("*.docbook*")):
         data = bz2.decompress(file.read_bytes()) if file.suffix == ".bz2" else file.read_bytes()
         text = re.sub(r"&[\w.-]+;", " ", data.decode("utf-8", "replace"))
@@ -165,7 +165,7 @@ def docbook(path: Path) -> Iterator[Passage]:
 
 
 def troff(path: Path) -> Iterator[Passage]:
-    """Manual pages: paragraphs of running text between macros."""
+    """Read manual pages: paragraphs between macros."""
     for file in sorted(path.rglob("*.gz")):
         try:
             lines = gzip.decompress(file.read_bytes()).decode("utf-8", "replace").splitlines()
@@ -187,14 +187,14 @@ def troff(path: Path) -> Iterator[Passage]:
 
 
 def wordnet(path: Path) -> Iterator[Passage]:
-    """One passage per synset: the gloss with its examples; the title is its first words."""
+    """Read WordNet: a passage per synset with its gloss and examples; the title is its first words."""
     for kind in ("noun", "verb", "adj", "adv"):
         for words, gloss in synsets(path, kind):
             yield ", ".join(words[:2]), f"{words[0]}: {gloss}"
 
 
 def synsets(path: Path, kind: str) -> Iterator[tuple[list[str], str]]:
-    """Words and gloss of each synset of a part of speech."""
+    """Read words and gloss of each synset of a part of speech."""
     for line in (path / f"data.{kind}").read_text().splitlines():
         if line.startswith(" "):
             continue
@@ -205,7 +205,7 @@ def synsets(path: Path, kind: str) -> Iterator[tuple[list[str], str]]:
 
 
 def foldoc(path: Path) -> Iterator[Passage]:
-    """Entries of the computing dictionary: a headword at the margin, indented text."""
+    """Read FOLDOC: headwords at the margin, indented text."""
     title, body = "", ""
     for line in [*gzip.decompress(path.read_bytes()).decode("utf-8", "replace").splitlines(), "end"]:
         if line and not line[0].isspace() and not line.startswith("{") and len(line) < 60:
@@ -219,7 +219,7 @@ def foldoc(path: Path) -> Iterator[Passage]:
 
 
 def wikipedia(path: Path) -> Iterator[Passage]:
-    """Articles of the Wikipedia extract, without markup; each paragraph under its section."""
+    """Read the Wikipedia extract without markup, each paragraph with its section."""
     page = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.S)
     for title, text in page.findall(bz2.decompress(path.read_bytes()).decode("utf-8", "replace")):
         text = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&amp;", "&")
@@ -249,7 +249,7 @@ def wikipedia(path: Path) -> Iterator[Passage]:
 
 
 def descriptions(path: Path) -> Iterator[Passage]:
-    """Package descriptions: the short one is the title, the long one the text."""
+    """Read package descriptions: the short one is the title, the long one the text."""
     for entry in path.read_text("utf-8", "replace").split("\n\n"):
         match = re.search(r"^Description-(?:en|zh_CN): (.*)\n((?: .*\n?)*)", entry, re.M)
         if match and len(match[2]) > 40:
@@ -259,7 +259,7 @@ def descriptions(path: Path) -> Iterator[Passage]:
 
 
 def jionlp(path: Path) -> Iterator[Passage]:
-    """The Chinese dictionary: a word and its numbered senses."""
+    """Read the Chinese dictionary: words with numbered senses."""
     with zipfile.ZipFile(path) as archive:
         text = archive.read(archive.namelist()[0]).decode("utf-8", "replace")
     for line in text.splitlines():
@@ -270,7 +270,7 @@ def jionlp(path: Path) -> Iterator[Passage]:
 
 
 def unpack_lists(lists: Path, target: Path) -> None:
-    """Decompress the archive's translation lists (lz4) under plain names."""
+    """Decompress the archive's translation lists (lz4)."""
     target.mkdir(parents=True, exist_ok=True)
     for language, mark in (("en", "bookworm_main_i18n_Translation-en"), ("zh_CN", "Translation-zh%5fCN")):
         for file in lists.glob(f"*{mark}*"):

@@ -1,7 +1,7 @@
-"""Step 5a: where the encoder starts. Its table alone, without any context, learns the teachers' vectors of texts.
+"""Step 5a: initialize the encoder: train its embedding table alone on the teachers' text vectors.
 
-A text's vector is the mean of its rows, as in the encoder before its blocks have learned anything; this is cheap and
-takes minutes. Only the rows of a batch are updated (Adam, lazily).
+A text's vector is the mean of its rows, as in the encoder before its blocks are trained. This takes minutes, because
+only the rows of a batch are updated (lazy Adam).
 
 ``python static.py --work training/work`` writes ``static.npy``.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoder import POOL, Corpus, Encoder, Texts, likeness
+from encoder import POOL, Encoder, likeness
+from encoder_texts import Corpus, TaughtTexts
 from pieces import is_cjk, piece_vectors, rarities
 from teach import load_space
 from tokenizers import Tokenizer
@@ -26,7 +27,7 @@ SEED = 20261124
 
 
 def initial(work: Path) -> Tensor:
-    """Rows from the teachers' vectors of single pieces, longer for rarer ones; Chinese characters from e5."""
+    """Initialize rows from the teachers' vectors of single pieces, longer for rarer ones."""
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
     vectors = piece_vectors(work, pieces)
@@ -38,27 +39,27 @@ def initial(work: Path) -> Tensor:
     return torch.from_numpy(rows.astype(np.float32))
 
 
-def flat(texts: Texts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all chosen texts in a row, and the texts' lengths."""
+def flat(texts: TaughtTexts, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the concatenated ids of the chosen texts, and their lengths."""
     spans = [texts.ids[texts.starts[r] : texts.starts[r] + texts.lengths[r]] for r in rows]
     return np.concatenate(spans).astype(np.int64), texts.lengths[rows]
 
 
 def pooled(table: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Vectors of texts as the encoder makes them while its blocks are silent."""
+    """Return text vectors as the untrained encoder computes them."""
     starts = torch.cumsum(lengths, 0) - lengths
     return POOL * embedding_bag(ids, table * Encoder.scales(table), starts, mode="sum") / (lengths[:, None] + 1.5)
 
 
 class LazyAdam:
-    """Adam on some rows of a table at a time."""
+    """Adam that updates some rows of a table at a time."""
 
     def __init__(self, table: Tensor) -> None:
         self.table, self.first, self.second = table, torch.zeros_like(table), torch.zeros_like(table)
         self.count = torch.zeros(len(table), 1)
 
     def step(self, rows: Tensor, gradient: Tensor, rate: float) -> None:
-        """Move `rows` against their gradient."""
+        """Update `rows`."""
         self.count[rows] += 1
         self.first[rows] = 0.9 * self.first[rows] + 0.1 * gradient
         self.second[rows] = 0.99 * self.second[rows] + 0.01 * gradient.pow(2)
@@ -68,7 +69,7 @@ class LazyAdam:
 
 
 def main() -> None:
-    """Train and write."""
+    """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--steps", type=int, default=1500)

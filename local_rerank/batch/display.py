@@ -1,4 +1,4 @@
-"""What a batch job tells while it runs: a bar with rates and time left, lines of JSON, or nothing."""
+"""Show the progress of a batch job as a bar with rates and time left, as JSON lines, or not at all."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from local_rerank.batch.sources import Rejected
 
 Mode = Literal["bar", "json", "quiet"]
 
-JSON_SECONDS = 5.0  # between two lines of progress
-MAX_REJECTED_LINES = 10  # that are shown one by one; all of them are in the file
+JSON_SECONDS = 5.0  # between two progress lines
+MAX_REJECTED_LINES = 10  # shown on the terminal; the file of rejects has all
 
 
 class Display:
-    """Counts what this run of a job does, and shows it. `size` is the offset behind the input's last record."""
+    """Counts and shows what this run of a job does. `size` is the offset after the last record of the input."""
 
     def __init__(self, mode: Mode, name: str, size: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._mode = mode
         self._size = size
         self._clock = clock
         self._started = self._last_line = clock()
-        self._block: tuple[float, float, int] | None = None  # offsets before and behind, pairs of the block that runs
+        self._block: tuple[float, float, int] | None = None  # start, end and pairs of the current block
         self._offset = 0.0
         self._pairs_of_block = 0
-        self.num_pairs = 0  # known now: scored, or found in the cache
-        self.num_model_pairs = 0  # of them, scored by the model
-        self.num_tokens = 0  # that went through the model
+        self.num_pairs = 0  # scored or found in the cache
+        self.num_model_pairs = 0  # scored by the model
+        self.num_tokens = 0  # computed by the model
         self.num_rejected = 0
         console = Console(stderr=True)
         columns = (
@@ -59,42 +59,42 @@ class Display:
         return self._clock() - self._started
 
     def begin(self, offset: int, size: int | None = None) -> None:
-        """The job goes on at this offset, of `size` where that was not known before."""
+        """Start at this offset; `size` sets the end if it was unknown before."""
         self._offset = float(offset)
         self._size = self._size if size is None else size
-        self._bar.reset(self._task, completed=offset, total=self._size)  # time left is reckoned from here
+        self._bar.reset(self._task, completed=offset, total=self._size)  # the time left is estimated from here
 
     def block(self, block: Block) -> None:
-        """A block is about to be scored."""
-        self._block = (self._offset, float(block.behind.offset), block.num_pairs)
+        """Note that a block is about to be scored."""
+        self._block = (self._offset, float(block.end.offset), block.num_pairs)
         self._pairs_of_block = 0
 
     def advance(self, num_pairs: int, num_tokens: int) -> None:
-        """Some pairs of the block are known now; tokens that the model computed for them, 0 for the cache's."""
+        """Count scored pairs and the tokens computed for them (0 for cached pairs)."""
         self.num_pairs += num_pairs
         self.num_model_pairs += num_pairs if num_tokens else 0
         self.num_tokens += num_tokens
         self._pairs_of_block += num_pairs
         if self._block is not None:
-            before, behind, pairs = self._block
-            self._show(before + (behind - before) * min(1.0, self._pairs_of_block / max(1, pairs)))
+            start, end, pairs = self._block
+            self._show(start + (end - start) * min(1.0, self._pairs_of_block / max(1, pairs)))
 
     def report(self, progress: JobProgress, rejected: list[Rejected]) -> None:
-        """A block is on disk."""
+        """Show that a block is on disk."""
         self._offset = float(progress.position.offset)
         for each in rejected:
             self._reject(each)
         self._show(self._offset)
 
     def piece(self, num_pairs: int, num_tokens: int, num_rejected: int) -> None:
-        """An engine elsewhere has done one piece of the input; offsets count pieces then."""
+        """Count a piece scored by a Ray worker; offsets then count pieces."""
         self._offset += 1
         self.num_rejected += num_rejected
         self.advance(num_pairs, num_tokens)
         self._show(self._offset)
 
     def event(self, name: str, **values: Any) -> None:
-        """A line of JSON on standard output, in the mode that has them."""
+        """Print a line of JSON on standard output in JSON mode."""
         if self._mode == "json":
             line = json.dumps({"event": name, **values}, ensure_ascii=False)
             Console().out(line, highlight=False)
@@ -113,7 +113,7 @@ class Display:
         self.event("rejected", file=rejected.file, line=rejected.number, error=rejected.error)
         if self._mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
             where = f"{rejected.file}:{rejected.number}: {rejected.error}"
-            more = " (more are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
+            more = " (further ones are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
             self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, offset: float) -> None:

@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment: replaced whole, or appended to and cut back to what was counted."""
+"""Write files so that they survive a kill at any moment: replace them atomically, or append and truncate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from local_rerank.errors import ConfigError
 
 @contextmanager
 def replace(file: Path) -> Iterator[IO[bytes]]:
-    """A stream for the new content of `file`, which takes the old one's place, whole and on disk, as the block ends."""
+    """Yield a stream for the new content, which atomically replaces `file`, synced to disk, when the block ends."""
     new = file.with_name(file.name + ".new")
     with new.open("wb") as stream:
         yield stream
@@ -24,7 +24,7 @@ def replace(file: Path) -> Iterator[IO[bytes]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on disk; Windows has no such call and needs none."""
+    """Sync a directory's entries to disk; Windows has no such call and needs none."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -35,22 +35,20 @@ def sync_folder(folder: Path) -> None:
 
 
 class AppendFile:
-    """A file that grows. `commit` says how far it is on disk, `rewind` cuts what a kill left behind that."""
+    """An append-only file: `commit` syncs it and returns its size, `rewind` truncates what a kill left beyond that."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._stream: IO[bytes] | None = None
 
     def rewind(self, size: int) -> None:
-        """Go on behind the first `size` bytes; a file of 0 bytes is not made before it is written to."""
+        """Continue after the first `size` bytes; an empty file is created only when something is written."""
         self.close()
         if size == 0:
             self._file.unlink(missing_ok=True)
             return
         if not self._file.is_file() or self._file.stat().st_size < size:
-            raise ConfigError(
-                f"{self._file} has lost some of the {size} bytes that were counted; --overwrite begins anew"
-            )
+            raise ConfigError(f"{self._file} is shorter than the {size} bytes the job wrote; --overwrite starts again")
         self._stream = self._file.open("r+b")
         self._stream.truncate(size)
         self._stream.seek(size)

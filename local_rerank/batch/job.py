@@ -1,11 +1,10 @@
-"""A job: rows of a source through a scorer into a sink, and on from where it was after a kill at any moment.
+"""Run a job from a source through a scorer to a sink, and resume it after a kill at any moment.
 
-Rows go in blocks. A block is scored, its lines are brought to disk, and only then does `progress.json`, replaced as a
-whole, count them; what a kill leaves behind the counted size is cut off before the job goes on. So each row is in the
-output once. Scores of a block that was cut off are in the cache of scores, so that they need not be computed again.
+The job scores one block of rows at a time, syncs its output to disk, and only then counts it in `progress.json`, which
+is replaced atomically. Output beyond the counted size, left by a kill, is truncated before the job resumes, so each row
+is written exactly once. The score cache keeps the scores of a truncated block.
 
-Beside OUTPUT stands the folder OUTPUT.job with what is not finished; when the job is done only `progress.json` (and
-the lock) stay there, and the same command says that there is nothing left to do.
+The folder OUTPUT.job holds unfinished data. Once the job is done it holds only `progress.json` and the lock.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from local_rerank.batch.durable import AppendFile
 from local_rerank.batch.durable import replace as replace_file
-from local_rerank.batch.rows import Row, ScoredRow
+from local_rerank.batch.rows import Row, ScoredRow, encode, json_line
 from local_rerank.batch.sinks import Sink
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Position, Rejected, Source
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -33,25 +32,25 @@ MAX_BLOCK_CHARS = 4 << 20  # of queries and documents
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobProgress:
-    """What is done for certain."""
+    """What is safely on disk."""
 
-    settings: dict[str, str]  # under which the job was begun; it cannot go on under others
+    settings: dict[str, str]  # the job was started with these and resumes only with the same ones
     position: Position = field(default_factory=Position)
     output_mark: int = 0
     rejects_mark: int = 0
     num_rows: int = 0  # in the output
-    num_pairs: int = 0  # of those rows
+    num_pairs: int = 0  # in those rows
     num_rejected: int = 0
-    seconds: float = 0.0  # of all runs of the job
+    seconds: float = 0.0  # over all runs of the job
     is_done: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Neighbouring records, and the position behind them."""
+    """Consecutive records and the position after them."""
 
     items: tuple[Row | Rejected, ...]
-    behind: Position
+    end: Position
 
     @property
     def rows(self) -> list[Row]:
@@ -65,11 +64,11 @@ class Block:
 Score = Callable[[list[Row]], list[ScoredRow | InvalidRequest]]
 Begin = Callable[[Block], None]
 Report = Callable[[JobProgress, list[Rejected]], None]
-"""Told of each step that is counted, and of the records it rejected."""
+"""Called after each block is on disk, with the records it rejected."""
 
 
 class JobFolder:
-    """OUTPUT.job, held by one process at a time. Raises ConfigError where the job is another's or another one."""
+    """The folder OUTPUT.job, locked by one process. Raises ConfigError if it is in use or belongs to another job."""
 
     def __init__(self, output: Path, rejects: Path, settings: dict[str, str], *, overwrite: bool) -> None:
         self.path = output.with_name(output.name + ".job")
@@ -79,7 +78,7 @@ class JobFolder:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise ConfigError(f"another process is writing {output}") from error
+            raise ConfigError(f"{output} is being written by another process") from error
         try:
             self.progress = self._load(output, rejects, settings, overwrite)
         except ConfigError:
@@ -90,17 +89,16 @@ class JobFolder:
         found = None if overwrite else _read(self._file)
         if found is None:
             if not overwrite and (there := [file for file in (output, rejects) if file.exists()]):
-                raise ConfigError(f"{there[0]} exists and no job can go on there; --overwrite begins anew")
+                raise ConfigError(f"{there[0]} exists and belongs to no unfinished job; --overwrite replaces it")
             return self._begin(settings)
         for name in sorted(settings.keys() | found.settings.keys()):
             if settings.get(name) != found.settings.get(name):
-                was, now = found.settings.get(name, "not given"), settings.get(name, "not given")
-                what = f"{output} was begun with {name} {was}, not {now}; finish it so, or --overwrite begins anew"
-                raise ConfigError(what)
+                was, now = found.settings.get(name, "unset"), settings.get(name, "unset")
+                raise ConfigError(other_setting(output, name, was, now))
         return self._begin(settings) if found.is_done and not output.exists() else found
 
     def _begin(self, settings: dict[str, str]) -> JobProgress:
-        """Count nothing, on disk, before the output is made: else a kill would leave an output that no job knows."""
+        """Save empty progress before creating the output, so that a kill leaves no output without a job."""
         self.clear(keep_progress=False)
         self.save(JobProgress(settings=settings))
         return JobProgress(settings=settings)
@@ -110,13 +108,18 @@ class JobFolder:
             stream.write(json.dumps({"version": FORMAT_VERSION, **asdict(progress)}, indent=2).encode())
 
     def clear(self, *, keep_progress: bool) -> None:
-        """Remove what is not finished."""
+        """Remove unfinished data."""
         for file in self.path.iterdir():
             if file.name != "lock" and not (keep_progress and file == self._file):
                 file.unlink()
 
     def close(self) -> None:
-        self._lock.release()  # its file stays: who removes it may take it from the next one
+        self._lock.release()  # the file stays, because removing it could break the lock of the next process
+
+
+def other_setting(output: object, name: str, was: object, now: object) -> str:
+    """Say that a job cannot resume because a setting has changed."""
+    return f"{output} was started with {name} {was}, not {now}; use the same value, or --overwrite to start again"
 
 
 @contextmanager
@@ -131,7 +134,7 @@ def job_folder(output: Path, rejects: Path, settings: dict[str, str], *, overwri
 def run_job(
     folder: JobFolder, source: Source, score: Score, sink: Sink, rejects: Path, *, begin: Begin, report: Report
 ) -> JobProgress:
-    """Do what is left of a job; `begin` is told of each block before it is scored. Returns the last progress."""
+    """Do the rest of a job; calls `begin` before each block and `report` after it. Returns the final progress."""
     progress = folder.progress
     if progress.is_done:
         return progress
@@ -144,10 +147,10 @@ def run_job(
         scored, rejected = score_block(block, score, sink, source.file)
         sink.write(scored)
         for each in rejected:
-            rejects_file.append((json.dumps(asdict(each), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            rejects_file.append(encode(json_line(asdict(each))))
         progress = replace(
             progress,
-            position=block.behind,
+            position=block.end,
             output_mark=sink.commit(),
             rejects_mark=rejects_file.commit(),
             num_rows=progress.num_rows + len(scored),
@@ -157,7 +160,7 @@ def run_job(
         )
         folder.save(progress)
         report(progress, rejected)
-    sink.commit()  # a header, where no row came
+    sink.commit()  # writes the header even without rows
     sink.finish()
     rejects_file.close()
     progress = replace(progress, is_done=True)
@@ -167,31 +170,31 @@ def run_job(
 
 
 def blocks(source: Source, position: Position) -> Iterator[Block]:
-    """Records from a position on, in blocks of bounded size; one record that is larger is a block of its own."""
+    """Yield the records after a position in blocks of bounded size; a larger record is a block by itself."""
     items: list[Row | Rejected] = []
     num_pairs = num_chars = 0
-    behind = position
-    for item, item_behind in source.read(position):
+    end = position
+    for item, item_end in source.read(position):
         pairs, chars = _size(item)
         if items and (num_pairs + pairs > MAX_BLOCK_PAIRS or num_chars + chars > MAX_BLOCK_CHARS):
-            yield Block(items=tuple(items), behind=behind)
+            yield Block(items=tuple(items), end=end)
             items, num_pairs, num_chars = [], 0, 0
         items.append(item)
-        behind = item_behind
+        end = item_end
         num_pairs += pairs
         num_chars += chars
     if items:
-        yield Block(items=tuple(items), behind=behind)
+        yield Block(items=tuple(items), end=end)
 
 
 def score_block(block: Block, score: Score, sink: Sink, file: Path) -> tuple[list[ScoredRow], list[Rejected]]:
-    """The rows that can be written and the records that cannot."""
+    """Score a block; returns the rows to write and the rejected records."""
     rows: list[Row] = []
     rejected: list[Rejected] = []
     for item in block.items:
         if isinstance(item, Rejected):
             rejected.append(item)
-        elif (error := sink.objection(item)) is not None:
+        elif (error := sink.refusal(item)) is not None:
             rejected.append(_reject(item, error, file))
         else:
             rows.append(item)
@@ -210,7 +213,7 @@ def _reject(row: Row, error: str, file: Path) -> Rejected:
 
 
 def _size(item: Row | Rejected) -> tuple[int, int]:
-    """Pairs and characters of a record; a rejected one counts as a pair, so that blocks of them end, too."""
+    """Return the pairs and characters of a record; a rejected one counts as a pair, to bound blocks of them too."""
     if isinstance(item, Rejected):
         return 1, len(item.content)
     return len(item.documents), len(item.query) + sum(map(len, item.documents))
@@ -220,9 +223,9 @@ def _read(file: Path) -> JobProgress | None:
     try:
         value = json.loads(file.read_bytes())
         if value.pop("version") != FORMAT_VERSION:
-            raise ValueError("it is of another version")
+            raise ValueError("it has another version")
         return JobProgress(**value | {"position": Position(**value["position"])})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); --overwrite begins anew") from error
+        raise ConfigError(f"{file} cannot be read ({error}); --overwrite starts again") from error

@@ -1,16 +1,14 @@
-"""A large input in pieces that any worker can score alone: byte ranges of JSON lines, row groups of Parquet.
+"""Split a large input into pieces that workers score independently: byte ranges of JSON lines, row groups of Parquet.
 
-Input and output are named by path or by URI (`s3://`, `gs://`, `hdfs://`, `fsspec+...://`: what pyarrow knows), the
-input may be a folder of files. Each piece becomes one part of the output folder, `part-00000.jsonl` or `.parquet`,
-which has its name only when it is whole; what is rejected stands beside it. Parts in order are the output. What a
-`PartFormat` says holds for all of them, so that parts of one job have the same columns.
+Input and output are paths or URIs that pyarrow knows (`s3://`, `gs://`, `hdfs://`, `fsspec+...://`). The input may be a
+folder. Each piece becomes one part of the output folder, `part-00000.jsonl` or `.parquet`, which gets its name once it
+is complete; rejected records are written beside it. All parts share a `PartFormat`, so their columns are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +20,20 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from local_rerank.batch.parquet import output_fields, table_of
-from local_rerank.batch.rows import Record, Row, parse_record, to_record
+from local_rerank.batch.rows import Record, Row, encode, json_line, to_record, try_parse
 from local_rerank.batch.scoring import BlockScorer
-from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, other_kind, parse_json_line
+from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, mixed_kinds, parse_json_line
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend
 from local_rerank.reranker import Reranker
 
-PIECE_BYTES = 1 << 20  # of JSON lines: some thousand short pairs, seconds of a GPU's work
+PIECE_BYTES = 1 << 20  # of JSON lines: about a thousand short pairs, seconds of work for a GPU
 SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of one input file; `begin` and `end` are bytes of JSON lines, or row groups."""
+    """A range of one input file; `begin` and `end` are bytes of JSON lines, or row groups."""
 
     number: int
     path: str
@@ -44,28 +42,28 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What came of a piece."""
+class PieceResult:
+    """The counts of a scored piece."""
 
     number: int
     num_rows: int
     num_pairs: int
-    num_tokens: int  # that went through the model
+    num_tokens: int  # computed by the model
     num_rejected: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartFormat:
-    """What is written of each row."""
+    """How parts are written."""
 
-    suffix: str  # of the parts
+    suffix: str
     with_documents: bool = False
     is_blended: bool = False
-    is_pairs: bool = False  # of JSON lines, whose first record decides both
+    is_pairs: bool = False  # for JSON lines; the first record decides this and the columns
     columns: tuple[str, ...] = ("query",)
 
     def schema(self, found: pa.Schema | None) -> pa.Schema:
-        """Columns of a Parquet part: those of the Parquet file that was read, or of the JSON lines as strings."""
+        """Return the columns of a Parquet part; `found` is the schema of a Parquet input."""
         if found is None:
             fields, is_pairs = {name: pa.string() for name in self.columns}, self.is_pairs
         else:
@@ -74,8 +72,8 @@ class PartFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """A record of a piece: its row, or why it has none, and where it stands in its file."""
+class _PieceRecord:
+    """A record of a piece: its row or its error, and its place in the file."""
 
     row: Row | InvalidRequest
     place: dict[str, int]
@@ -83,7 +81,7 @@ class _Item:
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a path or URI and the path in it; raises ConfigError."""
+    """Return the filesystem of a path or URI and the path in it; raises ConfigError."""
     if "://" not in uri:
         return pafs.LocalFileSystem(), str(Path(uri).resolve())
     try:
@@ -94,24 +92,24 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def suffix_of(uri: str) -> str:
-    """How the name ends, in lower case; `?region=...` behind it is the filesystem's."""
+    """Return a name's suffix in lower case, without a URI's query string."""
     return Path(urlsplit(uri).path if "://" in uri else uri).suffix.lower()
 
 
 def find_pieces(uri: str) -> list[Piece]:
-    """The pieces of a file, or of all .jsonl and .parquet files of a folder, in order; raises InvalidRequest."""
+    """Return the pieces of a file, or of all .jsonl and .parquet files in a folder, in order; raises InvalidRequest."""
     filesystem, files = _files(uri)
     pieces: list[Piece] = []
     for file in files:
         for begin, end in _ranges(filesystem, file):
             pieces.append(Piece(number=len(pieces), path=file.path, begin=begin, end=end))
     if not pieces:
-        raise InvalidRequest(f"{uri} holds no rows in {' or '.join(SUFFIXES)} files", field="input")
+        raise InvalidRequest(f"{uri} contains no rows in {' or '.join(SUFFIXES)} files", field="input")
     return pieces
 
 
 def state_of(uri: str) -> str:
-    """What tells whether an input was changed: a digest of its files' names, sizes and times."""
+    """Return a digest of the names, sizes and modification times of the input files, to detect changes."""
     states = [f"{file.path} {file.size} {file.mtime_ns}" for file in _files(uri)[1]]
     return hashlib.sha256("\n".join(states).encode()).hexdigest()[:16]
 
@@ -120,7 +118,7 @@ def _files(uri: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
     filesystem, path = open_filesystem(uri)
     found = filesystem.get_file_info(path)
     if found.type == pafs.FileType.NotFound:
-        raise InvalidRequest(f"{uri} is neither a file nor a folder", field="input")
+        raise InvalidRequest(f"input is {uri}; there is no such file or folder", field="input")
     if found.type != pafs.FileType.Directory:
         return filesystem, [found]
     selected = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
@@ -143,7 +141,7 @@ def part_path(folder: str, number: int, suffix: str) -> str:
 
 
 def first_row(uri: str, pieces: list[Piece]) -> Row | None:
-    """The first record of the JSON lines that can be ranked, which decides the kind of all and their columns."""
+    """Return the first valid record of the JSON lines, which decides the kind of all records and their columns."""
     filesystem, _ = open_filesystem(uri)
     for piece in pieces:
         if piece.path.endswith(".jsonl"):
@@ -155,21 +153,20 @@ def first_row(uri: str, pieces: list[Piece]) -> Row | None:
 
 
 class PieceScorer:
-    """Scores pieces with a reranker of its own and writes their parts."""
+    """Scores pieces with its own reranker and writes their parts."""
 
     def __init__(self, reranker: Reranker, input: str, output: str, parts: PartFormat, *, blend: Blend | None) -> None:
         self._scorer = BlockScorer(reranker, blend=blend, advance=self._advance)
         self._input, _ = open_filesystem(input)
         self._output, self._folder = open_filesystem(output)
         self._parts = parts
-        self._num_tokens = 0  # of the piece that is scored
+        self._num_tokens = 0  # of the current piece
 
-    def __call__(self, piece: Piece) -> Done:
-        """Done twice, it writes the same part."""
+    def __call__(self, piece: Piece) -> PieceResult:
+        """Score a piece and write its part; idempotent."""
         self._num_tokens = 0
         items, schema = self._read(piece)
-        scored = iter(self._scorer.score([item.row for item in items if isinstance(item.row, Row)]))
-        outcomes = [next(scored) if isinstance(item.row, Row) else item.row for item in items]
+        outcomes = self._scorer.score([item.row for item in items])
         good = [outcome for outcome in outcomes if not isinstance(outcome, InvalidRequest)]
         bad = [
             {"file": piece.path, **item.place, "error": str(outcome), "content": item.content}
@@ -182,7 +179,7 @@ class PieceScorer:
         is_parquet = self._parts.suffix == ".parquet"
         data = _table_bytes(records, self._parts.schema(schema)) if is_parquet else _lines(records)
         self._write(part_path(self._folder, piece.number, self._parts.suffix), data)
-        return Done(
+        return PieceResult(
             number=piece.number,
             num_rows=len(good),
             num_pairs=sum(len(row.results) for row in good),
@@ -193,21 +190,22 @@ class PieceScorer:
     def _advance(self, num_pairs: int, num_tokens: int) -> None:
         self._num_tokens += num_tokens
 
-    def _read(self, piece: Piece) -> tuple[list[_Item], pa.Schema | None]:
-        """The records of a piece, and the columns of a Parquet file."""
+    def _read(self, piece: Piece) -> tuple[list[_PieceRecord], pa.Schema | None]:
+        """Return the records of a piece and the schema of a Parquet file."""
         with self._input.open_input_file(piece.path) as stream:
             if piece.path.endswith(".parquet"):
                 parquet = pq.ParquetFile(stream)
                 return list(_rows_of(parquet, piece)), parquet.schema_arrow
-            lines = lines_between(io.BufferedReader(stream), piece.begin, piece.end)  # pyarrow's own reads no lines
+            is_pairs = self._parts.is_pairs
+            lines = lines_between(io.BufferedReader(stream), piece.begin, piece.end)  # pyarrow's stream has no readline
             return [
-                _Item(row=_row(line, is_pairs=self._parts.is_pairs), place={"byte": byte}, content=content_of(line))
+                _PieceRecord(row=_row(line, is_pairs=is_pairs), place={"byte": byte}, content=content_of(line))
                 for byte, line in lines
                 if line.strip()
             ], None
 
     def _write(self, path: str, data: bytes) -> None:
-        """A local file gets its name when it is whole; an object store shows an object only then."""
+        """Write a part atomically: rename a local file once it is complete; object stores do this by themselves."""
         if not isinstance(self._output, pafs.LocalFileSystem):
             with self._output.open_output_stream(path) as stream:
                 stream.write(data)
@@ -217,45 +215,37 @@ class PieceScorer:
         self._output.move(path + ".new", path)
 
 
-def _rows_of(parquet: pq.ParquetFile, piece: Piece) -> Iterator[_Item]:
+def _rows_of(parquet: pq.ParquetFile, piece: Piece) -> Iterator[_PieceRecord]:
     before = sum(parquet.metadata.row_group(group).num_rows for group in range(piece.begin))
     records = parquet.read_row_groups(list(range(piece.begin, piece.end))).to_pylist()
     for number, record in enumerate(records, before + 1):
-        yield _Item(row=_parsed(record), place={"row": number}, content=str(record)[:MAX_CONTENT_CHARS])
+        yield _PieceRecord(row=try_parse(record), place={"row": number}, content=str(record)[:MAX_CONTENT_CHARS])
 
 
 def lines_between(stream: IO[bytes], begin: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin in [begin, end), each with its offset: each line of a file belongs to one of its ranges."""
+    """Yield the lines that start in [begin, end) with their offsets, so each line belongs to exactly one range."""
     position = begin
     if begin:
         stream.seek(begin - 1)
-        position = begin - 1 + len(stream.readline())  # the rest of a line that began before
+        position = begin - 1 + len(stream.readline())  # skip the rest of a line that started earlier
     while position < end and (line := stream.readline()):
         yield position, line
         position += len(line)
 
 
 def _row(line: bytes, *, is_pairs: bool | None = None) -> Row | InvalidRequest:
-    """The row of a line, or why it is none; `is_pairs`: of what kind it must be."""
+    """Parse a line as a row, or return the error; `is_pairs` is the required kind."""
     try:
-        row = _parsed(parse_json_line(line))
+        row = try_parse(parse_json_line(line))
     except ValueError as error:
         return InvalidRequest(str(error), field="record")
     if isinstance(row, Row) and is_pairs not in (None, row.is_pair):
-        return InvalidRequest(other_kind(not row.is_pair), field="record")
+        return InvalidRequest(mixed_kinds(not row.is_pair), field="record")
     return row
 
 
-def _parsed(record: object) -> Row | InvalidRequest:
-    try:
-        return parse_record(record)
-    except InvalidRequest as error:
-        return error
-
-
 def _lines(records: list[Record]) -> bytes:
-    text = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-    return text.encode("utf-8", "backslashreplace")
+    return encode("".join(map(json_line, records)))
 
 
 def _table_bytes(records: list[Record], schema: pa.Schema) -> bytes:

@@ -1,7 +1,7 @@
-"""The one way into Ray: usage statistics off, joined where `RAY_ADDRESS` or an address says so, else started here.
+"""Connect to Ray: join the cluster at an address or `RAY_ADDRESS`, else start one here. Usage statistics are off.
 
-Ray is an extra (`pip install 'local-rerank[ray]'`) and is imported only by who asks for it. A cluster that is started
-here listens on this machine's loopback alone and has no dashboard.
+Ray is an extra (`pip install 'local-rerank[ray]'`) and is imported only when needed. A cluster started here listens on
+loopback only and has no dashboard.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from local_rerank.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 512 * 1024**2
-"""Shared memory of a cluster started here. Texts and scores pass through it; Ray would take 30 % of the memory."""
+"""Shared memory of a cluster started here, for texts and scores. Ray's default is 30 % of the machine's memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaResources:
-    """What one engine takes of a cluster, in Ray's words."""
+    """The resources that one engine reserves on a cluster."""
 
     num_cpus: int
     num_gpus: int
@@ -34,29 +34,27 @@ class ReplicaResources:
 
 
 def require_ray() -> None:
-    """Raises ConfigError where Ray is not installed. To be called before `import ray`: it reads its variables then."""
+    """Set Ray's environment variables, so call this before `import ray`. Raises ConfigError if Ray is missing."""
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("Ray is not installed; pip install 'local-rerank[ray]'")
+        raise ConfigError("Ray is not installed: pip install 'local-rerank[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing leaves the machine
     if "RAY_ADDRESS" not in os.environ:
-        # the name is misleading: without it Ray replaces 127.0.0.1 by an address that other machines reach
+        # despite its name, without this Ray replaces 127.0.0.1 by an address that other machines can reach
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns that this default will change
 
 
 def connect(address: str | None = None, *, log_to_driver: bool = True) -> bool:
-    """Join the cluster at `address` or `RAY_ADDRESS`, else start one here; says whether it was started.
+    """Join the cluster at `address` or `RAY_ADDRESS`, else start one; returns whether one was started.
 
-    `log_to_driver`: whether what processes of the cluster print comes out here, too.
-
-    Raises ConfigError where there is no cluster at that address.
+    `log_to_driver` also prints the workers' output here. Raises ConfigError if there is no cluster at that address.
     """
     require_ray()
     address = address or os.environ.get("RAY_ADDRESS") or None
     connected: Future[None] = Future()
 
     def keep() -> None:
-        """The kernel ends Ray's processes together with the thread that started them, so this one stays."""
+        """Stay alive, because the kernel ends Ray's processes together with the thread that started them."""
         try:
             _init(address, log_to_driver)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -88,9 +86,9 @@ def _init(address: str | None, log_to_driver: bool) -> None:
 
 
 def replica_resources(config: EngineConfig, num_replicas: int | None) -> ReplicaResources:
-    """One GPU for each engine if the cluster has any and `device` allows it; else CPUs, one for each thread.
+    """Give each engine a GPU if the cluster has any and `device` allows it, else one CPU per thread.
 
-    Without `threads`, `num_replicas` engines share the cluster's CPUs; without a number, one engine fills a node.
+    Without `threads`, `num_replicas` engines share the cluster's CPUs, or one engine fills a node.
     """
     nodes = _nodes()
     num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -105,13 +103,13 @@ def replica_resources(config: EngineConfig, num_replicas: int | None) -> Replica
 
 
 def room_for(resources: ReplicaResources) -> int:
-    """How many engines of that size the cluster's nodes hold together."""
+    """Return how many engines of that size fit on the cluster's nodes."""
     wanted = {name: amount for name, amount in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)) if amount}
     return sum(min(int(node.get(name, 0)) // amount for name, amount in wanted.items()) for node in _nodes())
 
 
 def _nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive, by their names."""
+    """Return the resources of each live node."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's own
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""A batch job on a Ray cluster: the pieces of the input through an actor pool of engines, by Ray Data.
+"""Run a batch job on a Ray cluster: Ray Data maps the pieces of the input over a pool of engine actors.
 
-An actor holds one engine: a GPU of its own where there are any, else CPU threads. Ray starts a lost actor again and
-gives its piece to another one; a part that is there is not computed again, so a job that was ended goes on.
+Each actor holds one engine, on a GPU or on CPU threads. Ray restarts a lost actor and retries its piece. Parts that
+exist are not computed again, so a job resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from local_rerank.batch import ray_cluster
+from local_rerank.batch.job import other_setting
 from local_rerank.batch.pieces import (
     SUFFIXES,
-    Done,
     PartFormat,
     Piece,
+    PieceResult,
     find_pieces,
     first_row,
     open_filesystem,
@@ -40,7 +41,7 @@ JOB_FILE = "job.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RayJob:
-    """What the command line asks for; `output` is a folder of parts."""
+    """The options of a job; `output` is a folder of parts."""
 
     input: str
     output: str
@@ -51,32 +52,32 @@ class RayJob:
 
     def __post_init__(self) -> None:
         if self.suffix not in SUFFIXES:
-            raise ConfigError(f"output ends in {self.suffix}; on Ray it must end in {' or '.join(SUFFIXES)}")
+            raise ConfigError(f"output ends in {self.suffix!r}; with --ray it must end in {' or '.join(SUFFIXES)}")
 
     def settings(self, num_pieces: int) -> dict[str, str]:
-        """All that decides what is written."""
+        """Return everything that determines the output."""
         values = {name: getattr(self, name) for name in ("suffix", "with_documents", "blend")}
-        values["input"] = re.sub(r"//[^/@]*@", "//", self.input)  # without a key that the URI may hold
+        values["input"] = re.sub(r"//[^/@]*@", "//", self.input)  # without credentials in the URI
         values |= {name: getattr(self.config, name) for name in ("model", "revision", "dtype", "instruction")}
         values |= {"input_state": state_of(self.input), "num_pieces": num_pieces}
         return {name: str(value) for name, value in values.items()}
 
 
 Begin = Callable[[int, int], None]
-"""Told how many pieces are done already, and how many there are."""
+"""Called with the number of pieces already done and of all pieces."""
 
 
-def run(job: RayJob, address: str | None, *, overwrite: bool, begin: Begin) -> Iterator[Done]:
-    """Score what is left of a job; yields what came of each piece as it is done. Ray is left when all are.
+def run(job: RayJob, address: str | None, *, overwrite: bool, begin: Begin) -> Iterator[PieceResult]:
+    """Score the remaining pieces of a job and yield the result of each; shuts Ray down at the end if it started it.
 
-    Raises ConfigError where there is no cluster or the folder is another job's, InvalidRequest for an input that
-    cannot be read, EngineFailure where an engine cannot be made or fails.
+    Raises ConfigError if there is no cluster or the folder belongs to another job, InvalidRequest if the input cannot
+    be read, and EngineFailure if an engine cannot be loaded or fails.
     """
     pieces = find_pieces(job.input)
     left = _left(job, pieces, overwrite)
     begin(len(pieces) - len(left), len(pieces))
     if left:
-        yield from _run(job, left, _part_format(job, pieces), address)
+        yield from score_on_cluster(job, left, _part_format(job, pieces), address)
 
 
 def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
@@ -88,7 +89,7 @@ def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
 
 
 def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
-    """The pieces whose parts are not there, in a folder that is this job's."""
+    """Return the pieces without a part; raises ConfigError if the folder belongs to another job."""
     filesystem, folder = open_filesystem(job.output)
     filesystem.create_dir(folder, recursive=True)
     settings, file = job.settings(len(pieces)), f"{folder}/{JOB_FILE}"
@@ -99,8 +100,7 @@ def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
             found = json.loads(stream.read())
         for name, value in settings.items():
             if found.get(name) != value:
-                raise ConfigError(f"{job.output} was begun with {name} {found.get(name)}, not {value}; "
-                                  "finish it so, or --overwrite begins anew")  # fmt: skip
+                raise ConfigError(other_setting(job.output, name, found.get(name), value))
     else:
         with filesystem.open_output_stream(file) as stream:
             stream.write(json.dumps(settings, indent=2).encode())
@@ -108,13 +108,13 @@ def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
     return [piece for piece in pieces if part_path(folder, piece.number, job.suffix) not in there]
 
 
-def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[Done]:
+def score_on_cluster(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[PieceResult]:
     ray_cluster.require_ray()
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised here, too
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors are raised here anyway
     import ray
     import ray.data
 
-    _keep_to_file("ray.data")
+    _silence_console("ray.data")
     joined = ray.is_initialized()
     if not joined:
         ray_cluster.connect(address, log_to_driver=False)
@@ -127,14 +127,14 @@ def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | Non
         config = job.config if resources.num_gpus else dataclasses.replace(job.config, threads=resources.num_cpus)
         rows = ray.data.from_items([dataclasses.asdict(piece) for piece in pieces], override_num_blocks=len(pieces))
         scored = rows.map(
-            _Actor,  # type: ignore[arg-type]  # Ray takes a class whose instances are called, too
+            _Actor,  # type: ignore[arg-type]  # Ray also takes a class with __call__
             fn_constructor_args=(dataclasses.replace(job, config=config), parts),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(room, len(pieces))),
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
         )
         for row in scored.iter_rows():
-            yield Done(**row)
+            yield PieceResult(**row)
     except ray.exceptions.RayError as error:
         raise EngineFailure(f"an engine on the cluster failed: {_reason(error)}") from error
     finally:
@@ -142,24 +142,24 @@ def _run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | Non
             ray.shutdown()
 
 
-def _keep_to_file(logger: str) -> None:
-    """Ray Data tells of each step, and of each fault with its traceback, on standard error and in a file of its own."""
+def _silence_console(logger: str) -> None:
+    """Keep Ray Data's steps and tracebacks off standard error; it also writes them to its log file."""
     for handler in logging.getLogger(logger).handlers:
         if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
             handler.setLevel(logging.CRITICAL + 1)
 
 
 def _reason(error: Exception) -> str:
-    """What the engine said, without the traceback that Ray sends in its place."""
+    """Return the engine's message from the traceback that Ray sends."""
     said = re.findall(r"^[\w.]+(?:Error|Exception|Failure): (.+)", str(error), re.MULTILINE)
     return said[-1] if said else str(error)
 
 
 class _Actor:
-    """One engine in a process of its own."""
+    """One engine in a worker process."""
 
     def __init__(self, job: RayJob, parts: PartFormat) -> None:
-        configure_process()  # before torch is loaded, which is next
+        configure_process()  # must run before torch is imported
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.reranker import Reranker
 
@@ -170,7 +170,7 @@ class _Actor:
 
 
 def absolute(config: EngineConfig) -> EngineConfig:
-    """A model's folder by its whole path: an engine elsewhere has another working folder."""
+    """Make a model folder's path absolute, because a worker has another working directory."""
     if config.model is None or not Path(config.model).exists():
         return config
     return dataclasses.replace(config, model=str(Path(config.model).resolve()))

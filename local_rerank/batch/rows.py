@@ -1,12 +1,12 @@
-"""A record of a file -> `Row`: a query with its documents, checked; and what is known of a row once it is scored.
+"""Validate input records as `Row`s and convert scored rows back to records.
 
-A record is a dict, whatever file it came from. With `documents` (texts, or objects with `text` and perhaps `id` and
-`score`) it asks for a ranking; with `document` it is one pair. Everything else in it is carried to the output. Nothing
-here reads files or knows of models.
+A record is a dict from any kind of file. With `documents` (strings, or objects with `text` and optional `id` and
+`score`) it asks for a ranking; with `document` it is a single pair. All other fields are copied to the output.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 T = TypeVar("T")
 
 PAIR_COLUMNS = ("relevance_score", "log_odds", "num_tokens", "num_truncated_tokens")
-"""What a pair's record gains."""
+"""Fields that scoring adds to a pair's record."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,27 +28,27 @@ class Row:
 
     query: str
     documents: tuple[str, ...]
-    is_pair: bool = False  # one pair: its scores stand beside its fields, not in a list of results
-    instruction: str | None = None  # None: the engine's
-    id: str | None = None  # the query's name in a run
+    is_pair: bool = False  # its scores are written beside its fields, not as a list of results
+    instruction: str | None = None  # None means the engine's
+    id: str | None = None  # the query's id in a run
     document_ids: tuple[str, ...] | None = None
-    first_stage_scores: tuple[float, ...] | None = None  # what `--blend run=W` adds
-    tail_ids: tuple[str, ...] = ()  # documents below top_k: not scored, and below the others in a run
-    fields: Record = field(default_factory=dict)  # what the output carries over
-    number: int = 0  # its line or row in the input, for messages
+    first_stage_scores: tuple[float, ...] | None = None  # used by `--blend run=W`
+    tail_ids: tuple[str, ...] = ()  # candidates below top_k: not scored, written after the others
+    fields: Record = field(default_factory=dict)  # copied to the output
+    number: int = 0  # line or row in the input, for messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRow:
-    """A row with its documents, best first."""
+    """A row with its ranked documents, best first."""
 
     row: Row
     results: tuple[RankedDocument, ...]
-    blended_scores: tuple[float, ...] | None = None  # in the order of `results`, which they then decide
+    blended_scores: tuple[float, ...] | None = None  # sorted like `results`, whose order they then decide
 
 
 def parse_record(record: object) -> Row:
-    """Check a record; raises InvalidRequest, which names the field.
+    """Validate a record; raises InvalidRequest that names the field.
 
     >>> parse_record({"id": 7, "query": "capital of France", "documents": ["Rome", {"text": "Paris"}]}).documents
     ('Rome', 'Paris')
@@ -59,7 +59,7 @@ def parse_record(record: object) -> Row:
     if not isinstance(query, str):
         raise InvalidRequest(f"query must be a string, not {_kind(record, 'query')}", field="query")
     if not query.strip():
-        raise InvalidRequest("query is empty; it must hold some text", field="query")
+        raise InvalidRequest("query is empty; it must contain some text", field="query")
     if instruction is not None and not isinstance(instruction, str):
         raise InvalidRequest(f"instruction must be a string, not {_kind(record, 'instruction')}", field="instruction")
     name = _name(record.get("id"), "id")
@@ -86,8 +86,16 @@ def parse_record(record: object) -> Row:
     )
 
 
+def try_parse(record: object) -> Row | InvalidRequest:
+    """Like `parse_record`, but return the error."""
+    try:
+        return parse_record(record)
+    except InvalidRequest as error:
+        return error
+
+
 def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
-    """What is written of a row: its fields, and its scores or its list of results; texts of documents if asked for."""
+    """Return the output record: the row's fields plus its scores (a pair) or its results (a ranking)."""
     if scored.row.is_pair:
         return scored.row.fields | {name: getattr(scored.results[0], name) for name in PAIR_COLUMNS}
     results = [result_record(scored, rank, with_documents=with_documents) for rank in range(1, len(scored.results) + 1)]
@@ -95,7 +103,7 @@ def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
 
 
 def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False) -> Record:
-    """One document of the answer; `rank` counts from 1."""
+    """Return the record of one ranked document; `rank` counts from 1."""
     item, row = scored.results[rank - 1], scored.row
     record: Record = {"index": item.index}
     if row.document_ids is not None:
@@ -108,8 +116,17 @@ def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False)
     return record
 
 
+def json_line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def encode(text: str) -> bytes:
+    """Encode as UTF-8; a lone surrogate, which JSON can contain, is written as its escape."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def _parse_document(document: object, index: int) -> tuple[str, str | None, float | None]:
-    """Text, id and first stage's score of one entry of `documents`."""
+    """Return the text, id and first-stage score of one entry of `documents`."""
     where = f"documents[{index}]"
     if isinstance(document, str):
         return document, None, None
@@ -124,7 +141,7 @@ def _parse_document(document: object, index: int) -> tuple[str, str | None, floa
 
 
 def _all_or_none(values: Sequence[T | None], name: str) -> tuple[T, ...] | None:
-    """The values, if each document has one; None, if no document has."""
+    """Return the values if all documents have one, None if none has; raises InvalidRequest otherwise."""
     present = [value for value in values if value is not None]
     if present and len(present) < len(values):
         missing = next(index for index, value in enumerate(values) if value is None)
@@ -133,7 +150,7 @@ def _all_or_none(values: Sequence[T | None], name: str) -> tuple[T, ...] | None:
 
 
 def _name(value: object, where: str) -> str | None:
-    """An id as a string; empty (as a CSV file has it) is none."""
+    """Return an id as a string; an empty one, as in a CSV file, counts as missing."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | int) or isinstance(value, bool):
@@ -143,4 +160,4 @@ def _name(value: object, where: str) -> str | None:
 
 def _kind(record: Record, name: str) -> str:
     value = record.get(name)
-    return ("null" if name in record else "left out") if value is None else type(value).__name__
+    return ("null" if name in record else "missing") if value is None else type(value).__name__

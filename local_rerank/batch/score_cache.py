@@ -1,7 +1,7 @@
-"""Scores by pair in an SQLite file: what was scored once, in this run or an earlier one, is not scored again.
+"""Cache scores by pair in an SQLite file, so that no run scores the same pair again.
 
-A key is a digest of all that a score depends on: the weights' and the tokenizer's bytes, the prompt recipe, the
-settings that change numbers, instruction, query and document. No text is stored. Several processes may share a file.
+A key is a digest of everything a score depends on: the bytes of weights and tokenizer, the prompt template, the
+settings that change scores, instruction, query and document. No text is stored. Processes may share a file.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
 
 SCHEMA_VERSION = 1
-BUSY_SECONDS = 60.0  # how long to wait for another process that writes
-_MAX_VARIABLES = 500  # keys of one query; SQLite takes at least 999
+BUSY_SECONDS = 60.0  # timeout for another process that holds the write lock
+_MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
-    "model", "revision", "instruction",  # in the key by what they stand for
+    "model", "revision", "instruction",  # part of the key by their contents
     "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
     "no_cuda_graphs", "no_compile", "deterministic",
 }  # fmt: skip
-"""Settings under which a pair keeps its score, up to rounding. Every other setting is part of the key."""
+"""Settings that change a score by rounding at most. Every other setting is part of the key."""
 
 PairKey = tuple[str, str, str]
 """Instruction, query, document."""
 
 
 @dataclass(frozen=True, slots=True)
-class PairScore:
-    """What the model said of one pair."""
+class CachedScore:
+    """The cached result of one pair."""
 
     log_odds: float
     num_tokens: int
@@ -46,7 +46,7 @@ class PairScore:
 
 
 class ScoreCache:
-    """Scores of one model under one recipe; `identity` is what `score_identity` says. Raises ConfigError."""
+    """The scores of one model; `identity` comes from `score_identity`. Raises ConfigError."""
 
     def __init__(self, file: Path, identity: str) -> None:
         self._file = file
@@ -54,7 +54,7 @@ class ScoreCache:
         try:
             self._database = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")  # survives any kill; a power cut may cost the newest
+            self._database.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last writes
             self._create()
         except sqlite3.Error as error:
             raise ConfigError(f"cache {file} cannot be used: {error}") from error
@@ -62,27 +62,27 @@ class ScoreCache:
     def _create(self) -> None:
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
         if version not in (0, SCHEMA_VERSION):
-            raise ConfigError(f"cache {self._file} has version {version}; this program reads {SCHEMA_VERSION}")
+            raise ConfigError(f"cache {self._file} has version {version}; this program reads version {SCHEMA_VERSION}")
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, log_odds REAL NOT NULL,"
             " num_tokens INTEGER NOT NULL, num_truncated_tokens INTEGER NOT NULL) WITHOUT ROWID"
         )
         self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def get(self, pairs: Iterable[PairKey]) -> dict[PairKey, PairScore]:
-        """Scores of those pairs that are there."""
-        found: dict[PairKey, PairScore] = {}
+    def get(self, pairs: Iterable[PairKey]) -> dict[PairKey, CachedScore]:
+        """Return the cached scores of these pairs; unknown pairs are left out."""
+        found: dict[PairKey, CachedScore] = {}
         by_digest = {self._digest(pair): pair for pair in pairs}
         all_digests = list(by_digest)
         for start in range(0, len(all_digests), _MAX_VARIABLES):
             digests = all_digests[start : start + _MAX_VARIABLES]
             marks = ", ".join("?" * len(digests))
             rows = self._database.execute(f"SELECT * FROM scores WHERE key IN ({marks})", digests)
-            found.update((by_digest[digest], PairScore(*values)) for digest, *values in rows)
+            found.update((by_digest[digest], CachedScore(*values)) for digest, *values in rows)
         return found
 
-    def put(self, scores: Mapping[PairKey, PairScore]) -> None:
-        """Store, at once and in one transaction."""
+    def put(self, scores: Mapping[PairKey, CachedScore]) -> None:
+        """Store scores in one transaction."""
         rows = [(self._digest(pair), *dataclasses.astuple(score)) for pair, score in scores.items()]
         self._database.execute("BEGIN IMMEDIATE")
         self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
@@ -105,7 +105,7 @@ class ScoreCache:
 
 
 def score_identity(reranker: Reranker) -> str:
-    """Hex digest of what every score of a reranker depends on: weights, tokenizer, recipe, precision, limits."""
+    """Return a hex digest of weights, tokenizer, template, dtype and limits, on which all scores depend."""
     settings = {name: value for name, value in dataclasses.asdict(reranker.config).items() if name not in _SPEED_ONLY}
     facts = {
         "files": _file_digests(reranker.checkpoint),
@@ -121,7 +121,7 @@ def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _file_digest(file: Path) -> str:
-    """sha256 of a file; the hub's cache names large files by it, and reading gigabytes again would tell nothing new."""
+    """Return the SHA-256 of a file. The hub's cache names large files by it, which saves reading gigabytes."""
     if re.fullmatch("[0-9a-f]{64}", blob := file.resolve().name):
         return blob
     with file.open("rb") as stream:

@@ -1,38 +1,36 @@
-"""The pipeline of a batch job, a block of rows at a time: rows -> pairs not yet known -> requests -> scored rows.
+"""Score blocks of rows: deduplicate their pairs, look them up in the cache, and rank the rest.
 
-A block is any list of rows that fits in memory. What surrounds it (which file rows come from, where they go, how a
-killed run goes on, on how many machines) is the caller's: `local-rerank batch` runs one `BlockScorer` over a file, and
-any other system that hands out blocks of records can run one per worker:
+A block is any list of rows that fits in memory. The caller decides where rows come from, where they go and how a killed
+run resumes. `local-rerank batch` runs one `BlockScorer` over a file; any other system can run one per worker:
 
-    scorer = BlockScorer(Reranker())                # once per worker: loads the model
-    for records in blocks:                          # dicts as `local_rerank.batch.rows` describes them
-        outcomes = scorer.score_records(records)    # in their order: the records to write, and errors
+    scorer = BlockScorer(Reranker())                # once per worker, because it loads the model
+    for records in blocks:                          # dicts as described in `local_rerank.batch.rows`
+        outcomes = scorer.score_records(records)    # in the same order: records to write, or errors
 
-Rows do not depend on each other: cutting the input into other blocks changes what is shared and batched together, not
-what is written, up to the rounding that batches make. Pairs that occur several times in a block, or that the cache
-knows, are not scored again.
+Rows are independent of each other. Splitting the input into other blocks changes which pairs are batched together, and
+therefore scores only by rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from local_rerank.batch.rows import Record, Row, ScoredRow, parse_record, to_record
-from local_rerank.batch.score_cache import PairKey, PairScore, ScoreCache
+from local_rerank.batch.rows import Record, Row, ScoredRow, to_record, try_parse
+from local_rerank.batch.score_cache import CachedScore, PairKey, ScoreCache
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
 from local_rerank.requests.pending import sigmoid
 from local_rerank.reranker import Reranker
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
-MAX_REQUEST_DOCUMENTS = 128  # of one query at a time: scores reach cache and progress bar as they come
+MAX_REQUEST_DOCUMENTS = 128  # per request, so that scores reach the cache and the progress bar early
 
 Advance = Callable[[int, int], None]
-"""Told of pairs that are known now, and of the tokens that went through the model for them."""
+"""Called with the number of pairs just scored and of the tokens computed for them (0 for cached pairs)."""
 
 
 class BlockScorer:
-    """Scores blocks of rows with one reranker. Keeps nothing between blocks but the cache that it is given."""
+    """Scores blocks of rows with one reranker. Keeps no state between blocks except the given cache."""
 
     def __init__(
         self,
@@ -47,13 +45,13 @@ class BlockScorer:
         self._blend = blend
         self._advance = advance or (lambda num_pairs, num_tokens: None)
 
-    def score(self, rows: Sequence[Row]) -> list[ScoredRow | InvalidRequest]:
-        """One outcome for each row, in their order: its documents best first, or why it cannot be ranked.
+    def score(self, rows: Sequence[Row | InvalidRequest]) -> list[ScoredRow | InvalidRequest]:
+        """Return one outcome per row, in order: the ranked documents, or why the row cannot be ranked.
 
-        Raises EngineFailure or ModelUnavailable where the model fails, ConfigError where a row lacks what is to be
-        blended.
+        An error among `rows` is returned as it is. Raises EngineFailure or ModelUnavailable if the model fails, and
+        ConfigError if a row lacks the scores to blend.
         """
-        wanted = {pair: None for row in rows for pair in self._pairs(row)}
+        wanted = {pair: None for row in rows if isinstance(row, Row) for pair in self._pairs(row)}
         known = {} if self._cache is None else self._cache.get(wanted)
         self._advance(len(known), 0)
         refused: dict[tuple[str, str], InvalidRequest] = {}
@@ -64,27 +62,24 @@ class BlockScorer:
                 refused[request.instruction, request.query] = result
             else:
                 known |= self._keep(request.instruction, request.query, result)
-        return [self._outcome(row, known, refused) for row in rows]
+        return [row if isinstance(row, InvalidRequest) else self._outcome(row, known, refused) for row in rows]
 
     def score_records(
         self, records: Iterable[object], *, with_documents: bool = False
     ) -> list[Record | InvalidRequest]:
-        """As `score`, from records to the records that are written."""
-        parsed = [_parse(record) for record in records]
-        scored = iter(self.score([row for row in parsed if isinstance(row, Row)]))
-        outcomes = [next(scored) if isinstance(row, Row) else row for row in parsed]
+        """Like `score`, from input records to output records."""
         return [
             outcome if isinstance(outcome, InvalidRequest) else to_record(outcome, with_documents=with_documents)
-            for outcome in outcomes
+            for outcome in self.score([try_parse(record) for record in records])
         ]
 
     def _pairs(self, row: Row) -> list[PairKey]:
         instruction = self._reranker.config.instruction if row.instruction is None else row.instruction
         return [(instruction, row.query, document) for document in row.documents]
 
-    def _keep(self, instruction: str, query: str, result: RerankResult) -> dict[PairKey, PairScore]:
+    def _keep(self, instruction: str, query: str, result: RerankResult) -> dict[PairKey, CachedScore]:
         scores = {
-            (instruction, query, item.document): PairScore(item.log_odds, item.num_tokens, item.num_truncated_tokens)
+            (instruction, query, item.document): CachedScore(item.log_odds, item.num_tokens, item.num_truncated_tokens)
             for item in result
         }
         if self._cache is not None:
@@ -93,7 +88,7 @@ class BlockScorer:
         return scores
 
     def _outcome(
-        self, row: Row, known: dict[PairKey, PairScore], refused: dict[tuple[str, str], InvalidRequest]
+        self, row: Row, known: dict[PairKey, CachedScore], refused: dict[tuple[str, str], InvalidRequest]
     ) -> ScoredRow | InvalidRequest:
         pairs = self._pairs(row)
         if (error := refused.get(pairs[0][:2])) is not None:
@@ -108,7 +103,7 @@ class BlockScorer:
 
 
 def _requests(pairs: Iterable[PairKey]) -> list[RerankRequest]:
-    """Pairs of the same instruction and query together, in the order of their first."""
+    """Group pairs by instruction and query, in order of first appearance."""
     documents: dict[tuple[str, str], list[str]] = {}
     for instruction, query, document in pairs:
         documents.setdefault((instruction, query), []).append(document)
@@ -120,20 +115,20 @@ def _requests(pairs: Iterable[PairKey]) -> list[RerankRequest]:
 
 
 def _order(row: Row, log_odds: list[float], how: Blend | None) -> tuple[list[int], list[float] | None]:
-    """Positions best first, ties in the row's order, and the blended scores by position."""
+    """Return the positions best first (ties keep the row's order) and the blended scores by position."""
     if how is None or row.is_pair:
         return best_first(log_odds), None
     if how.source == "bm25":
         others: Sequence[float] = Bm25(row.documents).scores(row.query, row.documents)
     elif row.first_stage_scores is None:
-        raise ConfigError(f"blend is {how}, but the documents of query {row.query[:60]!r} bring no scores")
+        raise ConfigError(f"blend is {how}, but the documents of query {row.query[:60]!r} have no scores")
     else:
         others = row.first_stage_scores
     blended = blend(log_odds, others, how.weight)
     return best_first(blended), blended
 
 
-def _ranked(index: int, document: str, score: PairScore) -> RankedDocument:
+def _ranked(index: int, document: str, score: CachedScore) -> RankedDocument:
     return RankedDocument(
         index=index,
         relevance_score=sigmoid(score.log_odds),
@@ -142,10 +137,3 @@ def _ranked(index: int, document: str, score: PairScore) -> RankedDocument:
         num_tokens=score.num_tokens,
         num_truncated_tokens=score.num_truncated_tokens,
     )
-
-
-def _parse(record: object) -> Row | InvalidRequest:
-    try:
-        return parse_record(record)
-    except InvalidRequest as error:
-        return error

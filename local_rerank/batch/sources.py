@@ -1,8 +1,7 @@
-"""A file of records -> rows, one after the other, from any position of it: JSON lines, CSV, TSV and Parquet.
+"""Read rows from JSON lines, CSV and TSV files, starting at any position.
 
-Each item comes with the position behind it, from which a later run can go on. A record that cannot be read is an item
-too (`Rejected`) and the next one follows; only a file that cannot be read at all is an error. Memory holds one record,
-or one batch of a Parquet file. TREC runs are in `trec_source`.
+Each item comes with the position after it, where a later run can resume. A malformed record becomes a `Rejected` item
+and reading continues; only an unreadable file is an error. One record is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,71 +16,58 @@ from typing import IO, Any, NoReturn, Protocol
 from local_rerank.batch.rows import Row, parse_record
 from local_rerank.errors import InvalidRequest
 
-MAX_LINE_BYTES = 64 << 20  # a longer line is rejected: it would be no record, but a file without line feeds
-MAX_FIELD_CHARS = 8 << 20  # of CSV; a quote that is never closed ends here
-MAX_CONTENT_CHARS = 10_000  # of a rejected record that are kept
+MAX_LINE_BYTES = 64 << 20  # a longer line is rejected; it is probably a file without line feeds
+MAX_FIELD_CHARS = 8 << 20  # in CSV; limits a quote that is never closed
+MAX_CONTENT_CHARS = 10_000  # kept of a rejected record
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the next record begins."""
+    """Where the next record starts."""
 
-    offset: int = 0  # bytes of a text file, rows of others
-    number: int = 1  # its line, or its row
+    offset: int = 0  # bytes in a text file, rows in others
+    number: int = 1  # line or row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A record that cannot be ranked, and why."""
+    """A record that cannot be ranked, with the reason."""
 
-    number: int  # its line, or its row
+    number: int  # line or row
     error: str
-    content: str  # as it stands in the file, its start if it is long
+    content: str  # as in the file, truncated
     file: str
 
 
 Item = tuple[Row | Rejected, Position]
-"""A record and the position behind it."""
+"""A record and the position after it."""
 
 
 class Source(Protocol):
-    """Where rows come from."""
+    """A reader of rows."""
 
     @property
     def file(self) -> Path:
-        """The file that line and row numbers are of."""
+        """The file that line and row numbers refer to."""
 
     @property
     def size(self) -> int:
-        """The offset behind the last record."""
+        """The offset after the last record."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the fields; of JSON lines those of the first record."""
+        """The field names; for JSON lines, those of the first record."""
 
     @property
     def is_pairs(self) -> bool:
-        """Whether each record is one pair, or each a query with its documents."""
+        """Whether each record is a pair, rather than a query with its documents."""
 
     def read(self, position: Position) -> Iterator[Item]:
-        """Records from a position to the end."""
-
-
-def open_source(file: Path) -> Source:
-    """The reader for a file, by its name; raises InvalidRequest."""
-    opener = SOURCES.get(file.suffix.lower())
-    if opener is None:
-        raise InvalidRequest(f"{file} must end in one of {', '.join(SOURCES)}", field="input")
-    if not file.is_file():
-        raise InvalidRequest(f"{file} is no file here", field="input")
-    try:
-        return opener(file)
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}", field="input") from error
+        """Yield the records from a position to the end."""
 
 
 class JsonLines:
-    """An object on each line, all pairs or all queries with documents as the first is; blank lines are skipped."""
+    """One object per line; blank lines are skipped. All must be pairs, or all rankings, like the first one."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -91,27 +77,24 @@ class JsonLines:
         self.columns = ("query",) if first is None else tuple(first.fields)
 
     def read(self, position: Position) -> Iterator[Item]:
-        for item, behind in self._read(position):
+        for item, end in self._read(position):
             if isinstance(item, Row) and item.is_pair != self.is_pairs:
                 content = json.dumps(item.fields, ensure_ascii=False)[:MAX_CONTENT_CHARS]
-                number, error = behind.number - 1, other_kind(self.is_pairs)
-                yield Rejected(file=str(self.file), number=number, error=error, content=content), behind
+                error = mixed_kinds(self.is_pairs)
+                yield Rejected(file=str(self.file), number=item.number, error=error, content=content), end
             else:
-                yield item, behind
+                yield item, end
 
     def _read(self, position: Position) -> Iterator[Item]:
         with self.file.open("rb") as stream:
             stream.seek(position.offset)
-            for line, start, behind in lines_of(stream, position):
+            for line, start, end in lines_of(stream, position):
                 if line.strip():
-                    yield (
-                        _parsed(str(self.file), start.number, line, lambda data: parse_record(parse_json_line(data))),
-                        behind,
-                    )
+                    yield _parsed(self.file, start.number, line, lambda data: parse_record(parse_json_line(data))), end
 
 
 class Delimited:
-    """A header, then a pair on each line. A quoted field of CSV may hold line feeds; TSV has no quotes, as is usual."""
+    """CSV or TSV: a header, then one pair per record. Quoted CSV fields may contain line feeds; TSV has no quotes."""
 
     is_pairs = True
 
@@ -124,46 +107,46 @@ class Delimited:
         try:
             (header,) = self._reader([line.decode("utf-8-sig")])
         except (ValueError, csv.Error) as error:
-            raise InvalidRequest(f"{file}:1 is no header: {error or 'the file is empty'}", field="input") from error
+            raise InvalidRequest(f"{file}:1 is not a header: {error or 'the file is empty'}", field="input") from error
         if missing := [name for name in ("query", "document") if name not in header]:
-            raise InvalidRequest(f"{file}:1 names no column {missing[0]}; it has {', '.join(header)}", field="input")
+            raise InvalidRequest(f"{file}:1 has no column {missing[0]}; it has {', '.join(header)}", field="input")
         if len(set(header)) < len(header):
-            raise InvalidRequest(f"{file}:1 names a column twice", field="input")
+            raise InvalidRequest(f"{file}:1 repeats a column name", field="input")
         self.columns = tuple(header)
-        self._begin = Position(len(line), 2)
+        self._start = Position(len(line), 2)
 
     def read(self, position: Position) -> Iterator[Item]:
         with self.file.open("rb") as stream:
-            behind = max(position, self._begin, key=lambda each: each.offset)
-            while behind.offset < self.size:
-                stream.seek(behind.offset)
-                for item, behind in self._until_broken(stream, behind):  # noqa: B020  # to go on behind the last one
+            end = max(position, self._start, key=lambda each: each.offset)
+            while end.offset < self.size:
+                stream.seek(end.offset)
+                for item, end in self._until_error(stream, end):  # noqa: B020  # resume after the last item
                     if item is not None:
-                        yield item, behind
+                        yield item, end
 
-    def _until_broken(self, stream: IO[bytes], position: Position) -> Iterator[tuple[Row | Rejected | None, Position]]:
-        """Records up to the end or to a record that is no CSV, of which the first line is rejected."""
-        lines = _Lines(stream, position)
+    def _until_error(self, stream: IO[bytes], position: Position) -> Iterator[tuple[Row | Rejected | None, Position]]:
+        """Yield records up to the end of the file or the first malformed record, whose first line is rejected."""
+        lines = _LineCounter(stream, position)
         reader = self._reader(lines)
         while True:
-            start, lines.first = lines.behind, b""
+            start, lines.first = lines.end, b""
             try:
                 values = next(reader)
             except StopIteration:
-                yield None, lines.behind
+                yield None, lines.end
                 return
             except (csv.Error, UnicodeDecodeError) as error:
-                behind = Position(start.offset + len(lines.first), start.number + 1)
-                yield self._rejected(start.number, f"not {self._kind}: {error}", lines.first), behind
+                end = Position(start.offset + len(lines.first), start.number + 1)
+                yield self._rejected(start.number, f"not {self._kind}: {error}", lines.first), end
                 return
-            if values:  # a blank line has none
-                yield self._row(values, start.number, lines.first), lines.behind
+            if values:  # empty for a blank line
+                yield self._row(values, start.number, lines.first), lines.end
 
     def _row(self, values: list[str], number: int, line: bytes) -> Row | Rejected:
         if len(values) != len(self.columns):
             return self._rejected(number, f"{len(values)} fields; the header has {len(self.columns)}", line)
         record = dict(zip(self.columns, values, strict=True))
-        return _parsed(str(self.file), number, line, lambda _: parse_record(_without_blanks(record)))
+        return _parsed(self.file, number, line, lambda _: parse_record(_without_empty_instruction(record)))
 
     def _rejected(self, number: int, error: str, line: bytes) -> Rejected:
         return Rejected(file=str(self.file), number=number, error=error, content=content_of(line))
@@ -179,12 +162,12 @@ class Delimited:
         return "TSV" if self._is_tsv else "CSV"
 
 
-class _Lines:
-    """Lines for a csv.reader, which takes as many as a record has; remembers the first of them and where it stands."""
+class _LineCounter:
+    """Lines for csv.reader, which takes as many as a record has; tracks the position and the record's first line."""
 
     def __init__(self, stream: IO[bytes], position: Position) -> None:
         self._stream = stream
-        self.behind = position
+        self.end = position
         self.first = b""
 
     def __iter__(self) -> Iterator[str]:
@@ -195,30 +178,30 @@ class _Lines:
         if not line:
             raise StopIteration
         self.first = self.first or line
-        self.behind = Position(self.behind.offset + len(line), self.behind.number + 1)
+        self.end = Position(self.end.offset + len(line), self.end.number + 1)
         return line.decode("utf-8")
 
 
 def lines_of(stream: IO[bytes], position: Position) -> Iterator[tuple[bytes, Position, Position]]:
-    """Lines with the positions before and behind each; of one that is too long only the beginning, without its end."""
+    """Yield lines with the positions before and after each; a line that is too long is truncated."""
     while line := stream.readline(MAX_LINE_BYTES):
         length = len(line)
         more = line
         while len(more) == MAX_LINE_BYTES and not more.endswith(b"\n"):
             more = stream.readline(MAX_LINE_BYTES)
             length += len(more)
-        behind = Position(position.offset + length, position.number + 1)
-        yield line, position, behind
-        position = behind
+        end = Position(position.offset + length, position.number + 1)
+        yield line, position, end
+        position = end
 
 
-def _parsed(file: str, number: int, line: bytes, parse: Callable[[bytes], Row]) -> Row | Rejected:
+def _parsed(file: Path, number: int, line: bytes, parse: Callable[[bytes], Row]) -> Row | Rejected:
     try:
         if len(line) >= MAX_LINE_BYTES:
-            raise ValueError(f"the line has {MAX_LINE_BYTES} bytes or more")
+            raise ValueError(f"the line has {MAX_LINE_BYTES} bytes or more; it must be shorter")
         return replace(parse(line), number=number)
     except (InvalidRequest, ValueError, RecursionError) as error:
-        return Rejected(file=file, number=number, error=str(error), content=content_of(line))
+        return Rejected(file=str(file), number=number, error=str(error), content=content_of(line))
 
 
 def parse_json_line(line: bytes) -> object:
@@ -236,32 +219,17 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name}")
 
 
-def _without_blanks(record: dict[str, str]) -> dict[str, Any]:
-    """CSV has no null: an empty instruction means that there is none."""
+def _without_empty_instruction(record: dict[str, str]) -> dict[str, Any]:
+    """Treat an empty instruction as missing, because CSV has no null."""
     return record | {"instruction": record.get("instruction") or None} if "instruction" in record else record
 
 
-def other_kind(is_pairs: bool) -> str:
-    """Why a record is rejected that is not of the kind of the first one; `is_pairs`: whether that is a pair."""
-    kinds = ("documents", "document") if is_pairs else ("document", "documents")
-    return "the record has {}, where the first one of the file has {}".format(*kinds)
+def mixed_kinds(first_is_pair: bool) -> str:
+    """Say why a record is rejected that is a pair where the first one is a ranking, or the reverse."""
+    found, first = ("documents", "document") if first_is_pair else ("document", "documents")
+    return f"the record has {found}, but the first one of the file has {first}"
 
 
 def content_of(line: bytes) -> str:
-    """A rejected line as text, cut."""
+    """Decode a rejected line for the report, truncated."""
     return line.decode("utf-8", "backslashreplace").rstrip("\r\n")[:MAX_CONTENT_CHARS]
-
-
-def _open_parquet(file: Path) -> Source:
-    from local_rerank.batch.parquet import ParquetSource
-
-    return ParquetSource(file)
-
-
-SOURCES: dict[str, Callable[[Path], Source]] = {
-    ".jsonl": JsonLines,
-    ".csv": Delimited,
-    ".tsv": Delimited,
-    ".parquet": _open_parquet,
-}
-"""By the end of the file's name."""

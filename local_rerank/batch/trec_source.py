@@ -1,9 +1,8 @@
-"""A TREC run with its queries and documents -> rows: each query with its candidates.
+"""Read a TREC run with its queries and documents as rows, one per query with its candidates.
 
-A run names texts that lie elsewhere, in any order, and may be larger than memory. So run, queries and the places of the
-documents are put into an SQLite file once, which a later run of the same job finds again; texts of documents are read
-where they lie, when their query comes. Texts come from files (`FileTexts`) or from a collection of ir_datasets
-(`DatasetTexts`).
+A run refers to texts in other files, in any order, and may be larger than memory. We therefore index the run, the
+queries and the byte offsets of the documents in an SQLite file, which a resumed job finds again. Document texts are
+read on demand. Texts come from files (`FileTexts`) or from an ir_datasets collection (`DatasetTexts`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from local_rerank.batch.durable import sync_folder
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, content_of, lines_of
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.evaluation.collection import is_topics, parse_run_line, parse_topics, text_parser, wanted
+from local_rerank.evaluation.collection import expected_form, is_topics, parse_run_line, parse_texts, text_parser
 
 TABLES = """
 CREATE TABLE candidates (line INTEGER PRIMARY KEY, query_id TEXT, document_id TEXT, score REAL);
@@ -35,33 +34,33 @@ REPEATED = """EXISTS (SELECT 1 FROM candidates AS earlier WHERE earlier.query_id
 AND earlier.document_id = candidates.document_id AND earlier.line < candidates.line)"""
 NO_QUERY = "query_id NOT IN (SELECT query_id FROM queries)"
 NO_DOCUMENT = "document_id NOT IN (SELECT document_id FROM documents)"
-# the n-th row of `topics` is the n-th query of the run that has candidates
+# row n of `topics` is the n-th query of the run that still has candidates
 TOPICS = "CREATE TABLE topics AS SELECT query_id, min(line) AS line FROM candidates GROUP BY query_id ORDER BY line"
-CACHE_KIB = 64_000  # memory of SQLite
+CACHE_KIB = 64_000  # SQLite page cache
 ROWS_AT_ONCE = 10_000
 
 
-class Texts(Protocol):
-    """Where the texts of queries and documents are."""
+class TextStore(Protocol):
+    """The texts of queries and documents."""
 
     @property
     def lists_documents(self) -> bool:
-        """Whether `index` fills the table of documents, too."""
+        """Whether `index` also fills the table of documents."""
 
     def index(self, database: sqlite3.Connection) -> None:
         """Fill the table of queries."""
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:
-        """Texts by id, of those that there are."""
+        """Return the texts by id; an unknown id is left out."""
 
 
 class RunSource:
-    """Queries of a run with their `top_k` candidates, best first; `folder` keeps the index. Offsets are items."""
+    """The queries of a run with their `top_k` candidates, best first. `folder` holds the index. Offsets count items."""
 
     is_pairs = False
     columns = ("id", "query")
 
-    def __init__(self, run: Path, texts: Texts, folder: Path, top_k: int | None = None) -> None:
+    def __init__(self, run: Path, texts: TextStore, folder: Path, top_k: int | None = None) -> None:
         self.file = run
         self._texts = texts
         self._top_k = top_k
@@ -74,11 +73,11 @@ class RunSource:
 
     def read(self, position: Position) -> Iterator[Item]:
         for offset in range(position.offset, self.size):
-            behind = Position(offset + 1, offset + 2)
+            end = Position(offset + 1, offset + 2)
             if offset < self._num_rejected:
-                yield self._rejected(offset), behind
+                yield self._rejected(offset), end
             else:
-                yield self._row(offset - self._num_rejected), behind
+                yield self._row(offset - self._num_rejected), end
 
     def _rejected(self, place: int) -> Rejected:
         number, error, content, file = self._one("SELECT * FROM rejected WHERE rowid = ?", place + 1)
@@ -93,7 +92,7 @@ class RunSource:
         top, tail = candidates[: self._top_k], candidates[self._top_k :] if self._top_k is not None else []
         texts = self._texts.documents(self._database, [document_id for document_id, _ in top])
         if missing := [document_id for document_id, _ in top if document_id not in texts]:
-            what = f"document {missing[0]} of query {query_id} is not among the documents"
+            what = f"document {missing[0]} of query {query_id} is not in the corpus"
             return Rejected(file=str(self.file), number=line, error=what, content=query_id)
         return Row(
             query=query,
@@ -114,7 +113,7 @@ class RunSource:
 
 
 class FileTexts:
-    """Texts in .jsonl or .tsv files, as `local-rerank eval` reads them. Of an id's texts the first counts."""
+    """Texts in .jsonl or .tsv files, as `local-rerank eval` reads them. The first text of an id counts."""
 
     lists_documents = True
 
@@ -126,7 +125,7 @@ class FileTexts:
             if not is_topics(file, field):
                 text_parser(file, field)
             if not file.is_file():
-                raise InvalidRequest(f"{field} {file} is no file here", field=field)
+                raise InvalidRequest(f"{field} is {file}; there is no such file", field=field)
 
     def index(self, database: sqlite3.Connection) -> None:
         queries = ((name, text) for name, text, _ in _texts(database, self._queries, "queries"))
@@ -144,13 +143,13 @@ class FileTexts:
                 ).fetchone()
                 stream.seek(offset)
                 parsed = self._parse(_decode(stream.readline()))
-                if parsed is not None and parsed[0] == document_id:  # else the file has changed
+                if parsed is not None and parsed[0] == document_id:  # otherwise the file has changed
                     texts[document_id] = parsed[1]
         return texts
 
 
 class DatasetTexts:
-    """Texts of an ir_datasets collection, as that package joins their fields (`default_text`). Raises ConfigError."""
+    """Texts of an ir_datasets collection, as its `default_text` joins their fields. Raises ConfigError."""
 
     lists_documents = False
 
@@ -164,7 +163,9 @@ class DatasetTexts:
         except KeyError as error:
             raise ConfigError(f"dataset is {name!r}, which ir_datasets does not know") from error
         if not (self._dataset.has_docs() and self._dataset.has_queries()):
-            raise ConfigError(f"dataset {name} has no {'queries' if self._dataset.has_docs() else 'documents'}")
+            raise ConfigError(
+                f"dataset is {name}, which has no {'queries' if self._dataset.has_docs() else 'documents'}"
+            )
         self._store: Any = None
 
     def index(self, database: sqlite3.Connection) -> None:
@@ -176,25 +177,25 @@ class DatasetTexts:
         return {name: document.default_text() for name, document in self._store.get_many(ids).items()}
 
 
-def _build(file: Path, run: Path, texts: Texts) -> None:
-    """Write the index; it gets its name when it is complete."""
+def _build(file: Path, run: Path, texts: TextStore) -> None:
+    """Write the index; the file gets its name once it is complete."""
     new = file.with_name(file.name + ".new")
     new.unlink(missing_ok=True)
     database = sqlite3.connect(new, isolation_level=None)
-    # no journal: what a kill leaves behind is thrown away
+    # no journal, because a file that a kill leaves behind is thrown away
     database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA cache_size = -{CACHE_KIB}; {TABLES}")
     _fill(database, "INSERT INTO candidates VALUES (?, ?, ?, ?)", _candidates(database, run))
     database.executescript(INDEXES)
     texts.index(database)
-    _reject_where(database, run, REPEATED, "'document ' || document_id || ' is there a second time'")
-    _reject_where(database, run, NO_QUERY, "'query ' || query_id || ' is not among the queries'")
+    _reject_where(database, run, REPEATED, "'document ' || document_id || ' is repeated'")
+    _reject_where(database, run, NO_QUERY, "'query ' || query_id || ' is not in the queries'")
     if texts.lists_documents:
-        _reject_where(database, run, NO_DOCUMENT, "'document ' || document_id || ' is not among the documents'")
+        _reject_where(database, run, NO_DOCUMENT, "'document ' || document_id || ' is not in the corpus'")
     database.execute(TOPICS)
     (num_topics,) = database.execute("SELECT count(*) FROM topics").fetchone()
     database.close()
     if num_topics == 0:
-        raise InvalidRequest(f"no line of {run} names a query and a document that have texts", field="input")
+        raise InvalidRequest(f"no line of {run} names a query and a document whose texts are known", field="input")
     with new.open("rb+") as stream:
         os.fsync(stream.fileno())
     new.replace(file)
@@ -210,39 +211,18 @@ def _candidates(database: sqlite3.Connection, run: Path) -> Iterator[tuple[int, 
 
 
 def _texts(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[str, str, int]]:
-    """Id, text and offset of each line or topic; a query must hold some text."""
-    for number, offset, line, parsed in _parsed(database, file, field):
+    """Yield id, text and offset of each line or topic; reject malformed ones and empty queries."""
+    for number, offset, line, parsed in parse_texts(file, field, _text_lines(database, file, field)):
         if parsed is None:
-            _reject(database, file, number, f"the line is not {wanted(file)}", line)
+            _reject(database, file, number, f"the line is not {expected_form(file)}", line)
         elif field == "queries" and not parsed[1].strip():
             _reject(database, file, number, "the query is empty", line)
         else:
             yield *parsed, offset
 
 
-def _parsed(
-    database: sqlite3.Connection, file: Path, field: str
-) -> Iterator[tuple[int, int, str, tuple[str, str] | None]]:
-    """Number, offset, content, and id and text of what holds both; topics have no offset, and need none."""
-    if is_topics(file, field):
-        text = "\n".join(_padded(_text_lines(database, file, field)))
-        yield from ((number, 0, content, parsed) for number, content, parsed in parse_topics(text))
-        return
-    parse = text_parser(file, field)
-    yield from ((number, offset, line, parse(line)) for number, offset, line in _text_lines(database, file, field))
-
-
-def _padded(lines: Iterator[tuple[int, int, str]]) -> Iterator[str]:
-    """Lines with empty ones for those that were left out, so that they keep their numbers."""
-    last = 0
-    for number, _, line in lines:
-        yield from [""] * (number - last - 1)
-        yield line
-        last = number
-
-
 def _text_lines(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[int, int, str]]:
-    """Number, offset and text of the lines that hold something."""
+    """Yield number, offset and text of each line that is not blank; reject lines that are not UTF-8."""
     try:
         with file.open("rb") as stream:
             for line, start, _ in lines_of(stream, Position()):
@@ -264,7 +244,7 @@ def _reject(database: sqlite3.Connection, file: Path, number: int, error: str, l
 
 
 def _reject_where(database: sqlite3.Connection, run: Path, condition: str, error: str) -> None:
-    """Take candidates out that a condition holds for; `error` is SQL for the reason."""
+    """Move the candidates that satisfy a condition to `rejected`; `error` is an SQL expression."""
     content = "query_id || ' ' || document_id"
     database.execute(
         f"INSERT INTO rejected SELECT line, {error}, {content}, ? FROM candidates WHERE {condition}", (str(run),)

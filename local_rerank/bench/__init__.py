@@ -1,10 +1,9 @@
-"""What `local-rerank bench` is made of; each file answers one question.
+"""The parts of `local-rerank bench`.
 
-- `workloads.py`: which texts are ranked
-- `shapes.py`: checkpoints of random weights in the shapes of the official models
-- `flops.py`: how much arithmetic a request needs, and how fast this machine multiplies (the ceiling)
-- `peer.py`: the same requests through other people's code, in a process of its own
-- `systems.py`: ours and the peers behind one call
-- `measure.py`: all systems over all workloads, in turn, and what they are compared by
-- `report.py`: the tables, the JSON and the plot
+- `workloads`: the requests to rank
+- `shapes`: checkpoints of random weights in the shapes of the official models
+- `flops`: the useful operations of a request, and the hardware's ceiling (GEMM)
+- `targets`: what is measured, behind one method (`benchmarks/peers.py` adds other software)
+- `measure`: runs targets on workloads in alternation
+- `report`: tables
 """

@@ -1,13 +1,13 @@
-"""How much arithmetic a request needs, and how fast this machine multiplies matrices of the model's shapes.
+"""Count the useful operations of a request and measure the GEMM ceiling of this machine.
 
-Useful operations are those that are left once the prefix is computed once per request and the last layer only where a
-score is read: two per weight and token in the projections, and causal attention. The ceiling is what the same matrices
-reach in the same run, on a CPU by `torch.nn.functional.linear` or in oneDNN's layout, whichever is the faster.
+Useful operations assume that the prefix is computed once per request and the last layer only for the tokens that give
+scores. They count two operations per weight and token in the projections, plus causal attention. The ceiling is the
+throughput of the same matrix products in the same run; on a CPU, of plain or oneDNN-blocked weights, whichever is
+faster.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The sizes of a decoder, as its config.json has them."""
+class DecoderShape:
+    """The sizes of a decoder, from its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -40,7 +40,7 @@ class Shape:
     head_dim: int
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Shape:
+    def from_config(cls, config: dict[str, Any]) -> DecoderShape:
         num_heads = config["num_attention_heads"]
         return cls(
             hidden_size=config["hidden_size"],
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def kv_weights(self) -> int:
-        """Weights of a layer's key and value projections, which every token of the last layer needs too."""
+        """Weights of a layer's key and value projections, which the last layer applies to every token too."""
         return 2 * self.hidden_size * self.num_kv_heads * self.head_dim
 
     @property
@@ -63,23 +63,23 @@ class Shape:
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of a layer's seven projections."""
+        """(in_features, out_features) of a layer's seven projections."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         mlp = [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
         return [(self.hidden_size, q), (self.hidden_size, kv), (self.hidden_size, kv), (q, self.hidden_size), *mlp]
 
 
-def useful_flops(shape: Shape, pairs: Sequence[Pair]) -> float:
-    """Floating-point operations of one batch, in which equal prefixes are computed once."""
+def useful_flops(shape: DecoderShape, pairs: Sequence[Pair]) -> float:
+    """Return the floating-point operations of a batch in which equal prefixes are computed once."""
     prefixes = [len(ids) for ids in {pair.prefix_ids for pair in pairs}]
     lengths = [(len(pair.prefix_ids), len(pair.document_ids)) for pair in pairs]
     num_tokens = sum(prefixes) + sum(length for _, length in lengths)
-    looks = sum(map(_causal, prefixes))  # (query, key) pairs
-    looks += sum(length * prefix + _causal(length) for prefix, length in lengths)
-    last_looks = sum(prefix + length for prefix, length in lengths)
+    attended = sum(map(_causal, prefixes))  # (query, key) pairs
+    attended += sum(length * prefix + _causal(length) for prefix, length in lengths)
+    last_attended = sum(prefix + length for prefix, length in lengths)
     products = num_tokens * (shape.num_layers - 1) * (shape.kv_weights + shape.other_weights)
     products += num_tokens * shape.kv_weights + len(pairs) * shape.other_weights
-    attention = 2 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * looks + last_looks)
+    attention = 2 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * attended + last_attended)
     return 2.0 * (products + attention)
 
 
@@ -87,18 +87,18 @@ def _causal(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def gemm_ceiling(shape: Shape, *, arithmetic: str, num_tokens: int, device: torch.device) -> float:
-    """Operations per second over a layer's seven projections of `num_tokens` tokens each."""
+def gemm_ceiling(shape: DecoderShape, *, arithmetic: str, num_tokens: int, device: torch.device) -> float:
+    """Measure operations per second over a layer's seven projections of `num_tokens` tokens."""
     return compute(lambda: _ceiling(shape, arithmetic, num_tokens, device))
 
 
-def _ceiling(shape: Shape, arithmetic: str, num_tokens: int, device: torch.device) -> float:
+def _ceiling(shape: DecoderShape, arithmetic: str, num_tokens: int, device: torch.device) -> float:
     flops = seconds = 0.0
     for inputs, outputs in shape.matrices:
-        ways = _products(arithmetic, num_tokens, inputs, outputs, device)
-        for multiply in ways:
+        variants = _products(arithmetic, num_tokens, inputs, outputs, device)
+        for multiply in variants:
             multiply()
-        seconds += min(_timed(multiply, device) for multiply in ways for _ in range(REPEATS))
+        seconds += min(_timed(multiply, device) for multiply in variants for _ in range(REPEATS))
         flops += 2.0 * num_tokens * inputs * outputs
     return flops / seconds
 
@@ -126,21 +126,3 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
-    """Kendall's tau-b of two lists of scores; 1 where there is nothing to disagree about."""
-    agreement = ties_first = ties_second = pairs = 0
-    for i in range(len(first)):
-        for j in range(i):
-            a, b = first[i] - first[j], second[i] - second[j]
-            pairs += 1
-            ties_first += a == 0
-            ties_second += b == 0
-            agreement += (a * b > 0) - (a * b < 0)
-    scale = ((pairs - ties_first) * (pairs - ties_second)) ** 0.5
-    return agreement / scale if scale else 1.0
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)

@@ -1,4 +1,4 @@
-"""All systems over all workloads, in turn (A B A B), and what they are compared by: medians and ratios."""
+"""Run targets on workloads in alternation (A B A B) and compare medians, ratios and log-odds."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from local_rerank.bench.flops import Shape, gemm_ceiling, kendall_tau, useful_flops
-from local_rerank.bench.systems import Ours, Sample, System
+from local_rerank.bench.flops import DecoderShape, gemm_ceiling, useful_flops
+from local_rerank.bench.targets import RerankerTarget, Round, Target
 from local_rerank.bench.workloads import Workload, make_requests
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.reranker import Reranker
-from local_rerank.types import RerankRequest
 
-CEILING_TOKENS = {name: platform.max_batch_tokens for name, platform in PLATFORMS.items()}  # of the GEMM
+CEILING_TOKENS = {name: platform.max_batch_tokens for name, platform in PLATFORMS.items()}  # rows of the GEMM
 WARM_UP_DOCUMENTS = 8
 LogOdds = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How far log-odds are from those of the fp32 reference, over all pairs, and how alike they rank."""
+    """How close log-odds and rankings are to those of the fp32 reference."""
 
     largest: float
     mean: float
@@ -31,17 +30,17 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One system over one workload. Rates are of the median round; None where a peer does not tell."""
+class TargetResult:
+    """One target on one workload. Rates are of the median round; None means that the target does not report it."""
 
     system: str
     seconds: tuple[float, ...]  # by round
     pairs_per_second: float
-    tokens_per_second: float  # tokens of the prompts, each prefix once per request: what ours has to compute
-    ratio: float  # median time of this system over that of the first one
+    tokens_per_second: float  # prompt tokens, counting the prefix once per request
+    ratio: float  # median time over that of the first target
     useful_tflops: float | None
-    ceiling_tflops: float | None  # GEMM at the model's shapes, median over the rounds
-    useful_share: float | None  # median over the rounds of useful operations per second over the ceiling
+    ceiling_tflops: float | None  # GEMM at the model's shapes, median of the rounds
+    useful_share: float | None  # useful operations per second over the ceiling, median of the rounds
     latency_ms: dict[str, float]  # p50, p95, p99 over all requests of all rounds
     num_latencies: int
     peak_bytes: int | None
@@ -50,147 +49,117 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A workload and what each system did with it."""
+class WorkloadResult:
+    """All targets on one workload."""
 
     workload: str
     about: str
     num_requests: int
     num_pairs: int
     num_tokens: int
-    rows: tuple[Row, ...]
+    rows: tuple[TargetResult, ...]
 
 
 def measure(
     workload: Workload,
-    systems: Sequence[System],
+    targets: Sequence[Target],
     *,
     reference: Reranker | None,
     rounds: int,
-    advance: Callable[[], None],
-) -> Measured:
-    """Warm every system up with a few documents, then take turns; `systems[0]` is what the ratios refer to."""
-    ours = next(system for system in systems if isinstance(system, Ours))
-    requests = workload_requests(workload, ours.reranker)
-    tokenized = [ours.reranker.tokenizer.pairs(request) for request in requests]
-    shape = Shape.from_config(ours.reranker.checkpoint.config)
+    advance: Callable[[], object],
+) -> WorkloadResult:
+    """Warm up all targets, then run them in alternation. Ratios refer to `targets[0]`, which is a RerankerTarget."""
+    first = targets[0]
+    assert isinstance(first, RerankerTarget)
+    requests = make_requests(workload, first.reranker.tokenizer.count_tokens)
+    tokenized = [first.reranker.tokenizer.pairs(request) for request in requests]
+    shape = DecoderShape.from_config(first.reranker.checkpoint.config)
     flops = sum(useful_flops(shape, each.pairs) for each in tokenized)
     num_tokens = sum(len(each.pairs[0].prefix_ids) + sum(len(p.document_ids) for p in each.pairs) for each in tokenized)
-    exact = None if reference is None else Ours("reference", reference, "", None).run(requests, concurrent=False)
-    samples: dict[str, list[Sample]] = {system.name: [] for system in systems}
-    ceilings: dict[str, list[float]] = {system.name: [] for system in systems if isinstance(system, Ours)}
+    exact = None
+    if reference is not None:
+        exact = RerankerTarget("reference", reference, "", None).run(requests, concurrent=False).log_odds
+    taken: dict[str, list[Round]] = {target.name: [] for target in targets}
+    ceilings: dict[str, list[float]] = {target.name: [] for target in targets}
     few = dataclasses.replace(requests[0], documents=requests[0].documents[:WARM_UP_DOCUMENTS])
-    for system in systems:
-        system.run([few], concurrent=False)
+    for target in targets:
+        target.run([few], concurrent=False)
     for _ in range(rounds):
-        for system in systems:
-            if isinstance(system, Ours):
-                ceilings[system.name].append(_ceiling(system.reranker, shape))
-            samples[system.name].append(system.run(requests, concurrent=workload.concurrent))
+        for target in targets:
+            if isinstance(target, RerankerTarget):  # in each round, because the machine's speed may change
+                ceilings[target.name].append(_ceiling(target.reranker, shape))
+            taken[target.name].append(target.run(requests, concurrent=workload.concurrent))
             advance()
-    base = statistics.median(sample.seconds for sample in samples[systems[0].name])
-    rows = [
-        _row(name, taken, base, ceilings.get(name), flops, num_tokens, None if exact is None else exact.log_odds)
-        for name, taken in samples.items()
-    ]
-    num_pairs = sum(len(request.documents) for request in requests)
-    return Measured(
-        workload=workload.name, about=workload.about, num_requests=len(requests), num_pairs=num_pairs,
-        num_tokens=num_tokens, rows=tuple(rows),
-    )  # fmt: skip
+    base = statistics.median(each.seconds for each in taken[first.name])
+    rows = [_result(name, each, base, ceilings[name], flops, num_tokens, exact) for name, each in taken.items()]
+    return WorkloadResult(
+        workload=workload.name,
+        about=workload.about,
+        num_requests=len(requests),
+        num_pairs=sum(len(request.documents) for request in requests),
+        num_tokens=num_tokens,
+        rows=tuple(rows),
+    )
 
 
-def workload_requests(
-    workload: Workload, reranker: Reranker, *, num_documents: int | None = None
-) -> list[RerankRequest]:
-    """The requests of a workload in the tokens of that model."""
-    return make_requests(workload, reranker.tokenizer.count_tokens, num_documents=num_documents)
-
-
-def _ceiling(reranker: Reranker, shape: Shape) -> float:
-    """What the hardware can do in the arithmetic of that engine, now: the machine may be slower than a minute ago."""
+def _ceiling(reranker: Reranker, shape: DecoderShape) -> float:
     device = torch.device(reranker.info.device)
     num_tokens = CEILING_TOKENS[device.type]
     return gemm_ceiling(shape, arithmetic=reranker.info.compute_dtype, num_tokens=num_tokens, device=device)
 
 
-def _row(
+def _result(
     name: str,
-    samples: Sequence[Sample],
+    rounds: Sequence[Round],
     base_seconds: float,
-    ceilings: Sequence[float] | None,
+    ceilings: Sequence[float],
     flops: float,
     num_tokens: int,
     exact: LogOdds | None,
-) -> Row:
-    seconds = statistics.median(sample.seconds for sample in samples)
-    latencies = sorted(latency for sample in samples for latency in sample.latencies)
-    tokenize = [sample.tokenize_seconds / sample.seconds for sample in samples if sample.tokenize_seconds is not None]
-    peaks = [sample.peak_bytes for sample in samples if sample.peak_bytes is not None]
-    shares = [flops / s.seconds / ceiling for s, ceiling in zip(samples, ceilings or (), strict=False)]
-    return Row(
+) -> TargetResult:
+    seconds = statistics.median(each.seconds for each in rounds)
+    latencies = sorted(latency for each in rounds for latency in each.latencies)
+    tokenize = [each.tokenize_seconds / each.seconds for each in rounds if each.tokenize_seconds is not None]
+    peaks = [each.peak_bytes for each in rounds if each.peak_bytes is not None]
+    shares = [flops / each.seconds / ceiling for each, ceiling in zip(rounds, ceilings, strict=False)]
+    return TargetResult(
         system=name,
-        seconds=tuple(sample.seconds for sample in samples),
-        pairs_per_second=sum(map(len, samples[0].log_odds)) / seconds,
+        seconds=tuple(each.seconds for each in rounds),
+        pairs_per_second=sum(map(len, rounds[0].log_odds)) / seconds,
         tokens_per_second=num_tokens / seconds,
         ratio=seconds / base_seconds,
         useful_tflops=flops / seconds / 1e12 if ceilings else None,
         ceiling_tflops=statistics.median(ceilings) / 1e12 if ceilings else None,
         useful_share=statistics.median(shares) if shares else None,
-        latency_ms={f"p{q}": 1e3 * _percentile(latencies, q) for q in (50, 95, 99)} if latencies else {},
+        latency_ms={f"p{q}": 1e3 * percentile(latencies, q) for q in (50, 95, 99)} if latencies else {},
         num_latencies=len(latencies),
         peak_bytes=max(peaks) if peaks else None,
         tokenize_share=statistics.median(tokenize) if tokenize else None,
-        agreement=None if exact is None else agreement(samples[-1].log_odds, exact),
+        agreement=None if exact is None else agreement(rounds[-1].log_odds, exact),
     )
 
 
-def _percentile(ordered: Sequence[float], q: int) -> float:
-    """The smallest value that q percent of the values do not pass."""
+def percentile(ordered: Sequence[float], q: int) -> float:
+    """Return the smallest value that at least q percent of the sorted values do not exceed."""
     return ordered[max(0, -(-len(ordered) * q // 100) - 1)]
 
 
 def agreement(scores: LogOdds, exact: LogOdds) -> Agreement:
-    """Compare log-odds, request by request."""
+    """Compare log-odds request by request."""
     gaps = [abs(a - b) for row, other in zip(scores, exact, strict=True) for a, b in zip(row, other, strict=True)]
     taus = [kendall_tau(row, other) for row, other in zip(scores, exact, strict=True)]
     return Agreement(largest=max(gaps), mean=statistics.fmean(gaps), kendall_tau=statistics.fmean(taus))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScalingStep:
-    """One size of the scaling sweep."""
-
-    num_documents: int
-    num_tokens: int
-    seconds: float  # median
-    seconds_per_token: float
-    growth: float | None  # time over that of the step before, divided by the tokens over those before; 1 is linear
-
-
-def scaling(
-    workload: Workload, ours: Ours, sizes: Sequence[int], *, rounds: int, advance: Callable[[], None]
-) -> list[ScalingStep]:
-    """The first request of a workload with more and more documents, sizes in turn."""
-    requests = [workload_requests(workload, ours.reranker, num_documents=size)[:1] for size in sizes]
-    counts = []
-    for each in requests:
-        pairs = ours.reranker.tokenizer.pairs(each[0]).pairs
-        counts.append(len(pairs[0].prefix_ids) + sum(len(pair.document_ids) for pair in pairs))
-    ours.run(requests[0], concurrent=False)
-    times: list[list[float]] = [[] for _ in sizes]
-    for _ in range(rounds):
-        for taken, request in zip(times, requests, strict=True):
-            taken.append(ours.run(request, concurrent=False).seconds)
-            advance()
-    steps: list[ScalingStep] = []
-    for size, count, taken in zip(sizes, counts, times, strict=True):
-        seconds = statistics.median(taken)
-        before = steps[-1] if steps else None
-        growth = None if before is None else seconds / before.seconds / (count / before.num_tokens)
-        steps.append(
-            ScalingStep(
-                num_documents=size, num_tokens=count, seconds=seconds, seconds_per_token=seconds / count, growth=growth
-            )
-        )
-    return steps
+def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return Kendall's tau-b of two lists of scores, or 1 if all pairs are tied."""
+    concordance = ties_first = ties_second = pairs = 0
+    for i in range(len(first)):
+        for j in range(i):
+            a, b = first[i] - first[j], second[i] - second[j]
+            pairs += 1
+            ties_first += a == 0
+            ties_second += b == 0
+            concordance += (a * b > 0) - (a * b < 0)
+    scale = ((pairs - ties_first) * (pairs - ties_second)) ** 0.5
+    return concordance / scale if scale else 1.0

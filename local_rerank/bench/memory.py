@@ -1,4 +1,4 @@
-"""How much memory is used at most while a block runs, over what was used before it."""
+"""Measure the peak memory of a block of code over what was in use before it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ SAMPLE_SECONDS = 0.005
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as memory: ...`; then `memory.peak_bytes`.
-
-    On CUDA the allocator keeps the peak. On the CPU the resident memory is looked at every five milliseconds.
-    """
+    """A context manager that sets `peak_bytes`: from the CUDA allocator, or from RSS sampled every 5 ms on a CPU."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)

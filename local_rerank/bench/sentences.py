@@ -1,4 +1,4 @@
-"""Plain English prose about many things, from which the benchmark's workloads are put together."""
+"""English sentences from which the workloads are built."""
 
 from __future__ import annotations
 

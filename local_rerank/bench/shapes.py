@@ -1,7 +1,7 @@
-"""Checkpoints of random weights in the shapes of the official models, so that speed needs no download.
+"""Make checkpoints of random weights in the shapes of the official models, to measure speed without a download.
 
-Weights are bf16, normal with a deviation of .02 as before training; norms are ones. The tokenizer is that of the
-embedded model, whose ids are a part of the official vocabulary's range. One layer is in memory at a time.
+Weights are bf16, normal with a standard deviation of 0.02; norms are ones. The tokenizer is the built-in model's, whose
+ids are a subset of the official vocabulary's. One layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-"""Entries of the models' config.json that differ; 8 key-value heads of 128 in all of them."""
+"""Entries of config.json that differ between the models."""
 COMMON = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": VOCABULARY, "num_key_value_heads": 8,
     "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
@@ -45,7 +45,7 @@ NANO = Path(__file__).parents[1] / "nano"
 
 
 def make_checkpoint(folder: Path, name: str, *, num_layers: int | None = None) -> Path:
-    """Write a checkpoint of that shape unless `folder` holds it already; raises ConfigError, CheckpointError."""
+    """Write a checkpoint, or reuse the one in `folder`; raises ConfigError, or CheckpointError if the disk is full."""
     if name not in SHAPES:
         raise ConfigError(f"shape is {name!r}; it must be one of {', '.join(SHAPES)}")
     config = COMMON | SHAPES[name]
@@ -54,7 +54,7 @@ def make_checkpoint(folder: Path, name: str, *, num_layers: int | None = None) -
     if (folder / "config.json").is_file():
         if json.loads((folder / "config.json").read_text(encoding="utf-8")) == config:
             return folder
-        raise ConfigError(f"{folder} holds another model than random weights in the shape of {name}")
+        raise ConfigError(f"{folder} contains another model, not random weights in the shape of {name}")
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(config))
     require_free_space(folder, 2 * sum(rows * columns for shard in shards for rows, columns in shard.values()))
@@ -62,12 +62,14 @@ def make_checkpoint(folder: Path, name: str, *, num_layers: int | None = None) -
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / file, folder / file)
     (folder / "README.md").write_text(f"Random weights of a reranker, in the shape of {name}.\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")  # last: the folder is complete
+    (folder / "config.json").write_text(
+        json.dumps(config), encoding="utf-8"
+    )  # last, because it marks the folder as complete
     return folder
 
 
 def _shards(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, int]]]:
-    """For each file the shapes of its weights; a vector has one row and stands for a norm."""
+    """Yield the weight shapes of each file; a shape with one row is a norm's vector."""
     hidden, mlp, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     ends = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (1, hidden)}

@@ -1,13 +1,13 @@
-"""Fixed workloads of realistic text: the same requests for every model and every machine.
+"""Fixed workloads of realistic text, the same on every machine.
 
-A text is a run of sentences, cut at the word that brings it to its number of tokens, as the model's own tokenizer
-counts them: workloads hold equally many tokens for every tokenizer. Needs no torch.
+A text is a sequence of sentences, truncated at the word that reaches the target length in tokens of the model's own
+tokenizer, so a workload has the same number of tokens for every model.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from local_rerank.bench.sentences import SENTENCES
@@ -16,13 +16,13 @@ from local_rerank.types import RerankRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """How many requests of how many texts of how many tokens; `concurrent` requests are sent at the same time."""
+    """The number and lengths of requests; `concurrent` requests are sent at the same time."""
 
     name: str
     about: str
     query_tokens: int
     num_documents: int
-    document_tokens: tuple[int, int]  # least and most, evenly spread
+    document_tokens: tuple[int, int]  # minimum and maximum, evenly spaced
     num_requests: int = 1
     concurrent: bool = False
 
@@ -43,13 +43,11 @@ WORKLOADS: dict[str, Workload] = {
 }  # fmt: skip
 
 
-def make_requests(
-    workload: Workload, count_tokens: Callable[[str], int], *, seed: int = 0, num_documents: int | None = None
-) -> list[RerankRequest]:
-    """The requests of a workload; `num_documents` overrides its own number."""
-    generator = random.Random(f"{workload.name} {seed}")
+def make_requests(workload: Workload, count_tokens: Callable[[str], int]) -> list[RerankRequest]:
+    """Build the requests of a workload."""
+    generator = random.Random(f"{workload.name} 0")  # a fixed seed per workload
     low, high = workload.document_tokens
-    number = num_documents or workload.num_documents
+    number = workload.num_documents
     requests = []
     for _ in range(workload.num_requests):
         lengths = [round(low + (high - low) * i / max(1, number - 1)) for i in range(number)]
@@ -64,19 +62,15 @@ def make_requests(
 
 
 def _text(generator: random.Random, num_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """Sentences up to the first word that brings them to `num_tokens` or more."""
+    """Join sentences up to the first word that reaches `num_tokens`."""
     words: list[str] = []
     while len(words) < num_tokens:  # a word is at least one token
-        words += _sentence(generator, SENTENCES)
+        words += generator.choice(SENTENCES).split()
     few, enough = 1, num_tokens
-    while few < enough:  # the number of tokens grows with the words
+    while few < enough:  # bisection: tokens increase with words
         middle = (few + enough) // 2
         if count_tokens(" ".join(words[:middle])) < num_tokens:
             few = middle + 1
         else:
             enough = middle
     return " ".join(words[:few])
-
-
-def _sentence(generator: random.Random, sentences: Sequence[str]) -> list[str]:
-    return generator.choice(sentences).split()

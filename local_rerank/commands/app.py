@@ -1,7 +1,7 @@
-"""The command line. Each command is a function in a module of its own, imported when it runs: `--help` loads no torch.
+"""The command line. Commands are imported when they run, so `--help` does not load torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the options' definitions; a flag wins over a variable. Errors end in one
-line on standard error and exit status 1 (2 for the command line itself), without a traceback.
+Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence. An error is
+one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -27,25 +27,33 @@ ENV_PREFIX = "LOCAL_RERANK_"
 
 app = App(
     name="local-rerank",
-    help="Rank documents by relevance to a query with a Qwen3-Reranker model, offline, on this machine.",
+    help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=Env(ENV_PREFIX, command=False),
     error_formatter=lambda error: f"local-rerank: {error}",
-    error_console=Console(stderr=True, width=1000),  # one line, as for every other error
+    error_console=Console(stderr=True, width=1000),  # wide, to keep an error on one line
 )
-app.command("local_rerank_server.command:serve", name="serve", help="Answer the HTTP APIs of hosted rerankers.")
-app.command("local_rerank.commands.rank:rank", name="rank", help="Rank documents given here, in a file or piped in.")
-app.command("local_rerank.commands.eval:evaluate", name="eval", help="Measure how much a model improves a search run.")
-app.command("local_rerank.commands.batch:batch", name="batch", help="Score a file of queries and documents.")
-app.command("local_rerank.commands.compare:compare", name="compare", help="Compare two runs, query by query.")
-app.command(
-    "local_rerank.commands.bench:bench", name="bench", help="Measure speed against other code and the hardware."
-)
-app.command("local_rerank.commands.plan:plan", name="plan", help="Say how long a large job takes, and on how much.")
-app.command("local_rerank.commands.models:pull", name="pull", help="Download a model from a hub.")
-app.command("local_rerank.commands.models:pack", name="pack", help="Write a model into one bundle for use offline.")
-app.command("local_rerank.commands.models:verify", name="verify", help="Check a bundle's files and its scores.")
-app.command("local_rerank.commands.doctor:doctor", name="doctor", help="Say whether the scores are right, and why not.")
+for _name, _function, _help in (
+    ("serve", "local_rerank_server:serve", "Serve rerank APIs over HTTP."),
+    ("rank", "local_rerank.commands.rank:rank", "Rank documents from arguments, a file or standard input."),
+    ("eval", "local_rerank.commands.eval:evaluate", "Measure how much a model improves a first-stage run.\n\n"
+     "Prints nDCG@10, MRR, MAP and recall, and tests whether differences are significant."),
+    ("batch", "local_rerank.commands.batch:batch", "Score a file of queries and documents.\n\n"
+     "The same command line resumes a killed job. Records that cannot be ranked go to OUTPUT.rejects.jsonl."),
+    ("compare", "local_rerank.commands.compare:compare", "Compare two runs query by query.\n\n"
+     "Prints nDCG@10, MRR, MAP and recall, wins and losses, and the significance of the difference."),
+    ("bench", "local_rerank.commands.bench:bench", "Measure speed, memory and exactness on this machine.\n\n"
+     "Compares throughput with the limit of the hardware, and log-odds with fp32. Precisions run in alternation, so "
+     "their ratios stay valid when the machine's speed changes."),
+    ("plan", "local_rerank.commands.plan:plan", "Estimate time, machines and cost of a large job."),
+    ("pull", "local_rerank.commands.models:pull", "Download a model from a hub."),
+    ("pack", "local_rerank.commands.models:pack", "Pack a model into one bundle for offline use."),
+    ("verify", "local_rerank.commands.models:verify", "Check the files and scores of a bundle.\n\n"
+     "The exit status is 1 if scores differ from those in the bundle."),
+    ("doctor", "local_rerank.commands.doctor:doctor", "Check that scores are correct, and diagnose faults.\n\n"
+     "Also says what would make this machine faster. The exit status is 1 on a fault."),
+):  # fmt: skip
+    app.command(_function, name=_name, help=_help)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,27 +63,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse_unknown_variables()
         sys.exit(app(arguments) or 0)
     except LocalRerankError as error:
-        print(f"local-rerank: {error}", file=sys.stderr)  # noqa: T201  # the one place that speaks without rich
+        print(f"local-rerank: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+    except BrokenPipeError:  # the reader of our output has closed it, like `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
 def _refuse_unknown_variables() -> None:
-    """A misspelt variable would be passed over in silence; name it instead."""
+    """Raise ConfigError for an unknown variable, because a misspelt one would have no effect."""
     given = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
     if not given:
         return
     known = {ENV_PREFIX + name.upper() for name in option_names()}
     if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{unknown[0]} is no option's variable; `local-rerank serve --help` lists them")
+        raise ConfigError(f"{unknown[0]} is not a known variable; `local-rerank serve --help` lists them")
 
 
 def serve_options() -> tuple[EngineConfig, ServerConfig]:
-    """The options of a `serve` without flags: those that variables set, else the defaults. Raises ConfigError."""
+    """Return the options of `serve` from variables and defaults, without flags. Raises ConfigError."""
     from local_rerank.config import EngineConfig
     from local_rerank_server.config import ServerConfig
 
@@ -88,7 +96,7 @@ def serve_options() -> tuple[EngineConfig, ServerConfig]:
 
 
 def option_names() -> list[str]:
-    """Names of all options that have a variable."""
+    """Return the names of all options that have a variable."""
     import dataclasses
 
     from local_rerank.config import EngineConfig

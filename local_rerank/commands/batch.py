@@ -1,4 +1,4 @@
-"""The command `local-rerank batch`: a file of queries and documents in, a file with scores out."""
+"""The command `local-rerank batch`: score a file of queries and documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from local_rerank.batch.sinks import SUFFIXES
+from local_rerank.batch.formats import OUTPUT_SUFFIXES
 from local_rerank.commands.console import option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -19,22 +19,20 @@ if TYPE_CHECKING:
     from local_rerank.batch.display import Display, Mode
     from local_rerank.batch.job import JobFolder, JobProgress
     from local_rerank.batch.sources import Source
-    from local_rerank.batch.trec_source import Texts
+    from local_rerank.batch.trec_source import TextStore
     from local_rerank.evaluation.measures import System
     from local_rerank.reranker import Reranker
 
 RUN_SUFFIXES = (".run", ".trec", ".txt")
-FIRST_STAGE = "first stage"
-MEASURED_DEPTH = 100  # R@100, where no --top-k bounds what reranking can reach
+MEASURED_DEPTH = 100  # recall is R@100 unless --top-k bounds it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the command line asks for."""
+class BatchOptions:
+    """The options of a job in this process."""
 
     input: Path
     output: Path
-    rejects: Path
     queries: Path | None
     corpus: Path | None
     dataset: str | None
@@ -43,6 +41,10 @@ class Job:
     blend: Blend | None
     cache: Path | None
     return_documents: bool
+
+    @property
+    def rejects(self) -> Path:
+        return Path(f"{self.output}.rejects.jsonl")
 
     @property
     def is_run(self) -> bool:
@@ -54,23 +56,25 @@ class Job:
                 f"top_k is {self.top_k}; it must be at least 1", field="top_k", limit=1, value=self.top_k
             )
         if not self.input.is_file():
-            raise InvalidRequest(f"{self.input} is no file here", field="input")
+            raise InvalidRequest(f"input is {self.input}; there is no such file", field="input")
         if self.input.resolve() in (self.output.resolve(), self.rejects.resolve()):
-            raise ConfigError(f"{self.input} is both input and output")
-        if self.output.suffix.lower() not in SUFFIXES:
-            raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(SUFFIXES)}")
+            raise ConfigError(f"output is {self.output}, which is the input; choose another name")
+        if self.output.suffix.lower() not in OUTPUT_SUFFIXES:
+            raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
         if not self.output.parent.is_dir():
-            raise ConfigError(f"output is {self.output}, but there is no folder {self.output.parent}")
+            raise ConfigError(f"output is {self.output}; there is no folder {self.output.parent}")
         if self.is_run:
             if (self.dataset is None) == (self.queries is None or self.corpus is None):
-                raise ConfigError(f"{self.input} is a run: its texts need --queries and --corpus, or --dataset")
+                raise ConfigError(
+                    f"input is {self.input}, a run, which needs either --queries and --corpus or --dataset"
+                )
         elif given := [name for name in ("queries", "corpus", "dataset", "top_k") if getattr(self, name) is not None]:
-            raise ConfigError(f"{given[0]} is for a run (.run), but the input is {self.input}")
+            raise ConfigError(f"{given[0]} needs a run (.run) as input, but input is {self.input}")
         if self.qrels is not None and self.output.suffix.lower() != ".run":
-            raise ConfigError(f"qrels measure a run, but the output is {self.output}; it must end in .run")
+            raise ConfigError(f"qrels needs a run as output, but output is {self.output}; it must end in .run")
 
     def settings(self, reranker: Reranker) -> dict[str, str]:
-        """All that decides what is written, as a job that goes on must find it again."""
+        """Return everything that determines the output; a resumed job must have the same."""
         from local_rerank.batch.score_cache import score_identity
 
         values = {
@@ -78,7 +82,6 @@ class Job:
             "model": f"{reranker.model_id} ({score_identity(reranker)[:16]})",
             "instruction": reranker.config.instruction,
             "return_documents": str(self.return_documents).lower(),
-            "rejects": str(self.rejects),
         }
         values |= {name: _state(file) for name in ("queries", "corpus") if (file := getattr(self, name)) is not None}
         optional = {"dataset": self.dataset, "top_k": self.top_k, "blend": self.blend}
@@ -89,67 +92,60 @@ def batch(
     input: Annotated[
         str,
         option(
-            help="File to score: .jsonl or .parquet (query with documents, or with one document), .csv or .tsv (a "
-            "pair on each line), or a TREC run (.run, .trec, .txt), with --queries and --corpus or --dataset."
+            help="File to score: .jsonl or .parquet (a query with documents, or a pair), .csv or .tsv (pairs), or a "
+            "TREC run (.run, .trec, .txt) with --queries and --corpus, or --dataset."
         ),
     ],
     *,
     output: Annotated[str, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
     queries: Annotated[
-        Path | None, option(help="Queries of a run: .jsonl (id or _id, text) or .tsv (id, text).")
+        Path | None, option(help="Queries of a run: .jsonl (id or _id, text), .tsv (id, text) or TREC topics.")
     ] = None,
-    corpus: Annotated[Path | None, option(help="Documents of a run: likewise.")] = None,
+    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl or .tsv.")] = None,
     dataset: Annotated[
-        str | None, option(help="Take queries and documents of a run from this collection of ir_datasets.")
+        str | None, option(help="ir_datasets collection with the queries and documents of a run.")
     ] = None,
     qrels: Annotated[
-        Path | None, option(help="Measure the output, a run, against these TREC judgements when it is complete.")
+        Path | None, option(help="TREC relevance judgements to measure the output run with, once it is complete.")
     ] = None,
     top_k: Annotated[
-        int | None, option(help="Candidates of each query of a run to score; those below keep their order.")
+        int | None, option(help="Candidates to rerank per query of a run; the others keep their order. Default: all.")
     ] = None,
     blend: Annotated[
         str | None,
         option(
-            help="Order by log-odds plus W times other scores, as z-scores: run=W (the run's, or `score` of each "
-            "document) or bm25=W (over the query's documents). Off by default."
+            help="Rank by log-odds plus W times other scores, both as z-scores: run=W (scores of the run, or `score` "
+            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone."
         ),
     ] = None,
-    cache: Annotated[
-        Path | None, option(help="Keep scores in this SQLite file, and take from it those that it has.")
-    ] = None,
-    rejects: Annotated[
-        Path | None, option(help="File for records that cannot be ranked; default: OUTPUT.rejects.jsonl.")
-    ] = None,
-    return_documents: Annotated[bool, option(help="Write the documents' texts with the results, too.")] = False,
-    overwrite: Annotated[bool, option(help="Begin anew, whatever is there.")] = False,
+    cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,
+    return_documents: Annotated[bool, option(help="Include the texts of the documents in the output.")] = False,
+    overwrite: Annotated[bool, option(help="Replace an existing output and start again.")] = False,
     ray: Annotated[
         bool | str,
         option(
-            help="Score on a Ray cluster: the one at this address or RAY_ADDRESS, else one that is started here. Input "
-            "and output are .jsonl or .parquet, on any filesystem that pyarrow knows (s3://...), the output a folder "
-            "of parts."
+            help="Score on a Ray cluster: at this address, at RAY_ADDRESS, or started here. Input and output are "
+            ".jsonl or .parquet on any filesystem that pyarrow knows (s3://...); the output is a folder of parts."
         ),
     ] = False,
-    quiet: Annotated[bool, option(help="Say nothing unless something goes wrong.")] = False,
+    quiet: Annotated[bool, option(help="Print nothing but errors.")] = False,
     json_output: Annotated[
-        bool, option(name="--json", help="Print progress, rejected records and the summary as lines of JSON.")
+        bool, option(name="--json", help="Print progress, rejected records and the summary as JSON lines.")
     ] = False,
     engine: EngineConfig | None = None,
 ) -> None:
-    """Score a file. Killed and started again with the same command line it goes on where it was."""  # fmt: skip
+    """Score a file, or resume a job that was killed."""
     mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
     if ray:
         return _run_on_ray(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
             return_documents=return_documents, overwrite=overwrite, mode=mode,
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
-                    "cache": cache, "rejects": rejects},
+                    "cache": cache},
         )  # fmt: skip
-    job = Job(
+    job = BatchOptions(
         input=Path(input),
         output=Path(output),
-        rejects=rejects or Path(f"{Path(output)}.rejects.jsonl"),
         queries=queries,
         corpus=corpus,
         dataset=dataset,
@@ -163,20 +159,20 @@ def batch(
     from local_rerank.reranker import Reranker
 
     if qrels is not None:
-        load_ir_measures()  # before the work, not after it
+        load_ir_measures()  # fail before the work if it is missing
     with status("loading the model") if mode == "bar" else nullcontext():
         reranker = Reranker(config=engine)
-    with reranker, _stopped():
+    with reranker, _io_errors_as_config_error():
         _run(job, reranker, mode, overwrite)
 
 
 @contextmanager
-def _stopped() -> Iterator[None]:
-    """A full disk, above all, is one line."""
+def _io_errors_as_config_error() -> Iterator[None]:
+    """Report a full disk, for example, in one line."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"the job stopped: {error}; the same command goes on from there") from error
+        raise ConfigError(f"the job stopped: {error}; the same command resumes it") from error
 
 
 def _run_on_ray(
@@ -192,7 +188,7 @@ def _run_on_ray(
     others: dict[str, object],
 ) -> None:
     if given := [name for name, value in others.items() if value is not None]:
-        raise ConfigError(f"{given[0]} is not taken together with ray")
+        raise ConfigError(f"{given[0]} cannot be combined with --ray")
     from local_rerank.batch.ray_cluster import require_ray
 
     require_ray()
@@ -209,7 +205,7 @@ def _run_on_ray(
         config=absolute(config),
     )
     num_rows = 0
-    with Display(mode, Path(input).name, 0) as display, _stopped():
+    with Display(mode, Path(input).name, 0) as display, _io_errors_as_config_error():
         for done in run(job, address, overwrite=overwrite, begin=display.begin):
             num_rows += done.num_rows
             display.piece(done.num_pairs, done.num_tokens, done.num_rejected)
@@ -222,12 +218,12 @@ def _run_on_ray(
         say(f"{display.seconds:.1f} s, {display.rates_text}")
 
 
-def _run(job: Job, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
+def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
     from local_rerank.batch.display import Display
+    from local_rerank.batch.formats import open_sink
     from local_rerank.batch.job import job_folder, run_job
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
-    from local_rerank.batch.sinks import open_sink
 
     with job_folder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite) as folder:
         was_done = folder.progress.is_done
@@ -253,15 +249,15 @@ def _run(job: Job, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
         _summarize(job, display, progress, systems, mode, was_done)
 
 
-def _source(job: Job, folder: JobFolder) -> Source:
-    from local_rerank.batch.sources import open_source
+def _source(job: BatchOptions, folder: JobFolder) -> Source:
+    from local_rerank.batch.formats import open_source
 
     if not job.is_run:
         return open_source(job.input)
     from local_rerank.batch.trec_source import DatasetTexts, FileTexts, RunSource
 
     if job.dataset is not None:
-        texts: Texts = DatasetTexts(job.dataset)
+        texts: TextStore = DatasetTexts(job.dataset)
     else:
         assert job.queries is not None
         assert job.corpus is not None
@@ -269,10 +265,10 @@ def _source(job: Job, folder: JobFolder) -> Source:
     return RunSource(job.input, texts, folder.path, job.top_k)
 
 
-def _measured(job: Job, qrels: Path, name: str) -> list[System]:
-    """The input, where it is a run, and the output, over the judged queries that the output has."""
+def _measured(job: BatchOptions, qrels: Path, name: str) -> list[System]:
+    """Measure the output, and an input run, over the judged queries of the output."""
     from local_rerank.evaluation.collection import read_orders, read_qrels
-    from local_rerank.evaluation.measures import System, measure, measures
+    from local_rerank.evaluation.measures import FIRST_STAGE, System, measure, measures
 
     judgements = read_qrels(qrels)
     runs = {FIRST_STAGE: job.input} if job.is_run else {}
@@ -280,13 +276,13 @@ def _measured(job: Job, qrels: Path, name: str) -> list[System]:
     orders = {system: read_orders(file, judgements) for system, file in runs.items()}
     *_, ours = orders.values()
     if not (judged := {query_id: judgements[query_id] for query_id in ours if query_id in judgements}):
-        raise InvalidRequest(f"none of the queries of {job.output} is judged in {qrels}", field="qrels")
+        raise InvalidRequest(f"none of the queries of {job.output} has a judgement in {qrels}", field="qrels")
     names = measures(job.top_k or MEASURED_DEPTH)
     return [System(name=system, values=measure(judged, order, names)) for system, order in orders.items()]
 
 
 def _summarize(
-    job: Job, display: Display, progress: JobProgress, systems: list[System], mode: Mode, was_done: bool
+    job: BatchOptions, display: Display, progress: JobProgress, systems: list[System], mode: Mode, was_done: bool
 ) -> None:
     if mode == "json":
         display.event(
@@ -306,7 +302,7 @@ def _summarize(
         return
     say(f"{job.output}: {progress.num_rows:,} rows, {progress.num_pairs:,} pairs" + " (was complete)" * was_done)
     if progress.num_rejected:
-        say(f"{job.rejects}: {progress.num_rejected:,} records that could not be ranked")
+        say(f"{job.rejects}: {progress.num_rejected:,} rejected records")
     if not was_done:
         say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:
@@ -318,7 +314,7 @@ def _summarize(
 
 
 def _state(file: Path) -> str:
-    """A file and what tells whether it was changed."""
+    """Identify a file and its version by path, size and modification time."""
     try:
         found = file.stat()
     except OSError as error:

@@ -1,27 +1,26 @@
-"""The command `local-rerank doctor`: a loaded model's certificate and its machine, as tables or JSON."""
+"""The command `local-rerank doctor`: run the self-test of a model and describe the machine."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from local_rerank.commands.console import option
+from local_rerank.commands.console import JsonOutput, print_json
 from local_rerank.config import EngineConfig
 
 if TYPE_CHECKING:
     from local_rerank.selftest.machine_report import Machine
-    from local_rerank.selftest.self_test import PairScore, SelfTest
+    from local_rerank.selftest.self_test import KnownPairScore, SelfTest
     from local_rerank.types import ModelInfo
 
 
 def doctor(
     *,
-    json_output: Annotated[bool, option(name="--json", help="Print everything as JSON.")] = False,
+    json_output: JsonOutput = False,
     engine: EngineConfig | None = None,
 ) -> int:
-    """Score known pairs, say whether the scores are right, and what would be faster; exit status 1 if they are not."""
+    """Run the self-test, describe the machine, and return the exit status."""
     from local_rerank.reranker import Reranker
     from local_rerank.selftest.machine_report import describe
     from local_rerank.selftest.self_test import self_test
@@ -33,20 +32,12 @@ def doctor(
 
 
 def _print_json(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
-    from rich.console import Console
-
-    report = {
-        "passed": outcome.passed,
-        "model": asdict(info),
-        "self_test": asdict(outcome),
-        "machine": asdict(machine),
-    }
-    text = json.dumps(_finite(report), ensure_ascii=False, indent=2)
-    Console().out(text, highlight=False)
+    parts = {"model": asdict(info), "self_test": asdict(outcome), "machine": asdict(machine)}
+    print_json(_finite({"passed": outcome.passed, **parts}))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: null stands for them."""
+    """Replace infinity and NaN by None, because JSON has neither."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -64,7 +55,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
     print_scores(outcome.scores)
     verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
-    table = Table("", "is", "to be faster", box=None, pad_edge=False)
+    table = Table("", "current", "faster with", box=None, pad_edge=False)
     for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)
         table.add_row(name, row.value, row.faster)
@@ -72,8 +63,8 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
     console.print(", ".join(f"{name} {version}" for name, version in machine.versions.items()), style="dim")
 
 
-def print_scores(scores: tuple[PairScore, ...]) -> None:
-    """A line for each known pair: what it got, what it should get, and the difference."""
+def print_scores(scores: tuple[KnownPairScore, ...]) -> None:
+    """Print a line for each known pair: score, expected score, and difference."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""The commands `pull`, `pack` and `verify`: a model from a hub to here, and on to a machine without a network."""
+"""The commands `pull`, `pack` and `verify`: download a model and move it to a machine without a network."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
 from local_rerank.commands.console import option, say, status
-from local_rerank.config import EngineConfig, EngineOfArgument, EngineOfFile
+from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from local_rerank.checkpoints.find import Checkpoint
 
 PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
-"""What goes into a bundle beside the weights that the checkpoint names."""
-LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in the head of a model card
+"""Files of a bundle besides the weights that the checkpoint names."""
+LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in a model card's front matter
 
 
 def pull(
@@ -27,11 +27,13 @@ def pull(
     *,
     revision: Annotated[str | None, option(help="Branch, tag or commit.")] = None,
     to: Annotated[
-        Path | None, option(help="Folder for the files; default: the hub's cache, where --model finds it.")
+        Path | None, option(help="Folder for the files. Default: the hub's cache, where --model finds it.")
     ] = None,
-    hub: Annotated[Hub, option(help="Where to ask; modelscope needs its package.")] = "huggingface",
+    hub: Annotated[
+        Hub, option(help="Hub to download from; modelscope needs the package of that name.")
+    ] = "huggingface",
 ) -> None:
-    """Download MODEL, of which nothing is fetched twice, and look whether it is a reranker that can be loaded."""
+    """Download MODEL, resuming earlier downloads, and check that it is a reranker that can be loaded."""
     from local_rerank.checkpoints.download import fetch, fetch_from_modelscope
     from local_rerank.checkpoints.find import hub_id, open_checkpoint
 
@@ -44,16 +46,16 @@ def pull(
 
 
 def pack(
-    model: Annotated[str | None, option(help="Hub id, alias or folder; default: the built-in model.")] = None,
+    model: Annotated[str | None, option(help="Hub id, alias or folder. Default: the built-in model.")] = None,
     /,
     *,
     output: Annotated[
-        Path, option(name=["--output", "-o"], help="The bundle: a file if it ends in .zip, else a folder.")
+        Path, option(name=["--output", "-o"], help="Bundle to write: a file if the name ends in .zip, else a folder.")
     ],
-    no_self_test: Annotated[bool, option(help="Pack a model although its self-test fails.")] = False,
-    engine: EngineOfArgument | None = None,
+    no_self_test: Annotated[bool, option(help="Pack the model even if its self-test fails.")] = False,
+    engine: PackEngineConfig | None = None,
 ) -> None:
-    """Write MODEL's weights, tokenizer, prompt recipe, licence, checksums and expected scores into one bundle."""
+    """Pack MODEL into one bundle: weights, tokenizer, prompt template, licence, checksums and expected scores."""
     from local_rerank.checkpoints.bundles import write_bundle
     from local_rerank.checkpoints.free_space import gigabytes
     from local_rerank.checkpoints.known_scores import STORED, to_json
@@ -61,7 +63,7 @@ def pack(
     from local_rerank.selftest.self_test import log_odds_of, require_self_test
 
     if output.exists():
-        raise ConfigError(f"output {output} exists already; remove it or choose another name")
+        raise ConfigError(f"output is {output}, which exists; remove it or choose another name")
     with status("loading the model"), Reranker(config=_exact(engine, model)) as reranker:
         if not no_self_test:
             require_self_test(reranker)
@@ -88,12 +90,12 @@ def pack(
 
 
 def verify(
-    file: Annotated[Path, option(help="A bundle: a file or a folder.")],
+    file: Annotated[Path, option(help="Bundle, a file or a folder.")],
     /,
     *,
-    engine: EngineOfFile | None = None,
+    engine: VerifyEngineConfig | None = None,
 ) -> int:
-    """Check every checksum of the bundle FILE and compute its expected scores anew; exit status 1 if any is off."""
+    """Check the checksums of a bundle, recompute its expected scores, and return the exit status."""
     from local_rerank.checkpoints.bundles import damaged_files, read_manifest
     from local_rerank.commands.doctor import print_scores
     from local_rerank.reranker import Reranker
@@ -104,7 +106,7 @@ def verify(
         damaged = damaged_files(file)
     if damaged:
         raise CheckpointError(f"{file} is damaged: {'; '.join(damaged)}")
-    say(f"{len(manifest.files)} files of {manifest.model_id} have the checksums of the manifest")
+    say(f"{len(manifest.files)} files of {manifest.model_id} match the checksums of the manifest")
     with status("loading the model"), Reranker(config=replace(engine or EngineConfig(), model=str(file))) as reranker:
         outcome = self_test(reranker)
     print_scores(outcome.scores)
@@ -113,13 +115,13 @@ def verify(
 
 
 def _exact(engine: EngineConfig | None, model: str | None) -> EngineConfig:
-    """Expected scores are computed in fp32 unless another precision is asked for."""
+    """Use fp32 for the expected scores unless another precision is set."""
     config = engine or EngineConfig()
     return replace(config, model=model or config.model, dtype="fp32" if config.dtype == "auto" else config.dtype)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:
-    """The files of a checkpoint that go into a bundle; a manifest that is there already does not."""
+    """Return the files of a checkpoint to pack, without the manifest of an earlier bundle."""
     from local_rerank.checkpoints.bundles import MANIFEST
     from local_rerank.checkpoints.find import weight_files
 
@@ -128,7 +130,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the model card says, else the first line of a licence file."""
+    """Return the licence from the model card, else the first line of a licence file."""
     card = folder / "README.md"
     if card.is_file() and (found := LICENCE_LINE.search(card.read_text(encoding="utf-8", errors="replace"))):
         return found[1]

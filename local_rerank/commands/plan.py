@@ -1,43 +1,42 @@
-"""The command `local-rerank plan`: a job's time, machines and money, and the replicas that a latency needs."""
+"""The command `local-rerank plan`: estimate the time, machines and cost of a job, and the replicas for a latency."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from local_rerank.commands.console import option, say
+from local_rerank.commands.console import JsonOutput, option, print_json, say
 from local_rerank.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from local_rerank.planning.rates import Plan, Range, Rate
-    from local_rerank.planning.simulation import Outcome
+    from local_rerank.planning.simulation import SimulationResult
 
-GPU_BATCH_TOKENS = 16384
+GPU_BATCH_TOKENS = 16384  # as in engine.plan, which imports torch
 
 
 def plan(
     *,
     pairs: Annotated[float, option(help="Pairs to score, for example 1e9.")] = 1e6,
-    tokens: Annotated[int, option(help="Tokens of a pair: template, instruction, query and document.")] = 300,
+    tokens: Annotated[int, option(help="Tokens per pair: template, instruction, query and document.")] = 300,
     shared_tokens: Annotated[
-        int, option(help="Of these, the tokens that all pairs of a query begin with; they are computed once.")
+        int, option(help="Tokens per pair that all pairs of a query share and that are computed once.")
     ] = 69,
-    documents: Annotated[int, option(help="Documents of a query.")] = 100,
-    gpus: Annotated[str, option(help="How many of what, for example 8xH200.")] = "1xH100",
-    model: Annotated[str, option(help="The model's name.")] = "qwen3-reranker-0.6b",
+    documents: Annotated[int, option(help="Documents per query.")] = 100,
+    gpus: Annotated[str, option(help="Number and kind of devices, for example 8xH200.")] = "1xH100",
+    model: Annotated[str, option(help="Name of the model.")] = "qwen3-reranker-0.6b",
     tokens_per_second: Annotated[
-        float | None, option(help="Tokens a second of one device, if you have measured them.")
+        float | None, option(help="Measured tokens per second of one device. Default: from the table, or estimated.")
     ] = None,
-    price: Annotated[float | None, option(help="Dollars for one device for one hour.")] = None,
+    price: Annotated[float | None, option(help="Dollars per device and hour. Default: from the table.")] = None,
     requests_per_second: Annotated[
-        float | None, option(help="Requests that come in, for latencies and the number of replicas.")
+        float | None, option(help="Incoming requests per second, to compute the number of replicas.")
     ] = None,
-    p99_ms: Annotated[float, option(help="Milliseconds in which 99 of 100 requests are to be answered.")] = 500.0,
-    json_output: Annotated[bool, option(name="--json", help="Print the plan as JSON.")] = False,
+    p99_ms: Annotated[float, option(help="Target p99 latency in milliseconds.")] = 500.0,
+    json_output: JsonOutput = False,
 ) -> None:
-    """Say how long a job takes, on how many machines and for how much, and how many replicas a latency needs."""
+    """Estimate the time, machines and cost of a job, and the replicas that a p99 latency needs."""
     from local_rerank.planning.rates import find_device, find_rate, make_plan
 
     num_devices, device_name = _devices(gpus)
@@ -50,7 +49,7 @@ def plan(
         ("p99_ms", p99_ms),
     ):
         if value is not None and not 0 < value < 1e18:
-            raise InvalidRequest(f"{name} is {value:g}; it must be more than 0", field=name)
+            raise InvalidRequest(f"{name} is {value:g}; it must be more than 0 and less than 1e18", field=name)
     if not 0 <= shared_tokens < tokens:
         what = f"shared_tokens is {shared_tokens}; it must be less than tokens, which is {tokens}"
         raise InvalidRequest(what, field="shared_tokens", limit=tokens, value=shared_tokens)
@@ -83,7 +82,7 @@ def plan(
 def _devices(text: str) -> tuple[int, str]:
     found = re.fullmatch(r"(?:(\d+)x)?(\S+)", text)
     if found is None or (found[1] is not None and int(found[1]) < 1):
-        raise ConfigError(f"gpus is {text!r}; how many of what is expected, for example 8xH200")
+        raise ConfigError(f"gpus is {text!r}; it must be a number and a device, for example 8xH200")
     return int(found[1] or 1), found[2]
 
 
@@ -95,11 +94,11 @@ def _replicas(
     document_tokens: int,
     shared_tokens: int,
     p99_ms: float,
-) -> tuple[int, Outcome]:
-    """By simulation, at the lower bound of the rate."""
-    from local_rerank.planning.simulation import Speed, Workload, replicas_for
+) -> tuple[int, SimulationResult]:
+    """Simulate at the lower bound of the rate."""
+    from local_rerank.planning.simulation import Speed, Traffic, replicas_for
 
-    workload = Workload(
+    traffic = Traffic(
         requests_per_second=requests_per_second,
         num_documents=documents,
         document_tokens=document_tokens,
@@ -107,32 +106,32 @@ def _replicas(
     )
     speed = Speed(token_seconds=1 / rate.tokens_per_second.low, max_batch_tokens=GPU_BATCH_TOKENS)
     try:
-        return replicas_for(workload, speed, p99_ms=p99_ms)
+        return replicas_for(traffic, speed, p99_ms=p99_ms)
     except ValueError as error:
         raise ConfigError(f"p99_ms is {p99_ms:g}; {error}") from None
 
 
 def _print(
-    made: Plan, replicas: tuple[int, Outcome] | None, job: str, num_devices: int, device: str, p99_ms: float
+    made: Plan, replicas: tuple[int, SimulationResult] | None, job: str, num_devices: int, device: str, p99_ms: float
 ) -> None:
     from local_rerank.planning.rates import published
 
     rate = made.rate
-    label = {"measured": "measured", "given": "as given", "estimate": "ESTIMATE, nothing was measured"}[rate.kind]
-    say(f"job       {job}; {made.computed_tokens_per_pair:.0f} of them go through the model")
-    say(f"rate      {_span(rate.tokens_per_second)} tokens/s of one {device}: {label}; {rate.source}")
-    say(f"          {_span(made.pairs_per_second)} pairs/s of {num_devices}")
+    label = {"measured": "measured", "given": "given", "estimate": "ESTIMATE, not measured"}[rate.kind]
+    say(f"job       {job}, of which {made.computed_tokens_per_pair:.0f} are computed")
+    say(f"rate      {_span(rate.tokens_per_second)} tokens/s per {device}: {label}; {rate.source}")
+    say(f"          {_span(made.pairs_per_second)} pairs/s with {num_devices}")
     say(f"time      {_span(made.hours, 1 if made.hours.high >= 1 else 3)} hours")
-    say(f"machines  {made.num_machines}, of up to 8 devices")
+    say(f"machines  {made.num_machines}, with up to 8 devices each")
     if made.dollars is None:
-        say("money     give --price, the dollars of one device for one hour")
+        say("cost      unknown; give --price in dollars per device and hour")
     else:
-        say(f"money     ${_span(made.dollars, 2)} for {_span(made.device_hours, 1)} device hours ({made.price_source})")
+        say(f"cost      ${_span(made.dollars, 2)} for {_span(made.device_hours, 1)} device hours ({made.price_source})")
     if replicas is not None:
         number, outcome = replicas
         say(
             f"replicas  {number} for p99 <= {p99_ms:g} ms: p50 {outcome.p50_ms:.0f}, p95 {outcome.p95_ms:.0f}, "
-            f"p99 {outcome.p99_ms:.0f} ms, engines busy {outcome.utilisation:.0%} (simulated, at the lower rate)"
+            f"p99 {outcome.p99_ms:.0f} ms, engines {outcome.utilisation:.0%} busy (simulated at the lower rate)"
         )
     for line in published(device):
         say(f"others    {line}")
@@ -143,8 +142,8 @@ def _span(bounds: Range, digits: int = 0) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def _print_json(made: Plan, replicas: tuple[int, Outcome] | None) -> None:
+def _print_json(made: Plan, replicas: tuple[int, SimulationResult] | None) -> None:
     shown: dict[str, Any] = dataclasses.asdict(made)
     if replicas is not None:
         shown["replicas"] = {"number": replicas[0], **dataclasses.asdict(replicas[1])}
-    say(json.dumps(shown, indent=2))
+    print_json(shown)

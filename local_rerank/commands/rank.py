@@ -1,4 +1,4 @@
-"""The command `local-rerank rank`: a query and documents from wherever they are, a table or JSON out."""
+"""The command `local-rerank rank`: rank documents from arguments, a file or standard input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
-from local_rerank.commands.console import option, status
+from local_rerank.commands.console import JsonOutput, option, print_json, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
     from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
-BAR_WIDTH = 20  # characters of a bar that stands for a relevance score of 1
+BAR_WIDTH = 20  # characters of a bar for a relevance score of 1
 MIN_TABLE_WIDTH = 80  # columns
 
 
 def rank(
-    query: Annotated[str, option(help="What the documents are ranked for.")],
-    *documents: Annotated[str, option(help="Documents; without any, they are read from --file or standard input.")],
+    query: Annotated[str, option(help="Query to rank the documents for.")],
+    *documents: Annotated[str, option(help="Documents. Default: read from --file or standard input.")],
     file: Annotated[
         Path | None,
-        option(help="File of documents, one a line: text, or if .jsonl a string or an object with text or document."),
+        option(help="File with one document per line; in .jsonl a string or an object with text or document."),
     ] = None,
-    top_n: Annotated[int | None, option(help="How many documents to print; default: all.")] = None,
-    json_output: Annotated[bool, option(name="--json", help="Print the whole result as JSON.")] = False,
+    top_n: Annotated[int | None, option(help="Number of documents to print. Default: all.")] = None,
+    json_output: JsonOutput = False,
     blend: Annotated[
         str | None,
-        option(help="Order by log-odds plus W times BM25 over these documents, as z-scores: bm25=W. Off by default."),
+        option(help="Rank by log-odds plus W times BM25, both as z-scores: bm25=W. Default: log-odds alone."),
     ] = None,
     show_prompt: Annotated[
-        bool, option(help="Print the exact prompt and token ids of the first document's pair instead.")
+        bool, option(help="Print the prompt and token ids of the first document instead of ranking.")
     ] = False,
     engine: EngineConfig | None = None,
 ) -> None:
     """Rank documents by their relevance to QUERY."""
     if documents and file is not None:
-        raise InvalidRequest("documents are given both as arguments and with --file; give one", field="file")
+        raise InvalidRequest("documents are given both as arguments and with --file; use one of them", field="file")
     texts = list(documents) or _read(file)
     weight = None if blend is None else _lexical_weight(blend)
     from local_rerank.reranker import Reranker
@@ -70,7 +70,7 @@ def rank(
 
 
 def _rank_with_progress(reranker: Reranker, request: RerankRequest) -> RerankResult:
-    """Rank while a bar on standard error shows the tokens that no longer wait."""
+    """Rank while a bar on standard error shows how many tokens have left the queue."""
     future = reranker.submit(request)
     total = reranker.num_queued_tokens
     console = Console(stderr=True)
@@ -86,12 +86,12 @@ def _rank_with_progress(reranker: Reranker, request: RerankRequest) -> RerankRes
 def _lexical_weight(blend: str) -> float:
     how = parse_blend(blend)
     if how.source != "bm25":
-        raise ConfigError(f"blend is {blend!r}, but rank has no run to add; use bm25=W")
+        raise ConfigError(f"blend is {blend!r}, but rank has no run to blend with; use bm25=W")
     return how.weight
 
 
 def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[RankedDocument, float]]:
-    """All documents with their blended scores, highest first."""
+    """Return the documents with their blended scores, highest first."""
     documents = [item.document for item in result]
     lexical = Bm25(documents).scores(query, documents)
     scores = blend_scores([item.log_odds for item in result], lexical, weight)
@@ -99,10 +99,10 @@ def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[Rank
 
 
 def _read(file: Path | None) -> list[str]:
-    """Documents of a file, or of standard input when it is no terminal."""
+    """Read documents from a file, or from standard input if it is not a terminal."""
     if file is not None:
         try:
-            # not splitlines: a text may hold U+2028 and the like
+            # not splitlines, because a text may contain U+2028 and similar
             lines = file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"file {file} cannot be read: {error}", field="file") from error
@@ -111,7 +111,7 @@ def _read(file: Path | None) -> list[str]:
         return [line for line in lines if line.strip()]
     if sys.stdin.isatty():
         raise InvalidRequest(
-            "no documents: give them as arguments, with --file or on standard input", field="documents"
+            "there are no documents; give them as arguments, with --file or on standard input", field="documents"
         )
     return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
 
@@ -124,20 +124,18 @@ def _text_of(line: str, where: str) -> str:
     if isinstance(value, dict):
         value = value.get("text", value.get("document"))
     if not isinstance(value, str):
-        raise InvalidRequest(f"{where} is neither a string nor an object with text or document", field="file")
+        raise InvalidRequest(f"{where} must be a string or an object with text or document", field="file")
     return value
 
 
 def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-
     value = asdict(result)
     if blended is not None:
         value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
-    Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)
+    print_json(value)
 
 
 def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-
     console = Console()
     console.width = max(console.width, MIN_TABLE_WIDTH)
     table = Table(box=None, pad_edge=False, expand=True)
@@ -147,17 +145,16 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
-        text = Text(" ".join(item.document.split()) + cut)  # Text: brackets in a document are no markup
+        text = Text(" ".join(item.document.split()) + cut)  # not a str, in which rich would parse brackets as markup
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
     console.print(table)
-    note = " (small, built in; --model takes a real one)" if result.model == EMBEDDED_MODEL else ""
+    note = " (small built-in model; choose another with --model)" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
     console.print(f"{result.model}{note}: {cost}", style="dim", highlight=False)
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:
-
     prompt, ids = reranker.explain(query, document)
     console = Console()
     console.out(prompt, highlight=False)

@@ -1,8 +1,7 @@
-"""Log-odds of one query's documents and some other scores of the same documents -> one blended score for each.
+"""Blend a model's log-odds with the first stage's scores or with BM25.
 
-The other scores are a first stage's own, or BM25 (`Bm25`) over the documents. Both sides become z-scores within the
-query, so that a weight means the same for every model and every query. Blending is asked for and never happens by
-itself: relevance scores and log-odds stay what the model said. Nothing here knows of models or files.
+Both sides are converted to z-scores within each query, so a weight means the same for every model and every query.
+Blending only changes the order: the relevance scores and log-odds stay the model's.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from typing import Literal, cast, get_args
 
 from local_rerank.errors import ConfigError
 
-Source = Literal["bm25", "run"]
-"""Whose scores are added: BM25 over the documents, or the scores that a first stage's run carries."""
+BlendSource = Literal["bm25", "run"]
+"""Which scores are added: BM25 over the documents, or those of the first stage's run."""
 
-K1, B = 1.2, 0.75  # BM25's usual constants: saturation of term frequency, share of length normalisation
-_SPREAD = 1e-9  # a deviation below this share of the scores' size is rounding: the scores are constant
+K1, B = 1.2, 0.75  # BM25's usual constants: term-frequency saturation and length normalization
+_MIN_SPREAD = 1e-9  # relative to the largest score; a smaller deviation is rounding error
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han
 _WORD = re.compile(rf"(?P<cjk>[{_CJK}]+)|[^\W_{_CJK}]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """What is added to the log-odds, and how much of it."""
+    """Which scores are added to the log-odds, and their weight."""
 
-    source: Source
+    source: BlendSource
     weight: float
 
     def __str__(self) -> str:
@@ -38,7 +37,7 @@ class Blend:
 
 
 def parse_blend(text: str) -> Blend:
-    """The value of `--blend`; raises ConfigError.
+    """Parse the value of `--blend`; raises ConfigError.
 
     >>> parse_blend("bm25=0.5")
     Blend(source='bm25', weight=0.5)
@@ -48,13 +47,13 @@ def parse_blend(text: str) -> Blend:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if source not in get_args(Source) or not (math.isfinite(weight) and weight >= 0):
-        raise ConfigError(f"blend is {text!r}; it must be bm25=W or run=W with a weight W of 0 or more")
-    return Blend(cast("Source", source), weight)
+    if source not in get_args(BlendSource) or not (math.isfinite(weight) and weight >= 0):
+        raise ConfigError(f"blend is {text!r}; it must be bm25=W or run=W, where the weight W is at least 0")
+    return Blend(cast("BlendSource", source), weight)
 
 
 def blend(log_odds: Sequence[float], others: Sequence[float], weight: float) -> list[float]:
-    """z-scores of the log-odds plus `weight` times z-scores of the others, in the order of the documents.
+    """Return z(log_odds) + weight * z(others), document by document.
 
     >>> blend([2.0, 0.0], [5.0, 7.0], 0.5)
     [0.5, -0.5]
@@ -63,22 +62,22 @@ def blend(log_odds: Sequence[float], others: Sequence[float], weight: float) -> 
 
 
 def z_scores(values: Sequence[float]) -> list[float]:
-    """Values less their mean over their standard deviation (population); 0 for each where they are all the same."""
+    """Return (value - mean) / population standard deviation; zeros if all values are equal."""
     if not values:
         return []
     mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-    if deviation <= _SPREAD * max(map(abs, values)):
+    if deviation <= _MIN_SPREAD * max(map(abs, values)):
         return [0.0] * len(values)
     return [(value - mean) / deviation for value in values]
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """Positions in the order of their scores, highest first; ties keep their order."""
+    """Return positions sorted by descending score; ties keep their order."""
     return sorted(range(len(scores)), key=lambda position: -scores[position])
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased runs of letters and digits, not stemmed; of Chinese and Japanese runs the pairs of characters.
+    """Split into lower-case runs of letters and digits, without stemming, and Han and kana runs into bigrams.
 
     >>> words("The 2nd TEST: 人工智能")
     ['the', '2nd', 'test', '人工', '工智', '智能']
@@ -94,11 +93,11 @@ def words(text: str) -> list[str]:
 
 
 class Bm25:
-    """BM25 with the statistics of the documents it is made from: how many hold a word, and their mean length."""
+    """BM25 with the document frequencies and mean length of the documents it is built from."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._num_documents = 0
-        self._num_with: Counter[str] = Counter()  # documents by word
+        self._num_with: Counter[str] = Counter()  # document frequency of each word
         num_words = 0
         for document in documents:
             found = words(document)
@@ -108,7 +107,7 @@ class Bm25:
         self._mean_length = num_words / self._num_documents if num_words else 1.0
 
     def scores(self, query: str, documents: Iterable[str]) -> list[float]:
-        """One score of 0 or more for each document; a word that the query holds twice counts twice."""
+        """Score each document (0 or more); a word repeated in the query counts each time."""
         weights = {word: count * self._idf(word) for word, count in Counter(words(query)).items()}
         return [self._score(weights, words(document)) for document in documents]
 

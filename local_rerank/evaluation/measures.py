@@ -1,8 +1,6 @@
-"""`Collection` and a reranker -> log-odds -> orders -> measures -> comparisons.
+"""Score a collection, rerank it, compute ranking measures and compare systems.
 
-`score` asks the model once; `reorder` makes an order of its scores, blended with others or not; `measure` compares an
-order with the judgements (ir-measures); `compare` compares two systems query by query. Needs the extra
-`local-rerank[eval]` from `measure` on. Nothing here reads files, prints or draws.
+The steps are `score`, `reorder`, `measure` and `compare`. `measure` and `compare` need the extra `local-rerank[eval]`.
 """
 
 from __future__ import annotations
@@ -21,19 +19,20 @@ from local_rerank.types import RerankRequest
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
 
-Scores = dict[str, list[float]]  # by query: one for each of the top candidates, in the first stage's order
-Orders = dict[str, list[str]]  # by query: document ids, best first
-Values = dict[str, float]  # by query: a measure's value
+Scores = dict[str, list[float]]  # query id -> one score per top candidate, in the first stage's order
+Orders = dict[str, list[str]]  # query id -> document ids, best first
+Values = dict[str, float]  # query id -> value of a measure
 
-MEASURE = "nDCG@10"  # the one that systems are compared by
-NUM_RESAMPLES = 9999  # of the randomisation test; with its own, 10,000: p is known to about 0.005
+FIRST_STAGE = "first stage"  # name of the system that leaves the run as it is
+MEASURE = "nDCG@10"  # the measure used to compare systems
+NUM_RESAMPLES = 9999  # of the randomization test, which gives p to about 0.005
 SEED = 0
-TIE = 1e-9  # differences below it are rounding
+TIE = 1e-9  # smaller differences are rounding error
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A ranking of the whole collection and what it is worth."""
+    """The measured values of one way to rank the collection."""
 
     name: str
     values: dict[str, Values]  # by measure
@@ -45,13 +44,13 @@ class System:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One system against another by one measure."""
+    """A system compared with a baseline by one measure."""
 
     baseline: str
     system: str
     measure: str
-    differences: Values  # system less baseline by query, greatest first
-    p_value: float  # two-sided, of a paired randomisation test
+    differences: Values  # system minus baseline per query, in descending order
+    p_value: float  # two-sided, paired randomization test
 
     @property
     def wins(self) -> int:
@@ -70,21 +69,21 @@ class Comparison:
         return sum(self.differences.values()) / len(self.differences)
 
     def largest_wins(self, count: int) -> list[tuple[str, float]]:
-        """Queries that gained most, the greatest gain first."""
+        """Return the queries with the largest gains, largest first."""
         return [item for item in self.differences.items() if item[1] > TIE][:count]
 
     def largest_losses(self, count: int) -> list[tuple[str, float]]:
-        """Queries that lost most, the greatest loss first."""
+        """Return the queries with the largest losses, largest first."""
         return [item for item in reversed(self.differences.items()) if item[1] < -TIE][:count]
 
 
 def measures(top_k: int) -> tuple[str, ...]:
-    """Names as ir-measures has them; reranking cannot change recall at `top_k`, which bounds what it can reach."""
+    """Return the default measures. Reranking cannot change recall at `top_k`, which bounds the others."""
     return tuple(dict.fromkeys((MEASURE, "RR", "AP", "R@10", f"R@{top_k}")))
 
 
 def score(reranker: Reranker, collection: Collection, *, top_k: int) -> Iterator[tuple[str, list[float]]]:
-    """Query ids with the log-odds of their `top_k` candidates; queries without candidates are left out."""
+    """Yield each query id with the log-odds of its `top_k` candidates; skips queries without candidates."""
     found = {query_id: run[:top_k] for query_id, run in collection.run.items() if run}
     requests = (
         RerankRequest(
@@ -98,7 +97,7 @@ def score(reranker: Reranker, collection: Collection, *, top_k: int) -> Iterator
 
 
 def blend_scores(scores: Scores, collection: Collection, how: Blend) -> Scores:
-    """Scores with the first stage's own, or with BM25 over the collection's documents, added to them."""
+    """Blend scores with those of the first stage, or with BM25 over the collection's documents."""
     bm25 = Bm25(collection.documents.values()) if how.source == "bm25" else None
     blended = {}
     for query_id, log_odds in scores.items():
@@ -113,7 +112,7 @@ def blend_scores(scores: Scores, collection: Collection, how: Blend) -> Scores:
 
 
 def reorder(collection: Collection, scores: Scores) -> Orders:
-    """Candidates that have a score come in its order, ties as the first stage had them; the rest stays below."""
+    """Sort the scored candidates by score; ties and unscored candidates keep the first stage's order."""
     orders = {}
     for query_id, candidates in collection.run.items():
         ids = [candidate.document_id for candidate in candidates]
@@ -123,9 +122,9 @@ def reorder(collection: Collection, scores: Scores) -> Orders:
 
 
 def measure(qrels: Mapping[str, Mapping[str, int]], orders: Orders, names: Sequence[str]) -> dict[str, Values]:
-    """Values by measure and query, for every query of `qrels`: 0 where nothing was found. Raises ConfigError."""
+    """Compute values by measure and query; a query of `qrels` without results gets 0. Raises ConfigError."""
     ir_measures = load_ir_measures()
-    # falling whole numbers: trec_eval sorts by score, and would break ties by document id
+    # distinct scores by rank, because trec_eval breaks ties by document id
     run = {query_id: {name: float(-rank) for rank, name in enumerate(order)} for query_id, order in orders.items()}
     values: dict[str, Values] = {name: {} for name in names}
     for metric in ir_measures.iter_calc([ir_measures.parse_measure(name) for name in names], qrels, run):
@@ -134,24 +133,28 @@ def measure(qrels: Mapping[str, Mapping[str, int]], orders: Orders, names: Seque
 
 
 def parse_measure(name: str) -> str:
-    """A measure's name as ir-measures writes it; raises ConfigError."""
+    """Return a measure's canonical name; raises ConfigError."""
     ir_measures = load_ir_measures()
     try:
         return str(ir_measures.parse_measure(name))
-    except Exception as error:  # a parser's and the package's own, by version
+    except Exception as error:  # which type depends on the version of ir-measures
         raise ConfigError(f"measure is {name!r}, which ir-measures does not know") from error
 
 
 def load_ir_measures() -> ModuleType:
-    """The package ir-measures; raises ConfigError, which says how to install it."""
+    return import_extra("ir_measures", "measuring")
+
+
+def import_extra(name: str, purpose: str) -> ModuleType:
+    """Import a package of the `eval` extra; raises ConfigError if it is missing."""
     try:
-        return importlib.import_module("ir_measures")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f'measuring needs {error.name}: pip install "local-rerank[eval]"') from error
+        raise ConfigError(f'{purpose} needs {error.name}: pip install "local-rerank[eval]"') from error
 
 
 def compare(baseline: System, system: System, measure: str = MEASURE) -> Comparison:
-    """Differences query by query, and how likely they are by chance alone."""
+    """Compare two systems query by query, with a significance test."""
     ours, theirs = system.values[measure], baseline.values[measure]
     differences = {query_id: ours[query_id] - theirs[query_id] for query_id in theirs}
     return Comparison(
@@ -164,24 +167,23 @@ def compare(baseline: System, system: System, measure: str = MEASURE) -> Compari
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of a paired randomisation test: how often random signs give a mean as far from 0.
+    """Return the two-sided p of a paired randomization test: how often random signs give a mean as far from 0.
 
-    Exact where all signs can be tried (13 queries or fewer), else 9,999 random draws from a fixed seed. For search
-    results it is to be preferred to tests on ranks or signs, and agrees with the t-test, without its assumptions
-    (Smucker, Allan and Carterette, CIKM 2007).
+    The test is exact for up to 13 queries and otherwise uses 9,999 draws with a fixed seed. Smucker, Allan and
+    Carterette (CIKM 2007) recommend it for search results over sign and rank tests.
     """
     import numpy
     from scipy.stats import permutation_test
 
     if len(differences) < 2 or all(abs(difference) <= TIE for difference in differences):
-        return 1.0  # of one query, too: either sign is as far from 0
+        return 1.0  # also for one query, because either sign is as far from 0
     result = permutation_test(
         (numpy.array(differences),),
         lambda x, axis: numpy.mean(x, axis=axis),
         permutation_type="samples",
         vectorized=True,
         n_resamples=NUM_RESAMPLES,
-        batch=1000,  # draws held in memory at once
+        batch=1000,  # bounds memory
         rng=SEED,
     )
     return float(result.pvalue)

@@ -1,37 +1,32 @@
-"""Systems and comparisons -> tables, JSON and a picture: what `eval`, `batch` and `compare` show of them."""
+"""Render systems and comparisons as tables and JSON for `eval`, `batch` and `compare`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from local_rerank.errors import ConfigError
 
 if TYPE_CHECKING:
     from local_rerank.evaluation.measures import Comparison, System
 
-NUM_EXAMPLES = 3  # queries that gained or lost most, of each comparison
-QUERY_CHARS = 100  # of such a query that are shown
+NUM_EXAMPLES = 3  # queries shown for the largest gains, and for the largest losses
+QUERY_CHARS = 100  # shown of such a query
 
 
-def check_plot(plot: Path | None) -> None:
-    """Before the work, not after it; raises ConfigError."""
-    if plot is not None and plot.suffix != ".svg":
-        raise ConfigError(f"plot is {plot}; only .svg can be written")
+def evaluation_json(systems: Sequence[System], comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    return {
+        "systems": [
+            {
+                "name": system.name,
+                "mean": {name: system.mean(name) for name in system.values},
+                "by_query": system.values,
+            }
+            for system in systems
+        ],
+        "comparisons": [_comparison_json(comparison) for comparison in comparisons],
+    }
 
 
-def write_plot(file: Path, comparisons: Sequence[Comparison]) -> None:
-    from local_rerank.evaluation.plot import difference_plot
-
-    try:
-        file.write_text(difference_plot(comparisons), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"plot {file} cannot be written: {error.strerror}") from error
-
-
-def comparison_record(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as JSON has it."""
+def _comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "system": comparison.system,
         "baseline": comparison.baseline,
@@ -52,29 +47,20 @@ def measure_table(systems: Sequence[System]) -> Any:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Any:
-    rows = [
-        [
-            f"{comparison.system} - {comparison.baseline}",
-            f"{comparison.mean_difference:+.4f}",
-            *(str(count) for count in (comparison.wins, comparison.losses, comparison.ties)),
-            f"{comparison.p_value:.4f}",
-        ]
-        for comparison in comparisons
-    ]
+    rows = [[f"{each.system} - {each.baseline}", *_difference_cells(each)] for each in comparisons]
     return _table([f"difference of {comparisons[0].measure}", "mean", "wins", "losses", "ties", "p"], rows)
 
 
+def _difference_cells(comparison: Comparison) -> list[str]:
+    counts = (comparison.wins, comparison.losses, comparison.ties)
+    return [f"{comparison.mean_difference:+.4f}", *map(str, counts), f"{comparison.p_value:.4f}"]
+
+
 def difference_table(baseline: System, system: System, comparisons: Sequence[Comparison]) -> Any:
-    """Two systems by every measure."""
+    """Compare two systems by every measure."""
     rows = [
-        [
-            comparison.measure,
-            *(f"{each.mean(comparison.measure):.4f}" for each in (baseline, system)),
-            f"{comparison.mean_difference:+.4f}",
-            *(str(count) for count in (comparison.wins, comparison.losses, comparison.ties)),
-            f"{comparison.p_value:.4f}",
-        ]
-        for comparison in comparisons
+        [each.measure, *(f"{one.mean(each.measure):.4f}" for one in (baseline, system)), *_difference_cells(each)]
+        for each in comparisons
     ]
     return _table(["", baseline.name, system.name, "difference", "wins", "losses", "ties", "p"], rows)
 
@@ -89,7 +75,7 @@ def examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    """First column left, the others right; it is folded where it must be, and so are long heads, but no number."""
+    """Align the first column left and the others right; fold long texts and heads, but never a number."""
     from rich.table import Table
     from rich.text import Text
 
@@ -102,5 +88,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
                 Text(head[i]), justify="right", overflow="fold", min_width=max(map(len, cells[1:]), default=0)
             )
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: brackets in a query are no markup
+        table.add_row(*map(Text, row))  # Text, because rich would read brackets in a query as markup
     return table

@@ -1,7 +1,7 @@
-"""How long, on how many machines, for how much: arithmetic over `throughput.toml`, each figure with where it is from.
+"""Estimate the time, machines and cost of a job from `throughput.toml`, where each figure has its source.
 
-A rate is tokens a second that one device computes. It is measured (by us, or given by the user), or else an estimate
-from the device's peak and the model's size; a plan says which.
+A rate is the number of tokens that one device computes per second. It is measured by us, given by the user, or
+estimated from the device's peak and the model's size; a plan says which.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Literal
 from local_rerank.errors import ConfigError
 
 DATA = Path(__file__).with_name("throughput.toml")
-DEVICES_OF_A_MACHINE = 8
+DEVICES_PER_MACHINE = 8
 
-Kind = Literal["measured", "given", "estimate"]
+RateKind = Literal["measured", "given", "estimate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """A figure that is known within bounds; equal bounds where it is known."""
+    """Lower and upper bound of a figure; both are equal if it is known exactly."""
 
     low: float
     high: float
@@ -32,22 +32,22 @@ class Range:
         return Range(low=self.low * factor, high=self.high * factor)
 
     def divide(self, number: float) -> Range:
-        """`number` divided by this range: its bounds change sides."""
+        """Return `number` divided by this range."""
         return Range(low=number / self.high, high=number / self.low)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Tokens a second of one device."""
+    """The tokens per second of one device, and where the figure comes from."""
 
     tokens_per_second: Range
-    kind: Kind
+    kind: RateKind
     source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A row of the table, or a device that only the user knows."""
+    """A device and its price; the table need not have it."""
 
     name: str
     dollars_per_hour: Range | None
@@ -56,10 +56,10 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a job of so many pairs takes."""
+    """The time, machines and cost of a job."""
 
     rate: Rate
-    computed_tokens_per_pair: float  # that go through the model: the prefix counts once per query
+    computed_tokens_per_pair: float  # the prefix counts once per query
     pairs_per_second: Range  # of all devices
     hours: Range
     num_machines: int
@@ -78,7 +78,7 @@ def make_plan(
     device: Device,
     rate: Rate,
 ) -> Plan:
-    """`tokens` of a pair, of which `shared_tokens` are its query's and computed once for `documents` of them."""
+    """Plan a job; `shared_tokens` of the `tokens` of a pair are computed once for a query's `documents`."""
     computed = tokens - shared_tokens + shared_tokens / documents
     pairs_per_second = rate.tokens_per_second * (num_devices / computed)
     hours = pairs_per_second.divide(pairs) * (1 / 3600)
@@ -89,7 +89,7 @@ def make_plan(
         computed_tokens_per_pair=computed,
         pairs_per_second=pairs_per_second,
         hours=hours,
-        num_machines=math.ceil(num_devices / DEVICES_OF_A_MACHINE),
+        num_machines=math.ceil(num_devices / DEVICES_PER_MACHINE),
         device_hours=device_hours,
         dollars=price and Range(low=device_hours.low * price.low, high=device_hours.high * price.high),
         price_source=device.price_source,
@@ -97,20 +97,16 @@ def make_plan(
 
 
 def find_device(name: str, dollars_per_hour: float | None) -> Device:
-    """The table's row of that name with its price, or the user's; a device that has no row has no price of ours."""
-    row = _row("device", name) or {}
+    """Return a device with the user's price, or the table's if it has one."""
     if dollars_per_hour is not None:
         return Device(name=name, dollars_per_hour=_range([dollars_per_hour] * 2), price_source="given")
-    known = row.get("dollars_per_hour")
-    return Device(
-        name=name,
-        dollars_per_hour=_range(known) if known else None,
-        price_source=row.get("price_source", ""),
-    )
+    row = _row("device", name) or {}
+    price = row.get("dollars_per_hour")
+    return Device(name=name, dollars_per_hour=price and _range(price), price_source=row.get("price_source", ""))
 
 
 def find_rate(device: str, model: str, tokens_per_second: float | None) -> Rate:
-    """The rate that is given, or was measured, or an estimate; raises ConfigError where there is none of these."""
+    """Return the given, measured or estimated rate; raises ConfigError if device or model is unknown."""
     if tokens_per_second is not None:
         return Rate(tokens_per_second=_range([tokens_per_second] * 2), kind="given", source="--tokens-per-second")
     for row in table().get("measured", []):
@@ -121,19 +117,20 @@ def find_rate(device: str, model: str, tokens_per_second: float | None) -> Rate:
 
 
 def _estimate(device: str, model: str) -> Rate:
-    """Two operations for each parameter and token, at a share of the peak; attention is left out, little as it is."""
+    """Estimate a rate from two operations per parameter and token, without attention, at a share of the peak."""
     found, size = _row("device", device), _row("model", model)
     if found is None or "peak_tflops" not in found:
-        raise ConfigError(f"nothing is known of {device!r} with {model}; give --tokens-per-second, or take {_known()}")
+        names = ", ".join(row["name"] for row in table()["device"])
+        raise ConfigError(f"there is no figure for {model} on {device!r}; give --tokens-per-second, or use {names}")
     if size is None:
         names = ", ".join(row["name"] for row in table()["model"])
-        raise ConfigError(f"nothing is known of the model {model!r}; give --tokens-per-second, or take {names}")
+        raise ConfigError(f"there is no figure for the model {model!r}; give --tokens-per-second, or use {names}")
     per_token = 2 * size["layer_parameters"]
     low, high = table()["estimate"]["utilisation"]
     peak = found["peak_tflops"] * 1e12
     source = (
         f"arithmetic: {low:.0%}-{high:.0%} of {found['peak_tflops']} TFLOP/s ({found['peak_source']}), "
-        f"{per_token / 1e9:.2f} GFLOP a token"
+        f"{per_token / 1e9:.2f} GFLOP per token"
     )
     return Rate(
         tokens_per_second=_range([low * peak / per_token, high * peak / per_token]), kind="estimate", source=source
@@ -141,7 +138,7 @@ def _estimate(device: str, model: str) -> Rate:
 
 
 def published(device: str) -> list[str]:
-    """What others have published of that device, each as a line."""
+    """Return a line for each figure that others have published for a device."""
     rows = [row for row in table()["published"] if row["device"].lower() == device.lower()]
     return [f"{_span(row['pairs_per_second'])} pairs/s: {row['what']} ({row['source']})" for row in rows]
 
@@ -153,10 +150,6 @@ def table() -> dict[str, Any]:
 
 def _row(kind: str, name: str) -> dict[str, Any] | None:
     return next((row for row in table()[kind] if row["name"].lower() == name.lower()), None)
-
-
-def _known() -> str:
-    return ", ".join(row["name"] for row in table()["device"])
 
 
 def _range(bounds: list[float]) -> Range:

@@ -1,7 +1,4 @@
-"""What a loaded model runs on, and what each part would need to be faster: ModelInfo -> Machine.
-
-The rows are what `local-rerank doctor` prints. Reads the machine, changes nothing, and knows nothing of scores.
-"""
+"""Describe the machine as a loaded model uses it, and what would make each part faster, for `local-rerank doctor`."""
 
 from __future__ import annotations
 
@@ -30,26 +27,26 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface-h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class MachineProperty:
     """One property of the machine."""
 
     value: str
-    faster: str  # what it would take; "nothing" where there is nothing to gain
+    faster: str  # what would make it faster, or "nothing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    device: Row
-    dtype: Row
-    kernel: Row
-    products: Row
-    memory: Row
-    threads: Row
+    device: MachineProperty
+    dtype: MachineProperty
+    kernel: MachineProperty
+    products: MachineProperty
+    memory: MachineProperty
+    threads: MachineProperty
     versions: dict[str, str]
 
 
 def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
-    """The machine as a loaded model uses it."""
+    """Describe the machine as a loaded model uses it."""
     return Machine(
         device=_device(info),
         dtype=_dtype(info, checkpoint),
@@ -61,29 +58,29 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
     )
 
 
-def _device(info: ModelInfo) -> Row:
+def _device(info: ModelInfo) -> MachineProperty:
     device = torch.device(info.device)
     if device.type == "cuda":
-        return Row(value=f"{info.device}: {torch.cuda.get_device_name(device)}", faster=NOTHING)
+        return MachineProperty(value=f"{info.device}: {torch.cuda.get_device_name(device)}", faster=NOTHING)
     name = f"{info.device}: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "mps":
-        return Row(value=info.device, faster="a CUDA GPU")
+        return MachineProperty(value=info.device, faster="a CUDA GPU")
     if torch.cuda.is_available():
-        return Row(value=name, faster="--device cuda: this machine has a GPU")
+        return MachineProperty(value=name, faster="--device cuda: this machine has a GPU")
     build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch sees none"
-    return Row(value=name, faster=f"a CUDA GPU ({build})")
+    return MachineProperty(value=name, faster=f"a CUDA GPU ({build})")
 
 
-def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
+def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     if info.dtype == "int8":
         num_linears = LINEARS_PER_LAYER * info.num_layers
         num_int8 = num_linears - len(info.unquantized)
         value = f"int8 weights and activations in {num_int8} of {num_linears} linear layers, the rest fp32"
         if info.unquantized:
-            value += f"; so are linear layers that int8 would spoil: {', '.join(info.unquantized)}"
-        return Row(value=value, faster=NOTHING)
+            value += f"; int8 is too inexact for {', '.join(info.unquantized)}"
+        return MachineProperty(value=value, faster=NOTHING)
     if checkpoint.needs_fp32:
-        return Row(value=info.dtype, faster=f"{NOTHING}: this model's scores are off in lower precision")
+        return MachineProperty(value=info.dtype, faster=f"{NOTHING}: lower precision is too inexact for this model")
     device = torch.device(info.device)
     value = (
         info.dtype if info.dtype == info.compute_dtype else f"{info.dtype} weights, multiplied in {info.compute_dtype}"
@@ -94,63 +91,67 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> Row:
     elif best != "fp32":
         faster = f"--dtype {best}: this device multiplies it natively"
     elif device.type == "cpu":
-        faster = "--dtype int8, at the price of exactness (docs/performance.md)"
+        faster = "--dtype int8, which is less exact (docs/performance.md)"
     else:
         faster = "a device that multiplies bf16 natively"
-    return Row(value=value, faster=faster)
+    return MachineProperty(value=value, faster=faster)
 
 
-def _kernel(info: ModelInfo) -> Row:
+def _kernel(info: ModelInfo) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device = torch.device(info.device)
     try:
         best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.compute_dtype, torch.float32))
     except ConfigError:
-        return Row(value=value, faster=NOTHING)
+        return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:
-        return Row(value=value, faster=f"--attention {best}")
+        return MachineProperty(value=value, faster=f"--attention {best}")
     if device.type == "cuda" and info.dtype == "fp32":
-        return Row(value=value, faster="--dtype bf16: the variable-length kernel takes no fp32")
-    return Row(value=value, faster=NOTHING)
+        return MachineProperty(value=value, faster="--dtype bf16: the variable-length kernel does not support fp32")
+    return MachineProperty(value=value, faster=NOTHING)
 
 
-def _products(info: ModelInfo) -> Row:
-    """Which kernels for products this CPU has, checked as where a model is loaded."""
+def _products(info: ModelInfo) -> MachineProperty:
+    """List the matrix-product kernels of this CPU, checked as when a model is loaded."""
     if not info.products:
-        return Row(value="not checked: those of a whole model on a CPU are", faster=NOTHING)
+        return MachineProperty(value="not checked; only checked for a model that runs on a CPU", faster=NOTHING)
     found = compute(lambda: {name: check(name) for name, product in PRODUCTS.items() if product.runs_here()})
     right = [name for name, outcome in found.items() if outcome.is_right and name not in info.products]
     wrong = {name: outcome for name, outcome in found.items() if not outcome.is_right}
-    value = f"in use: {', '.join(info.products)}; also right: {', '.join(right)}"
+    value = f"in use: {', '.join(info.products)}; also correct: {', '.join(right)}"
     if wrong:
         value += f"; wrong, not used: {', '.join(f'{name} ({outcome})' for name, outcome in wrong.items())}"
     faults = [name for name in wrong if not PRODUCTS[name].is_often_wrong]
-    return Row(value=value, faster=f"a torch that multiplies right by {', '.join(faults)}" if faults else NOTHING)
+    return MachineProperty(
+        value=value, faster=f"a torch version whose {', '.join(faults)} is correct" if faults else NOTHING
+    )
 
 
-def _memory(info: ModelInfo) -> Row:
+def _memory(info: ModelInfo) -> MachineProperty:
     device = torch.device(info.device)
     used = psutil.Process().memory_info().rss
     value = f"{gigabytes(used)} in this process, {gigabytes(psutil.virtual_memory().available)} available"
     if device.type != "cuda":
-        return Row(value=value, faster=NOTHING)
+        return MachineProperty(value=value, faster=NOTHING)
     free, total = torch.cuda.mem_get_info(device)
     value += (
         f"; GPU: {gigabytes(torch.cuda.memory_allocated(device))} used, {gigabytes(free)} of {gigabytes(total)} free"
     )
-    return Row(value=value, faster=f"a larger --max-batch-tokens (now {info.max_batch_tokens}) while memory is free")
+    return MachineProperty(
+        value=value, faster=f"a larger --max-batch-tokens (now {info.max_batch_tokens}) while memory is free"
+    )
 
 
-def _threads(info: ModelInfo) -> Row:
+def _threads(info: ModelInfo) -> MachineProperty:
     limits = cpu_limits()
     value = f"{info.threads} on {limits.num_cores} physical cores: {info.reasons['threads']}"
     if info.device != "cpu":
-        return Row(value=value, faster=NOTHING)
+        return MachineProperty(value=value, faster=NOTHING)
     if info.threads < limits.num_threads:
-        return Row(value=value, faster=f"--threads {limits.num_threads}, if no other work needs the cores")
+        return MachineProperty(value=value, faster=f"--threads {limits.num_threads}, if no other work needs the cores")
     if limits.num_threads < limits.num_cores:
-        return Row(value=value, faster=f"a wider limit: {limits.reason}")
-    return Row(value=value, faster="more cores")
+        return MachineProperty(value=value, faster=f"a wider limit: {limits.reason}")
+    return MachineProperty(value=value, faster="more cores")
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""The certificate of the scores: known pairs through a loaded `Reranker`, and which fault the pattern shows.
+"""Check the scores of a loaded `Reranker` on known pairs and diagnose what is wrong with them.
 
-`self_test` takes the way every request takes and compares with what is known (`known_pairs.py`). Where that fails,
-`_diagnose` does each suspected damage on purpose and looks which one gives the scores that were seen: the prompt is
-built anew in each wrong way, attention is run by the reference kernel, the head's rows are looked at. It runs on the
-engine while no request does: before a server is ready, or in `local-rerank doctor`.
+`self_test` scores the pairs like any request and compares with `checkpoints.known_scores`. If they differ, it looks for
+the cause: it inspects the head's rows, rebuilds the prompt in ways that are known to go wrong, and runs the reference
+attention kernel, and reports which of these explains the scores. It uses the engine directly, so it must run while no
+request does: before a server is ready, or in `local-rerank doctor`.
 """
 
 from __future__ import annotations
@@ -48,32 +48,31 @@ Fault = Literal[
 ]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06, "int8": int8.TOLERANCE, "fp8": 0.25}
-"""By how much log-odds may differ, as a share of the spread of the known ones (of 1 at least): fp32 sums in another
-order, fp16 has 11 bits of mantissa, bf16 8, int8 7 of the largest value of a row and fp8 4 (from which its share
-follows; it is not measured)."""
-LOW_PRECISION = "bf16"  # the roughest of them: a difference within its tolerance looks like rounding
+"""Allowed difference of log-odds, relative to the spread of the known ones (at least 1). fp32 may sum in another
+order; fp16 has 11 bits of mantissa, bf16 8, int8 7 bits of a row's largest value and fp8 4 (derived, not measured)."""
+LOW_PRECISION = "bf16"  # a difference within its tolerance looks like rounding
 
 REFERENCE_KERNEL = "dense"
-MAX_RELOADED_PARAMETERS = 1_000_000_000  # 4 GB in fp32: no larger model is loaded again to be run in fp32
+MAX_RELOADED_PARAMETERS = 1_000_000_000  # 4 GB in fp32; a larger model is not loaded again in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairScore:
-    """One known pair and what it got here."""
+class KnownPairScore:
+    """One known pair and its score here."""
 
     query: str
     document: str
-    expected: float | None  # log-odds; None where only the order is known
+    expected: float | None  # log-odds; None if only the order is known
     log_odds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
-    """The outcome: no fault, or the one that the pattern shows."""
+    """The outcome of the self-test."""
 
-    basis: Basis  # what the scores were compared with
-    scores: tuple[PairScore, ...]
-    tolerance: float | None  # of log-odds; None where only the order is known
+    basis: Basis  # where the known scores come from
+    scores: tuple[KnownPairScore, ...]
+    tolerance: float | None  # of log-odds; None if only the order is known
     max_difference: float | None  # likewise
     fault: Fault | None
     detail: str  # a sentence
@@ -85,7 +84,7 @@ class SelfTest:
 
 
 def self_test(reranker: Reranker) -> SelfTest:
-    """Score the known pairs; raises ConfigError where the limits that are set leave no room for them."""
+    """Score the known pairs; raises ConfigError if they exceed the configured limits."""
     start = time.perf_counter()
     known = known_scores(reranker.checkpoint)
     examination = _Examination(reranker, known, _live_scores(reranker, known.pairs))
@@ -94,7 +93,7 @@ def self_test(reranker: Reranker) -> SelfTest:
     return SelfTest(
         basis=known.basis,
         scores=tuple(
-            PairScore(query=pair.query, document=pair.document, expected=pair.log_odds, log_odds=value)
+            KnownPairScore(query=pair.query, document=pair.document, expected=pair.log_odds, log_odds=value)
             for pair, value in zip(known.pairs, examination.seen, strict=True)
         ),
         tolerance=None if expected is None else examination.tolerance_of(examination.dtype),
@@ -106,7 +105,7 @@ def self_test(reranker: Reranker) -> SelfTest:
 
 
 def require_self_test(reranker: Reranker) -> SelfTest:
-    """As `self_test`, but raises CheckpointError, naming the fault, where it fails."""
+    """Like `self_test`, but raises CheckpointError that names the fault."""
     outcome = self_test(reranker)
     if outcome.fault is not None:
         raise CheckpointError(f"the self-test failed: {outcome.fault}: {outcome.detail}")
@@ -114,7 +113,7 @@ def require_self_test(reranker: Reranker) -> SelfTest:
 
 
 def log_odds_of(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
-    """What the pairs score, by the way that every request takes; raises EngineFailure or ConfigError."""
+    """Score pairs like any request; raises EngineFailure or ConfigError."""
     log_odds: list[float] = []
     for (query, instruction), group in itertools.groupby(pairs, key=lambda pair: (pair.query, pair.instruction)):
         documents = tuple(pair.document for pair in group)
@@ -122,15 +121,15 @@ def log_odds_of(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
         try:
             result = reranker.submit(request).result()
         except InvalidRequest as error:
-            raise ConfigError(f"the self-test's pairs do not fit the limits that are set: {error}") from error
+            raise ConfigError(f"the self-test's pairs exceed the configured limits: {error}") from error
         if result.num_truncated_documents or result.num_query_truncated_tokens:
-            raise ConfigError("the limits that are set cut the self-test's pairs; raise them or skip the self-test")
+            raise ConfigError("the configured limits truncate the self-test's pairs; raise them or skip the self-test")
         log_odds += [item.log_odds for item in sorted(result, key=lambda item: item.index)]
     return log_odds
 
 
 def _live_scores(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
-    """As `log_odds_of`, but infinite and undefined numbers are scores too: they tell of an overflow."""
+    """Like `log_odds_of`, but returns infinities and NaN too, which indicate an overflow."""
     try:
         return log_odds_of(reranker, pairs)
     except EngineFailure:
@@ -141,7 +140,7 @@ def _live_scores(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
 
 
 class _Examination:
-    """What was seen of one model, and what it is held against."""
+    """The scores of one model, the known ones, and the checks that explain a difference."""
 
     def __init__(self, reranker: Reranker, known: KnownScores, seen: list[float]) -> None:
         self.reranker = reranker
@@ -155,7 +154,7 @@ class _Examination:
         self._tokenizer.no_padding()
 
     def verdict(self) -> tuple[Fault | None, str]:
-        """The fault, with a sentence on it; the order matters: a later check relies on what earlier ones excluded."""
+        """Return the fault and a sentence about it. A check relies on what earlier ones have excluded."""
         for check in (self._overflow, self._head, self._prompt, self._claimed_dtype, self._scores):
             if (found := check()) is not None:
                 return found
@@ -168,22 +167,22 @@ class _Examination:
     def _overflow(self) -> tuple[Fault, str] | None:
         if bad := [value for value in self.seen if not math.isfinite(value)]:
             dtype = self.reranker.info.dtype
-            return "wrong dtype", f"log-odds of {bad[0]}: {dtype} cannot hold this model's numbers; try bf16 or fp32"
+            return "wrong dtype", f"log-odds of {bad[0]}: {dtype} overflows with this model; try bf16 or fp32"
         return None
 
     def _head(self) -> tuple[Fault, str] | None:
-        """A classifier of one label is stored as its difference from zero, so there the "no" row is rightly zero."""
+        """A classifier with one label has no "no" row, so there zeros are correct."""
         no, yes = self.reranker.engine.head
         missing = [name for name, row in (("yes", yes), ("no", no)) if not row.any()]
         if missing == ["no"] and self.reranker.checkpoint.architecture.endswith("ForSequenceClassification"):
             return None
         if missing or bool((yes == no).all()):
             rows = " and ".join(f'"{name}"' for name in missing) or '"yes" and "no", which are equal,'
-            return "missing head rows", f"the head's row of {rows} holds no weights; the checkpoint lacks them"
+            return "missing head rows", f"the head's row of {rows} has no weights; they are missing from the checkpoint"
         return None
 
     def _prompt(self) -> tuple[Fault, str] | None:
-        """Compare token ids with those of the whole prompt encoded at once, and say how they come to differ."""
+        """Compare the token ids with those of the whole prompt encoded at once, and find out why they differ."""
         live = [_live_ids(self.reranker, pair) for pair in self.known.pairs]
         right = [self._ids(_prompt_of(self.template, pair)) for pair in self.known.pairs]
         if live == right:
@@ -199,19 +198,19 @@ class _Examination:
         (fault, _), distance = min(distances.items(), key=lambda item: item[1])
         if distance <= TOLERANCE[self.dtype] * max(1.0, max(self.seen) - min(self.seen)):
             return fault, f"{_ABOUT[fault]} ({self._ends(live[0], right[0])})"
-        return "other prompt", f"the prompt is not the model card's ({self._ends(live[0], right[0])})"
+        return "other prompt", f"the prompt differs from the model card's ({self._ends(live[0], right[0])})"
 
     def _claimed_dtype(self) -> tuple[Fault, str] | None:
         claimed, actual = self.reranker.info.dtype, self.reranker.engine.weights_dtype
         if claimed != actual:
-            return "wrong dtype", f"the weights are {actual}, though {claimed} was asked for"
+            return "wrong dtype", f"the weights are {actual}, but {claimed} was requested"
         return None
 
     def _scores(self) -> tuple[Fault, str] | None:
-        """The prompt is right by now: what still differs is attention, precision or the weights."""
+        """Check attention, precision and weights, after the prompt was found correct."""
         if (fault := self._misfit()) is None and self.expected is not None:
             return None
-        pairs = self.known.pairs if fault else self.known.pairs[:2]  # two are enough to see that nothing is amiss
+        pairs = self.known.pairs if fault else self.known.pairs[:2]  # two are enough to confirm
         reference = self.reranker.engine.with_kernel(KERNELS[REFERENCE_KERNEL])
         if _difference(self.seen[: len(pairs)], self._right_scores(reference, pairs)) > self.tolerance_of(self.dtype):
             kernel = self.reranker.info.kernel
@@ -228,13 +227,16 @@ class _Examination:
         pair = self.known.pairs[worst]
         off = f"log-odds are off by up to {difference:.3g} ({pair.query!r}, {pair.document!r})"
         if difference <= self.tolerance_of(LOW_PRECISION):
-            return "wrong dtype", f"{off}: as much as a lower precision than {self.dtype} rounds"
+            return "wrong dtype", f"{off}: the size of rounding in a lower precision than {self.dtype}"
         if self._is_right_in_fp32(self.expected):
             return (
                 "wrong dtype",
-                f"{off} in {self.reranker.info.dtype} and right in fp32: this model needs --dtype fp32",
+                f"{off} in {self.reranker.info.dtype} but correct in fp32: this model needs --dtype fp32",
             )
-        return "other scores", f"{off}, though prompt, head and attention are right: other weights than the known ones"
+        return (
+            "other scores",
+            f"{off}, but prompt, head and attention are correct, so the weights differ from the known ones",
+        )
 
     def _is_right_in_fp32(self, expected: Sequence[float]) -> bool:
         info = self.reranker.info
@@ -244,12 +246,12 @@ class _Examination:
         try:
             with Reranker(config=config) as exact:
                 scores = self._right_scores(exact.engine, self.known.pairs)
-        except (CheckpointError, EngineFailure):  # no room for a second model
+        except (CheckpointError, EngineFailure):  # no memory for a second model
             return False
         return _difference(expected, scores) <= self.tolerance_of("fp32")
 
     def _right_scores(self, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
-        """What an engine gives for the model card's prompts."""
+        """Score the model card's prompts with an engine."""
         return _forward(engine, [self._ids(_prompt_of(self.template, pair)) for pair in pairs])
 
     def _ids(self, prompt: str) -> list[int]:
@@ -259,7 +261,7 @@ class _Examination:
         def end(ids: list[int]) -> str:
             return repr(self._tokenizer.decode(ids[-1:], skip_special_tokens=False))
 
-        return f"{len(live)} tokens, the last {end(live)}; {len(right)} and {end(right)} are right"
+        return f"{len(live)} tokens ending in {end(live)}; correct are {len(right)} ending in {end(right)}"
 
 
 def _expected(known: KnownScores) -> list[float] | None:
@@ -268,13 +270,13 @@ def _expected(known: KnownScores) -> list[float] | None:
 
 
 def _unordered(seen: Sequence[float]) -> tuple[Fault, str] | None:
-    """Properties of any reranker: scores differ, and relevant documents (at even places) stand above irrelevant."""
+    """Check that scores differ and that relevant documents (at even positions) outrank irrelevant ones."""
     if max(seen) - min(seen) == 0:
         return "no reranker", f"every pair gets the same log-odds, {seen[0]:.3g}"
     if (num_wrong := num_misordered(seen)) > MAX_MISORDERED:
         return "no reranker", (
-            f"in {num_wrong} of {len(seen) // 2} plain questions an irrelevant document stands above a "
-            "relevant one; so do the scores of a chat model or an untrained one"
+            f"in {num_wrong} of {len(seen) // 2} plain questions an irrelevant document outranks a relevant one, "
+            "as with a chat model or an untrained one"
         )
     return None
 
@@ -284,7 +286,7 @@ def _rougher(first: str, second: str) -> str:
 
 
 def _difference(first: Sequence[float], second: Sequence[float]) -> float:
-    """The largest, infinite where a value is no number."""
+    """Return the largest difference, or infinity if a value is NaN."""
     differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
     return max(value if math.isfinite(value) else math.inf for value in differences)
 
@@ -294,7 +296,7 @@ def _live_ids(reranker: Reranker, pair: KnownPair) -> list[int]:
 
 
 def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """Log-odds of prompts, each alone: a fault of packing is not repeated here."""
+    """Score prompts one at a time, to exclude a fault in packing."""
     scores: list[float] = []
     for ids in prompts:
         prefix, document = tuple(ids[:1]), tuple(ids[1:])
@@ -322,23 +324,23 @@ _WRONG_PROMPTS: dict[Fault, tuple[Callable[[PromptTemplate, KnownPair], str], ..
         _body,
     ),
     "wrong last token": (
-        lambda template, pair: _prompt_of(template, pair)[:-1],  # a template engine that strips the last newline
+        lambda template, pair: _prompt_of(template, pair)[:-1],  # a template engine strips the last newline
         lambda template, pair: _prompt_of(template, pair).rstrip("\n"),
         lambda template, pair: _prompt_of(template, pair) + "\n",
         lambda template, pair: _prompt_of(template, pair).partition("<think>")[0],  # no empty think block
-        lambda template, pair: template.prefix + _body(template, pair),  # the suffix was cut off as too long
+        lambda template, pair: template.prefix + _body(template, pair),  # truncation removed the suffix
     ),
     "empty query and document": (_empty, lambda template, pair: _empty(template, pair).replace(" <|", "<|")),
 }
-"""Ways in which servers are known to build the prompt wrongly; each gives scores of its own."""
+"""Known ways to build the prompt wrongly; each gives different scores."""
 
 _ABOUT = {
-    "no template": "the scores are those of query and document without the prompt around them",
-    "wrong last token": "the scores are read at another token than the model card reads them",
+    "no template": "the scores are those of query and document without the prompt template",
+    "wrong last token": "the scores are read at another token than in the model card",
     "empty query and document": "the scores are those of a prompt without query and document",
 }
 _PASSED: dict[Basis, str] = {
     "stored": "the scores are those stored with the model",
     "published": "the scores are those published for this checkpoint",
-    "properties": "no score is known for this checkpoint; prompt, head and order of relevance are right",
+    "properties": "no scores are known for this checkpoint; prompt, head and order of relevance are correct",
 }

@@ -1,21 +1,18 @@
-"""The HTTP layer of local-rerank: hosted rerank APIs in front of one `local_rerank.Reranker`.
+"""The HTTP server of local-rerank: the rerank APIs of hosted services in front of one `local_rerank.Reranker`.
 
-`run` starts the server process. Importing this package loads no web framework and no model.
+Importing this package loads neither a web framework nor a model.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from local_rerank.config import EngineConfig
+from local_rerank_server.config import ServerConfig
 
-if TYPE_CHECKING:
-    from local_rerank.config import EngineConfig
-    from local_rerank_server.config import ServerConfig
-
-__all__ = ["run"]
+__all__ = ["serve"]
 
 
-def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve until a signal ends it; returns the exit status. ConfigError or CheckpointError: it cannot start."""
-    from local_rerank_server.process import serve
+def serve(engine: EngineConfig | None = None, server: ServerConfig | None = None) -> int:
+    """Serve rerank APIs over HTTP."""
+    from local_rerank_server import process
 
-    return serve(engine_config, server_config)
+    return process.serve(engine or EngineConfig(), server or ServerConfig())

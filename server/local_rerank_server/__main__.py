@@ -1,4 +1,4 @@
-"""`python -m local_rerank_server`: the same as `local-rerank serve`."""
+"""`python -m local_rerank_server` runs `local-rerank serve`."""
 
 from __future__ import annotations
 

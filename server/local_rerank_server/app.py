@@ -1,4 +1,4 @@
-"""The parts put together: state, keys and dialects -> one ASGI application. Starts nothing and reads nothing."""
+"""Builds the ASGI application from its parts: routes of all dialects, middleware, and the server's state."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from local_rerank.errors import LocalRerankError
 from local_rerank_server.dialects import dialect_at, make_routes, route_path
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.middleware import Door, RequestId
+from local_rerank_server.middleware import AdmissionMiddleware, RequestLog
 from local_rerank_server.state import ServerState
 
 
 def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
-    """The application over `state`; `state.config` says what it allows. `lifespan` runs around its serving."""
+    """The application that serves `state`, with the options of `state.config`."""
     app = FastAPI(
         title="local-rerank",
         version=local_rerank.__version__,
-        summary="A local reranker behind the APIs of hosted ones.",
-        redirect_slashes=False,  # a redirected POST loses its body in some clients
-        docs_url=None,  # FastAPI's page loads its script from elsewhere; ours does not
+        summary="A local reranker with the APIs of hosted ones.",
+        redirect_slashes=False,  # some clients drop the body of a redirected POST
+        docs_url=None,  # FastAPI's page loads Swagger UI from a CDN; dialects/docs.py serves it from here
         redoc_url=None,
         openapi_url=None,
         lifespan=lifespan,
         routes=list(make_routes()),
     )
     app.state.server = state
-    app.root_path = state.config.root_path  # for servers that are not told; as a parameter it is deprecated
-    app.add_middleware(Door, state=state, keys=keys)
-    if state.config.cors_origins:  # a browser asks before it sends, and without a key
+    app.root_path = state.config.root_path  # for ASGI servers that do not set it; the parameter is deprecated
+    app.add_middleware(AdmissionMiddleware, state=state, keys=keys)
+    if state.config.cors_origins:  # outside of admission, because a browser's preflight request has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=state.config.cors_origins,
@@ -43,7 +43,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestId, state=state)
+    app.add_middleware(RequestLog, state=state)
     app.add_exception_handler(404, _no_such_route)
     app.add_exception_handler(405, _no_such_route)
     return app
@@ -51,17 +51,14 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
 
 async def _no_such_route(http: Request, error: Exception) -> JSONResponse:
     path = route_path(http)
-    return dialect_at(path).error_response(_as_ours(http, error, path), http)
-
-
-def _as_ours(http: Request, error: Exception, path: str) -> LocalRerankError:
+    known: LocalRerankError = UnknownRoute(path, endpoints=_endpoints(http.app))
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return MethodNotAllowed(http.method, path, allowed=(error.headers or {}).get("Allow", ""))
-    return UnknownRoute(path, endpoints=_endpoints(http.app))
+        known = MethodNotAllowed(http.method, path, allowed=(error.headers or {}).get("Allow", ""))
+    return dialect_at(path).error_response(known, http)
 
 
 def _endpoints(app: FastAPI) -> list[str]:
-    """Method and path of each route, aliases too; not the forms with a final slash, nor what a page loads."""
+    """Method and path of each route, without the variants with a final slash and without the files of pages."""
     routes = [route for route in app.routes if isinstance(route, APIRoute) and not route.path.endswith("/")]
     return [
         f"{method} {route.path.replace(':path', '')}"

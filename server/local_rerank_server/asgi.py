@@ -1,10 +1,11 @@
-"""The application for servers other than ours, in each of their processes: `LOCAL_RERANK_*` variables -> ASGI.
+"""The ASGI application for gunicorn and uvicorn, configured by `LOCAL_RERANK_*` variables.
 
     gunicorn -k uvicorn_worker.UvicornWorker -w 2 --preload local_rerank_server.asgi:app
     uvicorn --factory local_rerank_server.asgi:create
 
-The model begins to load as the application is made. With gunicorn's --preload that is before the fork, which waits for
-it, and workers share the weights; a worker that starts without it loads its own. Importing this module does nothing.
+Creating the application starts loading the model. With gunicorn's --preload that happens before the fork, which waits
+for the model, and the workers share its weights; without it each worker loads its own. Importing this module does
+nothing.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from local_rerank_server.tracing import Tracing
 
 @functools.cache
 def create() -> ASGIApp:
-    """The application of this process, which is ours: logging and OpenMP are set up. Options are `serve`'s variables.
+    """Create this process's application; also configures logging and OpenMP. Takes the variables of `serve`.
 
-    Raises ConfigError for an unknown or malformed one, and where neither a key nor `insecure` is given: who reaches the
-    server is not seen here.
+    Raises ConfigError for an unknown or malformed variable, and if neither a key nor `insecure` is set, because the
+    address that the server listens on is unknown here.
     """
     engine_config, config = serve_options()
     if config.ray:
-        raise ConfigError("ray is set; engines of Ray are behind `local-rerank serve --ray` or Ray Serve's own server")
+        raise ConfigError("ray is not supported here; use `local-rerank serve --ray` or Ray Serve")
     if not (config.has_keys or config.insecure):
         raise ConfigError(
-            "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set; set one, or allow that with "
+            "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set; set one, or allow this with "
             "LOCAL_RERANK_INSECURE=true"
         )
     configure_process()
     set_up_logging(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
-    _import_now()
+    _import_transformers()
     state, reranker = ServerState(config), AsyncReranker(config=engine_config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        """A model that cannot be loaded, or fails its self-test, is an error of the server's start."""
+        """Fails the server's start if the model cannot be loaded or fails its self-test."""
         await _open(reranker, state)
         yield
         state.drain()
@@ -65,8 +66,8 @@ def create() -> ASGIApp:
     return app if tracing is None else tracing.wrap(app)
 
 
-def _import_now() -> None:
-    """What loading needs: a module that is imported while a fork waits gets only half of its hooks called."""
+def _import_transformers() -> None:
+    """Import what loading needs, because a module imported while a fork waits misses half of its fork hooks."""
     import transformers  # noqa: F401
 
 
@@ -80,7 +81,7 @@ async def _open(reranker: AsyncReranker, state: ServerState) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """`app`, made as a server asks for it by name."""
+    """Create `app` when a server first asks for it."""
     if name == "app":
         return create()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,27 +1,26 @@
-"""What can go wrong between a socket and `Reranker.submit`, and the HTTP status of every error of the project.
+"""The server's errors, and the HTTP status of every error of the project.
 
-    LocalRerankError                  (the library's half of the tree is drawn in `local_rerank.errors`)
+    LocalRerankError                  (the library's part of the tree is in `local_rerank.errors`)
     ├── InvalidRequest
     │   ├── MissingField              a required field is absent or null
     │   ├── InvalidField              a field has the wrong type or form
-    │   └── UnsupportedInput          an image or a video where a text is ranked
+    │   └── UnsupportedInput          an image, video or audio instead of a text
     ├── MalformedBody                 the body is not a JSON object in UTF-8
-    ├── BodyTooLarge                  the body is over the limit; it is refused without being read
-    ├── BodyTooSlow                   the body did not come in the time that is allowed
-    ├── UnsupportedContent            the body is compressed, or declared as something other than JSON
+    ├── BodyTooLarge                  the body is over the limit; it is not read
+    ├── BodyTooSlow                   the body was not received within the client timeout
+    ├── UnsupportedContent            the body is compressed, or its Content-Type is not JSON
     ├── UnknownModel                  the request names a model that is not served
-    ├── UnknownRoute                  no such path
+    ├── UnknownRoute                  the path does not exist
     ├── MethodNotAllowed              the path exists, the method does not
     ├── Overloaded
-    │   ├── RequestRateExceeded       the key has made its requests of this minute
+    │   ├── RequestRateExceeded       the key has used its requests of this minute
     │   └── TokenRateExceeded         the key has used its tokens of this minute
-    ├── MissingApiKey                 keys are configured and the request brings none
-    ├── InvalidApiKey                 ... or brings a wrong one
-    ├── AsyncNotSupported             DashScope's asynchronous mode was asked for
-    └── ClientDisconnected            the client left; nobody reads the answer
+    ├── MissingApiKey                 keys are configured and the request has none
+    ├── InvalidApiKey                 ... or has a wrong one
+    ├── AsyncNotSupported             the request asks for DashScope's asynchronous mode
+    └── ClientDisconnected            the client closed its connection before the response
 
-`STATUS` gives each class its status by exact type, so that a new leaf cannot hide behind its parent; a dialect whose
-contract wants another status for a few of them says so in its row.
+`STATUS` maps exact types, so a new class needs a status of its own. A dialect overrides single statuses in its row.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class MissingField(InvalidRequest):
 
 
 class InvalidField(InvalidRequest):
-    """`reason` says what the field should be, as a sentence without its full stop."""
+    """`reason` says what is wrong or what is expected, without a full stop."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}", field=field)
@@ -77,30 +76,30 @@ class MalformedBody(LocalRerankError):
 
 class BodyTooLarge(LocalRerankError):
     def __init__(self, *, limit: int) -> None:
-        super().__init__(f"the request body is too large; at most {limit} bytes are taken")
+        super().__init__(f"the request body is too large; at most {limit} bytes are allowed")
         self.limit = limit
 
 
 class BodyTooSlow(LocalRerankError):
     def __init__(self, *, limit_seconds: int) -> None:
-        super().__init__(f"the request body did not come within {limit_seconds} s")
+        super().__init__(f"the request body was not received within {limit_seconds} s")
 
 
 class UnsupportedContent(LocalRerankError):
-    """The body is compressed, or declared as something other than JSON; the message says what to send."""
+    """The body is compressed, or its Content-Type is not JSON; the message says what to send."""
 
 
 class UnknownModel(LocalRerankError):
     def __init__(self, name: str, *, known: Sequence[str]) -> None:
-        super().__init__(f"model {name!r} is not served here; known are {', '.join(known)}")
+        super().__init__(f"model {name!r} is not served; the server has {', '.join(known)}")
         self.name = name
 
 
 class UnknownRoute(LocalRerankError):
-    """`endpoints` are the method and path of what exists."""
+    """`endpoints` lists method and path of the existing routes."""
 
     def __init__(self, path: str, *, endpoints: Sequence[str]) -> None:
-        super().__init__(f"there is nothing at {path}")
+        super().__init__(f"unknown path {path}")
         self.endpoints = endpoints
 
 
@@ -113,17 +112,17 @@ class MethodNotAllowed(LocalRerankError):
 
 class RequestRateExceeded(Overloaded):
     def __init__(self, *, limit: int, retry_after: float) -> None:
-        super().__init__(f"more than {limit} requests in a minute, which this key may make", retry_after=retry_after)
+        super().__init__(f"this key may make {limit} requests per minute", retry_after=retry_after)
 
 
 class TokenRateExceeded(Overloaded):
     def __init__(self, *, limit: int, retry_after: float) -> None:
-        super().__init__(f"more than {limit} tokens in a minute, which this key may use", retry_after=retry_after)
+        super().__init__(f"this key may use {limit} tokens per minute", retry_after=retry_after)
 
 
 class MissingApiKey(LocalRerankError):
     def __init__(self) -> None:
-        super().__init__("no API key; send one as `Authorization: Bearer KEY`")
+        super().__init__("the API key is missing; send it as `Authorization: Bearer KEY`")
 
 
 class InvalidApiKey(LocalRerankError):
@@ -133,11 +132,11 @@ class InvalidApiKey(LocalRerankError):
 
 class AsyncNotSupported(LocalRerankError):
     def __init__(self) -> None:
-        super().__init__("asynchronous calls are not supported; leave out the header X-DashScope-Async")
+        super().__init__("asynchronous calls are not supported; remove the header X-DashScope-Async")
 
 
 class ClientDisconnected(LocalRerankError):
-    """The client left before its answer was ready."""
+    """The client disconnected before the response was ready."""
 
 
 STATUS: Mapping[type[LocalRerankError], int] = {
@@ -165,7 +164,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     MissingApiKey: 401,
     InvalidApiKey: 401,
     AsyncNotSupported: 403,
-    ClientDisconnected: 499,  # nginx's number; only our own log sees it
+    ClientDisconnected: 499,  # nginx's status; it appears only in our own log
     Overloaded: 429,
     RequestRateExceeded: 429,
     TokenRateExceeded: 429,
@@ -173,21 +172,21 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     ModelUnavailable: 503,
     UnusableAfterFork: 503,
     EngineFailure: 500,
-    OutOfMemory: 503,  # a batch is tried again in halves first; the same request may fit when the device is less busy
+    OutOfMemory: 503,  # after retries with half of the batch; it may fit when the device is less busy
     CheckpointError: 500,
     ConfigError: 500,
 }
 
 
 def headers_of(error: LocalRerankError) -> dict[str, str]:
-    """The headers that go with an error in every dialect."""
+    """The response headers of an error, in every dialect."""
     match error:
         case Overloaded():
             return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
         case BodyTooSlow():
-            return {"connection": "close"}  # the rest of the body is not waited for
+            return {"connection": "close"}  # do not wait for the rest of the body
         case DeadlineExceeded():
-            return {"x-should-retry": "false"}  # the same request would run into the same deadline
+            return {"x-should-retry": "false"}  # a retry would exceed the same deadline
         case MissingApiKey() | InvalidApiKey():
             return {"www-authenticate": "Bearer"}
         case MethodNotAllowed():

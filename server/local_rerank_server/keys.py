@@ -1,4 +1,4 @@
-"""API keys: which name a key belongs to. Reads the key file; knows nothing of HTTP but the header's form."""
+"""API keys from the options and the key file, and the check of the Authorization header."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from local_rerank_server.errors import InvalidApiKey, MissingApiKey
 
 
 class ApiKeys:
-    """The configured keys, by name. With none configured every request is let in."""
+    """The configured keys, by name. Without any, every request passes."""
 
     def __init__(self, keys: Mapping[str, str]) -> None:
         self._keys = {name: key.encode() for name, key in keys.items()}
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> ApiKeys:
-        """The keys of the options and of the key file together."""
-        keys = _named(config.api_key)
+        """Collect the keys of the options and of the key file; raises ConfigError."""
+        keys = _keys_by_name(config.api_key)
         if config.api_key_file is not None:
             more = _read_key_file(config.api_key_file)
             if twice := sorted(keys.keys() & more.keys()):
-                raise ConfigError(f"api_key and api_key_file both name a key {twice[0]!r}")
+                raise ConfigError(f"api_key and api_key_file both have a key named {twice[0]!r}; names must be unique")
             keys |= more
         return cls(keys)
 
     def check(self, authorization: bytes | None) -> str | None:
-        """The name of the key in an Authorization header's value; raises if a key is needed and is not there."""
+        """The name of the key in an Authorization header; raises MissingApiKey or InvalidApiKey."""
         if not self._keys:
             return None
         scheme, _, sent = (authorization or b"").strip().partition(b" ")
         sent = sent.strip()
         if scheme.lower() != b"bearer" or not sent:
             raise MissingApiKey()
-        # Every key is compared, in constant time, so that the answer's delay tells nothing.
+        # compare all keys, each in constant time, so that the response time reveals nothing
         names = [name for name, key in self._keys.items() if hmac.compare_digest(key, sent)]
         if not names:
             raise InvalidApiKey()
         return names[0]
 
 
-def _named(given: Sequence[str]) -> dict[str, str]:
-    """Keys of the option, NAME:KEY or KEY alone, by name."""
+def _keys_by_name(given: Sequence[str]) -> dict[str, str]:
+    """The keys of the option by name; KEY alone is named key-1, key-2, ..."""
     keys: dict[str, str] = {}
     for number, text in enumerate(given, start=1):
         name, _, key = (part.strip() for part in text.rpartition(":"))
         name = name or f"key-{number}"
         if name in keys:
-            raise ConfigError(f"api_key names a key {name!r} twice")
+            raise ConfigError(f"api_key has two keys named {name!r}; names must be unique")
         keys[name] = key
     return keys
 
@@ -67,8 +67,8 @@ def _read_key_file(path: Path) -> dict[str, str]:
             continue
         name, colon, key = (part.strip() for part in line.partition(":"))
         if not (name and colon and key) or name in keys:
-            raise ConfigError(f"api_key_file {path}, line {number}: `name:key` with a new name is expected")
+            raise ConfigError(f"api_key_file {path}, line {number} is not `name:key` with a unique name")
         keys[name] = key
     if not keys:
-        raise ConfigError(f"api_key_file {path} holds no key")
+        raise ConfigError(f"api_key_file {path} has no keys")
     return keys

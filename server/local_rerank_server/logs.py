@@ -1,4 +1,4 @@
-"""How log records look: lines for people, or one JSON object a line with the fields that came with the record."""
+"""Log formatting: plain lines, or one JSON object per line with the record's extra fields."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from local_rerank_server.config import ServerConfig
 
 
 def set_up_logging(config: ServerConfig) -> None:
-    """Log to standard error as the options say; the command line calls this, no import does."""
+    """Configure the root logger to write to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(make_formatter(config))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and stop are told in our own words
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # process.py reports start and stop itself
 
 
 def make_formatter(config: ServerConfig) -> logging.Formatter:

@@ -1,13 +1,14 @@
-"""What Prometheus reads at `/metrics`: every name once, who feeds it, and the text.
+"""Prometheus metrics of one process, served at `/metrics`.
 
-Requests are fed in by the middleware, results by `ServerState.rank`, batches by the model's thread; what is a state
-rather than an event (queue, memory) is looked up as the page is asked for. Labels have few values: no path, no key.
+Counters and histograms are updated as things happen: requests by the middleware, results by `ServerState.rank`, batches
+by the engine's thread. Gauges (queue, memory) are read when the page is rendered. No label holds a path or an API key,
+so the number of time series stays small.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -16,7 +17,7 @@ import local_rerank
 if TYPE_CHECKING:
     from local_rerank.requests.worker import BatchReport
     from local_rerank.types import ModelInfo, RerankResult
-    from local_rerank_server.state import ServerState
+    from local_rerank_server.admission import Admission
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # upper bounds of buckets
@@ -25,8 +26,27 @@ DOCUMENTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 GPU_MEMORY = ("allocated", "reserved")
 
 
+class EngineStatus(Protocol):
+    """What the gauges show of the engine."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def num_queued_tokens(self) -> int: ...
+
+    @property
+    def num_queued_requests(self) -> int: ...
+
+    @property
+    def max_batch_tokens(self) -> int: ...
+
+    @property
+    def tokens_per_second(self) -> float | None: ...
+
+
 class Metrics:
-    """The counters of one process, in a registry of their own."""
+    """The metrics of one process, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -43,35 +63,35 @@ class Metrics:
 
         self._requests = counter("requests", "Requests answered", "dialect", "status")
         self._request_seconds = histogram(
-            "request_seconds", "From the head of a request to its answer", SECONDS, "dialect", "status"
+            "request_seconds", "Time from the request head to the response", SECONDS, "dialect", "status"
         )
-        self._refusals = counter("refusals", "Requests answered with an error, by its kind", "reason")
-        self._documents = histogram("request_documents", "Documents of a ranked request", DOCUMENTS)
-        self._queue_seconds = histogram("queue_seconds", "From tokenized to the first batch", SECONDS)
-        self._billed_tokens = counter("billed_tokens", "Tokens of ranked requests, as usage counts them")
-        self._truncated_documents = counter("truncated_documents", "Documents that were cut")
-        self._truncated_queries = counter("truncated_queries", "Queries that were cut")
-        self._batch_tokens = histogram("batch_tokens", "Tokens of a batch", TOKENS)
-        self._batch_seconds = histogram("batch_seconds", "Time of a batch", SECONDS)
-        self._batch_requests = histogram("batch_requests", "Requests that share a batch", DOCUMENTS)
+        self._refusals = counter("refusals", "Requests answered with an error, by error class", "reason")
+        self._documents = histogram("request_documents", "Documents per ranked request", DOCUMENTS)
+        self._queue_seconds = histogram("queue_seconds", "Time between tokenization and the first batch", SECONDS)
+        self._billed_tokens = counter("billed_tokens", "Tokens of ranked requests, as reported in usage")
+        self._truncated_documents = counter("truncated_documents", "Documents that were truncated")
+        self._truncated_queries = counter("truncated_queries", "Queries that were truncated")
+        self._batch_tokens = histogram("batch_tokens", "Tokens per batch", TOKENS)
+        self._batch_seconds = histogram("batch_seconds", "Compute time per batch", SECONDS)
+        self._batch_requests = histogram("batch_requests", "Requests per batch", DOCUMENTS)
         self._pairs = counter("pairs", "Pairs scored")
-        self._computed_tokens = counter("computed_tokens", "Tokens that went through the model")
-        self._prefix_tokens_saved = counter("prefix_tokens_saved", "Prefix tokens that pairs shared")
-        self._ready = gauge("ready", "1 while requests are ranked")
-        self._in_flight = gauge("requests_in_flight", "Requests that are let in and not answered")
-        self._body_bytes = gauge("request_body_bytes", "Bytes of the request bodies held")
-        self._queued_tokens = gauge("queued_tokens", "Tokens that wait for the model")
-        self._queued_requests = gauge("queued_requests", "Requests of which something waits for the model")
-        self._budget = gauge("batch_budget_tokens", "Most tokens of a batch; lower while memory is short")
-        self._drain_rate = gauge("drain_tokens_per_second", "Queued tokens worked off a second of the model's time")
-        self._gpu_memory = gauge("gpu_memory_bytes", "Memory of torch on the GPU", "kind")
+        self._computed_tokens = counter("computed_tokens", "Tokens computed by the model")
+        self._prefix_tokens_saved = counter("prefix_tokens_saved", "Tokens not computed because pairs share a prefix")
+        self._ready = gauge("ready", "1 while the server accepts requests")
+        self._in_flight = gauge("requests_in_flight", "Requests admitted and not answered yet")
+        self._body_bytes = gauge("request_body_bytes", "Bytes of request bodies in memory")
+        self._queued_tokens = gauge("queued_tokens", "Tokens waiting for the model")
+        self._queued_requests = gauge("queued_requests", "Requests with tokens waiting for the model")
+        self._budget = gauge("batch_budget_tokens", "Maximum tokens per batch; lower while memory is short")
+        self._drain_rate = gauge("drain_tokens_per_second", "Queued tokens processed per second of model time")
+        self._gpu_memory = gauge("gpu_memory_bytes", "GPU memory of torch's allocator", "kind")
         self._model = gauge(
-            "model_info", "What is served, always 1",
+            "model_info", "The served model; always 1",
             "model", "source", "device", "dtype", "attention", "version",
         )  # fmt: skip
 
     def add_request(self, *, dialect: str, status: int, seconds: float, reason: str | None) -> None:
-        """One answered request; `reason` is the kind of its error."""
+        """Count an answered request; `reason` is the class name of its error."""
         self._requests.labels(dialect, str(status)).inc()
         self._request_seconds.labels(dialect, str(status)).observe(seconds)
         if reason is not None:
@@ -85,7 +105,7 @@ class Metrics:
         self._truncated_queries.inc(int(result.num_query_truncated_tokens > 0))
 
     def add_batch(self, report: BatchReport) -> None:
-        """Called in the model's thread."""
+        """Count a batch; called in the engine's thread."""
         self._batch_tokens.observe(report.num_tokens)
         self._batch_seconds.observe(report.seconds)
         self._batch_requests.observe(report.num_requests)
@@ -97,23 +117,22 @@ class Metrics:
         labels = (info.model_id, info.source, info.device, info.dtype, info.kernel, local_rerank.__version__)
         self._model.labels(*labels).set(1)
 
-    def render(self, state: ServerState) -> bytes:
-        """The page, in Prometheus' text format."""
-        self._ready.set(state.status == "ready")
-        self._in_flight.set(state.num_admitted)
-        self._body_bytes.set(state.num_body_bytes)
-        if state.status != "loading":
-            reranker = state.reranker
-            self._queued_tokens.set(reranker.num_queued_tokens)
-            self._queued_requests.set(reranker.num_queued_requests)
-            self._budget.set(reranker.max_batch_tokens)
-            self._drain_rate.set(reranker.tokens_per_second or 0)
-            self._look_at_gpu(reranker.info.device)
+    def render(self, *, ready: bool, admission: Admission, engine: EngineStatus | None) -> bytes:
+        """The page in Prometheus' text format; `engine` is None while the model loads."""
+        self._ready.set(ready)
+        self._in_flight.set(admission.num_requests)
+        self._body_bytes.set(admission.num_body_bytes)
+        if engine is not None:
+            self._queued_tokens.set(engine.num_queued_tokens)
+            self._queued_requests.set(engine.num_queued_requests)
+            self._budget.set(engine.max_batch_tokens)
+            self._drain_rate.set(engine.tokens_per_second or 0)
+            self._read_gpu_memory(engine.info.device)
         return generate_latest(self.registry)
 
-    def _look_at_gpu(self, device: str) -> None:
-        torch = sys.modules["torch"]  # loaded with the model
-        if not device.startswith("cuda") or not torch.cuda.is_initialized():  # the model may be in another process
+    def _read_gpu_memory(self, device: str) -> None:
+        torch = sys.modules["torch"]  # imported with the model
+        if not device.startswith("cuda") or not torch.cuda.is_initialized():  # the engine may be in another process
             return
         for kind in GPU_MEMORY:
             self._gpu_memory.labels(kind).set(getattr(torch.cuda, f"memory_{kind}")(device))

@@ -1,7 +1,7 @@
-"""The server process: binds the port, loads the model beside the running server, and stops without losing work.
+"""The server process: binds the port, loads the model in the background, and drains on shutdown.
 
-`/health` answers as soon as the port is bound; `/ready` once the model is loaded. A failure to bind or to load is
-raised as the error it is; the command line makes one line of it and a status that is not 0.
+`/health` answers as soon as the port is bound, `/ready` returns 200 once the model is loaded. A failure to bind or to
+load is raised; the command line prints it as one line and exits with a non-zero status.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
     from local_rerank.types import ModelInfo
     from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
-KEEP_ALIVE_SECONDS = 75  # longer than the pools of the SDKs keep an idle connection, so that they close it, not we
-MAX_FILES = 65_536  # open at once, connections included
+KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
+MAX_FILES = 65_536  # open file descriptors, which include connections
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve until a signal ends it; returns the exit status of the process, 1 if requests had to be cut off.
+    """Serve until a signal arrives; returns the exit status, 1 if requests were left unanswered.
 
-    Raises ConfigError or CheckpointError if it cannot start.
+    Raises ConfigError or CheckpointError if the server cannot start.
     """
     set_up_logging(server_config)
     keys = ApiKeys.from_config(server_config)
@@ -69,7 +69,7 @@ def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: Serv
     server = _Server(_uvicorn_config(state, keys, tracing), state)
     address = _address(listener, config)
     say(f"listening on {address}, loading the model ...")
-    _load_beside(state, server, engine_config, announce=lambda info: _announce(info, address, config))
+    _load_in_background(state, server, engine_config, announce=lambda info: _announce(info, address, config))
     server.run(sockets=[listener])
     if tracing is not None:
         tracing.close()
@@ -78,31 +78,31 @@ def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: Serv
     return int(server.cut_off)
 
 
-def _load_beside(
+def _load_in_background(
     state: ServerState, server: _Server, config: EngineConfig, *, announce: Callable[[ModelInfo], None]
 ) -> None:
-    """Load the model in a thread of its own and hand it to `state`; where that fails, stop the server."""
+    """Load the model in a thread and pass it to `state`; stop the server if that fails."""
 
     def load() -> None:
         try:
-            reranker = _open(config, state.config)
+            reranker = _load(config, state.config)
         except LocalRerankError as error:
             server.fail(error)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
             server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
         else:
-            server.take_signals()
+            server.restore_signal_handlers()
             state.serve(reranker)
             announce(reranker.info)
 
-    threading.Thread(target=load, name="load", daemon=True).start()  # a signal must not wait for a long load
+    threading.Thread(target=load, name="load", daemon=True).start()  # so that a signal does not wait for a long load
 
 
-def _open(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:
-    """The model in this process or, with --ray, in replicas; imports torch, two seconds of it: the port is open before.
+def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:
+    """Load the model into this process or, with --ray, into replicas, which run the self-test themselves.
 
-    A replica tests itself.
+    Imports torch, which takes two seconds; the port is already open.
     """
     if server_config.ray:
         require_ray()
@@ -119,7 +119,7 @@ def _open(config: EngineConfig, server_config: ServerConfig) -> Reranker | Repli
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a first signal lets accepted work finish while new work is refused, and a second ends at once."""
+    """uvicorn's server; the first signal drains admitted requests and refuses new ones, the second stops at once."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
@@ -129,7 +129,7 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def fail(self, error: LocalRerankError) -> None:
-        """Stop, from any thread, because the model cannot be loaded."""
+        """Stop because the model cannot be loaded; may be called from any thread."""
         self.failure = error
         self.should_exit = True
 
@@ -141,14 +141,14 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
 
-    def take_signals(self) -> None:
-        """Set the handlers again, from any thread: Ray sets its own as it starts, which abort after three seconds."""
+    def restore_signal_handlers(self) -> None:
+        """Set the handlers again from any thread, because starting Ray replaces them with ones that abort after 3 s."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(lambda: [signal.signal(number, self.handle_exit) for number in SIGNALS])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again: a server that was told to stop and did ends with 0."""
+        """Like uvicorn's, but does not raise the signal again, so that a clean stop exits with status 0."""
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
             yield
@@ -159,27 +159,27 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.state.drain()
         end = time.monotonic() + self.state.config.drain_seconds
-        while self.state.num_admitted and not self.force_exit and time.monotonic() < end:
+        while self.state.admission.num_requests and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        # what is left of the time is for answers that their readers have not taken yet
+        # the remaining time is for responses that clients are still reading
         self.config.timeout_graceful_shutdown = max(1, math.ceil(end - time.monotonic()))
-        if self.state.num_admitted:
-            logger.warning("stopped with %d requests unanswered", self.state.num_admitted)
+        if self.state.admission.num_requests:
+            logger.warning("stopped with %d requests unanswered", self.state.admission.num_requests)
             self.cut_off = True
         await super().shutdown(sockets)
-        if not self.cut_off:  # else the model is still at work on what was cut off, and ends with the process
+        if not self.cut_off:  # otherwise the model is still computing and ends with the process
             await asyncio.to_thread(self.state.close)
 
 
 def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) -> uvicorn.Config:
     config, app = state.config, create_app(state, keys)
-    made = uvicorn.Config(
+    uvicorn_config = uvicorn.Config(
         app if tracing is None else tracing.wrap(app),
         log_config=None,
-        # h11: httptools stops at `Upgrade: h2c`, which some Java clients offer, and loses the body
+        # h11, because httptools loses the body of requests with `Upgrade: h2c`, which some Java clients send
         http=make_protocol(config),
         ws="none",
-        access_log=False,  # the application logs its requests itself, with their ids
+        access_log=False,  # middleware.RequestLog writes the access log
         server_header=False,
         root_path=config.root_path,
         ssl_certfile=config.ssl_certfile,
@@ -187,14 +187,14 @@ def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     try:
-        made.load()
+        uvicorn_config.load()
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"ssl_certfile {config.ssl_certfile} or ssl_keyfile cannot be used: {error}") from None
-    return made
+    return uvicorn_config
 
 
 def _listen(config: ServerConfig) -> socket.socket:
-    """A socket that listens; connections wait in it until the server takes them."""
+    """A listening socket; connections wait in its backlog until the server accepts them."""
     where = str(config.uds) if config.uds else f"{config.host}:{config.port}"
     try:
         return _listen_unix(config.uds) if config.uds else _listen_tcp(config.host, config.port)
@@ -208,15 +208,15 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    """Takes the place of a socket that a dead process left, never that of a living one."""
+    """Replaces the socket of a dead process, never that of a running one."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:  # a plain file refuses too, and is not ours to remove
+        except ConnectionRefusedError:  # a regular file refuses too, and must not be removed
             if stat.S_ISSOCK(path.stat().st_mode):
                 path.unlink()
         except OSError:
-            pass  # nothing there: the usual case
+            pass  # usually there is no file
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(str(path))
@@ -238,8 +238,8 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
 def _announce(info: ModelInfo, address: str, config: ServerConfig) -> None:
     say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
     if info.source == "embedded":
-        say("This is the small built-in model. The real one: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
-    say(f"ready: {address} (every route: {address}/docs). Try:")
+        say("This is the small built-in model. For better results: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
+    say(f"ready: {address} (API documentation: {address}/docs). Try:")
     say(_curl(address, config))
 
 
@@ -256,10 +256,10 @@ def _curl(address: str, config: ServerConfig) -> str:
 
 
 def _allow_many_connections() -> None:
-    """Raise the soft limit of open files, often 1,024, to what this process may have: a connection takes one."""
+    """Raise the soft limit of open files, often 1,024, because each connection takes one."""
     try:
         import resource
-    except ModuleNotFoundError:  # Windows, which has no such limit
+    except ModuleNotFoundError:  # Windows has no such limit
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):

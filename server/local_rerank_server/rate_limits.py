@@ -1,7 +1,6 @@
-"""How many requests and tokens a minute each API key may have: name of a key -> let in, or an error with a time.
+"""Rate limits per API key: requests and tokens per minute, in fixed windows that start with a key's first request.
 
-A minute begins with a key's first request and is counted anew when it is over. Tokens are known when a request is
-answered, so a key that has used its tokens up is refused from its next request on.
+A request's tokens are counted when it is answered, so a key can exceed its tokens once; its next request is refused.
 """
 
 from __future__ import annotations
@@ -15,27 +14,27 @@ from limits.strategies import FixedWindowRateLimiter
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import RequestRateExceeded, TokenRateExceeded
 
-EVERYBODY = "everybody"  # who has no key shares one allowance
+EVERYBODY = "everybody"  # clients without a key share one window
 
 
-class KeyRates:
-    """What each key has used of its minute."""
+class RateLimiter:
+    """Counts the requests and tokens of each key."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
         self._requests = _per_minute(config.key_requests_per_minute, "requests")
         self._tokens = _per_minute(config.key_tokens_per_minute, "tokens")
 
-    def take_request(self, key: str | None) -> None:
-        """Count a request of a key; raises RequestRateExceeded or TokenRateExceeded."""
+    def count_request(self, key: str | None) -> None:
+        """Count a request; raises RequestRateExceeded or TokenRateExceeded."""
         name = key or EVERYBODY
         if self._tokens is not None and not self._limiter.test(self._tokens, name):
             raise TokenRateExceeded(limit=self._tokens.amount, retry_after=self._seconds_left(self._tokens, name))
         if self._requests is not None and not self._limiter.hit(self._requests, name):
             raise RequestRateExceeded(limit=self._requests.amount, retry_after=self._seconds_left(self._requests, name))
 
-    def add_tokens(self, key: str | None, num_tokens: int) -> None:
-        """Count the tokens of a request that was answered."""
+    def count_tokens(self, key: str | None, num_tokens: int) -> None:
+        """Count the tokens of an answered request."""
         if self._tokens is not None:
             self._limiter.hit(self._tokens, key or EVERYBODY, cost=num_tokens)
 

@@ -1,6 +1,6 @@
-"""OpenTelemetry, only where `--otlp-endpoint` asks for it: an application -> the same, with a span of each request.
+"""OpenTelemetry tracing, enabled by `--otlp-endpoint`: one span per request.
 
-Needs the extra `local-rerank[otel]`. A span has method, route, status, times and the request's id, never its text.
+Needs the extra `local-rerank[otel]`. A span has method, route, status, times and request id, never the request's text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ SERVICE = "local-rerank"
 
 
 class Tracing:
-    """Wraps applications, and sends what is left when it is closed."""
+    """Wraps an ASGI application, and flushes its spans when closed."""
 
     def __init__(self, endpoint: str) -> None:
-        """Raises ConfigError where the packages are missing."""
+        """Raises ConfigError if the packages are not installed."""
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
             from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -37,7 +37,7 @@ class Tracing:
         wrapped: ASGIApp = self._middleware(
             app,
             tracer_provider=self._provider,
-            exclude_spans=["receive", "send"],  # one span a request
+            exclude_spans=["receive", "send"],  # one span per request
             http_capture_headers_server_response=["x-request-id"],
         )
         return wrapped

@@ -1,4 +1,4 @@
-"""Jobs in processes that are killed, forked from one that has imported everything: a start costs little."""
+"""Run jobs in processes to kill, forked from one that has imported everything, so that they start fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 PRELOADED = [
-    "tests.batch.killed", "tests.batch.test_job", "pandas",  # which pyarrow imports
+    "tests.batch.killed", "tests.batch.test_job", "pandas",  # imported by pyarrow
     "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
     "local_rerank.commands.app", "local_rerank.commands.batch", "local_rerank.evaluation.measures",
     "transformers.models.qwen3.modeling_qwen3",
@@ -36,7 +36,7 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 
 def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str) -> None:
-    """A job with a stand-in for the model, killed as it is about to do something to the disk for the `step`-th time."""
+    """Run a job with a fake scorer and kill it just before its `step`-th disk operation."""
     from tests.batch.test_job import do_job
 
     patch = pytest.MonkeyPatch()
@@ -59,7 +59,7 @@ def job_killed_at_step(step: int, folder: str, input_name: str, output_name: str
 
 
 def command_line(arguments: list[str], block_pairs: int) -> None:
-    """`local-rerank ...`, to its end; a job in blocks of `block_pairs` pairs."""
+    """Run `local-rerank ...` with blocks of `block_pairs` pairs."""
     from local_rerank.batch import job
     from local_rerank.commands.app import main
 
@@ -68,7 +68,7 @@ def command_line(arguments: list[str], block_pairs: int) -> None:
 
 
 def command_line_at_terminal(arguments: list[str], terminal: str, output: str) -> None:
-    """`local-rerank ...`, to its end; standard error is a wide terminal, standard output a file."""
+    """Run `local-rerank ...` with a wide terminal as standard error and a file as standard output."""
     from local_rerank.commands.app import main
 
     os.environ |= {"COLUMNS": "200", "TERM": "xterm"}
@@ -78,7 +78,7 @@ def command_line_at_terminal(arguments: list[str], terminal: str, output: str) -
 
 
 def growth_of_memory(folder: str, input_name: str, output_name: str, answer: Connection) -> None:
-    """Send by how many bytes the most memory that this process ever held grew with a job of the stand-in."""
+    """Send by how many bytes a job with a fake scorer raises the peak memory of this process."""
     from tests.batch.test_job import do_job
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

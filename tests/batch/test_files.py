@@ -1,8 +1,9 @@
-"""Files in and out: every format, from any position on, with the records that cannot be read told by their number."""
+"""Reading and writing every file format."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 
 from local_rerank import RankedDocument
 from local_rerank.batch import sources
+from local_rerank.batch.formats import open_sink, open_source
 from local_rerank.batch.rows import Row, ScoredRow, parse_record
-from local_rerank.batch.sinks import Sink, open_sink
-from local_rerank.batch.sources import Position, Rejected, Source, open_source
+from local_rerank.batch.sinks import Sink
+from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.errors import ConfigError, InvalidRequest
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: text.strip())
@@ -43,7 +45,7 @@ def write(file: Path, content: str | bytes) -> Path:
 # JSON lines
 
 
-def test_json_lines_hold_rankings_with_ids_scores_and_fields_of_their_own(tmp_path: Path) -> None:
+def test_json_lines_with_ids_scores_and_other_fields(tmp_path: Path) -> None:
     lines = '\ufeff{"id": 1, "query": "q", "documents": ["a", "b\u2028c"], "more": [1]}\r\n\n'
     lines += '{"query": "r", "documents": [{"text": "x", "id": 7, "score": 2}]}'
     first, second = rows_of(open_source(write(tmp_path / "a.jsonl", lines)))
@@ -52,7 +54,7 @@ def test_json_lines_hold_rankings_with_ids_scores_and_fields_of_their_own(tmp_pa
     assert (second.document_ids, second.first_stage_scores, second.number) == (("7",), (2.0,), 3)
 
 
-def test_lines_that_are_no_record_are_told_by_number_and_the_others_follow(tmp_path: Path) -> None:
+def test_malformed_lines_are_rejected_and_the_others_read(tmp_path: Path) -> None:
     lines = [
         b'{"query": "q", "documents": ["a"]}',
         b"{",
@@ -69,25 +71,25 @@ def test_lines_that_are_no_record_are_told_by_number_and_the_others_follow(tmp_p
         (3, "not UTF-8: invalid start byte at byte 12"),
         (4, "not JSON: NaN"),
         (5, "not JSON: nested too deeply"),
-        (6, "the record has document, where the first one of the file has documents"),
+        (6, "the record has document, but the first one of the file has documents"),
         (7, "0 documents; at least 1 is needed"),
     ]
     kept = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
     assert [(row.query, row.number) for row in kept] == [("q", 1), ("last", 8)]
 
 
-def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 50)
     lines = '{"query": "%s", "documents": ["a"]}\n{"query": "r", "documents": ["a"]}\n' % ("q" * 300)
     source = open_source(write(tmp_path / "a.jsonl", lines))
-    assert rejected_of(source) == [(1, "the line has 50 bytes or more")]
+    assert rejected_of(source) == [(1, "the line has 50 bytes or more; it must be shorter")]
     assert [item.query for item, _ in source.read(Position()) if isinstance(item, Row)] == ["r"]
 
 
 # CSV and TSV
 
 
-def test_csv_holds_pairs_with_quotes_and_line_feeds(tmp_path: Path) -> None:
+def test_csv_fields_may_contain_quotes_and_line_feeds(tmp_path: Path) -> None:
     text = '\ufefflabel,document,query,instruction\r\n1,"a ""b""\nc",q,\r\n\r\n2,d,r,judge\r\n'
     first, second = rows_of(open_source(write(tmp_path / "a.csv", text)))
     assert (first.query, first.documents, first.instruction, first.is_pair) == ("q", ('a "b"\nc',), None, True)
@@ -99,7 +101,7 @@ def test_tsv_has_no_quotes(tmp_path: Path) -> None:
     assert (row.query, row.documents) == ('"q', ('5" screen',))
 
 
-def test_a_quote_that_is_not_closed_costs_one_line(tmp_path: Path) -> None:
+def test_an_unclosed_quote_rejects_one_line(tmp_path: Path) -> None:
     text = 'query,document\nq,a\nq,"b\nq,c\n"q" x,d\nr,e,f\nq,g\n'
     source = open_source(write(tmp_path / "a.csv", text))
     errors = rejected_of(source)
@@ -112,15 +114,15 @@ def test_a_quote_that_is_not_closed_costs_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "", "a.csv:1 names no column query"),
-        ("a.csv", "query,text\nq,a\n", "a.csv:1 names no column document; it has query, text"),
-        ("a.csv", "query,document,query\n", "a.csv:1 names a column twice"),
-        ("a.csv", b"query,\xff\n", "a.csv:1 is no header"),
-        ("a.xml", "", "a.xml must end in one of .jsonl, .csv, .tsv, .parquet"),
-        ("a.parquet", "text", "a.parquet is no Parquet file"),
+        ("a.csv", "", "a.csv:1 has no column query"),
+        ("a.csv", "query,text\nq,a\n", "a.csv:1 has no column document; it has query, text"),
+        ("a.csv", "query,document,query\n", "a.csv:1 repeats a column name"),
+        ("a.csv", b"query,\xff\n", "a.csv:1 is not a header"),
+        ("a.xml", "", "a.xml; it must end in one of .jsonl, .csv, .tsv, .parquet"),
+        ("a.parquet", "text", "a.parquet is not a Parquet file"),
     ],
 )
-def test_a_file_that_is_none_of_these_is_refused(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+def test_a_file_of_another_kind_is_an_error(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         open_source(write(tmp_path / name, content))
 
@@ -128,11 +130,11 @@ def test_a_file_that_is_none_of_these_is_refused(tmp_path: Path, name: str, cont
 # Parquet
 
 
-def test_parquet_holds_pairs_or_rankings(tmp_path: Path) -> None:
+def test_parquet_with_pairs_or_rankings(tmp_path: Path) -> None:
     pq.write_table(pa.table({"query": ["q", "r"], "document": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert source.is_pairs
-    assert rejected_of(source) == [(2, "documents must be a list, not left out")]
+    assert rejected_of(source) == [(2, "documents must be a list, not missing")]
     documents = [["a", "b"], ["c"]]
     pq.write_table(pa.table({"query": ["q", "r"], "documents": documents}), tmp_path / "b.parquet")
     assert [row.documents for row in rows_of(open_source(tmp_path / "b.parquet"))] == [("a", "b"), ("c",)]
@@ -144,7 +146,7 @@ def test_parquet_holds_pairs_or_rankings(tmp_path: Path) -> None:
         open_source(tmp_path / "d.parquet")
 
 
-# From any position on
+# Resuming
 
 
 def pairs_file(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> Path:
@@ -163,26 +165,25 @@ def pairs_file(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> Path:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8))
-def test_reading_goes_on_behind_any_record(
+def test_reading_resumes_after_any_record(
     tmp_path_factory: pytest.TempPathFactory, kind: str, pairs: list[tuple[str, str]]
 ) -> None:
     source = open_source(pairs_file(tmp_path_factory.mktemp("files"), kind, pairs))
     items = list(source.read(Position()))
     assert [(row.query, row.documents[0]) for row in rows_of(source)] == pairs
-    for place, (_, behind) in enumerate(items, 1):
-        assert list(source.read(behind)) == items[place:]
+    for place, (_, end) in enumerate(items, 1):
+        assert list(source.read(end)) == items[place:]
     assert items[-1][1].offset == source.size
 
 
-# Out
+# Output
 
 
 def scored(
     record: dict[str, Any], log_odds: list[float], *, tail: tuple[str, ...] = (), blended: bool = False
 ) -> ScoredRow:
-    """A record's row with these log-odds, best first."""
-    row = parse_record(record)
-    row = Row(**{name: getattr(row, name) for name in Row.__dataclass_fields__} | {"tail_ids": tail})
+    """Make the scored row of a record with these log-odds."""
+    row = dataclasses.replace(parse_record(record), tail_ids=tail)
     order = sorted(range(len(log_odds)), key=lambda i: -log_odds[i])
     results = tuple(
         RankedDocument(
@@ -205,7 +206,7 @@ PAIR = {"query": "q", "document": 'a "b"', "label": "é"}
 
 
 def written(tmp_path: Path, name: str, record: dict[str, Any], row: ScoredRow, **options: Any) -> Path:
-    """A file of that row twice, in two steps, as a source like the record's would be written."""
+    """Write a row twice, in two commits, for a source that contains the record."""
     source = open_source(write(tmp_path / "source.jsonl", json.dumps(record)))
     sink = sink_for(tmp_path / name, source, **options)
     sink.rewind(0)
@@ -228,7 +229,7 @@ def sink_for(file: Path, source: Source, **options: Any) -> Sink:
     return open_sink(file, file.parent / "job", source, **(defaults | options))
 
 
-def test_a_ranking_is_written_in_every_form(tmp_path: Path) -> None:
+def test_a_ranking_is_written_in_every_format(tmp_path: Path) -> None:
     row = scored(RANKING, [-1.0, 2.5], tail=("z",))
     result = {"relevance_score": 0.5, "num_tokens": 3, "num_truncated_tokens": 0}
     results = [{"index": 1, "id": "y", "log_odds": 2.5} | result, {"index": 0, "id": "x", "log_odds": -1.0} | result]
@@ -253,7 +254,7 @@ def test_a_ranking_is_written_in_every_form(tmp_path: Path) -> None:
     assert tsv[1].split("\t")[-1] == "b c"
 
 
-def test_blended_scores_are_written_and_decide_the_scores_of_a_run(tmp_path: Path) -> None:
+def test_blended_scores_are_written_and_are_the_scores_of_a_run(tmp_path: Path) -> None:
     row = scored(RANKING, [-1.0, 2.5], blended=True)
     assert written(tmp_path, "a.run", RANKING, row).read_text().splitlines()[0] == "7 Q0 y 1 5.0 My_Model"
     (first, _) = pq.read_table(written(tmp_path, "a.parquet", RANKING, row, is_blended=True)).to_pylist()
@@ -262,7 +263,7 @@ def test_blended_scores_are_written_and_decide_the_scores_of_a_run(tmp_path: Pat
     assert rows[1]["blended_score"] == "-2.0"
 
 
-def test_a_pair_keeps_its_columns_in_every_form(tmp_path: Path) -> None:
+def test_a_pair_keeps_its_columns_in_every_format(tmp_path: Path) -> None:
     row = scored(PAIR, [1.5])
     expected = PAIR | {"relevance_score": 0.5, "log_odds": 1.5, "num_tokens": 3, "num_truncated_tokens": 0}
     assert json.loads(written(tmp_path, "a.jsonl", PAIR, row).read_text().splitlines()[1]) == expected
@@ -270,7 +271,7 @@ def test_a_pair_keeps_its_columns_in_every_form(tmp_path: Path) -> None:
     rows = read_csv(written(tmp_path, "a.csv", PAIR, row))
     assert rows == [{name: str(value) for name, value in expected.items()}] * 2
     assert written(tmp_path, "a.tsv", PAIR, row).read_text().splitlines()[2] == 'q\ta "b"\té\t0.5\t1.5\t3\t0'
-    with pytest.raises(ConfigError, match="would be a run, but the input has pairs"):
+    with pytest.raises(ConfigError, match="a run, but the input has pairs"):
         written(tmp_path, "a.run", PAIR, row)
     with pytest.raises(ConfigError, match=r"it must end in one of .jsonl, .csv, .tsv, .parquet, .run"):
         written(tmp_path, "a.txt", PAIR, row)
@@ -291,14 +292,14 @@ def test_parquet_keeps_the_types_of_its_input(tmp_path: Path) -> None:
     assert (schema.field("when").type, schema.field("id").type) == (pa.timestamp("us"), pa.int64())
 
 
-def test_lone_surrogates_and_ids_with_spaces_can_be_written(tmp_path: Path) -> None:
+def test_lone_surrogates_and_ids_with_spaces_are_written(tmp_path: Path) -> None:
     record = {"id": "a b\n", "query": "\ud800", "documents": ["x"]}
     row = scored(record, [1.0])
     assert json.loads(written(tmp_path, "a.jsonl", record, row).read_text().splitlines()[0])["query"] == "\ud800"
     assert written(tmp_path, "a.run", record, row).read_text().splitlines()[0] == "a_b Q0 0 1 1.0 My_Model"
 
 
-def test_what_lies_behind_the_mark_is_forgotten(tmp_path: Path) -> None:
+def test_rewind_drops_everything_after_the_mark(tmp_path: Path) -> None:
     source = open_source(write(tmp_path / "source.jsonl", json.dumps(RANKING)))
     rows = [scored(RANKING | {"id": number}, [1.0, 0.0]) for number in range(3)]
     for name, read in (("a.jsonl", ids_of_lines), ("a.parquet", ids_of_table)):
@@ -316,9 +317,9 @@ def test_what_lies_behind_the_mark_is_forgotten(tmp_path: Path) -> None:
         again.finish()
         assert list(read(tmp_path / name)) == ["0", "2"]
     lost = sink_for(tmp_path / "lost.jsonl", source)
-    with pytest.raises(ConfigError, match=r"lost.jsonl has lost some of the 9 bytes that were counted"):
+    with pytest.raises(ConfigError, match=r"lost.jsonl is shorter than the 9 bytes the job wrote"):
         lost.rewind(9)
-    with pytest.raises(ConfigError, match=r"part-00000002.parquet is missing, which was counted"):
+    with pytest.raises(ConfigError, match=r"part-00000002.parquet is missing, but the job wrote it"):
         sink_for(tmp_path / "lost.parquet", source).rewind(3)
 
 

@@ -1,4 +1,4 @@
-"""Jobs: blocks, settings, folders, and kills at every step, with a stand-in for the model that is known by heart."""
+"""Jobs: blocks, settings, folders, and kills at every step, with a fake scorer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from local_rerank import RankedDocument
 from local_rerank.batch import job
+from local_rerank.batch.formats import open_sink, open_source
 from local_rerank.batch.job import JobFolder, JobProgress, blocks, job_folder, run_job
 from local_rerank.batch.rows import Row, ScoredRow
-from local_rerank.batch.sinks import open_sink
-from local_rerank.batch.sources import Position, Rejected, Source, open_source
+from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import ConfigError, InvalidRequest
 from tests.batch.killed import forks, growth_of_memory, job_killed_at_step, start
@@ -24,8 +24,8 @@ SETTINGS = {"input": "in", "model": "m"}
 BLOCK_PAIRS = 5
 
 
-def by_heart(rows: list[Row]) -> list[ScoredRow | InvalidRequest]:
-    """Stands for the model: a document's log-odds are its length; the query "refused" cannot be ranked."""
+def fake_scores(rows: list[Row]) -> list[ScoredRow | InvalidRequest]:
+    """Use the length of a document as its log-odds; refuse the query "refused"."""
     return [InvalidRequest("refused", field="query") if row.query == "refused" else score(row) for row in rows]
 
 
@@ -50,7 +50,7 @@ def score(row: Row) -> ScoredRow:
 def do_job(
     folder: Path, input_name: str, output_name: str, *, overwrite: bool = False, block_pairs: int = BLOCK_PAIRS
 ) -> JobProgress:
-    """A job in blocks of `block_pairs` pairs."""
+    """Run a job in blocks of `block_pairs` pairs."""
     patch = pytest.MonkeyPatch()
     patch.setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
     output = folder / output_name
@@ -58,7 +58,7 @@ def do_job(
     with patch.context(), job_folder(output, rejects, SETTINGS, overwrite=overwrite) as held:
         source = open_input(folder, input_name, held)
         sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
-        done = run_job(held, source, by_heart, sink, rejects, begin=lambda block: None, report=lambda *_: None)
+        done = run_job(held, source, fake_scores, sink, rejects, begin=lambda block: None, report=lambda *_: None)
     patch.undo()
     return done
 
@@ -71,7 +71,7 @@ def open_input(folder: Path, name: str, held: JobFolder) -> Source:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve rankings of three documents, among them two lines that are none and one that is refused; as a run, too."""
+    """Twelve rankings of three documents as JSON lines, with two malformed lines and a refused query, and as a run."""
     records = [
         {
             "id": f"q{i}",
@@ -97,10 +97,8 @@ CASES = [("in.jsonl", "out.jsonl"), ("in.jsonl", "out.csv"), ("in.jsonl", "out.p
 
 
 @pytest.mark.parametrize(("input_name", "output_name"), CASES)
-def test_a_job_killed_at_every_step_writes_what_an_undisturbed_one_does(
-    folder: Path, input_name: str, output_name: str
-) -> None:
-    """Each process gets one step further than the one before it, from where that one left the disk."""
+def test_a_job_killed_at_every_step_writes_the_same_output(folder: Path, input_name: str, output_name: str) -> None:
+    """Each process resumes from the disk as the one before left it, and gets a step further."""
     undisturbed = do_job(folder, input_name, "whole-" + output_name)
     assert (undisturbed.num_rows, undisturbed.num_rejected) == ((11, 3) if input_name == "in.jsonl" else (12, 2))
     num_kills = 0
@@ -120,12 +118,12 @@ def test_a_job_killed_at_every_step_writes_what_an_undisturbed_one_does(
     assert replace(again, seconds=0.0) == replace(undisturbed, seconds=0.0)
 
 
-def test_a_job_leaves_nothing_but_its_progress_and_its_lock(folder: Path) -> None:
+def test_a_finished_job_keeps_only_its_progress_and_lock(folder: Path) -> None:
     do_job(folder, "in.jsonl", "out.parquet")
     assert {file.name for file in (folder / "out.parquet.job").iterdir()} == {"progress.json", "lock"}
 
 
-def test_rejected_records_are_in_a_file_with_number_and_reason(folder: Path) -> None:
+def test_rejected_records_are_written_with_number_and_reason(folder: Path) -> None:
     do_job(folder, "in.jsonl", "out.jsonl")
     rejected = [json.loads(line) for line in (folder / "out.jsonl.rejects").read_text().splitlines()]
     assert Counter((each["number"], each["error"].split(":")[0]) for each in rejected) == Counter(
@@ -135,21 +133,21 @@ def test_rejected_records_are_in_a_file_with_number_and_reason(folder: Path) -> 
     assert {each["file"] for each in rejected} == {str(folder / "in.jsonl")}
 
 
-def test_without_a_rejected_record_there_is_no_file_of_them(folder: Path) -> None:
+def test_without_rejected_records_there_is_no_file_of_rejects(folder: Path) -> None:
     (folder / "good.jsonl").write_text('{"query": "q", "documents": ["a"]}\n')
     do_job(folder, "good.jsonl", "out.jsonl")
     assert not (folder / "out.jsonl.rejects").exists()
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out.run"])
-def test_an_empty_file_gives_an_empty_file(folder: Path, name: str) -> None:
+def test_an_empty_input_gives_an_empty_output(folder: Path, name: str) -> None:
     (folder / "empty.jsonl").write_text("\n")
     assert do_job(folder, "empty.jsonl", name).is_done
     assert (folder / name).exists()
     assert do_job(folder, "empty.jsonl", name).num_rows == 0
 
 
-def test_a_job_that_is_done_is_not_done_again_unless_its_output_is_gone(folder: Path) -> None:
+def test_a_finished_job_runs_again_only_if_its_output_is_gone(folder: Path) -> None:
     do_job(folder, "in.jsonl", "out.jsonl")
     first = (folder / "out.jsonl").stat().st_mtime_ns
     assert do_job(folder, "in.jsonl", "out.jsonl").is_done
@@ -159,43 +157,43 @@ def test_a_job_that_is_done_is_not_done_again_unless_its_output_is_gone(folder: 
     assert len((folder / "out.jsonl").read_text().splitlines()) == 11
 
 
-def test_a_job_does_not_go_on_under_other_settings(folder: Path) -> None:
+def test_a_job_does_not_resume_with_other_settings(folder: Path) -> None:
     with job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False) as held:
         held.save(JobProgress(settings=SETTINGS, num_rows=3))
     other = SETTINGS | {"model": "n"}
-    with pytest.raises(ConfigError, match="was begun with model m, not n; finish it so, or --overwrite begins anew"):
+    with pytest.raises(ConfigError, match="was started with model m, not n; use the same value, or --overwrite"):
         JobFolder(folder / "out", folder / "rejects", other, overwrite=False)
-    with pytest.raises(ConfigError, match="was begun with blend not given, not bm25=1"):
+    with pytest.raises(ConfigError, match="was started with blend unset, not bm25=1"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS | {"blend": "bm25=1"}, overwrite=False)
     with job_folder(folder / "out", folder / "rejects", other, overwrite=True) as held:
         assert held.progress == JobProgress(settings=other)
 
 
-def test_one_process_at_a_time_writes_an_output(folder: Path) -> None:
+def test_only_one_process_at_a_time_writes_an_output(folder: Path) -> None:
     with (
         job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False),
-        pytest.raises(ConfigError, match=r"another process is writing .*out"),
+        pytest.raises(ConfigError, match=r"out is being written by another process"),
     ):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
 
 
 @pytest.mark.parametrize("name", ["out", "rejects"])
-def test_a_file_that_no_job_made_is_left_alone(folder: Path, name: str) -> None:
+def test_a_file_without_a_job_is_not_overwritten(folder: Path, name: str) -> None:
     (folder / name).write_text("precious")
-    with pytest.raises(ConfigError, match=f"{name} exists and no job can go on there; --overwrite begins anew"):
+    with pytest.raises(ConfigError, match=f"{name} exists and belongs to no unfinished job; --overwrite replaces it"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
     assert (folder / name).read_text() == "precious"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 9}', '{"version": 1, "settings": {}, "position": 3}'])
-def test_progress_that_cannot_be_read_is_named(folder: Path, text: str) -> None:
+def test_unreadable_progress_is_an_error(folder: Path, text: str) -> None:
     (folder / "out.job").mkdir()
     (folder / "out.job" / "progress.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"progress.json cannot be read \(.*\); --overwrite begins anew"):
+    with pytest.raises(ConfigError, match=r"progress.json cannot be read \(.*\); --overwrite starts again"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)
 
 
-def test_a_file_of_ten_times_the_size_takes_no_more_memory(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     grown = []
     for name, num_rows in (("small", 1_500), ("large", 15_000)):
         with (tmp_path / f"{name}.jsonl").open("w") as stream:
@@ -211,7 +209,7 @@ def test_a_file_of_ten_times_the_size_takes_no_more_memory(tmp_path: Path) -> No
     assert grown[1] - grown[0] < 5_000_000
 
 
-def test_blocks_are_bounded_in_pairs_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_have_bounded_pairs_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "MAX_BLOCK_PAIRS", 4)
     monkeypatch.setattr(job, "MAX_BLOCK_CHARS", 100)
     counts, long = [1, 2, 3, 1, 9, 1, 1, 1, 1], "x" * 60

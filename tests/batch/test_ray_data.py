@@ -1,6 +1,7 @@
-"""`local-rerank batch --ray`: the same rows as one process, on a Ray cluster of two nodes where a worker dies.
+"""`local-rerank batch --ray` on a cluster of two nodes where a worker dies.
 
-What does not depend on who computes a piece is tested with one engine in this process in the cluster's place."""
+What does not depend on the cluster is tested with one engine in this process instead.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +23,24 @@ from hypothesis import strategies as st
 
 from local_rerank import Reranker
 from local_rerank.batch import pieces, ray_data
-from local_rerank.batch.pieces import Done, PartFormat, Piece, PieceScorer, find_pieces, lines_between, suffix_of
+from local_rerank.batch.pieces import PartFormat, Piece, PieceResult, PieceScorer, find_pieces, lines_between, suffix_of
 from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.batch.ray_data import RayJob
 from tests.command_line import command, run_script
 
-pytestmark = pytest.mark.filterwarnings(  # of Ray Data, about its own options and pipes
+pytestmark = pytest.mark.filterwarnings(  # from Ray Data
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_ROWS, NUM_DOCUMENTS = 200, 3
 WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
-TOLERANCE = 1e-4  # log-odds in fp32, over batches
+TOLERANCE = 1e-4  # log-odds in fp32, in other batches
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a head and a second node, one CPU each."""
+    """Start two nodes with one CPU each; yields the address."""
     require_ray()
     from ray.cluster_utils import Cluster
 
@@ -102,7 +103,7 @@ def kill_a_worker_after_the_first_part(output: Path, killed: list[int]) -> None:
         time.sleep(0.02)
 
 
-def test_600_pairs_come_out_as_from_one_process_to_the_bit_though_a_worker_is_killed(
+def test_a_cluster_gives_the_same_output_as_one_process_although_a_worker_is_killed(
     cluster: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
@@ -123,7 +124,7 @@ def test_600_pairs_come_out_as_from_one_process_to_the_bit_though_a_worker_is_ki
     assert sum(len(row["results"]) for row in found) == NUM_ROWS * NUM_DOCUMENTS
     assert found == [json.loads(line) for line in single.read_text(encoding="utf-8").splitlines()]
     content = input.read_bytes()
-    for error, line in (("documents must be a list, not left out", rows[100]), ("not JSON", rows[151])):
+    for error, line in (("documents must be a list, not missing", rows[100]), ("not JSON", rows[151])):
         (reject,) = [reject for reject in rejects(output) if reject["error"].startswith(error)]
         assert content[reject["byte"] :].startswith(line.encode() + b"\n")
         assert (reject["file"], reject["content"]) == (str(input), line)
@@ -132,17 +133,17 @@ def test_600_pairs_come_out_as_from_one_process_to_the_bit_though_a_worker_is_ki
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An address under which the pieces are scored one after the other by one engine in this process."""
+    """Score pieces with one engine in this process; returns an address to pass."""
 
-    def run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[Done]:
+    def run(job: RayJob, pieces: list[Piece], parts: PartFormat, address: str | None) -> Iterator[PieceResult]:
         with Reranker(config=job.config) as reranker:
             yield from map(PieceScorer(reranker, job.input, job.output, parts, blend=job.blend), pieces)
 
-    monkeypatch.setattr(ray_data, "_run", run)
+    monkeypatch.setattr(ray_data, "score_on_cluster", run)
     return "here"
 
 
-def test_parquet_keeps_its_columns_and_a_part_that_is_missing_is_all_that_is_done_again(
+def test_parquet_keeps_its_columns_and_only_a_missing_part_is_scored_again(
     in_this_process: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     table = pa.Table.from_pylist([record(number, 3) | {"price": number * 1.5} for number in range(60)])
@@ -164,14 +165,14 @@ def test_parquet_keeps_its_columns_and_a_part_that_is_missing_is_all_that_is_don
     again = ["batch", str(input), "--output", str(output), "--ray", in_this_process, *options(tiny_checkpoint)]
     other = command(*again, "--instruction", "x")
     assert other.returncode == 1
-    assert "was begun with instruction " in other.stderr
+    assert "was started with instruction " in other.stderr
     pq.write_table(table.slice(1), input, row_group_size=20)
     changed = command(*again)
     assert changed.returncode == 1
-    assert "was begun with input_state " in changed.stderr
+    assert "was started with input_state " in changed.stderr
 
 
-def test_to_the_bit_what_one_process_writes_with_deterministic_from_json_lines_to_parquet_by_uri(
+def test_json_lines_to_parquet_by_uri_gives_the_same_bits_as_one_process(
     in_this_process: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
@@ -201,11 +202,11 @@ def test_to_the_bit_what_one_process_writes_with_deterministic_from_json_lines_t
     parts = sorted(output.glob("part-*.parquet"))
     assert len(parts) > 3
     assert pa.concat_tables([pq.read_table(part) for part in parts]).equals(pq.read_table(single))
-    error = "the record has document, where the first one of the file has documents"
+    error = "the record has document, but the first one of the file has documents"
     assert [reject["error"] for reject in rejects(output)] == [error]
 
 
-def test_the_example_of_a_pipeline_adds_a_score_to_each_pair(cluster: str, nano: Reranker, tmp_path: Path) -> None:
+def test_the_pipeline_example_adds_a_score_to_each_pair(cluster: str, nano: Reranker, tmp_path: Path) -> None:
     pairs = [(f"the {WORDS[i % 12]} of {i}", f"{WORDS[(i + i // 12) % 12]} {i}") for i in range(12)]
     table = pa.table({"query": [query for query, _ in pairs], "document": [text for _, text in pairs], "n": range(12)})
     pq.write_table(table, tmp_path / "in.parquet")
@@ -219,7 +220,7 @@ def test_the_example_of_a_pipeline_adds_a_score_to_each_pair(cluster: str, nano:
     assert found.column("relevance_score").to_pylist() == pytest.approx(nano.score(pairs), abs=TOLERANCE)
 
 
-def test_an_engine_that_cannot_be_made_is_one_line(cluster: str, tmp_path: Path) -> None:
+def test_a_failing_engine_is_reported_in_one_line(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps(record(1, 2)))
     output = tmp_path / "out.jsonl"
     arguments = [str(tmp_path / "in.jsonl"), "--output", str(output), "--ray", cluster, "--model", "./nowhere"]
@@ -232,12 +233,12 @@ def test_an_engine_that_cannot_be_made_is_one_line(cluster: str, tmp_path: Path)
     ("uri", "suffix"),
     [("a/b.JSONL", ".jsonl"), ("s3://bucket/a.parquet?region=eu-west-1", ".parquet"), ("a?b.jsonl", ".jsonl")],
 )
-def test_how_a_name_ends_is_told_of_paths_and_uris(uri: str, suffix: str) -> None:
+def test_suffix_of_paths_and_uris(uri: str, suffix: str) -> None:
     assert suffix_of(uri) == suffix
 
 
 @given(st.lists(st.binary(max_size=12).map(lambda text: text.replace(b"\n", b"")), max_size=12), st.integers(1, 20))
-def test_each_line_belongs_to_one_range_of_its_file(texts: list[bytes], size: int) -> None:
+def test_each_line_belongs_to_exactly_one_range(texts: list[bytes], size: int) -> None:
     content = b"\n".join(texts)
     found = []
     for begin in range(0, len(content), size):
@@ -246,14 +247,14 @@ def test_each_line_belongs_to_one_range_of_its_file(texts: list[bytes], size: in
     assert [content[offset : offset + len(line)] for offset, line in found] == [line for _, line in found]
 
 
-def test_what_ray_does_not_take_is_said_before_ray_starts(tmp_path: Path) -> None:
+def test_wrong_options_are_reported_before_ray_starts(tmp_path: Path) -> None:
     input = tmp_path / "in.jsonl"
     input.write_text('{"query": "q", "documents": ["d"]}\n')
     for more, says in (
-        (["--output", str(tmp_path / "out.csv")], "on Ray it must end in .jsonl or .parquet"),
+        (["--output", str(tmp_path / "out.csv")], "with --ray it must end in .jsonl or .parquet"),
         (["--output", "nowhere://bucket/out.jsonl"], "nowhere://bucket/out.jsonl cannot be opened"),
         (["--output", f"{input}/out.jsonl"], "the job stopped: "),
-        (["--output", str(tmp_path / "out.jsonl"), "--cache", "c"], "cache is not taken together with ray"),
+        (["--output", str(tmp_path / "out.jsonl"), "--cache", "c"], "cache cannot be combined with --ray"),
     ):
         done = command("batch", str(input), *more, "--ray")
         assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Blocks of rows -> scored rows: records, sharing, refusals, blending and the cache of scores."""
+"""Scoring blocks: records, deduplication, errors, blending and the score cache."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 
 from local_rerank import Reranker, RerankRequest
 from local_rerank.batch.rows import PAIR_COLUMNS, parse_record, to_record
-from local_rerank.batch.score_cache import PairScore, ScoreCache, score_identity
+from local_rerank.batch.score_cache import CachedScore, ScoreCache, score_identity
 from local_rerank.batch.scoring import MAX_REQUEST_DOCUMENTS, BlockScorer
 from local_rerank.errors import ConfigError, EngineFailure, InstructionTooLong, InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, blend
 from tests.tiny_checkpoints import make_checkpoint
 
-CLOSE = 1e-4  # of log-odds, fp32, in other batches
+CLOSE = 1e-4  # log-odds in fp32, in other batches
 
 
 class Counting:
-    """A reranker that counts the pairs it is asked for."""
+    """A reranker that counts how often it scores each pair."""
 
     def __init__(self, reranker: Reranker) -> None:
         self.reranker = reranker
@@ -51,7 +51,7 @@ def scored(outcomes: list[Any]) -> list[dict[str, Any]]:
 # Records
 
 
-def test_a_ranking_carries_its_fields_and_gives_what_rank_gives(tiny_reranker: Reranker) -> None:
+def test_a_ranking_keeps_its_fields_and_gets_the_same_scores_as_rank(tiny_reranker: Reranker) -> None:
     documents = ["one", {"text": "two", "id": 2}, {"text": "three", "id": "x"}]
     record = {"id": 7, "query": "q", "documents": [{"text": "one", "id": "a"}, *documents[1:]], "source": ["kept"]}
     (result,) = scored(BlockScorer(tiny_reranker).score_records([record], with_documents=True))
@@ -70,7 +70,7 @@ def test_a_ranking_carries_its_fields_and_gives_what_rank_gives(tiny_reranker: R
         assert item["document"] == wanted.document
 
 
-def test_a_pair_gains_columns_and_keeps_its_own(tiny_reranker: Reranker) -> None:
+def test_a_pair_keeps_its_fields_and_gets_scores(tiny_reranker: Reranker) -> None:
     record = {"query": "q", "document": "one", "label": "3", "instruction": "other"}
     (result,) = scored(BlockScorer(tiny_reranker).score_records([record]))
     assert list(result) == [*record, *PAIR_COLUMNS]
@@ -82,10 +82,10 @@ def test_a_pair_gains_columns_and_keeps_its_own(tiny_reranker: Reranker) -> None
     ("record", "words"),
     [
         ([], "a record must be an object, not list"),
-        ({"documents": ["a"]}, "query must be a string, not left out"),
+        ({"documents": ["a"]}, "query must be a string, not missing"),
         ({"query": 3, "documents": ["a"]}, "query must be a string, not int"),
         ({"query": " ", "documents": ["a"]}, "query is empty"),
-        ({"query": "q"}, "documents must be a list, not left out"),
+        ({"query": "q"}, "documents must be a list, not missing"),
         ({"query": "q", "documents": None}, "documents must be a list, not null"),
         ({"query": "q", "documents": []}, "0 documents"),
         ({"query": "q", "documents": "a"}, "documents must be a list, not str"),
@@ -101,12 +101,12 @@ def test_a_pair_gains_columns_and_keeps_its_own(tiny_reranker: Reranker) -> None
         ({"query": "q", "document": "a", "id": True}, "id must be a string or a whole number"),
     ],
 )
-def test_a_record_that_cannot_be_ranked_says_why(record: object, words: str) -> None:
+def test_a_malformed_record_is_rejected_with_the_reason(record: object, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         parse_record(record)
 
 
-def test_one_record_that_cannot_be_ranked_leaves_the_others_as_they_are(tiny_reranker: Reranker) -> None:
+def test_a_malformed_record_does_not_affect_the_others(tiny_reranker: Reranker) -> None:
     long = "word " * 2000
     records = [
         {"query": "q", "document": "one"},
@@ -123,7 +123,7 @@ def test_one_record_that_cannot_be_ranked_leaves_the_others_as_they_are(tiny_rer
     )
 
 
-def test_a_model_that_fails_ends_the_block(tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_failure_ends_the_block(tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -132,10 +132,10 @@ def test_a_model_that_fails_ends_the_block(tiny_reranker: Reranker, monkeypatch:
         BlockScorer(tiny_reranker).score_records([{"query": "q", "document": "one"}])
 
 
-# What is shared
+# Deduplication and cache
 
 
-def test_identical_pairs_are_scored_once_in_a_block(counting: Any) -> None:
+def test_identical_pairs_in_a_block_are_scored_once(counting: Any) -> None:
     records = [
         {"query": "q", "document": "one"},
         {"query": "q", "documents": ["one", "two", "one"]},
@@ -152,7 +152,7 @@ def test_identical_pairs_are_scored_once_in_a_block(counting: Any) -> None:
     assert sum(num_tokens for _, num_tokens in told) > 4
 
 
-def test_a_query_with_many_documents_is_asked_in_pieces(counting: Any) -> None:
+def test_a_query_with_many_documents_is_split_into_requests(counting: Any) -> None:
     documents = [f"document {i}" for i in range(2 * MAX_REQUEST_DOCUMENTS + 1)]
     (result,) = scored(BlockScorer(counting).score_records([{"query": "q", "documents": documents}]))
     assert sorted(item["index"] for item in result["results"]) == list(range(len(documents)))
@@ -160,7 +160,7 @@ def test_a_query_with_many_documents_is_asked_in_pieces(counting: Any) -> None:
     assert odds == sorted(odds, reverse=True)
 
 
-def test_the_cache_answers_for_pairs_of_earlier_blocks_and_runs(counting: Any, tmp_path: Path) -> None:
+def test_cached_pairs_are_not_scored_again(counting: Any, tmp_path: Path) -> None:
     records = [{"query": "q", "documents": ["one", "two"]}, {"query": "q", "document": "three"}]
     answers = []
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_the_cache_answers_for_pairs_of_earlier_blocks_and_runs(counting: Any, t
     assert sorted(counting.asked.values()) == [1] * 3
 
 
-def test_the_cache_tells_models_recipes_instructions_and_texts_apart(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_cache_distinguishes_models_settings_and_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [{}, {"max_document_tokens": 9}, {"max_length": 500}, {"dtype": "bf16"}]
     same: list[dict[str, Any]] = [{"threads": 1}, {"instruction": "other"}, {"max_batch_tokens": 99}]
     identities = []
@@ -184,33 +184,33 @@ def test_the_cache_tells_models_recipes_instructions_and_texts_apart(tiny_checkp
     assert len(set(identities)) == len(options) + 1
     assert set(identities[len(options) : -1]) == {identities[0]}
     cache = ScoreCache(tmp_path / "scores.sqlite", identities[0])
-    cache.put({("i", "q", "ab"): PairScore(1.5, 2, 0), ("iq", "", "ab"): PairScore(2.5, 3, 1)})
+    cache.put({("i", "q", "ab"): CachedScore(1.5, 2, 0), ("iq", "", "ab"): CachedScore(2.5, 3, 1)})
     for identity in identities[1 : len(options)]:
         assert ScoreCache(tmp_path / "scores.sqlite", identity).get([("i", "q", "ab")]) == {}
-    assert cache.get([("i", "q", "ab"), ("i", "qa", "b")]) == {("i", "q", "ab"): PairScore(1.5, 2, 0)}
+    assert cache.get([("i", "q", "ab"), ("i", "qa", "b")]) == {("i", "q", "ab"): CachedScore(1.5, 2, 0)}
 
 
-def test_a_cache_holds_any_text_and_more_pairs_than_one_query_may_name(tmp_path: Path) -> None:
+def test_a_cache_takes_any_text_and_any_number_of_pairs(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "scores.sqlite", "identity")
-    scores = {("", "\ud800", f"{i}\0"): PairScore(i / 3, i, 0) for i in range(1201)}
+    scores = {("", "\ud800", f"{i}\0"): CachedScore(i / 3, i, 0) for i in range(1201)}
     cache.put(scores)
     assert cache.get(scores) == scores
 
 
-def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database " * 100)
     with pytest.raises(ConfigError, match="text cannot be used: file is not a database"):
         ScoreCache(tmp_path / "text", "identity")
     with sqlite3.connect(tmp_path / "newer") as database:
         database.execute("PRAGMA user_version = 99")
-    with pytest.raises(ConfigError, match="has version 99; this program reads 1"):
+    with pytest.raises(ConfigError, match="has version 99; this program reads version 1"):
         ScoreCache(tmp_path / "newer", "identity")
 
 
 # Blending
 
 
-def test_blending_adds_the_rows_own_scores_or_bm25_of_its_documents(tiny_reranker: Reranker) -> None:
+def test_blending_uses_the_rows_scores_or_bm25_over_its_documents(tiny_reranker: Reranker) -> None:
     texts, scores = ["a cat", "the dog barks", "a bird"], [1.0, 5.0, 2.0]
     record = {"query": "cat", "documents": [{"text": t, "score": s} for t, s in zip(texts, scores, strict=True)]}
     log_odds = tiny_reranker.score([("cat", text) for text in texts], logits=True)
@@ -224,8 +224,8 @@ def test_blending_adds_the_rows_own_scores_or_bm25_of_its_documents(tiny_reranke
         assert blended == sorted(blended, reverse=True)
 
 
-def test_blending_scores_that_a_row_does_not_bring_is_refused(tiny_reranker: Reranker) -> None:
-    with pytest.raises(ConfigError, match="blend is run=1, but the documents of query 'q' bring no scores"):
+def test_blending_needs_scores_in_the_row(tiny_reranker: Reranker) -> None:
+    with pytest.raises(ConfigError, match="blend is run=1, but the documents of query 'q' have no scores"):
         BlockScorer(tiny_reranker, blend=Blend("run", 1.0)).score_records([{"query": "q", "documents": ["a"]}])
 
 

@@ -1,4 +1,4 @@
-"""TREC runs with their queries and documents -> rows."""
+"""Reading TREC runs with their queries and documents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_source(files: dict[str, Path], folder: Path, **options: Any) -> RunSourc
     return RunSource(files["run"], FileTexts(files["queries"], files["corpus"]), folder, **options)
 
 
-def test_a_run_gives_queries_in_its_order_with_candidates_by_score(run_files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_yields_its_queries_in_order_with_candidates_by_score(run_files: dict[str, Path], tmp_path: Path) -> None:
     source = run_source(run_files, tmp_path / "job")
     first, second = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
     assert (first.id, first.documents, first.first_stage_scores) == ("q3", ("T second",), (1.5,))
@@ -50,22 +50,22 @@ def test_a_run_gives_queries_in_its_order_with_candidates_by_score(run_files: di
     assert (top.document_ids, top.tail_ids) == (("d2",), ("d1",))
 
 
-def test_lines_of_a_run_and_its_texts_that_are_of_no_use_are_told(run_files: dict[str, Path], tmp_path: Path) -> None:
+def test_malformed_lines_of_a_run_and_its_texts_are_rejected(run_files: dict[str, Path], tmp_path: Path) -> None:
     items = [item for item, _ in run_source(run_files, tmp_path / "job").read(Position())]
-    told = {(Path(item.file).name, item.number, item.error) for item in items if isinstance(item, Rejected)}
-    assert told == {
-        ("in.run", 8, "the line has the score nan"),
+    rejected = {(Path(item.file).name, item.number, item.error) for item in items if isinstance(item, Rejected)}
+    assert rejected == {
+        ("in.run", 8, "the line has the score nan; it must be a finite number"),
         ("queries.jsonl", 2, "the query is empty"),
         ("queries.jsonl", 4, "the line is not an object with id and text"),
         ("corpus.jsonl", 3, "not UTF-8: invalid start byte"),
-        ("in.run", 4, "document d2 is there a second time"),
-        ("in.run", 5, "document d3 is not among the documents"),
-        ("in.run", 6, "query q2 is not among the queries"),
-        ("in.run", 7, "query q4 is not among the queries"),
+        ("in.run", 4, "document d2 is repeated"),
+        ("in.run", 5, "document d3 is not in the corpus"),
+        ("in.run", 6, "query q2 is not in the queries"),
+        ("in.run", 7, "query q4 is not in the queries"),
     }
 
 
-def test_queries_may_be_topics_whose_titles_are_taken(run_files: dict[str, Path], tmp_path: Path) -> None:
+def test_queries_may_be_trec_topics(run_files: dict[str, Path], tmp_path: Path) -> None:
     topics = "<top>\n\n<num> Number: q1\n<title> Topic: one\n line\n\n<desc> Description:\nmore\n</top>\n"
     topics += "<top>\n<num>q3</num>\n<title>three</title>\n</top>\n<top>\n<num> q4\n</top>\n\n"
     topics += "<top><num> q2 <title> </top>"
@@ -84,22 +84,20 @@ def test_queries_may_be_topics_whose_titles_are_taken(run_files: dict[str, Path]
         list(read_texts(files["queries"], "queries"))
 
 
-def test_reading_a_run_goes_on_behind_any_item_and_finds_its_index_again(
-    run_files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_reading_resumes_after_any_item_and_reuses_the_index(run_files: dict[str, Path], tmp_path: Path) -> None:
     items = list(run_source(run_files, tmp_path / "job").read(Position()))
     built = (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns
-    for place, (_, behind) in enumerate(items, 1):
-        assert list(run_source(run_files, tmp_path / "job").read(behind)) == items[place:]
+    for place, (_, end) in enumerate(items, 1):
+        assert list(run_source(run_files, tmp_path / "job").read(end)) == items[place:]
     assert (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns == built
 
 
-def test_a_run_without_a_single_text_is_refused(run_files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_without_known_texts_is_an_error(run_files: dict[str, Path], tmp_path: Path) -> None:
     write(run_files["corpus"], '{"_id": "other", "text": "x"}\n')
-    with pytest.raises(InvalidRequest, match=r"no line of .*in.run names a query and a document that have texts"):
+    with pytest.raises(InvalidRequest, match=r"no line of .*in.run names a query and a document whose texts are known"):
         run_source(run_files, tmp_path / "job")
     write(run_files["queries"].with_suffix(".xml"), "")
     with pytest.raises(InvalidRequest, match=r".jsonl or a .tsv file, or topics \(.trec, .txt, .topics\)"):
         FileTexts(run_files["queries"].with_suffix(".xml"), run_files["corpus"])
-    with pytest.raises(InvalidRequest, match=r"corpus .*none.tsv is no file here"):
+    with pytest.raises(InvalidRequest, match=r"corpus is .*none.tsv; there is no such file"):
         FileTexts(run_files["queries"], tmp_path / "none.tsv")

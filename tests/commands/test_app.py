@@ -1,4 +1,4 @@
-"""The command line as a user meets it: its output, its exit status; one real process for each kind of end."""
+"""The command line: output, exit status and options, with a real process for each kind of exit."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_rank_prints_a_table_in_order_of_relevance(model: tuple[str, ...], tiny_
     rows = done.stdout.splitlines()[1:-1]
     expected = tiny_reranker.rank("q", ["first", "second [bold]", "third"])
     assert [int(row.split()[0]) for row in rows] == [item.index for item in expected]
-    assert "second [bold]" in done.stdout, "brackets in a document are no markup"
+    assert "second [bold]" in done.stdout, "brackets in a document are not markup"
 
 
-def test_rank_gives_the_whole_result_as_json(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+def test_rank_prints_the_full_result_as_json(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
     done = run_here("rank", "q", "first", "second", "--json", "--top-n", "1", *model)
     result, expected = json.loads(done.stdout), tiny_reranker.rank("q", ["first", "second"], top_n=1)
     assert result["results"][0]["document"] == expected[0].document
@@ -73,7 +73,7 @@ def test_rank_reads_documents_from_files(name: str, lines: str, model: tuple[str
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
 
 
-def test_rank_ends_a_document_only_at_a_line_feed_and_minds_no_byte_order_mark(
+def test_only_a_line_feed_ends_a_document_and_a_byte_order_mark_is_skipped(
     model: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "d.jsonl").write_bytes('\ufeff"one\u2028line"\r\n"two"\n'.encode())
@@ -81,7 +81,7 @@ def test_rank_ends_a_document_only_at_a_line_feed_and_minds_no_byte_order_mark(
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
 
 
-def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
+def test_show_prompt_prints_the_prompt_and_its_token_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
     done = run_here("rank", "the query", "the document", "--show-prompt", *model)
     prompt, ids = tiny_reranker.explain("the query", "the document")
     assert prompt in done.stdout
@@ -106,7 +106,7 @@ def test_show_prompt_prints_the_exact_prompt_and_its_ids(model: tuple[str, ...],
         (("rank", "q", "d"), {"LOCAL_RERANK_THREADS": "x"}, "LOCAL_RERANK_THREADS"),
     ],
 )
-def test_what_goes_wrong_is_one_line_that_names_it(
+def test_an_error_is_one_line_that_names_the_cause(
     arguments: tuple[str, ...], variables: dict[str, str], words: str
 ) -> None:
     check_error(run_here(*arguments, **variables), words)
@@ -120,7 +120,7 @@ def test_what_goes_wrong_is_one_line_that_names_it(
         (("rnk", "q", "d"), {}, '"rnk"'),
     ],
 )
-def test_a_process_ends_with_that_line(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+def test_a_process_exits_with_that_line(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     check_error(run(*arguments, **variables), words)
 
 
@@ -131,7 +131,7 @@ def check_error(done: Done | subprocess.CompletedProcess[str], words: str) -> No
     assert not done.stdout
 
 
-def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
+def test_flags_override_variables_and_variables_override_defaults(
     model: tuple[str, ...], tiny_reranker: Reranker
 ) -> None:
     odds = []
@@ -143,10 +143,10 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         done = run_here("rank", "q", "d", "--json", *flags, *model, **variables)
         odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
     expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
-    assert odds == pytest.approx(expected, abs=1e-4)  # another instruction moves them by a hundred times as much
+    assert odds == pytest.approx(expected, abs=1e-4)  # another instruction changes them a hundred times more
 
 
-def test_the_version_is_the_packages() -> None:
+def test_version_prints_the_version_of_the_package() -> None:
     assert run("--version").stdout.strip() == __version__
 
 
@@ -168,9 +168,9 @@ def test_help_and_import_load_neither_torch_nor_a_web_framework() -> None:
         ({}, "passive 20000 256 16 False"),
         ({"OMP_WAIT_POLICY": "active", "LRU_CACHE_CAPACITY": "5"}, "active None 256 5 False"),
     ],
-    ids=["by itself", "as the environment says"],
+    ids=["default", "from the environment"],
 )
-def test_what_torch_reads_as_it_is_loaded_is_said_before(variables: dict[str, str], expected: str) -> None:
+def test_variables_that_torch_reads_are_set_before_it_is_imported(variables: dict[str, str], expected: str) -> None:
     script = (
         "import os, sys; from local_rerank.commands import app\n"
         "try: app.main(['--version'])\n"

@@ -1,4 +1,4 @@
-"""Blending by hand-computed examples and by property; and how `rank --blend` shows it."""
+"""Blending by hand-computed examples and properties, and `rank --blend`."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def test_z_scores_have_mean_zero_and_deviation_one() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [4.2], [7.0] * 4, [0.3, 0.1 + 0.2, 0.3], [0.0, 0.0]])
-def test_scores_that_do_not_vary_say_nothing(values: list[float]) -> None:
+def test_z_scores_of_equal_values_are_zero(values: list[float]) -> None:
     assert z_scores(values) == [0.0] * len(values)
 
 
-def test_small_differences_are_no_rounding() -> None:
+def test_small_differences_count() -> None:
     assert z_scores([1e-6, 3e-6]) == pytest.approx([-1.0, 1.0])
 
 
 @given(numbers, st.integers(1, 1000), st.integers(-1000, 1000))
-def test_unit_and_offset_of_the_scores_do_not_matter(values: list[float], unit: int, offset: int) -> None:
+def test_scale_and_offset_do_not_change_z_scores(values: list[float], unit: int, offset: int) -> None:
     assert z_scores([unit * value + offset for value in values]) == pytest.approx(z_scores(values), abs=1e-6)
 
 
-def test_a_blend_is_log_odds_plus_weight_times_the_others_as_z_scores() -> None:
+def test_a_blend_is_a_weighted_sum_of_z_scores() -> None:
     assert blend([1.0, 2.0, 3.0], [30.0, 20.0, 10.0], 0.5) == pytest.approx([-math.sqrt(0.375), 0, math.sqrt(0.375)])
     assert blend([1.0, 2.0, 3.0], [30.0, 20.0, 10.0], 1.0) == pytest.approx([0.0, 0.0, 0.0])
 
 
-def test_constant_others_leave_the_models_order_and_constant_log_odds_leave_the_others() -> None:
+def test_constant_scores_of_one_side_leave_the_order_of_the_other() -> None:
     assert best_first(blend([0.1, 0.3, 0.2], [5.0, 5.0, 5.0], 1.0)) == [1, 2, 0]
     assert best_first(blend([0.1, 0.1, 0.1], [5.0, 7.0, 6.0], 1.0)) == [1, 2, 0]
 
 
 @given(numbers)
-def test_weight_zero_leaves_the_models_order(log_odds: list[float]) -> None:
+def test_weight_zero_keeps_the_models_order(log_odds: list[float]) -> None:
     others = [float(-position) for position in range(len(log_odds))]
     assert best_first(blend(log_odds, others, 0.0)) == best_first(log_odds)
 
@@ -56,7 +56,7 @@ def test_ties_keep_their_order() -> None:
     assert best_first([1.0, 2.0, 1.0, 2.0]) == [1, 3, 0, 2]
 
 
-def test_as_many_others_as_log_odds_are_needed() -> None:
+def test_both_sides_need_the_same_length() -> None:
     with pytest.raises(ValueError, match="shorter"):
         blend([1.0, 2.0], [1.0], 1.0)
 
@@ -73,12 +73,12 @@ def test_as_many_others_as_log_odds_are_needed() -> None:
         (" \n…!?", []),
     ],
 )
-def test_words_are_lower_cased_runs_and_pairs_of_characters(text: str, expected: list[str]) -> None:
+def test_words_are_lower_case_runs_and_cjk_bigrams(text: str, expected: list[str]) -> None:
     assert words(text) == expected
 
 
-def test_bm25_is_the_formula() -> None:
-    """By hand: two documents of 2 and 4 words, mean 3; length parts 1.2 * (.25 + .75 * 2 / 3) = .9 and 1.5."""
+def test_bm25_matches_the_formula() -> None:
+    """Two documents of 2 and 4 words, mean 3, so the length terms are 1.2 * (.25 + .75 * 2 / 3) = .9 and 1.5."""
     documents = ["cat dog", "cat cat bird fish"]
     bm25 = Bm25(documents)
     both, one = math.log(1 + 0.5 / 2.5), math.log(1 + 1.5 / 1.5)  # idf of a word in both documents, and in one
@@ -88,23 +88,23 @@ def test_bm25_is_the_formula() -> None:
     assert bm25.scores("horse", documents) == [0.0, 0.0]
 
 
-def test_bm25_scores_documents_that_its_statistics_do_not_know() -> None:
+def test_bm25_scores_documents_outside_its_statistics() -> None:
     scores = Bm25(["cat dog", "cat fish"]).scores("cat owl", ["owl", "cat", ""])
     assert scores[0] > scores[1] > scores[2] == 0.0
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["", "!"]])
-def test_bm25_of_nothing_is_zero(documents: list[str]) -> None:
+def test_bm25_of_empty_documents_is_zero(documents: list[str]) -> None:
     assert Bm25(documents).scores("cat", documents) == [0.0] * len(documents)
 
 
-def test_an_option_is_a_source_and_a_weight() -> None:
+def test_a_blend_option_has_a_source_and_a_weight() -> None:
     assert parse_blend("run=0.25") == Blend("run", 0.25)
     assert str(parse_blend("bm25=1")) == "bm25=1"
 
 
 @pytest.mark.parametrize("text", ["", "bm25", "bm25=", "bm25=x", "bm25=-1", "run=nan", "run=inf", "tfidf=1", "=1"])
-def test_any_other_option_is_refused_by_name(text: str) -> None:
+def test_a_malformed_blend_option_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match=r"it must be bm25=W or run=W"):
         parse_blend(text)
 
@@ -113,7 +113,7 @@ DOCUMENTS = ["a cat", "the dog barks", "a bird sings in the tree", "fish swim"]
 
 
 def ranked(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str, query: str = "bird") -> str:
-    """What `rank` prints for the documents above."""
+    """Run `rank` on the documents above; returns its output."""
     arguments = ["rank", query, *DOCUMENTS, "--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", *options]
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
@@ -122,7 +122,7 @@ def ranked(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str, 
     return output.out
 
 
-def test_rank_orders_by_the_blend_and_leaves_every_other_field(
+def test_rank_orders_by_the_blend_and_keeps_every_other_field(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
 ) -> None:
     plain = json.loads(ranked(capsys, tiny_checkpoint, "--json"))["results"]
@@ -141,11 +141,11 @@ def test_rank_cuts_to_top_n_after_blending(capsys: pytest.CaptureFixture[str], t
         output = ranked(capsys, tiny_checkpoint, "--json", "--top-n", "1", *options, query="fish")
         return [item["index"] for item in json.loads(output)["results"]]
 
-    assert best() != [3], "the random model must not find the fish by itself, or this shows nothing"
+    assert best() != [3], "otherwise blending would change nothing"
     assert best("--blend", "bm25=100") == [3]
 
 
-def test_the_table_has_a_column_for_the_blend_only_where_it_is_asked_for(
+def test_the_table_has_a_blend_column_only_on_request(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
 ) -> None:
     assert "blended" not in ranked(capsys, tiny_checkpoint)
@@ -155,8 +155,8 @@ def test_the_table_has_a_column_for_the_blend_only_where_it_is_asked_for(
     assert first.rstrip().endswith("a bird sings in the tree")
 
 
-def test_rank_has_no_run_to_blend_with(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rank_rejects_blending_with_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["rank", "bird", "a cat", "--blend", "run=1"])
     assert exit_info.value.code == 1
-    assert capsys.readouterr().err == "local-rerank: blend is 'run=1', but rank has no run to add; use bm25=W\n"
+    assert capsys.readouterr().err == "local-rerank: blend is 'run=1', but rank has no run to blend with; use bm25=W\n"

@@ -1,4 +1,4 @@
-"""Evaluation: files, orders, measures and tests by hand-computed examples, and `local-rerank eval` from end to end."""
+"""Evaluation files, rankings, measures and significance by hand-computed examples, and the command `eval`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, blend
 from local_rerank.evaluation.collection import Candidate, Collection, read_collection, read_qrels, read_run, read_texts
 from local_rerank.evaluation.measures import System, blend_scores, compare, measure, measures, p_value, reorder, score
-from local_rerank.evaluation.plot import difference_plot
+from local_rerank.evaluation.plot import write_plot
 from tests.tiny_checkpoints import make_checkpoint
 
 CORPUS = {"d1": "a cat", "d2": "the dog barks", "d3": "a bird sings", "d4": "", "d5": "fish swim"}
@@ -37,7 +37,7 @@ q4 Q0 d1 1 1 test
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Four queries, of which q3 has no candidate and q4 no judgement."""
+    """Four queries: q3 has no candidates and q4 no judgement."""
     texts = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES}
     for name, rows in texts.items():
         lines = [json.dumps({"id": key, "text": text}) for key, text in rows.items()]
@@ -58,7 +58,7 @@ def collection(files: dict[str, Path]) -> Collection:
 
 
 def one_query(num_candidates: int) -> Collection:
-    """A query q with candidates d0, d1, ... whose texts are their ids."""
+    """Make a query q with candidates d0, d1, ... whose texts are their ids."""
     ids = [f"d{i}" for i in range(num_candidates)]
     return Collection(
         documents={name: name for name in ids},
@@ -72,7 +72,7 @@ def one_query(num_candidates: int) -> Collection:
 # Files
 
 
-def test_a_collection_holds_the_judged_queries_and_the_documents_of_their_candidates(collection: Collection) -> None:
+def test_a_collection_has_the_judged_queries_and_the_documents_of_their_candidates(collection: Collection) -> None:
     assert list(collection.queries) == ["q1", "q2", "q3"]
     assert collection.num_unjudged_queries == 1
     assert collection.documents == {name: CORPUS[name] for name in ("d1", "d2", "d3", "d4")}
@@ -81,11 +81,11 @@ def test_a_collection_holds_the_judged_queries_and_the_documents_of_their_candid
     assert collection.run["q3"] == ()
 
 
-def test_max_queries_takes_the_first_of_the_file(files: dict[str, Path]) -> None:
+def test_max_queries_keeps_the_first_queries(files: dict[str, Path]) -> None:
     assert list(read_collection(**files, max_queries=2).queries) == ["q1", "q2"]
 
 
-def test_max_queries_leaves_the_statistics_of_bm25_as_they_are(
+def test_max_queries_does_not_change_the_statistics_of_bm25(
     files: dict[str, Path], collection: Collection, tmp_path: Path
 ) -> None:
     scores = {"q1": [1.0, 2.0, 0.0]}
@@ -93,7 +93,7 @@ def test_max_queries_leaves_the_statistics_of_bm25_as_they_are(
     assert list(first.run) == ["q1"]
     assert blend_scores(scores, first, Blend("bm25", 1.0)) == blend_scores(scores, collection, Blend("bm25", 1.0))
     files["corpus"].write_text("\n".join(json.dumps({"id": name, "text": CORPUS[name]}) for name in ("d1", "d2", "d3")))
-    assert list(read_collection(**files, max_queries=1).documents) == ["d1", "d2", "d3"], "others need not be there"
+    assert list(read_collection(**files, max_queries=1).documents) == ["d1", "d2", "d3"], "others may be missing"
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_max_queries_leaves_the_statistics_of_bm25_as_they_are(
         ("a.tsv", "7\tpurr\n8\tCats\tpurr\n9\t", {"7": "purr", "8": "Cats purr", "9": ""}),
     ],
 )
-def test_texts_come_in_the_forms_of_beir_and_as_tsv(
+def test_texts_are_read_from_beir_jsonl_and_tsv(
     tmp_path: Path, name: str, content: str, expected: dict[str, str]
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
     assert dict(read_texts(tmp_path / name, "corpus")) == expected
 
 
-def test_a_run_is_sorted_by_score_and_ties_stay_as_in_the_file(tmp_path: Path) -> None:
+def test_a_run_is_sorted_by_score_and_ties_keep_file_order(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.write_text("q Q0 a 1 1.0 x\nq Q0 z 2 3.5 x\nq Q0 b 3 1e0 x\nq Q0 c 4 -2 x\n")
     assert [candidate.document_id for candidate in read_run(file)["q"]] == ["z", "a", "b", "c"]
@@ -127,21 +127,21 @@ def test_a_run_is_sorted_by_score_and_ties_stay_as_in_the_file(tmp_path: Path) -
         ("corpus", '["d1", "a"]', r"corpus.jsonl:1 is not an object"),
         ("corpus", '{"id": "d1", "text": "a"}\n\n{"id": "d1", "text": "b"}', r"corpus.jsonl:3 has the id d1 of an ear"),
         ("corpus", '{"id": "d1", "text": "a"}\n\udcff', r"corpus.jsonl:2 is not UTF-8"),
-        ("corpus", '{"id": "d1", "text": "a"}', r"first.run names document d2, which .*corpus.jsonl does not hold"),
+        ("corpus", '{"id": "d1", "text": "a"}', r"first.run names document d2, which .*corpus.jsonl does not contain"),
         ("queries", '{"id": "q1", "text": " "}', r"queries.jsonl:1 has an empty query"),
-        ("queries", "", r"none of the 0 queries of .*queries.jsonl is judged in .*qrels.trec"),
+        ("queries", "", r"none of the 0 queries of .*queries.jsonl has a judgement in .*qrels.trec"),
         ("qrels", "q1 0 d1 1\nq1 0 d2", r"qrels.trec:2 is not `query 0 document grade`"),
         ("qrels", "q1 0 d1 high", r"qrels.trec:1 is not `query 0 document grade`"),
         ("qrels", "q1 0 d1 1\nq1 0 d1 2", r"qrels.trec:2 contradicts an earlier grade"),
-        ("qrels", "", r"none of the 4 queries of .* is judged"),
+        ("qrels", "", r"none of the 4 queries of .* has a judgement"),
         ("run", "q1 Q0 d1 1 9.5 test\nq1 Q0 d2 2 8.5", r"first.run:2 is not `query Q0 document rank score name`"),
         ("run", "q1 Q0 d1 1 best test", r"first.run:1 is not"),
-        ("run", "q1 Q0 d1 1 nan test", r"first.run:1 has the score nan"),
-        ("run", "q1 Q0 d1 1 2 test\nq1 Q0 d1 2 1 test", r"first.run:2 has document d1 a second time"),
+        ("run", "q1 Q0 d1 1 nan test", r"first.run:1 has the score nan; it must be a finite number"),
+        ("run", "q1 Q0 d1 1 2 test\nq1 Q0 d1 2 1 test", r"first.run:2 repeats document d1"),
         ("run", "other Q0 d1 1 9.5 test", r"none of the 3 judged queries has candidates in .*first.run"),
     ],
 )
-def test_a_malformed_file_is_refused_with_its_name_and_line(
+def test_a_malformed_file_is_rejected_with_file_and_line(
     files: dict[str, Path], kind: str, content: str, words: str
 ) -> None:
     files[kind].write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -150,13 +150,13 @@ def test_a_malformed_file_is_refused_with_its_name_and_line(
     assert "\n" not in str(error_info.value)
 
 
-def test_a_tsv_line_without_a_tab_is_refused(tmp_path: Path) -> None:
+def test_a_tsv_line_without_a_tab_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("7 purr\n")
     with pytest.raises(InvalidRequest, match=r"a.tsv:1 is not an id, a tab and a text"):
         dict(read_texts(tmp_path / "a.tsv", "corpus"))
 
 
-def test_a_file_that_is_missing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_an_unknown_suffix_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"qrels cannot be read: No such file"):
         read_qrels(tmp_path / "qrels")
     with pytest.raises(InvalidRequest, match=r"a.csv must be a .jsonl or a .tsv file"):
@@ -166,11 +166,11 @@ def test_a_file_that_is_missing_or_of_another_kind_is_refused(tmp_path: Path) ->
 # Orders
 
 
-def test_scored_candidates_are_reordered_and_those_below_stay() -> None:
+def test_scored_candidates_are_reordered_and_the_others_keep_their_place() -> None:
     assert reorder(one_query(5), {"q": [0.5, 2.0, 1.0]})["q"] == ["d1", "d2", "d0", "d3", "d4"]
 
 
-def test_equal_scores_and_no_scores_leave_the_first_stages_order() -> None:
+def test_without_distinct_scores_the_first_stages_order_stays() -> None:
     assert reorder(one_query(4), {"q": [1.0, 1.0, 1.0]})["q"] == ["d0", "d1", "d2", "d3"]
     assert reorder(one_query(4), {})["q"] == ["d0", "d1", "d2", "d3"]
     assert reorder(one_query(0), {"q": []})["q"] == []
@@ -184,7 +184,7 @@ def test_reordering_loses_no_candidate_and_never_ranks_a_lower_score_higher(valu
     assert order[len(values) :] == list(range(len(values), len(values) + below))
 
 
-def test_score_asks_the_model_about_the_top_candidates_in_their_order(
+def test_score_returns_the_log_odds_of_the_top_candidates_in_order(
     tiny_reranker: Reranker, collection: Collection
 ) -> None:
     scores = dict(score(tiny_reranker, collection, top_k=2))
@@ -195,7 +195,7 @@ def test_score_asks_the_model_about_the_top_candidates_in_their_order(
     assert [len(values) for values in scores.values()] == [2, 2]
 
 
-def test_blending_adds_the_runs_scores_or_bm25_of_the_collection(collection: Collection) -> None:
+def test_blending_uses_the_runs_scores_or_bm25_over_the_collection(collection: Collection) -> None:
     scores = {"q1": [1.0, 2.0, 0.0], "q2": [0.0, 1.0]}
     run = blend_scores(scores, collection, Blend("run", 0.5))
     assert run["q1"] == blend([1.0, 2.0, 0.0], [9.5, 8.5, 7.5], 0.5)
@@ -208,8 +208,8 @@ def test_blending_adds_the_runs_scores_or_bm25_of_the_collection(collection: Col
 # Measures
 
 
-def test_measures_are_those_of_trec_eval() -> None:
-    """By hand: both relevant documents at ranks 2 and 3 of 3."""
+def test_measures_match_trec_eval() -> None:
+    """Both relevant documents are at ranks 2 and 3 of 3."""
     values = measure({"q": {"a": 1, "b": 1}}, {"q": ["x", "a", "b"]}, ["nDCG@10", "RR", "AP", "R@2"])
     gain = 1 / 1.5849625 + 1 / 2  # 1 / log2(rank + 1) at ranks 2 and 3
     ideal = 1 + 1 / 1.5849625
@@ -219,19 +219,19 @@ def test_measures_are_those_of_trec_eval() -> None:
     assert values["R@2"] == {"q": 0.5}
 
 
-def test_a_query_that_found_nothing_counts_as_zero() -> None:
+def test_a_query_without_results_counts_as_zero() -> None:
     values = measure({"q": {"a": 1}, "empty": {"a": 1}, "absent": {"a": 1}}, {"q": ["a"], "empty": []}, ["nDCG@10"])
     assert values == {"nDCG@10": {"q": 1.0, "empty": 0.0, "absent": 0.0}}
     assert System(name="s", values=values).mean("nDCG@10") == pytest.approx(1 / 3)
 
 
-def test_the_order_counts_and_not_the_names_of_documents() -> None:
-    """Where scores are equal trec_eval sorts by document id; ours are never equal."""
+def test_document_ids_do_not_influence_measures() -> None:
+    """trec_eval breaks ties by document id, so the scores passed to it must be distinct."""
     for order in (["a", "z"], ["z", "a"]):
         assert measure({"q": {"z": 1}}, {"q": order}, ["RR"])["RR"]["q"] == (1.0 if order[0] == "z" else 0.5)
 
 
-def test_the_recall_that_bounds_the_others_is_listed_once() -> None:
+def test_recall_at_top_k_is_listed_once() -> None:
     assert measures(20) == ("nDCG@10", "RR", "AP", "R@10", "R@20")
     assert measures(10) == ("nDCG@10", "RR", "AP", "R@10")
 
@@ -243,7 +243,7 @@ def system(name: str, values: Sequence[float]) -> System:
     return System(name=name, values={"nDCG@10": {f"q{i}": value for i, value in enumerate(values)}})
 
 
-def test_a_comparison_counts_wins_losses_and_ties_and_shows_the_largest() -> None:
+def test_a_comparison_counts_wins_losses_and_ties() -> None:
     comparison = compare(system("a", [0.5, 0.2, 0.3, 0.0, 1.0]), system("b", [0.6, 0.2, 0.7, 0.0, 0.1]))
     assert (comparison.wins, comparison.losses, comparison.ties) == (2, 1, 2)
     assert comparison.mean_difference == pytest.approx(-0.08)
@@ -253,7 +253,7 @@ def test_a_comparison_counts_wins_losses_and_ties_and_shows_the_largest() -> Non
 
 
 def test_p_is_exact_for_few_queries() -> None:
-    """By hand: of the 32 ways to sign five equal gains, the two with all signs equal are as far from 0."""
+    """Of the 32 ways to sign five equal gains, two are as far from 0."""
     assert p_value([0.1] * 5) == pytest.approx(2 / 32)
     assert p_value([0.1, -0.1]) == p_value([0.1]) == 1.0
 
@@ -263,28 +263,29 @@ def test_equal_systems_have_p_one(differences: list[float]) -> None:
     assert p_value(differences) == 1.0
 
 
-def test_p_of_many_queries_is_the_same_each_time_and_near_the_t_tests() -> None:
+def test_p_for_many_queries_is_deterministic_and_close_to_the_t_test() -> None:
     from scipy.stats import ttest_1samp
 
     differences = [((i * 37) % 101 - 40) / 100 for i in range(60)]
     assert p_value(differences) == p_value(differences)
     assert p_value(differences) == pytest.approx(ttest_1samp(differences, 0).pvalue, abs=0.01)
-    assert p_value([value + 0.3 for value in differences]) == pytest.approx(2 / 10_000), "the least that can be seen"
+    assert p_value([value + 0.3 for value in differences]) == pytest.approx(2 / 10_000), "the smallest possible value"
 
 
-def test_the_plot_has_a_panel_for_each_comparison_and_a_bar_for_each_query() -> None:
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_the_plot_shows_each_comparison_with_its_title(tmp_path: Path, suffix: str) -> None:
     comparisons = [
-        compare(system("first <stage>", [0.5, 0.2, 0.9]), system("a & b", [0.6, 0.2, 0.7])),
+        compare(system("first <stage>", [0.5, 0.2, 0.9]), system("a & $b$", [0.6, 0.2, 0.7])),
         compare(system("same", [0.5]), system("same too", [0.5])),
     ]
-    svg = ET.fromstring(difference_plot(comparisons))
-    names = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
-    assert names == ["q0 +0.100", "q1 +0.000", "q2 -0.200", "q0 +0.000"]
-    texts = [text.text or "" for text in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[0] == "a & b against first <stage>, nDCG@10 by query: -0.033 on average, 1 up, 1 down"
-    heights = [float(rect.get("height", "")) for rect in svg.iter("{http://www.w3.org/2000/svg}rect")][1:]
-    assert heights[0] == pytest.approx(heights[2] / 2)
-    assert heights[1] == heights[3] == 0
+    file = tmp_path / f"plot{suffix}"
+    write_plot(file, comparisons)
+    if suffix == ".png":
+        assert file.read_bytes().startswith(b"\x89PNG")
+        return
+    texts = [text.text for text in ET.parse(file).iter("{http://www.w3.org/2000/svg}text")]
+    assert "a & $b$ - first <stage> by query: mean -0.033, 1 wins, 1 losses" in texts
+    assert "same too - same by query: mean +0.000, 0 wins, 0 losses" in texts
 
 
 # The command
@@ -293,7 +294,7 @@ def test_the_plot_has_a_panel_for_each_comparison_and_a_bar_for_each_query() -> 
 def evaluated(
     capsys: pytest.CaptureFixture[str], files: dict[str, Path], *options: str, status: int = 0
 ) -> tuple[str, str]:
-    """Standard output and error of `local-rerank eval`."""
+    """Run `local-rerank eval`; returns standard output and error."""
     arguments = [word for name, file in files.items() for word in (f"--{name}", str(file))]
     with pytest.raises(SystemExit) as exit_info:
         main(["eval", *arguments, "--device", "cpu", "--dtype", "fp32", *options])
@@ -321,7 +322,7 @@ def test_eval_prints_every_system_and_comparison_as_json(
     assert errors == ""
 
 
-def test_eval_gives_what_rank_says_about_the_same_candidates(
+def test_eval_ranks_like_the_reranker(
     capsys: pytest.CaptureFixture[str], files: dict[str, Path], tiny_checkpoint: Path, tiny_reranker: Reranker
 ) -> None:
     output, _ = evaluated(capsys, files, "--model", str(tiny_checkpoint), "--json")
@@ -339,7 +340,7 @@ def test_eval_prints_tables_and_writes_the_plot(
     lines = [line.split() for line in output.splitlines()]
     assert lines[0] == ["nDCG@10", "RR", "AP", "R@10", "R@20"]
     assert lines[1] == "first stage 0.4415 0.3333 0.3611 0.6667 0.6667".split()
-    assert "3 queries, 1 without judgements left out; top 20 reranked" in output
+    assert "3 queries, 1 skipped without judgements; top 20 reranked" in output
     assert "difference of nDCG@10" in output
     assert ET.parse(plot).getroot().tag.endswith("svg")
 
@@ -349,12 +350,12 @@ def test_eval_prints_tables_and_writes_the_plot(
     [
         (["--top-k", "0"], "top_k is 0; it must be at least 1"),
         (["--max-queries", "0"], "max_queries is 0; it must be at least 1"),
-        (["--blend", "bm25"], "blend is 'bm25'; it must be bm25=W or run=W with a weight W of 0 or more"),
-        (["--plot", "out.png"], "plot is out.png; only .svg can be written"),
+        (["--blend", "bm25"], "blend is 'bm25'; it must be bm25=W or run=W, where the weight W is at least 0"),
+        (["--plot", "out.gif"], "plot is out.gif; it must end in one of .svg, .png, .pdf"),
         (["--qrels", "absent.trec"], "absent.trec cannot be read: No such file or directory"),
     ],
 )
-def test_eval_says_in_one_line_what_is_wrong_before_it_loads_a_model(
+def test_wrong_options_of_eval_are_named_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], files: dict[str, Path], options: list[str], words: str
 ) -> None:
     if "--qrels" in options:
@@ -363,9 +364,17 @@ def test_eval_says_in_one_line_what_is_wrong_before_it_loads_a_model(
     assert errors == f"local-rerank: {words}\n"
 
 
-def test_eval_says_what_to_install_where_the_measures_are_missing(
-    capsys: pytest.CaptureFixture[str], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ir_measures", None)  # as if it were not installed
-    _, errors = evaluated(capsys, files, status=1)
-    assert errors == 'local-rerank: measuring needs ir_measures: pip install "local-rerank[eval]"\n'
+@pytest.mark.parametrize(
+    ("package", "options", "words"),
+    [
+        ("ir_measures", [], "measuring needs ir_measures"),
+        ("matplotlib", ["--plot", "a.svg"], "a plot needs matplotlib"),
+    ],
+)
+def test_a_missing_package_is_reported_with_the_extra_that_installs_it(
+    capsys: pytest.CaptureFixture[str], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    package: str, options: list[str], words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    _, errors = evaluated(capsys, files, *options, status=1)
+    assert errors == f'local-rerank: {words}: pip install "local-rerank[eval]"\n'

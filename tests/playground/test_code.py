@@ -99,7 +99,7 @@ def test_the_copied_code_of_each_sdk_gives_the_same_ranking(
     codes = {client: copied(page, client) for client in ENVIRONMENTS}
     assert {"DashScope", "OpenAI", "LangChain", "LlamaIndex"} <= codes.keys()
     printed = {client: indexes_and_scores(run_python(ENVIRONMENTS[client], code)) for client, code in codes.items()}
-    assert {client for client, code in codes.items() if "sends no instruction" in code} == (
+    assert {client for client, code in codes.items() if "cannot send an instruction" in code} == (
         WITHOUT_INSTRUCTION & codes.keys()
     )
     for instruction, clients in (
@@ -142,7 +142,7 @@ def test_code_of_many_documents_is_shown_in_part_and_copied_whole(open_page: Ope
     page = open_page(base_url, permissions=CLIPBOARD)
     documents = [f"document {number} " + "word " * 20 for number in range(300)]
     page.get_by_label("Documents", exact=True).fill(json.dumps(documents))
-    expect(page.locator("#snippet")).to_contain_text("characters more, all of which are copied")
+    expect(page.locator("#snippet")).to_contain_text("more characters; Copy copies all of them")
     assert "document 299" not in page.locator("#snippet").inner_text()
     assert "document 299" in copied(page, "curl")
 

@@ -31,11 +31,11 @@ FILES = {
 }
 UNREADABLE = {
     "latin.txt": (b"caf\xe9", "latin.txt is not UTF-8"),
-    "report.pdf": (b"%PDF", "report.pdf is none of .txt, .csv, .jsonl and .json"),
+    "report.pdf": (b"%PDF", "report.pdf is not a .txt, .csv, .jsonl or .json file"),
     "broken.jsonl": (b'"fine"\n{"text": ', "broken.jsonl, line 2 is not JSON"),
     "number.jsonl": (b'"fine"\n5', "number.jsonl, line 2 is neither a string nor an object with text or document"),
-    "object.json": (b"{}", "object.json is no JSON array"),
-    "open.csv": (b'text\n"no end', "open.csv, line 2: a quoted cell does not end"),
+    "object.json": (b"{}", "object.json is not a JSON array"),
+    "open.csv": (b'text\n"no end', "open.csv, line 2: a quoted cell is not closed"),
 }
 
 
@@ -92,7 +92,7 @@ def test_an_unreadable_file_is_named_with_the_reason(page: Page) -> None:
 
 def test_a_file_that_is_too_large_for_the_page_is_refused_with_the_limit(page: Page) -> None:
     drop(page, "large.txt", b"", then_zeros=4 * 2**20 + 2**19)
-    expect(page.locator("#error")).to_contain_text("large.txt has 4.5 MiB; this page takes files of at most 4 MiB")
+    expect(page.locator("#error")).to_contain_text("large.txt has 4.5 MiB; this page accepts at most 4 MiB")
 
 
 def test_a_file_dropped_beside_the_field_does_not_replace_the_page(page: Page) -> None:
@@ -112,8 +112,8 @@ def test_an_invalid_json_array_is_read_as_lines_with_a_note(page: Page) -> None:
     field = page.get_by_label("Documents", exact=True)
     for text, says in (
         ('["a", "b"]', "2 documents, from a JSON array"),
-        ('["a", "b"', "1 document, one per line (as a JSON array it cannot be read: "),
-        ("[1] Lee\n[2] Kim", "2 documents, one per line (as a JSON array it cannot be read: "),
+        ('["a", "b"', "1 document, one per line (not a valid JSON array: "),
+        ("[1] Lee\n[2] Kim", "2 documents, one per line (not a valid JSON array: "),
         ("", ""),
     ):
         field.fill(text)

@@ -128,7 +128,7 @@ def test_a_long_document_is_collapsed_until_expanded(page: Page) -> None:
     shown(page)
     long = page.locator(".document").filter(has_text="word")
     before = long.evaluate("d => d.clientHeight")
-    page.get_by_role("button", name="Show all of it").click()
+    page.get_by_role("button", name="Show all").click()
     assert long.evaluate("d => d.clientHeight") > 2 * before
     page.get_by_role("button", name="Show less").click()
     assert long.evaluate("d => d.clientHeight") == before
@@ -139,7 +139,7 @@ def test_truncation_is_shown(open_page: Open, locked_url: str) -> None:
     rank(page, QUERY, f"{'long ' * 2 * MAX_DOCUMENT_TOKENS}\nshort")
     shown(page)
     cut = page.locator("li").filter(has_text="long").locator(".meta").inner_text()
-    assert re.search(rf"{MAX_DOCUMENT_TOKENS} tokens · \d+ tokens cut off its end", cut)
+    assert re.search(rf"{MAX_DOCUMENT_TOKENS} tokens · \d+ tokens cut off", cut)
     assert re.search(r"Cut\s+1 document", page.locator(".facts").inner_text())
 
 
@@ -153,12 +153,12 @@ def open_locked(open_page: Open, url: str) -> Page:
 
 def test_a_key_is_requested_and_kept_in_memory_alone(open_page: Open, locked_url: str) -> None:
     page = open_page(locked_url, status="locked")
-    expect(page.locator("#key-message")).to_have_text("This server asks for an API key.")
+    expect(page.locator("#key-message")).to_have_text("This server needs an API key.")
     expect(page.get_by_label("API key", exact=True)).to_be_focused()
     rank(page, QUERY, "\n".join(DOCUMENTS))  # is refused, and done once there is a key
     page.get_by_label("API key", exact=True).fill("wrong")
     page.get_by_role("button", name="Use this key").click()
-    expect(page.locator("#key-message")).to_have_text("The server does not know this API key.")
+    expect(page.locator("#key-message")).to_have_text("The API key is wrong.")
     page.get_by_label("API key", exact=True).fill(KEY)
     page.keyboard.press("Enter")
     assert len(shown(page)) == 3
@@ -168,7 +168,7 @@ def test_a_key_is_requested_and_kept_in_memory_alone(open_page: Open, locked_url
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
     assert page.context.cookies() == []
     page.reload()
-    expect(page.locator("#key-message")).to_have_text("This server asks for an API key.")
+    expect(page.locator("#key-message")).to_have_text("This server needs an API key.")
 
 
 REFUSED = [  # query, documents, top n, the server's message, the field that it concerns
@@ -201,7 +201,7 @@ def test_an_error_is_shown_in_the_servers_words_and_marks_its_field(page: Page) 
 def test_a_stopped_server_is_distinguished_from_a_refusal(page: Page) -> None:
     page.context.set_offline(True)
     rank(page, "q", "a")
-    expect(page.locator("#error")).to_contain_text("The server does not answer. Is it still running?")
+    expect(page.locator("#error")).to_contain_text("The server does not respond. Is it still running?")
     page.context.set_offline(False)
     page.get_by_role("button", name="Rank").click()
     assert shown(page) == ["a"]
@@ -210,7 +210,7 @@ def test_a_stopped_server_is_distinguished_from_a_refusal(page: Page) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "The answer is no JSON: <h1>Bad gateway</h1>"),
+        ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "The response is not JSON: <h1>Bad gateway</h1>"),
         (
             {
                 "status": 429,

@@ -1,4 +1,4 @@
-"""The certificate: right scores pass, and each damage, done to a real engine, is named for what it is."""
+"""The self-test: correct scores pass, and each kind of damage to a real engine is diagnosed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from local_rerank import EngineConfig, Reranker
 from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
 from local_rerank.checkpoints.known_scores import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
-from local_rerank.engine import dtypes as precision
+from local_rerank.engine.attention import Layout
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
-from local_rerank.engine.dtypes import choose_dtype
-from local_rerank.engine.kernel_table import KERNELS, Layout
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
-from local_rerank.selftest.machine_report import Row, describe
+from local_rerank.selftest.machine_report import MachineProperty, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
 from tests.reference import ModelCard
@@ -36,7 +36,7 @@ EXACT = {"device": "cpu", "dtype": "fp32", "threads": 1}
 
 
 def write_golden(folder: Path) -> None:
-    """Known scores beside the weights, computed by the model card's code."""
+    """Write known scores next to the weights, computed by the model card's code."""
     card = ModelCard(folder)
     scores = [
         {
@@ -52,7 +52,7 @@ def write_golden(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint whose scores are known."""
+    """A random checkpoint with known scores."""
     folder = make_checkpoint(tmp_path_factory.mktemp("known") / "tiny-reranker", seed=11)
     write_golden(folder)
     return folder
@@ -60,8 +60,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which no score is known: the first random one that happens to order the plain questions right."""
-    for seed in range(20, 60):  # chance lets one in three pass
+    """A checkpoint without known scores: the first random one that ranks the plain questions correctly by chance."""
+    for seed in range(20, 60):  # about one in three does
         folder = make_checkpoint(tmp_path_factory.mktemp("unknown") / "some-reranker", seed=seed)
         card = ModelCard(folder)
         odds = [card.pair(pair.query, pair.document) for pair in ORDERED]
@@ -72,14 +72,14 @@ def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["known", "unknown"])
 def reranker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reranker]:
-    """With torch's own linear layers, which can be damaged once they are loaded."""
+    """A reranker with torch's own linear layers, which can be damaged after loading."""
     monkeypatch.setattr("local_rerank.engine.cpu.choices.blocks_weights", lambda arithmetic: False)
     with Reranker(str(request.getfixturevalue(request.param)), **EXACT) as made:
         yield made
 
 
 class BrokenTemplate(PromptTemplate):
-    """A template whose shared text is `text.format(instruction=..., query=...)`."""
+    """A template whose shared body is `text.format(instruction=..., query=...)`."""
 
     text: str
 
@@ -89,7 +89,7 @@ class BrokenTemplate(PromptTemplate):
 
 def broken(reranker: Reranker, text: str) -> PromptTemplate:
     template = BrokenTemplate(**dataclasses.asdict(reranker.tokenizer.template))
-    object.__setattr__(template, "text", text)  # it is frozen, and a subclass that is no dataclass has no field
+    object.__setattr__(template, "text", text)  # frozen, and this subclass is not a dataclass
     return template
 
 
@@ -116,7 +116,7 @@ def cut_the_suffix_off(reranker: Reranker) -> None:
 
 
 def use_suffix(reranker: Reranker, suffix: str) -> None:
-    """A tokenizer made for a template that ends otherwise."""
+    """Use a tokenizer for a template with another suffix."""
     reranker.tokenizer = PairTokenizer.from_folder(
         reranker.checkpoint.folder,
         dataclasses.replace(reranker.checkpoint.template, suffix=suffix),
@@ -126,7 +126,7 @@ def use_suffix(reranker: Reranker, suffix: str) -> None:
 
 
 def lose_query_and_document(reranker: Reranker) -> None:
-    """As a chat template does that is given roles it does not know."""
+    """Do what a chat template does with roles that it does not know."""
 
     class Losing(PairTokenizer):
         def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
@@ -155,20 +155,18 @@ def load_one_row_twice(reranker: Reranker) -> None:
 
 
 def run_in_bf16_unasked(reranker: Reranker) -> None:
-    engine = reranker.engine
-    engine.decoder.to(torch.bfloat16)
-    engine._final_norm.to(torch.bfloat16)
+    decoder: Any = reranker.engine.decoder
+    decoder.to(torch.bfloat16)
 
 
 def overflow_fp16(reranker: Reranker) -> None:
-    engine = reranker.engine
-    engine.decoder.embed_tokens.weight.data.mul_(1e6)
-    engine.decoder.half()
-    engine._final_norm.half()
+    decoder: Any = reranker.engine.decoder
+    decoder.embed_tokens.weight.data.mul_(1e6)
+    decoder.half()
 
 
 def forget_the_causal_mask(reranker: Reranker) -> None:
-    """A kernel under which each document's tokens see what comes after them."""
+    """Use a kernel in which tokens attend to later ones."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
         return KERNELS["dense"].attend(q, k, v, torch.ones_like(layout), scale)  # type: ignore[call-overload]
@@ -194,7 +192,7 @@ DAMAGES: list[tuple[Callable[[Reranker], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "fault"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
-def test_each_damage_is_named_whether_or_not_scores_are_known(
+def test_each_damage_is_diagnosed_with_and_without_known_scores(
     damage: Callable[[Reranker], None], fault: str, reranker: Reranker
 ) -> None:
     before = self_test(reranker)
@@ -206,7 +204,7 @@ def test_each_damage_is_named_whether_or_not_scores_are_known(
         require_self_test(reranker)
 
 
-def test_the_prompts_ends_are_shown_beside_the_fault(known: Path) -> None:
+def test_a_prompt_fault_shows_the_last_tokens(known: Path) -> None:
     with Reranker(str(known), **EXACT) as reranker:
         strip_the_last_newline(reranker)
         detail = self_test(reranker).detail
@@ -214,7 +212,7 @@ def test_the_prompts_ends_are_shown_beside_the_fault(known: Path) -> None:
     assert detail.count("'\\n'") == 2, "a byte tokenizer's newlines are one token each"
 
 
-def test_the_scores_are_those_of_the_model_cards_code(known: Path) -> None:
+def test_the_scores_match_the_model_cards_code(known: Path) -> None:
     with Reranker(str(known), **EXACT) as reranker:
         outcome = self_test(reranker)
     assert (outcome.basis, outcome.fault) == ("stored", None)
@@ -227,15 +225,15 @@ def test_the_scores_are_those_of_the_model_cards_code(known: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_lower_precision_passes_where_it_was_asked_for(dtype: Any, known: Path) -> None:
+def test_a_requested_lower_precision_passes(dtype: Any, known: Path) -> None:
     with Reranker(str(known), device="cpu", dtype=dtype, threads=1) as reranker:
         outcome = self_test(reranker)
     assert outcome.passed, outcome
     assert outcome.max_difference is not None
-    assert outcome.max_difference > 1e-3, "it rounds, or the test shows nothing"
+    assert outcome.max_difference > 1e-3, "otherwise nothing was rounded"
 
 
-def test_other_weights_than_the_known_ones_are_named_with_the_worst_pair(known: Path, tmp_path: Path) -> None:
+def test_other_weights_are_diagnosed_with_the_worst_pair(known: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other-reranker", seed=12)
     shutil.copy(known / GOLDEN, other)
     with Reranker(str(other), **EXACT) as reranker:
@@ -245,17 +243,18 @@ def test_other_weights_than_the_known_ones_are_named_with_the_worst_pair(known: 
     assert repr(worst.document) in outcome.detail
 
 
-def test_weights_that_were_rounded_on_disk_look_like_a_wrong_dtype(known: Path, tmp_path: Path) -> None:
+def test_weights_rounded_on_disk_are_diagnosed_as_a_wrong_dtype(known: Path, tmp_path: Path) -> None:
     rounded = make_checkpoint(tmp_path / "rounded-reranker", seed=11, dtype=torch.bfloat16)
     shutil.copy(known / GOLDEN, rounded)
     with Reranker(str(rounded), **EXACT) as reranker:
         outcome = self_test(reranker)
     assert outcome.fault == "wrong dtype"
-    assert "as much as a lower precision" in outcome.detail
+    assert "the size of rounding in a lower precision" in outcome.detail
 
 
-def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16_faster", lambda: True)
+def test_a_model_that_needs_fp32_is_diagnosed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda: (torch.bfloat16, "for the test"))
+    monkeypatch.setitem(PLATFORMS, "cpu", native_bf16)
     monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
     with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
         outcome = self_test(reranker)
@@ -264,13 +263,13 @@ def test_a_model_that_needs_fp32_and_runs_in_bf16_is_told_so(monkeypatch: pytest
 
 
 @pytest.mark.numeric
-def test_the_embedded_model_runs_in_fp32_unless_told_otherwise() -> None:
+def test_the_built_in_model_runs_in_fp32_by_default() -> None:
     with Reranker(device="cpu", threads=1) as reranker:
         assert reranker.info.dtype == "fp32"
         assert self_test(reranker).passed
 
 
-def test_an_untrained_model_of_unknown_scores_is_no_reranker(tmp_path: Path) -> None:
+def test_an_untrained_model_is_diagnosed_as_no_reranker(tmp_path: Path) -> None:
     outcomes: list[SelfTest] = []
     for seed in range(4):  # chance puts three of four relevant documents first in 5 of 16 random models
         with Reranker(str(make_checkpoint(tmp_path / f"{seed}-reranker", seed=seed)), **EXACT) as reranker:
@@ -280,7 +279,7 @@ def test_an_untrained_model_of_unknown_scores_is_no_reranker(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])
-def test_a_classifiers_missing_row_is_told_from_one_that_has_none(num_labels: int, tmp_path: Path) -> None:
+def test_a_classifier_with_one_label_needs_no_row_of_no(num_labels: int, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "seq-cls-reranker", num_labels=num_labels, tied=False)
     with Reranker(str(folder), **EXACT) as reranker:
         assert self_test(reranker).fault != "missing head rows"
@@ -288,13 +287,13 @@ def test_a_classifiers_missing_row_is_told_from_one_that_has_none(num_labels: in
         assert self_test(reranker).fault == "missing head rows"
 
 
-def test_limits_that_leave_no_room_for_the_known_pairs_are_named(known: Path) -> None:
+def test_limits_below_the_known_pairs_are_an_error(known: Path) -> None:
     for options in ({"max_document_tokens": 5}, {"max_length": 330}, {"max_query_tokens": 3}):
         with Reranker(str(known), **EXACT, **options) as reranker, pytest.raises(ConfigError, match="self-test"):
             self_test(reranker)
 
 
-def test_published_scores_belong_to_one_name_and_one_shape(tmp_path: Path) -> None:
+def test_published_scores_need_the_name_and_the_shape(tmp_path: Path) -> None:
     shape = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 1, "num_key_value_heads": 1}
     folder = make_checkpoint(tmp_path / "Qwen3-Reranker-0.6B", **shape, intermediate_size=8, head_dim=8)
     scores = known_scores(open_checkpoint(str(folder)))
@@ -307,14 +306,14 @@ def test_published_scores_belong_to_one_name_and_one_shape(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '[{"query": "q"}]', "no json"])
-def test_known_scores_that_cannot_be_read_are_an_error(text: str, tmp_path: Path) -> None:
+def test_unreadable_known_scores_are_an_error(text: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "reranker")
     (folder / GOLDEN).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=GOLDEN):
         known_scores(open_checkpoint(str(folder)))
 
 
-def test_a_server_whose_self_test_fails_never_becomes_ready_and_names_the_fault(known: Path, tmp_path: Path) -> None:
+def test_a_server_whose_self_test_fails_exits_and_names_the_fault(known: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other-reranker", seed=12)
     shutil.copy(known / GOLDEN, other)
     arguments = ("local_rerank", "serve", "--port", "0", "--model", str(other), "--device", "cpu", "--dtype", "fp32")
@@ -324,12 +323,12 @@ def test_a_server_whose_self_test_fails_never_becomes_ready_and_names_the_fault(
         assert "ready: " not in server.output
 
 
-def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
+def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None:
     cores = psutil.cpu_count(logical=False)
     with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
         info, checkpoint = reranker.info, reranker.checkpoint
     machine = describe(info, checkpoint)
-    assert machine.kernel == Row(value="sdpa: asked for", faster="--attention cpu-tiles")
+    assert machine.kernel == MachineProperty(value="sdpa: set by the user", faster="--attention cpu-tiles")
     assert machine.threads.value == f"1 on {cores} physical cores: set by the user"
     usable = cpu_limits().num_threads
     assert machine.threads.faster.startswith("more cores" if usable == 1 else f"--threads {usable}")
@@ -338,7 +337,7 @@ def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
     assert best.kernel.faster == "nothing"
     assert best.threads.faster.startswith("more cores" if usable == cores else "a wider limit: ")
     rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    native = PLATFORMS["cpu"].preferred_dtype()[0] == torch.bfloat16
     assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
     assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
     widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype
@@ -347,7 +346,7 @@ def test_each_part_says_what_it_would_need_to_be_faster(known: Path) -> None:
     assert describe(info, embedded).dtype.faster.startswith("nothing")
 
 
-def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome(known: Path, tmp_path: Path) -> None:
+def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, tmp_path: Path) -> None:
     options = ("--device", "cpu", "--dtype", "fp32", "--threads", "1", "--json")
     good = command("doctor", "--model", str(known), *options)
     report = json.loads(good.stdout)
@@ -362,11 +361,11 @@ def test_the_command_reports_everything_as_json_and_its_status_tells_the_outcome
     assert (bad.returncode, json.loads(bad.stdout)["self_test"]["fault"]) == (1, "other scores")
 
 
-def test_the_command_prints_every_pair_and_the_verdict() -> None:
+def test_doctor_prints_every_pair_and_the_verdict() -> None:
     done = command("doctor", "--device", "cpu", "--threads", "1")
     assert done.returncode == 0, done.stderr
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
         assert f"{pair['log_odds']:+.4f}" in done.stdout
-    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "to be faster"):
+    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "faster with"):
         assert name in done.stdout

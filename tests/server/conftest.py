@@ -35,7 +35,7 @@ class HeldRanker:
         device="cpu",
         dtype="fp32",
         compute_dtype="fp32",
-        decoder="cpu",
+        decoder="transformers",
         kernel="dense",
         threads=1,
         reasons={},
@@ -115,7 +115,7 @@ def qwen_card(qwen_checkpoint: Path) -> ModelCard:
 def hostile_server(qwen_checkpoint: Path) -> Iterator[Server]:
     """The server that test_hostile.py and test_fuzz.py share; in the end it has logged no error."""
     log = qwen_checkpoint.parent / "log"
-    arguments = ["local_rerank", "serve", *options(qwen_checkpoint), "--port", "0", "--body-timeout-seconds", "2"]
+    arguments = ["local_rerank", "serve", *options(qwen_checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
     with started(log, *arguments) as running:
         running.wait_for("ready: ")
         yield running

@@ -1,4 +1,4 @@
-"""`local-rerank serve` with a model that waits while a file exists, and prints the number of pairs of each batch.
+"""`local-rerank serve` whose model blocks while a file exists, and prints the number of pairs of each forward pass.
 
 python -m tests.server.held_server FILE [options of serve]
 """

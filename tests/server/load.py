@@ -1,4 +1,4 @@
-"""Load for a running server, whose scores are all compared; used by tests and, for longer, by `benchmarks/soak.py`."""
+"""Sends load to a running server and checks every score; used by tests and by `benchmarks/soak.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from httpx2 import AsyncClient, HTTPError, Limits, Timeout
 from local_rerank import Reranker
 
 PATH = "/v1/local/rank"
-TOLERANCE = 1e-5  # of log-odds in fp32, relative above 1: batches change the order of sums
+TOLERANCE = 1e-5  # of fp32 log-odds, relative above 1: batching changes the order of sums
 WORDS = "river bank loan music stone cloud engine paper 模型 排序 garden law fever orbit salt theory 😀 é".split()
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and the log-odds of each of its documents alone."""
+    """A request and the log-odds of each of its documents when ranked alone."""
 
     body: dict[str, Any]
     log_odds: tuple[float, ...]
@@ -28,11 +28,11 @@ class Case:
 
 @dataclass
 class Tally:
-    """Outcomes of many requests."""
+    """The outcomes of many requests."""
 
     statuses: Counter[int] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)  # answers with a wrong score
-    lost: list[str] = field(default_factory=list)  # requests without an answer
+    wrong: list[str] = field(default_factory=list)  # responses with an unexpected score
+    lost: list[str] = field(default_factory=list)  # requests without a response
     retry_after: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of those answered with 200
 
@@ -53,7 +53,7 @@ def make_cases(reranker: Reranker, count: int, *, documents: int = 4, words: int
 
 
 def fault_of(case: Case, answer: dict[str, Any]) -> str | None:
-    """What is wrong with an answer, or None."""
+    """Describes an unexpected score in a response; None if all are right."""
     found = {item["index"]: item["log_odds"] for item in answer["results"]}
     if sorted(found) != list(range(len(case.log_odds))):
         return f"indices {sorted(found)} for {len(case.log_odds)} documents"
@@ -85,7 +85,7 @@ def make_client(address: str, *, timeout: float = 120, connections: int | None =
 
 
 async def offer(address: str, cases: list[Case], *, per_second: float, seconds: float) -> Tally:
-    """Send requests at a fixed rate, independent of their answers, and wait for all answers."""
+    """Send requests at a fixed rate, and wait for every response."""
     tally, generator = Tally(), random.Random(1)
     async with make_client(address, connections=400) as client, asyncio.TaskGroup() as group:
         started = time.perf_counter()
@@ -96,7 +96,7 @@ async def offer(address: str, cases: list[Case], *, per_second: float, seconds: 
 
 
 async def all_at_once(address: str, cases: list[Case], count: int) -> Tally:
-    """`count` connections, opened and used at the same time."""
+    """Send `count` requests concurrently, each on its own connection."""
     tally = Tally()
     async with make_client(address, connections=count) as client, asyncio.TaskGroup() as group:
         for number in range(count):

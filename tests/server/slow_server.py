@@ -1,4 +1,4 @@
-"""`local-rerank serve` with a model that takes a fixed time for each token, so that tests can overload it.
+"""`local-rerank serve` whose model takes a fixed time per token, so that tests can overload it.
 
 python -m tests.server.slow_server MILLISECONDS_PER_1000_TOKENS [options of serve]
 """

@@ -1,4 +1,4 @@
-"""gunicorn with uvicorn's workers, as real processes: each worker answers, with the scores of a plain Reranker."""
+"""The ASGI application under gunicorn, in real processes, and in forked children."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DOCUMENTS = ["Rome is in Italy", "Paris is the capital of France"]
 BODY = {"model": "any", "query": "capital of France", "documents": DOCUMENTS}
 CLOSE = 1e-5  # of scores
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gunicorn forks; which worker answers is read in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gunicorn forks, and /proc tells which worker answers")
 
 
 @pytest.fixture(autouse=True)
-def _only_these_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("LOCAL_RERANK_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_RERANK_THREADS", "1")
@@ -47,7 +47,7 @@ def _only_these_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Gunicorn:
-    """A running gunicorn, whose workers are ready one by one."""
+    """A running gunicorn."""
 
     def __init__(self, log: Path, num_workers: int, *options: str) -> None:
         self.log, self.num_workers = log, num_workers
@@ -63,7 +63,7 @@ class Gunicorn:
         return self.log.read_text(encoding="utf-8")
 
     def answers(self) -> dict[int, list[float]]:
-        """What each worker answers, by its process; asks until all have."""
+        """The scores of each worker by its pid; sends requests until all have answered."""
         answers: dict[int, list[float]] = {}
         end = time.monotonic() + START_SECONDS
         while len(answers) < self.num_workers:
@@ -132,7 +132,7 @@ def check(server: Gunicorn, reranker: Reranker) -> None:
 
 
 def test_gunicorn_with_preload(tmp_path: Path, nano: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers share the built-in model, which each of them tests."""
+    """Workers share the weights of the built-in model."""
     monkeypatch.setenv("LOCAL_RERANK_INSECURE", "true")
     with gunicorn(tmp_path / "log", 2, "--preload") as server:
         check(server, nano)
@@ -141,7 +141,7 @@ def test_gunicorn_with_preload(tmp_path: Path, nano: Reranker, monkeypatch: pyte
 def test_gunicorn_without_preload(
     tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker loads a model of its own."""
+    """Each worker loads its own model."""
     options = {"MODEL": str(tiny_checkpoint), "DEVICE": "cpu", "NO_SELF_TEST": "true", "INSECURE": "true"}
     for name, value in options.items():
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
@@ -156,30 +156,28 @@ def test_gunicorn_without_preload(
         ({"MAX_DOCUMENT": "3"}, "LOCAL_RERANK_MAX_DOCUMENT is no option's variable"),
         ({"MAX_DOCUMENTS": "many"}, "MAX_DOCUMENTS"),
         ({"MAX_DOCUMENTS": "0", "INSECURE": "true"}, "max_documents is 0"),
-        ({"RAY": "true", "INSECURE": "true"}, "ray is set"),
+        ({"RAY": "true", "INSECURE": "true"}, "ray is not supported here"),
     ],
 )
-def test_a_wrong_setting_ends_the_start_and_is_named(
-    variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_variable_is_named(variables: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
     with pytest.raises(ConfigError, match=named):
         asgi.create()
 
 
-def test_the_documents_name_what_there_is() -> None:
+def test_the_documents_name_existing_functions() -> None:
     root = Path(__file__).parents[2]
     pages = [(root / name).read_text(encoding="utf-8") for name in ("docs/operations.md", "CHANGELOG.md")]
     for page in (*pages, asgi.__doc__ or ""):
         assert set(re.findall(r"(?:local_rerank_server\.asgi|and `):(\w+)", page)) == {"app", "create"}
     assert callable(asgi.create)
     with pytest.raises(ConfigError, match="no LOCAL_RERANK_API_KEY"):
-        _ = asgi.app  # made as it is asked for
+        _ = asgi.app  # created on first access
 
 
 @pytest.mark.parametrize("path", ["/health", "/behind/health"])
-def test_the_path_of_a_proxy_may_come_or_be_cut_off(path: str) -> None:
+def test_the_root_path_is_optional_in_requests(path: str) -> None:
     async def get() -> int:
         app = create_app(ServerState(ServerConfig(root_path="/behind")), ApiKeys({}))
         async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
@@ -189,7 +187,7 @@ def test_the_path_of_a_proxy_may_come_or_be_cut_off(path: str) -> None:
 
 
 def _post(state: ServerState) -> tuple[int, Any, int]:
-    """Status, body, and the requests that this process has counted."""
+    """Status, body, and the number of requests in the metrics."""
 
     async def post() -> tuple[int, Any, int]:
         transport = ASGITransport(create_app(state, ApiKeys({})))
@@ -202,21 +200,25 @@ def _post(state: ServerState) -> tuple[int, Any, int]:
     return asyncio.run(post())
 
 
-def test_an_application_made_before_a_fork_answers_and_counts_for_itself(tiny_reranker: Reranker) -> None:
+def test_an_application_created_before_a_fork_works_in_the_child_with_its_own_counters(tiny_reranker: Reranker) -> None:
     state = ServerState(ServerConfig())
     state.serve(tiny_reranker)
-    for number in (1, 3):  # the page of metrics is a request too
+    for number in (1, 3):  # GET /metrics is counted too
         assert _post(state)[2] == number
-    with state.admitted():
-        status, body, num_requests = in_child(lambda: (*_post(state)[:2], state.num_admitted))
+    with state.admission.admitted():
+        status, body, num_requests = in_child(lambda: (*_post(state)[:2], state.admission.num_requests))
     assert (status, num_requests) == (200, 0)
     assert scores_of(body) == pytest.approx(expected_of(tiny_reranker), abs=CLOSE)
     assert in_child(lambda: _post(state))[2] == 1
 
 
-def test_an_application_whose_model_a_child_cannot_use_answers_503(tiny_checkpoint: Path) -> None:
-    with Reranker(str(tiny_checkpoint), device="cpu") as reranker:
-        reranker._start(reranker.engine, replace(reranker.info, device="cuda:0"))
+def test_a_child_that_cannot_use_the_model_answers_503(
+    tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny_reranker.engine, replace(tiny_reranker.info, device="cuda:0")
+    monkeypatch.setattr("local_rerank.reranker.load", lambda *_, **__: loaded)
+    monkeypatch.setattr("local_rerank.reranker.make_plan", lambda *_: None)
+    with Reranker(str(tiny_checkpoint)) as reranker:
         state = ServerState(ServerConfig())
         state.serve(reranker)
         status, body, _ = in_child(lambda: _post(state))

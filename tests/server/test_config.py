@@ -1,4 +1,4 @@
-"""A wrong setting stops the start and is named; the defaults are the documented ones."""
+"""Validation of options, their defaults, and API keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from local_rerank.errors import ConfigError
 from local_rerank.types import Limits
-from local_rerank_server.config import _LEAST, ServerConfig
+from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
 
 
@@ -24,20 +24,19 @@ from local_rerank_server.keys import ApiKeys
         ({"drain_seconds": -1}, "drain_seconds is -1"),
         ({"max_documents": 0}, "max_documents is 0"),
         ({"max_documents": 100_001}, "max_documents is 100001; it must be at most 100000"),
-        ({"max_query_chars": 0}, "max_query_chars is 0"),
-        ({"dashscope_max_request_tokens": 0}, "dashscope_max_request_tokens is 0"),
+        ({"max_request_tokens": 0}, "max_request_tokens is 0"),
+        ({"client_timeout_seconds": 0}, "client_timeout_seconds is 0"),
         ({"root_path": "rerank"}, "root_path is 'rerank'"),
-        ({"ssl_certfile": Path("cert.pem")}, "ssl_certfile and ssl_keyfile go together"),
+        ({"ssl_certfile": Path("cert.pem")}, "only one of ssl_certfile and ssl_keyfile is set"),
         ({"api_key": ("",)}, "api_key is empty"),
         ({"api_key": ("name:",)}, "api_key is empty"),
         ({"key_requests_per_minute": 0}, "key_requests_per_minute is 0"),
-        ({"max_total_body_bytes": 100}, "max_total_body_bytes is 100; it must be at least max_body_bytes"),
         ({"host": "0.0.0.0"}, "host 0.0.0.0 can be reached from other machines"),
         ({"host": "::"}, "host :: can be reached from other machines"),
         ({"host": "example.com"}, "host example.com can be reached from other machines"),
     ],
 )
-def test_a_wrong_setting_is_named(options: dict[str, Any], named: str) -> None:
+def test_an_invalid_option_is_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ServerConfig(**options)
 
@@ -54,7 +53,7 @@ def test_a_wrong_setting_is_named(options: dict[str, Any], named: str) -> None:
         {"host": "0.0.0.0", "uds": Path("socket")},
     ],
 )
-def test_only_a_host_beyond_this_machine_needs_a_key(options: dict[str, Any]) -> None:
+def test_hosts_that_only_this_machine_reaches_need_no_key(options: dict[str, Any]) -> None:
     ServerConfig(**options)
 
 
@@ -63,33 +62,38 @@ def test_limits_are_the_hosted_ones_on_dashscope_and_larger_elsewhere() -> None:
     texts = {"max_query_chars": 300_000, "max_instruction_chars": 50_000}
     hosted = {"max_documents": 500, "max_document_chars": 300_000, "max_request_tokens": 120_000}
     larger = {"max_documents": 1000, "max_document_chars": 2_000_000, "max_request_tokens": 500_000}
-    assert config.dashscope_limits == Limits(**texts, **hosted)
+    assert config.dashscope_route_limits == Limits(**texts, **hosted)
     assert config.limits == Limits(**texts, **larger)
+    server = ServerConfig(dashscope_limits="server", max_documents=7)
+    assert server.dashscope_route_limits == server.limits == Limits(**texts, **larger | {"max_documents": 7})
     strict = ServerConfig(strict=True)
     assert not strict.limits.allow_empty_documents
-    assert not strict.dashscope_limits.allow_empty_documents
+    assert not strict.dashscope_route_limits.allow_empty_documents
 
 
-def test_every_numeric_option_has_a_least_value() -> None:
-    kinds = get_type_hints(ServerConfig)
-    numeric = {field.name for field in dataclasses.fields(ServerConfig) if kinds[field.name] in (int, int | None)}
-    assert set(_LEAST) == numeric
+def test_every_numeric_option_has_a_minimum() -> None:
+    types = get_type_hints(ServerConfig)
+    numeric = [field.name for field in dataclasses.fields(ServerConfig) if types[field.name] in (int, int | None)]
+    assert "port" in numeric
+    for name in numeric:
+        with pytest.raises(ConfigError, match=f"{name} is -1; it must be at least"):
+            ServerConfig(**{name: -1})
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "no colon\n", ":key\n", "name:\n", "a:x\na:y\n"])
-def test_a_key_file_without_well_formed_keys_stops_the_start(text: str, tmp_path: Path) -> None:
+def test_a_malformed_key_file_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match="api_key_file"):
         ApiKeys.from_config(ServerConfig(api_key_file=file))
 
 
-def test_a_key_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
+def test_an_unreadable_key_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         ApiKeys.from_config(ServerConfig(api_key_file=tmp_path / "nothing"))
 
 
-def test_a_key_is_known_by_its_name(tmp_path: Path) -> None:
+def test_check_returns_the_name_of_a_key(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("anna: sesame\n", encoding="utf-8")
     keys = ApiKeys.from_config(ServerConfig(api_key=("open", "bert:door"), api_key_file=file))
@@ -100,8 +104,8 @@ def test_a_key_is_known_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [("anna:x", "anna:y"), ("anna:x",)])
-def test_two_keys_of_one_name_stop_the_start(given: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_keys_of_one_name_are_refused(given: tuple[str, ...], tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("anna: sesame\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="key 'anna'"):
+    with pytest.raises(ConfigError, match="'anna'; names must be unique"):
         ApiKeys.from_config(ServerConfig(api_key=given, api_key_file=file))

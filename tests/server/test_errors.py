@@ -1,4 +1,4 @@
-"""Each error of the tree has one status, and each dialect answers each error in its own shape."""
+"""The status of each error, and its shape in each dialect."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def tree(root: type[LocalRerankError]) -> set[type[LocalRerankError]]:
     return {root}.union(*(tree(child) for child in root.__subclasses__()))
 
 
-def test_every_class_of_the_tree_but_its_root_has_a_status() -> None:
+def test_every_error_class_has_a_status() -> None:
     assert set(STATUS) == tree(LocalRerankError) - {LocalRerankError}
 
 
-def test_every_class_with_a_status_has_a_sample_here() -> None:
+def test_every_error_class_has_a_sample_here() -> None:
     assert set(SAMPLES) == set(STATUS)
 
 
-def test_statuses_that_a_dialect_changes_are_those_of_its_contract() -> None:
+def test_only_dashscope_and_tei_override_statuses() -> None:
     hosted = {errors.MethodNotAllowed: 400, library_errors.DeadlineExceeded: 500}
     changed = {dialect.name: dict(dialect.status) for dialect in DIALECTS if dialect.status}
     tei = changed.pop("Text Embeddings Inference")
@@ -116,7 +116,6 @@ async def test_each_dialect_answers_each_error_in_its_shape(dialect: Dialect, se
 @pytest.mark.anyio
 @pytest.mark.parametrize("dialect", RANKING, ids=lambda dialect: dialect.name)
 async def test_an_error_has_the_dialects_shape_on_every_path(dialect: Dialect, serve: Serve) -> None:
-    """Those that it shares with others too."""
     kind = library_errors.Overloaded
     async with serve(HeldRanker(error=SAMPLES[kind])) as client:
         for path, example in requests(dialect):
@@ -126,7 +125,7 @@ async def test_an_error_has_the_dialects_shape_on_every_path(dialect: Dialect, s
 
 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
-def test_each_dialect_words_each_error(dialect: Dialect) -> None:
+def test_each_dialect_renders_each_error(dialect: Dialect) -> None:
     for kind in STATUS:
         body = dict(dialect.render_error(SAMPLES[kind], STATUS[kind], "the-id"))
         check_shape(dialect, body)
@@ -136,7 +135,7 @@ def test_each_dialect_words_each_error(dialect: Dialect) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("dialect", RANKING, ids=lambda dialect: dialect.name)
-async def test_each_dialect_names_a_field_that_is_missing_or_wrong(dialect: Dialect, serve: Serve) -> None:
+async def test_each_dialect_refuses_missing_and_invalid_fields(dialect: Dialect, serve: Serve) -> None:
     missing, invalid = (dialect.status.get(kind, STATUS[kind]) for kind in (errors.MissingField, errors.InvalidField))
     async with serve(HeldRanker()) as client:
         for path, example in requests(dialect):
@@ -151,8 +150,7 @@ async def test_each_dialect_names_a_field_that_is_missing_or_wrong(dialect: Dial
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("dialect", RANKING, ids=lambda dialect: dialect.name)
-async def test_before_a_body_is_read_the_path_decides_the_shape(dialect: Dialect, serve: Serve) -> None:
-    """A missing or wrong key, a body that is no JSON or not UTF-8, too large, declared as something else; a GET."""
+async def test_without_a_readable_body_the_path_decides_the_shape(dialect: Dialect, serve: Serve) -> None:
     async with serve(HeldRanker(), api_key=("secret",), max_body_bytes=1000) as client:
         for path, _ in requests(dialect):
             owner = dialect_at(path)
@@ -204,19 +202,19 @@ async def test_an_unknown_path_elsewhere_lists_the_endpoints(serve: Serve) -> No
         ("/", "Housekeeping"),
     ],
 )
-def test_a_path_is_a_dialects_if_it_lies_under_its_prefix(path: str, name: str) -> None:
+def test_dialect_at_finds_the_longest_prefix(path: str, name: str) -> None:
     assert dialect_at(path).name == name
 
 
 @pytest.mark.anyio
-async def test_no_path_is_answered_by_a_redirect(serve: Serve) -> None:
+async def test_no_path_redirects(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         for path in ("/health/", "/docs/", "/api/v1/", "http://test//health", "/info/"):
             assert (await client.get(path)).status_code == 404
 
 
 @pytest.mark.anyio
-async def test_an_exception_nobody_foresaw_is_an_internal_error_in_the_dialects_shape(
+async def test_an_unexpected_exception_is_an_internal_error_in_the_dialects_shape(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(HeldRanker(error=ZeroDivisionError("a secret"))) as client:  # type: ignore[arg-type]
@@ -230,11 +228,11 @@ async def test_an_exception_nobody_foresaw_is_an_internal_error_in_the_dialects_
     assert response.headers["x-request-id"] in failures[0].getMessage()
     assert "ZeroDivisionError" in failures[0].getMessage()
     assert "tests/server/conftest.py" in failures[0].getMessage(), "where it was raised"
-    assert "secret" not in caplog.text, "its words may quote the request"
+    assert "secret" not in caplog.text, "its message may quote the request"
 
 
 @pytest.mark.anyio
-async def test_while_the_model_loads_ranking_is_unavailable_and_so_is_the_list_of_models(serve: Serve) -> None:
+async def test_ranking_and_models_answer_503_while_the_model_loads(serve: Serve) -> None:
     async with serve(None) as client:
         body = {"model": "anything", "query": "q", "documents": ["d"]}
         response = await client.post("/compatible-api/v1/reranks", json=body)
@@ -243,7 +241,7 @@ async def test_while_the_model_loads_ranking_is_unavailable_and_so_is_the_list_o
 
 
 def requests(dialect: Dialect) -> list[tuple[str, dict[str, Any]]]:
-    """Each path where the dialect ranks, with each of its documented requests."""
+    """Each ranking path of a dialect with each of its examples."""
     routes = [route for own, router in ROWS if own is dialect for route in router.routes]
     return [
         (route.path, example)
@@ -253,8 +251,9 @@ def requests(dialect: Dialect) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def test_every_dialect_that_ranks_is_walked() -> None:
+def test_the_tests_cover_every_ranking_dialect() -> None:
     assert {dialect.name for dialect in DIALECTS} - {dialect.name for dialect in RANKING} == {
+        "Documentation",
         "Housekeeping",
         "Playground",
         "Xinference",
@@ -262,7 +261,7 @@ def test_every_dialect_that_ranks_is_walked() -> None:
 
 
 def check_shape(dialect: Dialect, body: dict[str, Any]) -> None:
-    """The body is of the dialect's error model, without any key beside it but, for an unknown path, `endpoints`."""
+    """The body has exactly the fields of the dialect's error model and, for an unknown path, `endpoints`."""
     shape = strictly(dialect.error_model)
     shape.validate_python({name: value for name, value in body.items() if name != "endpoints"})
 

@@ -1,6 +1,6 @@
-"""Every golden request gets its golden response: keys, their order, texts and status; scores as the library gives them.
+"""Golden requests and responses: status, keys, their order, and texts.
 
-A response's `$name` is filled in from the library's own result, so that no model's scores are frozen here.
+`$name` in a response stands for a value of the library's result, so the files contain no scores of a model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ async def test_golden_request_gets_golden_response(path: Path, serve: Serve, tin
     values = {"model": tiny_reranker.model_id, "request_id": response.headers["x-request-id"]}
     result = rank(tiny_reranker, case["library"]) if "library" in case else None
     expected = fill(case["response"]["body"], values, result)
-    assert masked(response.json()) == masked(expected)  # as text: the order of keys counts
+    assert masked(response.json()) == masked(expected)  # compared as text, which includes the order of keys
     assert list(numbers(response.json())) == pytest.approx(list(numbers(expected)), rel=1e-5)
 
 
 def test_every_dialect_has_golden_files() -> None:
     modules = {router.routes[0].endpoint.__module__.rpartition(".")[2] for _, router in ROWS}  # type: ignore[attr-defined]
-    assert {path.parent.name for path in CASES} == modules - {"playground"}, "a page, which a browser tests"
+    assert {path.parent.name for path in CASES} == modules - {"_files", "docs"}, "tests/playground tests the pages"
 
 
 async def send(client: AsyncClient, request: dict[str, Any]) -> Response:

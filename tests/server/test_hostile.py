@@ -166,7 +166,7 @@ def test_a_body_that_is_all_structure_is_refused_before_it_costs_anything(dialec
         answer = post(client, path, f'{usual[:-1]}, "more": [{",".join([item] * most)}, 1]}}')
         check(answer, None, statuses=(400,))
         if path == LOCAL:
-            assert f"at most {most} are read" in message_of(answer.json())
+            assert f"at most {most} are allowed" in message_of(answer.json())
     check(post(client, path, usual.replace('["a", "b"]', json.dumps([""] * 100_001))), None, statuses=(400, 422))
 
 

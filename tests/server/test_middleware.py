@@ -1,4 +1,4 @@
-"""Before any route: ids, keys, body limits, draining, and the log line."""
+"""Request ids, API keys, body limits, draining, and the access log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCAL = "/v1/local/rank"
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-async def test_every_answer_has_an_id_of_its_own(serve: Serve) -> None:
+async def test_every_response_has_a_unique_id(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         answers = [await client.get(path) for path in ("/health", "/docs", "/nothing", NATIVE, "/v1/models")]
     ids = [answer.headers["x-request-id"] for answer in answers]
@@ -52,7 +52,7 @@ async def test_a_missing_or_wrong_key_is_401_in_the_dialects_shape(
     assert local.json()["error"]["type"] in ("MissingApiKey", "InvalidApiKey")
 
 
-async def test_each_key_of_options_and_file_opens_the_door(serve: Serve, tmp_path: Path) -> None:
+async def test_each_key_of_options_and_file_is_accepted(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# who: what\n\nanna: first-key\nbert:schlüssel\n", encoding="utf-8")
     async with serve(HeldRanker(), api_key=("a", "b"), api_key_file=file) as client:
@@ -63,7 +63,7 @@ async def test_each_key_of_options_and_file_opens_the_door(serve: Serve, tmp_pat
         assert (await client.get("/v1/models", headers={"Authorization": "Bearer anna"})).status_code == 401
 
 
-async def test_health_and_readiness_need_no_key_and_all_else_does(serve: Serve) -> None:
+async def test_only_the_playground_and_probes_need_no_key(serve: Serve) -> None:
     async with serve(HeldRanker(), api_key=("secret",)) as client:
         open_paths = [path for path in paths(client) if (await client.get(path)).status_code != 401]
     assert set(open_paths) == {"/", "/health", "/healthz", "/ping", "/ready", "/v1/cluster/auth"}
@@ -104,7 +104,7 @@ async def test_a_body_of_exactly_the_limit_is_read(serve: Serve) -> None:
     assert answer.status_code == 400
 
 
-async def test_while_draining_new_requests_are_refused_and_health_still_answers(serve: Serve) -> None:
+async def test_while_draining_requests_are_refused_and_health_answers(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         client.state.drain()  # type: ignore[attr-defined]
         ranked = await client.post(NATIVE, json={})
@@ -114,7 +114,7 @@ async def test_while_draining_new_requests_are_refused_and_health_still_answers(
     assert health.status_code == 200
 
 
-async def test_a_root_path_is_taken_off_whether_or_not_the_proxy_did_so(serve: Serve) -> None:
+async def test_a_root_path_is_optional_in_requests(serve: Serve) -> None:
     async with serve(HeldRanker(), root_path="/rerank", api_key=("secret",)) as client:
         for prefix in ("", "/rerank"):
             assert (await client.get(f"{prefix}/health")).status_code == 200
@@ -123,7 +123,7 @@ async def test_a_root_path_is_taken_off_whether_or_not_the_proxy_did_so(serve: S
         assert (await client.get("/rerankhealth", headers={"Authorization": "Bearer secret"})).status_code == 404
 
 
-async def test_the_log_has_a_line_per_request_with_its_id_and_without_its_text(
+async def test_the_access_log_has_one_line_per_request_without_its_texts(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -135,6 +135,19 @@ async def test_the_log_has_a_line_per_request_with_its_id_and_without_its_text(
     assert lines[0].startswith(f"POST {NATIVE}\\nforged line 404 ")
     assert lines[0].endswith(f"id={answer.headers['x-request-id']}")
     assert "secret" not in caplog.text
+
+
+async def test_the_access_log_has_key_error_and_id(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with serve(HeldRanker(), api_key=("anna:a",)) as client:
+        answer = await client.post(LOCAL, json={}, headers={"Authorization": "Bearer a"})
+    (record,) = [record for record in caplog.records if record.name == "local_rerank_server.middleware"]
+    request_id = answer.headers["x-request-id"]
+    assert record.getMessage().endswith(f" ms key=anna error=MissingField id={request_id}")
+    fields = record.__dict__
+    assert (fields["request_id"], fields["status"], fields["key"], fields["error"]) == (
+        request_id, 400, "anna", "MissingField",
+    )  # fmt: skip
 
 
 def paths(client: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""How the files of the page at `/` are served; tests/playground has what they do in a browser."""
+"""Serving the files of the playground; tests/playground runs them in a browser."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import re
 
 import pytest
 
-from local_rerank_server.dialects.playground import FOLDER, MEDIA_TYPES, PATHS
+from local_rerank_server.dialects._files import MEDIA_TYPES
+from local_rerank_server.dialects.playground import FILES, FOLDER
 from tests.server.conftest import HeldRanker, Serve
 
 pytestmark = pytest.mark.anyio
 OWN_ASSETS = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
 
 
-async def test_every_file_is_served_without_a_key_and_under_the_policy(serve: Serve) -> None:
+async def test_every_file_is_served_without_a_key_and_with_the_policy(serve: Serve) -> None:
     async with serve(HeldRanker(), api_key=("secret",)) as client:
-        for path, name in PATHS.items():
+        for path, file in FILES.items():
             answer, head = await client.get(path), await client.head(path)
-            assert answer.content == (FOLDER / name).read_bytes()
-            assert answer.headers["content-type"].split(";")[0] == MEDIA_TYPES[(FOLDER / name).suffix]
+            assert answer.content == file.read_bytes()
+            assert answer.headers["content-type"].split(";")[0] == MEDIA_TYPES[file.suffix]
             policy = answer.headers["content-security-policy"]
             assert policy.startswith(OWN_ASSETS)
             assert "require-trusted-types-for 'script'" in policy
@@ -29,11 +30,11 @@ async def test_every_file_is_served_without_a_key_and_under_the_policy(serve: Se
         assert (await client.get("/playground/../errors.py")).status_code == 401
 
 
-async def test_nothing_in_the_folder_is_left_out(serve: Serve) -> None:
-    assert set(PATHS.values()) == {path.name for path in FOLDER.iterdir()}
+async def test_every_file_of_the_folder_is_served(serve: Serve) -> None:
+    assert set(FILES.values()) == set(FOLDER.iterdir())
 
 
-async def test_the_page_works_below_a_proxys_path_and_names_no_other_server(serve: Serve) -> None:
+async def test_the_page_works_under_a_root_path_and_names_no_other_server(serve: Serve) -> None:
     async with serve(HeldRanker(), root_path="/rerank") as client:
         page = (await client.get("/rerank/")).text
         names = re.findall(r"""(?:src|href)="([^"#]+)""", page)

@@ -1,4 +1,4 @@
-"""The server as a process of its own, over real sockets: start, limits, clients that leave, and stopping."""
+"""The server process over real sockets: start, limits, disconnecting clients, and shutdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
 
 
 class Server:
-    """A running server and what it has said so far."""
+    """A running server and its output."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
@@ -55,13 +55,13 @@ class Server:
 def until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 @contextmanager
 def started(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """`python -m ARGUMENTS`, ended when the block ends, whatever happened in it."""
+    """`python -m ARGUMENTS`, killed when the block ends."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -77,13 +77,13 @@ def started(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
 
 
 def options(checkpoint: Path) -> list[str]:
-    """The weights are random, so the self-test would rightly fail."""
+    """Without the self-test, which random weights fail."""
     return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--no-self-test"]
 
 
 @contextmanager
 def held(folder: Path, checkpoint: Path, *more: str) -> Iterator[tuple[Server, Path, Client]]:
-    """A ready server whose model waits while the yielded file is there, and a client of it."""
+    """A ready server whose model blocks while the yielded file exists, and a client."""
     hold = folder / "hold"
     arguments = ["tests.server.held_server", str(hold), *options(checkpoint), "--port", "0", *more]
     with started(folder / "log", *arguments) as server:
@@ -99,7 +99,7 @@ def body(num_documents: int = 1) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A plain server, handed over as soon as it has bound its port."""
+    """A server that listens but may still load its model."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["local_rerank", "serve", *options(tiny_checkpoint), "--port", "0", "--max-body-bytes", "100000"]
     with started(log, *arguments) as running:
@@ -107,7 +107,7 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-def test_health_answers_before_the_model_is_loaded_and_readiness_tells_when_it_is(server: Server) -> None:
+def test_health_answers_before_and_ready_after_the_model_is_loaded(server: Server) -> None:
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
         assert client.get("/health").status_code == 200
         assert (client.get("/ready").status_code, client.get("/ready").json()) == (503, {"status": "loading"})
@@ -117,7 +117,7 @@ def test_health_answers_before_the_model_is_loaded_and_readiness_tells_when_it_i
         assert client.post(NATIVE, json=body()).status_code == 200
 
 
-def test_the_console_shows_the_model_the_address_and_a_request_that_works(server: Server) -> None:
+def test_the_console_shows_the_model_and_a_working_curl_command(server: Server) -> None:
     server.wait_for("curl ")
     assert "model: tiny-reranker (folder), cpu, fp32" in server.output
     line = next(line for line in server.output.splitlines() if line.startswith("curl "))
@@ -125,7 +125,7 @@ def test_the_console_shows_the_model_the_address_and_a_request_that_works(server
     assert b'"relevance_score"' in answer.stdout
 
 
-def test_a_body_that_declares_itself_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+def test_a_content_length_over_the_limit_is_refused_before_the_body_is_sent(server: Server) -> None:
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
         head = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
@@ -134,7 +134,7 @@ def test_a_body_that_declares_itself_too_large_is_refused_before_it_is_sent(serv
     assert b'"request_id"' in answer
 
 
-def test_a_client_that_sends_too_much_all_the_same_can_read_why(server: Server) -> None:
+def test_a_client_that_sends_too_large_a_body_can_read_the_error(server: Server) -> None:
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
         for content in (b"[" * 5_000_000, iter([b"[" * 50_000] * 100)):
             answer = client.post(NATIVE, content=content, headers={"Content-Type": "application/json"})
@@ -142,7 +142,7 @@ def test_a_client_that_sends_too_much_all_the_same_can_read_why(server: Server) 
             assert "at most 100000 bytes" in answer.json()["message"]
 
 
-def test_one_connection_serves_many_requests_errors_among_them(server: Server) -> None:
+def test_one_connection_serves_many_requests_including_errors(server: Server) -> None:
     server.wait_for("ready: ")
     host, port = server.address.removeprefix("http://").split(":")
     requests = [
@@ -154,7 +154,7 @@ def test_one_connection_serves_many_requests_errors_among_them(server: Server) -
     assert statuses == [200, 400, 400] * 3
 
 
-def test_a_body_that_stops_half_way_harms_nobody_else(server: Server) -> None:
+def test_an_incomplete_body_does_not_affect_other_requests(server: Server) -> None:
     server.wait_for("ready: ")
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
@@ -164,8 +164,8 @@ def test_a_body_that_stops_half_way_harms_nobody_else(server: Server) -> None:
         assert client.post(NATIVE, json=body()).status_code == 200
 
 
-def test_an_offer_to_speak_http_2_is_passed_over_and_the_body_is_read(server: Server) -> None:
-    """Java's HttpClient makes this offer on plain http; a parser that stops at it loses the body."""
+def test_an_upgrade_to_http_2_is_ignored_and_the_body_is_read(server: Server) -> None:
+    """Java's HttpClient sends `Upgrade: h2c`; some parsers lose the body then."""
     server.wait_for("ready: ")
     host, port = server.address.removeprefix("http://").split(":")
     content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}'
@@ -175,20 +175,20 @@ def test_an_offer_to_speak_http_2_is_passed_over_and_the_body_is_read(server: Se
         assert status_of(exchange(connection, request.encode())) == 200
 
 
-def test_a_port_in_use_ends_the_process_with_one_line(server: Server) -> None:
+def test_a_port_in_use_is_reported_in_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
     arguments = [sys.executable, "-m", "local_rerank", "serve", "--port", port]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=WAIT_SECONDS)
     check_one_line(ended, f"cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert_one_line("serve", "--port", "0", "--model", str(empty), says="empty")
 
 
-def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
+def test_an_invalid_option_is_reported_in_one_line(tmp_path: Path) -> None:
     assert_one_line("serve", "--host", "0.0.0.0", says="no api_key is set")
     assert_one_line("serve", "--port", "0", "--api-key-file", "nowhere", says="api_key_file nowhere")
     key = tmp_path / "key.pem"
@@ -197,7 +197,7 @@ def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
     assert_one_line("serve", "--port", "0", *tls, says="cannot be used")
 
 
-def test_a_client_that_leaves_frees_its_work_and_sigterm_lets_accepted_requests_finish(
+def test_a_disconnect_cancels_its_work_and_sigterm_finishes_admitted_requests(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with held(tmp_path, tiny_checkpoint) as (server, hold, client), ThreadPoolExecutor() as pool:
@@ -210,7 +210,7 @@ def test_a_client_that_leaves_frees_its_work_and_sigterm_lets_accepted_requests_
         late = client.post(NATIVE, json=body(5), headers={"X-Request-Timeout-Ms": "100"})
         assert (late.status_code, late.json()["code"]) == (500, "RequestTimeOut")
         assert late.headers["x-should-retry"] == "false"
-        assert client.get("/health").elapsed.total_seconds() < 1  # the loop is free while the model is held
+        assert client.get("/health").elapsed.total_seconds() < 1  # the event loop is free while the model blocks
         hold.unlink()
         assert first.result(WAIT_SECONDS).status_code == 200
         assert client.post(NATIVE, json=body(3)).status_code == 200
@@ -231,10 +231,9 @@ def test_a_client_that_leaves_frees_its_work_and_sigterm_lets_accepted_requests_
 
 
 @pytest.mark.parametrize(("signals", "drain_seconds"), [(2, 600), (1, 1)])
-def test_a_second_signal_ends_at_once_and_so_does_the_end_of_the_drain_time(
+def test_a_second_signal_or_the_drain_timeout_stops_the_server(
     signals: int, drain_seconds: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Where the signals come while a request waits for the model."""
     with held(tmp_path, tiny_checkpoint, "--drain-seconds", str(drain_seconds)) as (server, hold, client):
         hold.touch()
         with ThreadPoolExecutor() as pool:
@@ -260,21 +259,21 @@ def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path
             assert client.post(NATIVE, json=body()).status_code == 401
             allowed = client.post(NATIVE, json=body(), headers={"Authorization": "Bearer secret"})
             assert allowed.status_code == 200
-            page = client.get("/docs", headers={"Authorization": "Bearer secret"})
-            assert f"http://local/rerank{NATIVE}" in page.text
+            document = client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+            assert document["servers"] == [{"url": "/rerank"}]
         assert_one_line("serve", "--uds", str(path), says="Address already in use")
         assert server.stop() == 0
     assert not path.exists()
 
 
-def test_a_plain_file_is_not_removed_for_a_socket(tmp_path: Path) -> None:
+def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
     assert_one_line("serve", "--uds", str(path), says="cannot listen on")
     assert path.read_text() == "mine"
 
 
-def test_tls_is_spoken_with_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_tls_uses_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -285,12 +284,12 @@ def test_tls_is_spoken_with_the_given_certificate(tiny_checkpoint: Path, tmp_pat
         trust = ssl.create_default_context(cafile=str(certificate))
         with Client(base_url=server.address, verify=trust, timeout=WAIT_SECONDS) as client:
             assert client.get("/health").status_code == 200
-        server.process.send_signal(signal.SIGTERM)  # while it loads: nothing to wait for
+        server.process.send_signal(signal.SIGTERM)  # the model may still be loading
         assert server.process.wait(20) == 0
 
 
 def assert_one_line(*arguments: str, says: str) -> None:
-    """`local-rerank ARGUMENTS`, in this process, ends with a status that is not 0 and one line on standard error."""
+    """`local-rerank ARGUMENTS`, run in this process, fails with one line on standard error."""
     with mock.patch("local_rerank_server.process.set_up_logging"):  # logging here is pytest's
         check_one_line(command(*arguments), says)
 

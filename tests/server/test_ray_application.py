@@ -140,10 +140,10 @@ def test_a_range_of_replicas_follows_the_queue_and_a_number_does_not(
     from local_rerank_server.ray_serve.replica import _deployment
 
     config = ServerConfig(ray=True, replicas=replicas)
-    made = _deployment(config.num_replicas, ReplicaResources(num_cpus=1, num_gpus=0), room=5, server_config=config)
+    made = _deployment(config.replica_range, ReplicaResources(num_cpus=1, num_gpus=0), room=5, server_config=config)
     schema = deployment_to_schema(made)
     if bounds is None:
-        assert schema.num_replicas == config.num_replicas.fixed
+        assert schema.num_replicas == config.replica_range.fixed
     else:
         scaling = schema.autoscaling_config
         assert (scaling.min_replicas, scaling.max_replicas) == bounds

@@ -156,7 +156,7 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
         until(lambda: len({process.pid for process in replicas(server)} - {victim.pid}) == 2)
         answers += pool.map(ask, range(8, 10))
     assert [status for status, _ in answers if status != 200] == []
-    assert "the replica was lost" in server.output  # it had work when it died, and that work was sent on
+    assert "the replica died" in server.output  # it had work when it died, and that work was sent on
     for number, (_, answer) in enumerate(answers):
         assert log_odds(answer) == pytest.approx(expected(tiny_reranker, request(number, 300)), abs=TOLERANCE)
 
@@ -198,7 +198,7 @@ def read_answer(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--replicas", "2"], "several engines need --ray"),
+        (["--replicas", "2"], "which needs --ray"),
         (["--ray", "--replicas", "none"], "it must be auto, a number from 1, or a range such as 1-8"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from local_rerank import Reranker
+from local_rerank_server import config
 from local_rerank_server.dialects import (
     cohere,
     dashscope,
@@ -181,9 +182,11 @@ async def test_the_hosted_limits_hold_on_dashscope_and_larger_ones_elsewhere(
 
 @pytest.mark.parametrize("path", ROUTES)
 async def test_a_query_or_an_instruction_of_too_many_characters_is_refused_and_named(
-    path: str, serve: Serve, tiny_reranker: Reranker
+    path: str, serve: Serve, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serve(tiny_reranker, max_query_chars=5, max_instruction_chars=9) as client:
+    monkeypatch.setattr(config, "MAX_QUERY_CHARS", 5)
+    monkeypatch.setattr(config, "MAX_INSTRUCTION_CHARS", 9)
+    async with serve(tiny_reranker) as client:
         name = "instruct" if path in (NATIVE, COMPATIBLE) else "instruction"
         assert (await client.post(path, json=flat(query="é" * 5, **{name: "i" * 9}))).status_code == 200
         for change, words in (

@@ -1,6 +1,6 @@
-"""The dialects, one row each, and whose words an error gets where no route was found.
+"""The table of dialects, their routes, and the dialect of a path without a route.
 
-A new dialect is one file (parse, render, render_error, router) and one row here.
+A new dialect is one module (parse, render, render_error, router) and one row here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from local_rerank_server.dialects import (
     cohere,
     dashscope,
     dashscope_compatible,
+    docs,
     housekeeping,
     llama_cpp,
     local,
@@ -29,7 +30,7 @@ from local_rerank_server.dialects import (
 from local_rerank_server.dialects._route import Dialect, DialectRoute
 from local_rerank_server.dialects._shared_paths import SharedRoute
 
-ROWS = (  # where paths are shared, a body is the first one's that takes it
+ROWS = (  # on a shared path, the first dialect that takes a body answers it
     (dashscope.dialect, dashscope.router),
     (dashscope_compatible.dialect, dashscope_compatible.router),
     (tei.dialect, tei.router),
@@ -43,16 +44,17 @@ ROWS = (  # where paths are shared, a body is the first one's that takes it
     (xinference.dialect, xinference.router),
     (local.dialect, local.router),
     (playground.dialect, playground.router),
+    (docs.dialect, docs.router),
     (housekeeping.dialect, housekeeping.router),
 )
 
 OPEN_PATHS = frozenset(path for dialect, _ in ROWS for path in dialect.open_paths)
-"""Answered without a key, and while the server drains."""
+"""Paths that need no API key and answer while the server drains."""
 
 
 @cache
 def make_routes() -> tuple[BaseRoute, ...]:
-    """Every route of every row; those that share path and method as one. They have no state, so apps share them."""
+    """All routes, with one `SharedRoute` per shared path. Routes have no state, so applications share them."""
     by_path: dict[tuple[str, frozenset[str]], list[DialectRoute]] = {}
     for _, router in ROWS:
         for route in router.routes:
@@ -62,14 +64,14 @@ def make_routes() -> tuple[BaseRoute, ...]:
 
 
 def route_path(http: Request) -> str:
-    """The path as the routes spell it, without the root path that a reverse proxy stands for."""
+    """The request's path without the root path of a reverse proxy."""
     path: str = http.scope["path"]
     root: str = http.scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(root + "/") else path
 
 
 def dialect_at(path: str) -> Dialect:
-    """The dialect with the longest prefix of `path`; housekeeping's generic shape where there is none."""
+    """The dialect with the longest prefix of `path`, or housekeeping if there is none."""
     prefixes = ((prefix, dialect) for dialect, _ in ROWS for prefix in dialect.prefixes)
     matching = [(len(prefix), dialect) for prefix, dialect in prefixes if (path + "/").startswith(prefix + "/")]
     return max(matching, key=lambda match: match[0], default=(0, housekeeping.dialect))[1]

@@ -1,8 +1,8 @@
-"""What DashScope's two surfaces share: parameters, limits, instruction, and the code and words of every error.
+"""What DashScope's two APIs share: parameters, limits, the default instruction, and code and message of every error.
 
-The words are those of the hosted service where they are known. Errors of the algorithm behind it have a house style,
+Messages are those of the hosted service as far as they are known. Errors of its ranking backend have the format
 `<400> InternalError.Algo.InvalidParameter: <what is wrong>: <path of the field>`, and name the nested path of a field
-even where the flat form was sent, because both surfaces stand before the same algorithm.
+even for a flat body, because both APIs share that backend.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from local_rerank_server.errors import (
 )
 
 STATUS: Mapping[type[LocalRerankError], int] = {MethodNotAllowed: 400, DeadlineExceeded: 500}
-"""Where the hosted service's status is not the one of `local_rerank_server.errors.STATUS`."""
+"""Where the hosted service's status differs from `local_rerank_server.errors.STATUS`."""
 
-_PATHS = {
+_NESTED_PATHS = {
     "query": "input.query",
     "documents": "input.documents",
     "top_n": "parameters.top_n",
@@ -59,7 +59,7 @@ _PATHS = {
 }
 _REQUIRED = "Required parameter(s) missing or invalid, please check the request parameters."
 
-_WORDS: Mapping[type[LocalRerankError], tuple[str, str]] = {
+_CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
     MissingApiKey: ("InvalidApiKey", "No API-key provided."),
     InvalidApiKey: ("InvalidApiKey", "Invalid API-key provided."),
     MalformedBody: ("InvalidParameter", "Required body invalid, please check the request body format."),
@@ -77,52 +77,46 @@ _WORDS: Mapping[type[LocalRerankError], tuple[str, str]] = {
     ModelUnavailable: ("ModelUnavailable", "Model is unavailable, please try again later."),
     UnusableAfterFork: ("ModelUnavailable", "Model is unavailable, {0}."),
 }
-_OTHERWISE = ("InternalError", "Internal server error!")
+_UNKNOWN_ERROR = ("InternalError", "Internal server error!")
 
 
 class Parameters(RequestBody):
-    """What may be left out of a request; null means left out."""
+    """The optional fields of a request; null means absent."""
 
-    top_n: Count | None = Field(default=None, description="How many documents to answer; without it, all.")
-    return_documents: Flag | None = Field(default=None, description="Whether to send the documents back.")
+    top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
+    return_documents: Flag | None = Field(default=None, description="Whether to return the documents.")
     instruct: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
 
 
 class Document(TypedDict):
-    """A document that is sent back."""
+    """A document in the response."""
 
     text: str
 
 
 class Result(TypedDict):
-    """One ranked document; `index` is its place in the request."""
+    """One ranked document; `index` is its position in the request."""
 
     document: NotRequired[Document]
     index: int
     relevance_score: float
 
 
-class Usage(TypedDict):
-    """What the hosted service would bill: instruction and query once per document, plus the documents."""
-
-    total_tokens: int
-
-
 def refuse_async(http: Request) -> None:
-    """A dependency: DashScope's asynchronous mode answers later and elsewhere, which no rerank client can read."""
+    """A dependency that refuses DashScope's asynchronous mode, whose responses no rerank client can read."""
     if http.headers.get("x-dashscope-async", "").strip().lower() == "enable":
         raise AsyncNotSupported()
 
 
 def make_request(query: str, documents: list[str], parameters: Parameters, config: ServerConfig) -> RerankRequest:
-    """A blank `instruct` counts as none."""
-    given = (parameters.instruct or "").strip()
+    """The library's request; a blank `instruct` means the default instruction."""
+    has_instruction = (parameters.instruct or "").strip()
     return RerankRequest(
         query=query,
         documents=tuple(documents),
-        instruction=parameters.instruct if given else config.dashscope_instruction,
+        instruction=parameters.instruct if has_instruction else config.dashscope_instruction,
         top_n=parameters.top_n,
-        limits=config.dashscope_limits,
+        limits=config.dashscope_route_limits,
     )
 
 
@@ -137,7 +131,7 @@ def _render_item(item: RankedDocument, return_documents: bool) -> Result:
 
 
 def code_and_message(error: LocalRerankError) -> tuple[str, str]:
-    """How the hosted service names and words an error."""
+    """The hosted service's code and message for an error."""
     match error:
         case MissingField():
             return _missing(error.field)
@@ -146,7 +140,7 @@ def code_and_message(error: LocalRerankError) -> tuple[str, str]:
         case InvalidRequest():
             return "InvalidParameter", _invalid(error)
         case _:
-            code, message = _WORDS.get(type(error), _OTHERWISE)
+            code, message = _CODES_AND_MESSAGES.get(type(error), _UNKNOWN_ERROR)
             return code, message.format(error)
 
 
@@ -186,4 +180,4 @@ def _invalid(error: InvalidRequest) -> str:
 
 def _path(field: str) -> str:
     name, dot, rest = field.partition(".")
-    return _PATHS.get(name, name) + dot + rest
+    return _NESTED_PATHS.get(name, name) + dot + rest

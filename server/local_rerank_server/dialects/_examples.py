@@ -1,4 +1,4 @@
-"""The request that every dialect's page and golden file shows, in that dialect's own form."""
+"""The example request of all dialects, for OpenAPI and the golden files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Field types that forgive what real clients send: every dialect's request model is built from these.
+"""Lenient field types for the request models of all dialects.
 
-Null stands for absent in every optional field, unknown keys of any type are ignored, and lone surrogates, which no
-UTF-8 text can hold, become U+FFFD. What is still wrong is named by its field.
+Null means absent in every optional field, unknown keys are ignored, and lone surrogates, which UTF-8 cannot encode,
+become U+FFFD. Any other invalid value is an error that names its field.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from local_rerank_server.config import MOST_DOCUMENTS
+from local_rerank_server.config import MAX_DOCUMENTS
 
 NOT_TEXT_ERROR = "not_text"
-"""The type of the validation error for an image or a video; its context says which."""
+"""The type of the validation error for an image, video or audio; its context has the kind."""
 
-MOST_FIELD_NAMES = 100  # each is looked for in each document
+MAX_FIELD_NAMES = 100  # each one is looked up in each document
 _NOT_TEXT = ("image", "image_url", "video", "video_url", "audio")
 
 
 class RequestBody(BaseModel):
-    """A JSON object; keys that are not declared are ignored."""
+    """A JSON object; undeclared keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
 class TextObject(TypedDict):
-    """A text as some clients wrap it."""
+    """A text in an object, as some clients send it."""
 
     text: str
 
@@ -49,7 +49,7 @@ def _well_formed(value: Any) -> Any:
         return value
     try:
         value.encode()
-    except UnicodeEncodeError:  # UTF-16 joins the halves that belong together and replaces those that do not
+    except UnicodeEncodeError:  # decoding UTF-16 joins surrogate pairs and replaces lone surrogates
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
@@ -72,15 +72,15 @@ def _document_of(value: Any) -> str | dict[str, Any]:
 
 
 def _well_formed_object(value: dict[str, Any]) -> dict[str, Any]:
-    """It may be sent back, so every string in it must be one that UTF-8 holds."""
+    """Make an object encodable as JSON in UTF-8, because the response may repeat it."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise PydanticCustomError("document_type", "Input is nested too deeply") from None
-    except ValueError:  # 1e999, which Python reads as infinity
-        raise PydanticCustomError("document_type", "Input holds a number that no answer could") from None
-    mended = _well_formed(written)
-    return value if mended is written else dict(json.loads(mended))
+    except ValueError:  # 1e999, which Python parses as infinity
+        raise PydanticCustomError("document_type", "Input contains a number that JSON cannot represent") from None
+    well_formed = _well_formed(written)
+    return value if well_formed is written else dict(json.loads(well_formed))
 
 
 def _refuse_images(value: dict[str, Any]) -> None:
@@ -90,12 +90,12 @@ def _refuse_images(value: dict[str, Any]) -> None:
 
 
 def _at_most(limit: int) -> BeforeValidator:
-    """Before each item is looked at: a million empty texts would hold up every other request."""
+    """Check the length before the items, because validating a million texts would block other requests."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list) and len(value) > limit:
-            what = "List should have at most {limit} items, not {length}"
-            raise PydanticCustomError("too_many", what, {"limit": limit, "length": len(value)})
+            message = "List should have at most {limit} items, not {length}"
+            raise PydanticCustomError("too_many", message, {"limit": limit, "length": len(value)})
         return value
 
     return BeforeValidator(check)
@@ -110,45 +110,45 @@ def _flag_of(value: Any) -> Any:
     return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
-def _object_or_nothing(value: Any) -> Any:
+def _object_or_none(value: Any) -> Any:
     return value if isinstance(value, dict) else None
 
 
 class _FailFast(FailFast):
-    """One wrong item ends the validation; with a hash, which a union with None asks for."""
+    """FailFast with a hash, which a union with None needs."""
 
     __hash__ = object.__hash__
 
 
 String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_type=str)]
-"""A string as it is meant: a name, an instruction."""
+"""A plain string, such as a name or an instruction."""
 
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
-"""A query or a document: a string, or an object with a `text`. An image or a video is refused by name."""
+"""A query or a document: a string, or an object with a `text`. Images, video and audio are refused."""
 
-Texts = Annotated[list[Text], _FailFast(), _at_most(MOST_DOCUMENTS)]
-"""Documents. One that is wrong ends the validation: a million error records would hold up every other request."""
+Texts = Annotated[list[Text], _FailFast(), _at_most(MAX_DOCUMENTS)]
+"""Documents. The first invalid one ends validation, because collecting a million errors would block other requests."""
 
 OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
-"""Texts; one alone is a list of one."""
+"""Texts, or one text."""
 
 Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
-"""A document that may be an object of several fields, which is sent back as it came; `_options.texts_of` reads it."""
+"""A document: a string, or an object that the response repeats; `_options.texts_of` extracts its text."""
 
-Documents = Annotated[list[Document], _FailFast(), _at_most(MOST_DOCUMENTS), BeforeValidator(_in_a_list)]
-"""Such documents; one text alone is a list of one, as vLLM has it."""
+Documents = Annotated[list[Document], _FailFast(), _at_most(MAX_DOCUMENTS), BeforeValidator(_in_a_list)]
+"""Such documents, or one document, which vLLM accepts too."""
 
-FieldNames = Annotated[list[String], _FailFast(), _at_most(MOST_FIELD_NAMES)]
-"""Which fields of document objects are ranked."""
+FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES)]
+"""The fields of document objects to rank."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
-"""A boolean, or its word: at least one client sends "true"."""
+"""A boolean, or "true" or "false", which at least one client sends."""
 
 Count = StrictInt
-"""An integer; a boolean, a float or a digit string is none."""
+"""An integer; booleans, floats and strings are refused."""
 
 CountOrAll = Annotated[StrictInt, Ge(0)]
-"""How many, or up to how many; 0 is the same as leaving it out."""
+"""A count or a limit; 0 means absent."""
 
-IgnoredUnlessObject = BeforeValidator(_object_or_nothing)
-"""Marks an optional object that clients send in other types without meaning anything by it."""
+IgnoredUnlessObject = BeforeValidator(_object_or_none)
+"""Treats values of other types as absent, because some clients send meaningless ones."""

@@ -1,4 +1,4 @@
-"""Reading a body: JSON in UTF-8, declared as such or not declared at all, parsed once."""
+"""Reads a JSON body in UTF-8; a missing Content-Type is accepted."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from starlette.requests import Request
 
 from local_rerank_server.errors import MalformedBody, UnsupportedContent
 
-PARSED_IN_THE_LOOP_BYTES = 256 * 1024  # about 2 ms of JSON parsing; longer bodies are parsed in a thread
-MOST_OF = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
-"""Characters of a body, in its texts or between them. The parser lets no other thread run until it is done: a body of
-nothing but empty lists would stop the server for seconds and fill gigabytes."""
+MAX_INLINE_BYTES = 256 * 1024  # about 2 ms of JSON parsing; larger bodies are parsed in a thread
+MAX_COUNTS = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
+"""Maximum occurrences of a byte in a body. The JSON parser holds the GIL, so a 64 MiB body of empty lists would block
+the server for seconds and allocate gigabytes."""
 
 
 class JsonRequest(Request):
-    """A request that raises `MalformedBody` or `UnsupportedContent` for a body that is no JSON in UTF-8."""
+    """A request whose `json` raises `MalformedBody` or `UnsupportedContent`, and parses the body once."""
 
     async def body(self) -> bytes:
         _check_content(self)
@@ -27,13 +27,13 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             body = await self.body()
-            in_the_loop = len(body) <= PARSED_IN_THE_LOOP_BYTES
-            self._json = parse_json(body) if in_the_loop else await run_in_threadpool(parse_json, body)
+            inline = len(body) <= MAX_INLINE_BYTES
+            self._json = parse_json(body) if inline else await run_in_threadpool(parse_json, body)
         return self._json
 
 
 def json_request(http: Request) -> JsonRequest:
-    """`http` as such a request; what was read of it before stays read."""
+    """`http` as a JsonRequest, which keeps a body that was already read."""
     return http if isinstance(http, JsonRequest) else JsonRequest(http.scope, http.receive)
 
 
@@ -52,24 +52,23 @@ def _check_content(http: Request) -> None:
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON value of a body; raises `MalformedBody` for whatever stops it from being read."""
-    for character, most in MOST_OF.items():
-        if (count := body.count(character)) > most:
-            raise MalformedBody(f"the body holds {count} times {character.decode()!r}; at most {most} are read")
+    """Parse a body; raises `MalformedBody`."""
+    for byte, limit in MAX_COUNTS.items():
+        if (count := body.count(byte)) > limit:
+            raise MalformedBody(f"the body has {count} {byte.decode()!r}; at most {limit} are allowed")
     try:
-        return json.loads(
-            body.decode("utf-8-sig"), parse_constant=_no_number
-        )  # a byte order mark is not JSON, but some editors leave one
+        # utf-8-sig, because some editors write a byte order mark
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise MalformedBody("the body is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise MalformedBody(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise MalformedBody("the body is nested too deeply") from None
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise MalformedBody(f"the body is not JSON that can be read: {error}") from None
+    except ValueError as error:  # an integer with more digits than Python parses
+        raise MalformedBody(f"the body is JSON that cannot be read: {error}") from None
 
 
-def _no_number(name: str) -> None:
-    """NaN and the infinities, which Python's parser takes and no answer could hold."""
-    raise MalformedBody(f"the body is not JSON: {name} is no number")
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinities, which Python's parser accepts although they are not JSON."""
+    raise MalformedBody(f"the body is not JSON: {name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""Parts of answers that several dialects share: usage, Cohere's `meta`, and an error that all their clients read."""
+"""Parts of responses that several dialects share: usage, Cohere's `meta`, and an error that all clients can read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from typing_extensions import TypedDict
 from local_rerank.errors import InvalidRequest, LocalRerankError
 from local_rerank.types import RerankResult
 
-DOCUMENTS_PER_SEARCH_UNIT = 100  # as Cohere bills
+DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere's billing unit
 
 
 class Usage(TypedDict):
-    """Tokens as the model's tokenizer counts them; a reranker writes none."""
+    """Tokens as the model's tokenizer counts them; a reranker generates none."""
 
     prompt_tokens: int
     completion_tokens: int
+    total_tokens: int
+
+
+class PromptUsage(TypedDict):
+    """Usage without the tokens that a generating model would add."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class TotalTokens(TypedDict):
+    """Instruction and query once per document, plus the documents; what the hosted DashScope service would bill."""
+
     total_tokens: int
 
 
@@ -34,7 +47,7 @@ class Tokens(TypedDict):
 
 
 class Meta(TypedDict):
-    """What Cohere, Xinference and SiliconFlow tell of usage."""
+    """Usage as Cohere, Xinference and SiliconFlow report it."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -42,7 +55,7 @@ class Meta(TypedDict):
 
 
 class ErrorDetail(TypedDict):
-    """The part that OpenAI, vLLM and llama.cpp clients read."""
+    """The part that clients of OpenAI, vLLM and llama.cpp read."""
 
     message: str
     type: str
@@ -51,7 +64,7 @@ class ErrorDetail(TypedDict):
 
 
 class GenericError(TypedDict):
-    """`error` for OpenAI-like clients, `message` for Cohere's, `detail` for Jina's, Voyage's and Xinference's."""
+    """`error` is for OpenAI-like clients, `message` for Cohere's, `detail` for Jina's, Voyage's and Xinference's."""
 
     error: ErrorDetail
     message: str
@@ -59,9 +72,23 @@ class GenericError(TypedDict):
     request_id: str
 
 
+class DetailError(TypedDict):
+    """The error of Voyage and Xinference."""
+
+    detail: str
+
+
+def render_detail_error(error: LocalRerankError, status: int, request_id: str) -> DetailError:
+    return {"detail": str(error)}
+
+
 def make_usage(*results: RerankResult) -> Usage:
     total = sum(result.total_tokens for result in results)
     return {"prompt_tokens": total, "completion_tokens": 0, "total_tokens": total}
+
+
+def make_prompt_usage(result: RerankResult) -> PromptUsage:
+    return {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens}
 
 
 def make_meta(result: RerankResult, num_documents: int, *, version: str) -> Meta:

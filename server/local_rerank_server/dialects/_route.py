@@ -1,9 +1,8 @@
-"""What makes a set of routes a dialect: its own error shape on everything that can go wrong, and its row.
+"""Routes of a dialect: every response, also of an error, has the shape of the dialect's API.
 
-A dialect file makes one `Dialect`, takes its router from `Dialect.router()` and adds handlers. Every error inside a
-handler, and before it (the body is no JSON, a field is wrong), is answered here in the dialect's words; errors outside
-any route (404, 405, a missing key) find their dialect by path in `dialects/__init__.py`. Where dialects share a path,
-`_shared_paths.SharedRoute` gives each body to the dialect that it belongs to.
+A dialect's module creates one `Dialect`, gets its router from `Dialect.router()` and adds handlers. Errors in a
+handler, and before it (malformed JSON, an invalid field), are rendered here. Errors outside of any route (404, 405, a
+missing key) find their dialect by path in `dialects/__init__.py`. `_shared_paths` has the paths of several dialects.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
+from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.dialects._field_types import NOT_TEXT_ERROR
 from local_rerank_server.dialects._json import json_request
 from local_rerank_server.errors import (
@@ -36,43 +36,44 @@ from local_rerank_server.errors import (
 )
 
 if TYPE_CHECKING:
+    from local_rerank_server.config import ServerConfig
     from local_rerank_server.state import ServerState
 
 FORM_TAG = "form:"
-"""Begins the tags of tagged unions, so that a tag is not taken for a part of the field's name."""
+"""Prefix of the tags of tagged unions, which must not appear in the names of fields."""
 
 logger = logging.getLogger(__name__)
 
-ErrorBody = Callable[[LocalRerankError, int, str], Mapping[str, Any]]
-"""An error, its status and the request id, as the JSON object that a dialect answers with."""
+RenderError = Callable[[LocalRerankError, int, str], Mapping[str, Any]]
+"""Renders an error, its status and the request id as a JSON object."""
 
 Takes = Callable[[Mapping[str, Any]], bool]
-"""Whether a body, on a path that several dialects share, is one of this dialect's."""
+"""Whether a body on a shared path belongs to the dialect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """One row: a name, an error shape, and the paths that are this dialect's even where nothing is served."""
+    """The row of a dialect: its name, the shape of its errors, and the path prefixes that belong to it."""
 
     name: str
-    render_error: ErrorBody
-    error_model: type  # the shape of `render_error`'s answer, for the OpenAPI page
+    render_error: RenderError
+    error_model: type  # the type of `render_error`'s result, for OpenAPI
     prefixes: Sequence[str] = ()
-    lists_endpoints: bool = True  # whether an unknown path is answered with those that exist
-    open_paths: Sequence[str] = ()  # answered without a key, and while draining
-    status: Mapping[type[LocalRerankError], int] = field(default_factory=dict)  # where the contract departs from STATUS
+    lists_endpoints: bool = True  # whether a 404 lists the existing routes
+    open_paths: Sequence[str] = ()  # need no API key, and answer while the server drains
+    status: Mapping[type[LocalRerankError], int] = field(default_factory=dict)  # overrides of `errors.STATUS`
 
     def router(self) -> APIRouter:
-        """A router whose every answer is in this dialect's shape."""
+        """A router whose responses all have this dialect's shape."""
         return APIRouter(
-            route_class=_route_class(self),
+            route_class=type("Route", (DialectRoute,), {"dialect": self}),
             tags=[self.name],
             responses=documented_errors(self.error_model),
-            strict_content_type=False,  # a body that declares no type is read as JSON
+            strict_content_type=False,  # a body without Content-Type is read as JSON
         )
 
     def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
-        http.state.error = type(error).__name__  # for the log and the metrics
+        http.state.error = type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
@@ -81,28 +82,51 @@ class Dialect:
 
 
 class DialectRoute(APIRoute):
-    """A route whose every answer, errors too, is in the shape of its dialect."""
+    """A route of one dialect, which also renders the errors."""
 
     dialect: Dialect
-    takes: Takes | None = None  # None: whatever no other dialect on this path takes
-    examples: Mapping[str, Any] = {}  # requests to copy, by name
+    takes: Takes | None = None  # None: every body that no other dialect on this path takes
+    examples: Mapping[str, Any] = {}  # example requests by name
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def answer(http: Request) -> Response:
+        async def respond(http: Request) -> Response:
             try:
                 return await handle(json_request(http))
             except Exception as error:
-                return self.dialect.error_response(as_ours(error, http), http)
+                return self.dialect.error_response(to_known_error(error, http), http)
 
-        return answer
+        return respond
 
 
 def state_of(http: Request) -> ServerState:
-    """The process's `ServerState`, from inside a handler."""
+    """The `ServerState` of this process."""
     state: ServerState = http.app.state.server
     return state
+
+
+class _HasModel(Protocol):
+    @property
+    def model(self) -> str | None: ...
+
+
+Body = TypeVar("Body", bound=_HasModel)
+
+
+async def rank_body(
+    http: Request, body: Body, parse: Callable[[Body, ServerConfig], RerankRequest], *, strict: bool = False
+) -> RerankResult:
+    """Check the body's model name, parse the body, and rank. `strict` refuses unknown models on this route."""
+    state = state_of(http)
+    state.check_model(body.model, strict=strict)
+    return await state.rank(http, parse(body, state.config))
+
+
+def add_get(router: APIRouter, path: str, handler: Callable[..., Any], **documentation: Any) -> None:
+    """Serve `handler` with GET and HEAD."""
+    router.add_api_route(path, handler, methods=["GET"], **documentation)
+    router.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
 
 
 def add_post(
@@ -114,17 +138,17 @@ def add_post(
     takes: Takes | None = None,
     **documentation: Any,
 ) -> None:
-    """Serve `handler` on each path, with and without a final slash; the first path stands in the OpenAPI page.
+    """Serve `handler` on each path, with and without a final slash. OpenAPI lists the first path.
 
-    `takes` tells this dialect's bodies from others' where a path is shared.
+    `takes` recognizes this dialect's bodies on a shared path.
     """
     for path in paths:
-        for form in (path, path + "/"):
+        for variant in (path, path + "/"):
             router.add_api_route(
-                form,
+                variant,
                 handler,
                 methods=["POST"],
-                include_in_schema=form == paths[0],
+                include_in_schema=variant == paths[0],
                 openapi_extra=documented_examples(examples),
                 **documentation,
             )
@@ -133,49 +157,45 @@ def add_post(
             route.takes, route.examples = takes, examples
 
 
-def _route_class(dialect: Dialect) -> type[DialectRoute]:
-    return type("Route", (DialectRoute,), {"dialect": dialect})
-
-
-def documented_errors(shape: Any) -> dict[int | str, dict[str, Any]]:
-    """Every error's shape, for the OpenAPI page."""
-    documented = {"model": shape, "description": "Any error, in the shape of this API"}
+def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for all errors."""
+    documented = {"model": model, "description": "Any error, in the shape of this API"}
     return {"4XX": documented, "5XX": documented}
 
 
 def documented_examples(examples: Mapping[str, Any]) -> dict[str, Any]:
-    """Requests to copy, for the OpenAPI page."""
+    """OpenAPI examples of the request body."""
     by_name = {name: {"value": example} for name, example in examples.items()}
     return {"requestBody": {"content": {"application/json": {"examples": by_name}}}}
 
 
-def as_ours(error: Exception, http: Request) -> LocalRerankError:
-    """Any exception of a route as a leaf of the error tree."""
+def to_known_error(error: Exception, http: Request) -> LocalRerankError:
+    """Convert any exception of a route into an error of the tree."""
     match error:
         case LocalRerankError():
             return error
-        case RecursionError():  # what the parser's shallower stack could still hold
+        case RecursionError():  # validation recurses deeper than the JSON parser did
             return MalformedBody("the body is nested too deeply")
         case RequestValidationError():
-            return _first_wrong_field(error)
-        case HTTPException(__cause__=LocalRerankError() as cause):  # FastAPI wraps so what reading the body raises
+            return _first_invalid_field(error)
+        case HTTPException(__cause__=LocalRerankError() as cause):  # FastAPI wraps errors of reading the body
             return cause
         case ClientDisconnect() | HTTPException(__cause__=ClientDisconnect()):
-            return ClientDisconnected("the client left while it sent its request")
+            return ClientDisconnected("the client disconnected while sending its request")
         case _:
-            # without the exception's own words, which may quote the request
+            # without the exception's message, which may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("id=%s failed with %s\n%s", http.state.request_id, type(error).__name__, frames)
             return EngineFailure("internal error")
 
 
-def _first_wrong_field(error: RequestValidationError) -> LocalRerankError:
-    wrong = error.errors()[0]
-    place = ".".join(str(part) for part in wrong["loc"][1:] if not str(part).startswith(FORM_TAG))
-    if not place:
+def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
+    invalid = error.errors()[0]
+    name = ".".join(str(part) for part in invalid["loc"][1:] if not str(part).startswith(FORM_TAG))
+    if not name:
         return MalformedBody("the body must be a JSON object")
-    if wrong["type"] == "missing" or wrong["input"] is None:
-        return MissingField(place)
-    if wrong["type"] == NOT_TEXT_ERROR:
-        return UnsupportedInput(place, wrong["ctx"]["kind"])
-    return InvalidField(place, wrong["msg"])
+    if invalid["type"] == "missing" or invalid["input"] is None:
+        return MissingField(name)
+    if invalid["type"] == NOT_TEXT_ERROR:
+        return UnsupportedInput(name, invalid["ctx"]["kind"])
+    return InvalidField(name, invalid["msg"])

@@ -1,4 +1,4 @@
-"""Paths that several dialects share, such as `/rerank`: which body is whose."""
+"""Paths that several dialects share, such as `/rerank`; the body decides which dialect answers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from local_rerank_server.dialects._json import json_request
-from local_rerank_server.dialects._route import DialectRoute, as_ours, documented_errors, documented_examples
+from local_rerank_server.dialects._route import DialectRoute, documented_errors, documented_examples, to_known_error
 
 
 class SharedRoute(APIRoute):
-    """A path of several dialects: the first form that takes a body answers it, the last one whatever is left."""
+    """One path of several dialects. The first one that takes a body answers it, the last one takes the rest."""
 
     def __init__(self, path: str, forms: Sequence[DialectRoute]) -> None:
         self.forms = forms
         super().__init__(
             path,
-            _stand_in(forms),
+            _documented_handler(forms),
             methods=["POST"],
             tags=[form.dialect.name for form in forms],
-            summary="Rerank, in the form of the body",
-            response_model=Union[tuple(form.response_model for form in forms)],  # noqa: UP007  # built, not written
+            summary="Rerank, in the API that the body belongs to",
+            response_model=Union[tuple(form.response_model for form in forms)],  # noqa: UP007  # built at run time
             responses=documented_errors(Union[tuple(form.dialect.error_model for form in forms)]),  # noqa: UP007
             openapi_extra=documented_examples({name: e for form in forms for name, e in form.examples.items()}),
             include_in_schema=any(form.include_in_schema for form in forms),
@@ -33,21 +33,21 @@ class SharedRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handlers = [(form.takes, form.get_route_handler()) for form in self.forms]
 
-        async def answer(http: Request) -> Response:
+        async def respond(http: Request) -> Response:
             request = json_request(http)
             try:
                 body = await request.json()
             except Exception as error:
-                return self.forms[-1].dialect.error_response(as_ours(error, http), http)
-            known = isinstance(body, dict)
-            handle = next(handle for takes, handle in handlers if takes is None or (known and takes(body)))
+                return self.forms[-1].dialect.error_response(to_known_error(error, http), http)
+            is_object = isinstance(body, dict)
+            handle = next(handle for takes, handle in handlers if takes is None or (is_object and takes(body)))
             return await handle(request)
 
-        return answer
+        return respond
 
 
-def _stand_in(forms: Sequence[DialectRoute]) -> Callable[..., None]:
-    """What FastAPI reads a shared path's documentation from; it is never called."""
+def _documented_handler(forms: Sequence[DialectRoute]) -> Callable[..., None]:
+    """A function that is never called; FastAPI derives the path's documentation from its signature."""
 
     def rank(body: Any) -> None:
         raise NotImplementedError

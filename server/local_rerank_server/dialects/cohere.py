@@ -1,4 +1,4 @@
-"""Cohere v2's rerank, which vLLM serves too: no document comes back."""
+"""Cohere's rerank API v2, which vLLM serves too; the response has no documents."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import Meta, Usage, make_meta, make_usage
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = (
     "/v2/rerank",
-    "/v1/v2/rerank",  # what Cohere's SDKs make of a base URL that ends in /v1
+    "/v1/v2/rerank",  # Cohere's SDKs append /v2/rerank to a base URL that ends in /v1
 )
 
 
 class CohereRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
 
 
 class CohereResult(TypedDict):
@@ -33,7 +33,7 @@ class CohereResult(TypedDict):
 
 
 class CohereResponse(TypedDict):
-    """The documents, most relevant first; `model` and `usage` are vLLM's."""
+    """The documents, most relevant first. `model` and `usage` are vLLM's."""
 
     id: str
     results: list[CohereResult]
@@ -72,10 +72,8 @@ EXAMPLE = {"model": "rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_
 
 
 async def rank(http: Request, body: CohereRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query, as Cohere's API v2 does."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+    """Rank documents by relevance to a query, like Cohere's API v2."""
+    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(router, PATHS, rank, examples={"Cohere v2": EXAMPLE}, summary="Cohere rerank", response_model=CohereResponse)

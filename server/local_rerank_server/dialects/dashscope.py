@@ -1,7 +1,7 @@
-"""DashScope's native rerank: `input` and `parameters` in, `output.results` out.
+"""DashScope's native rerank API: `input` and `parameters` in the request, `output.results` in the response.
 
-The same path takes the flat body of the compatible surface too, as the hosted service does, and then answers in that
-shape.
+Like the hosted service, the path also accepts the flat body of the OpenAI-compatible API, and then responds in that
+API's shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
     Result,
-    Usage,
     code_and_message,
     make_request,
     refuse_async,
@@ -32,7 +31,8 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import RequestBody, String, Text, Texts
-from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, state_of
+from local_rerank_server.dialects._responses import TotalTokens
+from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, rank_body
 
 PATH = "/api/v1/services/rerank/text-rerank/text-rerank"
 _NESTED, _FLAT = FORM_TAG + "nested", FORM_TAG + "flat"
@@ -44,7 +44,7 @@ class Input(RequestBody):
 
 
 class NativeRequest(RequestBody):
-    """The nested form."""
+    """The nested body."""
 
     model: String
     input: Input
@@ -59,12 +59,12 @@ class NativeResponse(TypedDict):
     """The documents, most relevant first."""
 
     output: Output
-    usage: Usage
+    usage: TotalTokens
     request_id: str
 
 
 class NativeError(TypedDict):
-    """An error, flat: the only form that the dashscope SDKs read."""
+    """A flat error, the only shape that the dashscope SDKs read."""
 
     code: str
     message: str
@@ -101,7 +101,7 @@ dialect = Dialect(
     error_model=NativeError,
     prefixes=("/api/v1",),
     status=STATUS,
-    lists_endpoints=False,  # the hosted service has words of its own for that
+    lists_endpoints=False,  # the hosted service's 404 has only a message
 )
 router = dialect.router()
 
@@ -120,17 +120,14 @@ async def rank(
         Body(),
     ],
 ) -> JSONResponse:
-    """Rank documents by their relevance to a query, as DashScope's native API does."""
-    state = state_of(http)
-    state.check_model(body.model, strict=True)
+    """Rank documents by relevance to a query, like DashScope's native API."""
     if isinstance(body, compatible.FlatRequest):
-        return await compatible.answer(http, body)
-    result = await state.rank(http, parse(body, state.config))
-    return JSONResponse(render(result, body, http.state.request_id))
+        return await compatible.rank(http, body)
+    return JSONResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
 
 
 async def rank_nested(http: Request, body: NativeRequest) -> JSONResponse:
-    """The nested form, which is known by its `input.query` where other dialects are served too."""
+    """Rank documents by relevance to a query. A body with `input.query` is DashScope's."""
     return await rank(http, body)
 
 

@@ -1,10 +1,11 @@
-"""DashScope's OpenAI-compatible rerank: a flat body in, top-level `results` out."""
+"""DashScope's OpenAI-compatible rerank API: a flat body in the request, top-level `results` in the response."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from fastapi import Depends
+from pydantic import model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -16,7 +17,6 @@ from local_rerank_server.dialects._dashscope import (
     STATUS,
     Parameters,
     Result,
-    Usage,
     code_and_message,
     make_request,
     refuse_async,
@@ -24,12 +24,13 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import IgnoredUnlessObject, RequestBody, String, Text, Texts
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._responses import TotalTokens
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = (
     "/compatible-api/v1/reranks",
     "/compatible-api/v1/rerank",
-    "/compatible-mode/v1/reranks",  # clients that know only the chat base URL post here
+    "/compatible-mode/v1/reranks",  # for clients configured with the base URL of the chat API
     "/compatible-mode/v1/rerank",
     "/v1/reranks",
 )
@@ -41,10 +42,17 @@ class _Required(RequestBody):
     documents: Texts
 
 
-class FlatRequest(Parameters, _Required):  # in this order the fields of _Required come first, and so do their errors
-    """Everything at one level; an extra `parameters` object, which some clients send, fills what is missing."""
+class FlatRequest(Parameters, _Required):  # in this order pydantic validates the fields of _Required first
+    """All fields at one level. Some clients also send a `parameters` object, which fills absent fields."""
 
     parameters: Annotated[Parameters | None, IgnoredUnlessObject] = None
+
+    @model_validator(mode="after")
+    def _fill_from_parameters(self) -> Self:
+        for name in Parameters.model_fields if self.parameters else ():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.parameters, name))
+        return self
 
 
 class FlatResponse(TypedDict):
@@ -54,10 +62,10 @@ class FlatResponse(TypedDict):
     results: list[Result]
     model: str
     id: str
-    usage: Usage
+    usage: TotalTokens
 
 
-class ErrorDetail(TypedDict):
+class FlatErrorDetail(TypedDict):
     message: str
     type: str
     param: str | None
@@ -65,9 +73,9 @@ class ErrorDetail(TypedDict):
 
 
 class FlatError(TypedDict):
-    """An error for every client of this surface: OpenAI's form, and DashScope's beside it."""
+    """An error with the fields of OpenAI's clients and those of DashScope's."""
 
-    error: ErrorDetail
+    error: FlatErrorDetail
     code: str
     message: str
     id: str
@@ -75,21 +83,13 @@ class FlatError(TypedDict):
 
 
 def parse(body: FlatRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, body.documents, _parameters(body), config)
-
-
-def _parameters(body: FlatRequest) -> Parameters:
-    extra = body.parameters or Parameters()
-    names = Parameters.model_fields
-    return Parameters.model_construct(
-        **{name: getattr(extra if getattr(body, name) is None else body, name) for name in names}
-    )
+    return make_request(body.query, body.documents, body, config)
 
 
 def render(result: RerankResult, body: FlatRequest, request_id: str) -> FlatResponse:
     return {
         "object": "list",
-        "results": render_results(result, return_documents=_parameters(body).return_documents is True),
+        "results": render_results(result, return_documents=body.return_documents is True),
         "model": body.model,
         "id": request_id,
         "usage": {"total_tokens": result.total_tokens},
@@ -113,7 +113,7 @@ dialect = Dialect(
     error_model=FlatError,
     prefixes=("/compatible-api", "/compatible-mode", "/v1/reranks"),
     status=STATUS,
-    lists_endpoints=False,  # the hosted service has words of its own for that
+    lists_endpoints=False,  # the hosted service's 404 has only a message
 )
 router = dialect.router()
 
@@ -127,15 +127,8 @@ EXAMPLE = {
 
 
 async def rank(http: Request, body: FlatRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query, as DashScope's OpenAI-compatible API does."""
-    state_of(http).check_model(body.model, strict=True)
-    return await answer(http, body)
-
-
-async def answer(http: Request, body: FlatRequest) -> JSONResponse:
-    state = state_of(http)
-    result = await state.rank(http, parse(body, state.config))
-    return JSONResponse(render(result, body, http.state.request_id))
+    """Rank documents by relevance to a query, like DashScope's OpenAI-compatible API."""
+    return JSONResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
 
 
 add_post(

@@ -1,23 +1,23 @@
-"""Routes beside ranking: alive, ready, which models, which version, and a page that lists every route.
+"""Routes besides ranking: health, readiness, limits, metrics, models and version.
 
-Errors on paths that belong to no other dialect come in this file's shape.
+Errors on paths that belong to no dialect have the shape of this module's errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NotRequired
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 import local_rerank
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
+from local_rerank.requests.tokenization import MAX_INSTRUCTION_TOKENS
+from local_rerank.types import Limits
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
-from local_rerank_server.dialects._route import Dialect, state_of
-from local_rerank_server.docs_page import render_docs
-from local_rerank_server.limits_page import AllLimits, all_limits
+from local_rerank_server.dialects._route import Dialect, add_get, state_of
 from local_rerank_server.metrics import CONTENT_TYPE
 from local_rerank_server.state import ServerState
 
@@ -31,7 +31,7 @@ router = dialect.router()
 
 
 class Model(TypedDict):
-    """A name that can be sent as `model`; the fields serve OpenAI and Xinference clients."""
+    """A name that can be sent as `model`; the fields are those that OpenAI and Xinference clients read."""
 
     id: str
     object: str
@@ -47,19 +47,43 @@ class ModelList(TypedDict):
     data: list[Model]
 
 
-def _add_get(path: str, handler: Callable[..., Any], **documentation: Any) -> None:
-    """GET, and HEAD beside it for probes that want no body."""
-    router.add_api_route(path, handler, methods=["GET"], **documentation)
-    router.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+class TokenLimits(TypedDict):
+    """Queries and documents are truncated to their limit; a longer instruction is refused."""
+
+    max_query_tokens: int
+    max_document_tokens: int
+    max_instruction_tokens: int
+    max_prompt_tokens: int
+
+
+class ConfiguredLimits(TypedDict):
+    """The names are those of `ServerConfig`."""
+
+    max_body_bytes: int
+    max_total_body_bytes: int
+    max_queued_requests: int
+    request_timeout_ms: int
+    client_timeout_seconds: int
+    key_requests_per_minute: int | None
+    key_tokens_per_minute: int | None
+
+
+class ServerLimits(ConfiguredLimits):
+    """Every limit that a client can exceed."""
+
+    dashscope: Limits
+    other_routes: Limits
+    texts: TokenLimits
+    max_queued_tokens: int
 
 
 async def health() -> JSONResponse:
-    """Whether the process answers at all."""
+    """200 as soon as the server listens."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(http: Request) -> JSONResponse:
-    """Whether requests are ranked: 200 once the model is loaded, 503 before that and while the server drains."""
+    """200 while the server accepts requests; 503 while the model loads and while the server drains."""
     status = state_of(http).status
     return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
@@ -70,14 +94,23 @@ async def version() -> JSONResponse:
 
 
 async def limits(http: Request) -> JSONResponse:
-    """What a request may hold and how long it may take, as this server is set."""
-    return JSONResponse(all_limits(state_of(http)))
+    """The limits of this server; 503 while the model loads, because its maximum length is not known yet."""
+    state = state_of(http)
+    config, engine = state.config, state.reranker.config
+    tokens = TokenLimits(
+        max_query_tokens=engine.max_query_tokens,
+        max_document_tokens=engine.max_document_tokens,
+        max_instruction_tokens=MAX_INSTRUCTION_TOKENS,
+        max_prompt_tokens=state.reranker.info.max_length,
+    )
+    of_routes = {"dashscope": asdict(config.dashscope_route_limits), "other_routes": asdict(config.limits)}
+    configured: dict[str, Any] = {name: getattr(config, name) for name in ConfiguredLimits.__annotations__}
+    return JSONResponse(of_routes | {"texts": tokens, "max_queued_tokens": engine.max_queued_tokens} | configured)
 
 
 async def metrics(http: Request) -> Response:
-    """Counters and gauges for Prometheus."""
-    state = state_of(http)
-    return Response(state.metrics.render(state), headers={"content-type": CONTENT_TYPE})
+    """Metrics in Prometheus' text format."""
+    return Response(state_of(http).render_metrics(), headers={"content-type": CONTENT_TYPE})
 
 
 async def list_models(http: Request) -> JSONResponse:
@@ -87,7 +120,7 @@ async def list_models(http: Request) -> JSONResponse:
 
 
 async def get_model(http: Request, model_id: str) -> JSONResponse:
-    """A name that can be sent as `model`: any, as the routes that rank take any, unless --strict-models is set."""
+    """One model name; any name exists unless --strict-models is set, because ranking accepts any."""
     state = state_of(http)
     state.check_model(model_id, strict=False)
     return JSONResponse(_describe(model_id, state))
@@ -107,24 +140,12 @@ def _describe(name: str, state: ServerState) -> Model:
     return model
 
 
-async def docs(http: Request) -> HTMLResponse:
-    """Every route with its example, as a page that loads nothing from elsewhere."""
-    return HTMLResponse(render_docs(http.app.openapi(), base_url=str(http.base_url).rstrip("/")))
-
-
-async def openapi(http: Request) -> JSONResponse:
-    """The OpenAPI description of every route."""
-    return JSONResponse(http.app.openapi())
-
-
 for path in ("/health", "/healthz", "/ping"):
-    _add_get(path, health)
-_add_get("/ready", ready)
-_add_get("/version", version)
-_add_get("/limits", limits, response_model=AllLimits)
-_add_get("/metrics", metrics, response_class=PlainTextResponse)
-_add_get("/v1/models", list_models, response_model=ModelList)
-_add_get("/compatible-mode/v1/models", list_models, response_model=ModelList)
-_add_get("/v1/models/{model_id:path}", get_model, response_model=Model)
-_add_get("/docs", docs, response_class=HTMLResponse)
-_add_get("/openapi.json", openapi)
+    add_get(router, path, health)
+add_get(router, "/ready", ready)
+add_get(router, "/version", version)
+add_get(router, "/limits", limits, response_model=ServerLimits)
+add_get(router, "/metrics", metrics, response_class=PlainTextResponse)
+add_get(router, "/v1/models", list_models, response_model=ModelList)
+add_get(router, "/compatible-mode/v1/models", list_models, response_model=ModelList)
+add_get(router, "/v1/models/{model_id:path}", get_model, response_model=Model)

@@ -1,4 +1,4 @@
-"""llama.cpp's own paths for reranking, `/v1/reranking` and `/reranking`."""
+"""The rerank API of llama.cpp's server, on `/v1/reranking` and `/reranking`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents, Flag
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._responses import PromptUsage, make_prompt_usage
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 from local_rerank_server.errors import MissingField
 
 PATHS = ("/v1/reranking", "/reranking")
@@ -28,7 +29,7 @@ _TYPES = {
     501: "not_supported_error",
     503: "unavailable_error",
 }
-_WORDS = {
+_MESSAGES = {
     "query": '"query" must be provided',
     "documents": '"documents" must be a non-empty string array',
 }
@@ -36,8 +37,10 @@ _WORDS = {
 
 class LlamaCppRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
-    return_documents: Flag | None = Field(default=None, description="Jina's: whether to send the documents back.")
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
+    return_documents: Flag | None = Field(
+        default=None, description="Whether to return the documents, as in Jina's API."
+    )
 
 
 class LlamaCppResult(TypedDict):
@@ -46,28 +49,23 @@ class LlamaCppResult(TypedDict):
     document: NotRequired[dict[str, Any]]
 
 
-class LlamaCppUsage(TypedDict):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class LlamaCppResponse(TypedDict):
     """The documents, most relevant first."""
 
     model: str
     object: str
-    usage: LlamaCppUsage
+    usage: PromptUsage
     results: list[LlamaCppResult]
 
 
-class ErrorDetail(TypedDict):
+class LlamaCppErrorDetail(TypedDict):
     code: int
     message: str
     type: str
 
 
 class LlamaCppError(TypedDict):
-    error: ErrorDetail
+    error: LlamaCppErrorDetail
 
 
 def parse(body: LlamaCppRequest, config: ServerConfig) -> RerankRequest:
@@ -78,7 +76,7 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
     return {
         "model": body.model or result.model,
         "object": "list",
-        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "usage": make_prompt_usage(result),
         "results": [_render_item(item, body) for item in result],
     }
 
@@ -86,15 +84,14 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
 def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
     rendered: LlamaCppResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.return_documents:
-        sent = body.documents[item.index]
-        rendered["document"] = sent if isinstance(sent, dict) else {"text": sent}
+        rendered["document"] = as_object(body.documents[item.index])
     return rendered
 
 
 def render_error(error: LocalRerankError, status: int, request_id: str) -> LlamaCppError:
     message = str(error)
     if isinstance(error, MissingField | NoDocuments):
-        message = _WORDS.get(error.field, message)
+        message = _MESSAGES.get(error.field, message)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"code": status, "message": message, "type": kind}}
 
@@ -106,10 +103,8 @@ EXAMPLE = {"model": "qwen3-reranker", "query": QUERY, "documents": DOCUMENTS, "t
 
 
 async def rank(http: Request, body: LlamaCppRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query, as llama.cpp's server does."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+    """Rank documents by relevance to a query, like llama.cpp's server."""
+    return JSONResponse(render(await rank_body(http, body, parse), body))
 
 
 add_post(

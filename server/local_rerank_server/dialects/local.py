@@ -1,18 +1,20 @@
-"""Our own route: everything that the library's result holds, under the library's own names."""
+"""Our own API: every field of the library's result, under the library's names."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
+from local_rerank.types import RerankRequest, RerankResult, Truncation
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, RequestBody, String, Text, Texts
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATH = "/v1/local/rank"
 
@@ -21,10 +23,10 @@ class LocalRequest(RequestBody):
     query: Text
     documents: Texts
     instruction: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
-    top_n: Count | None = Field(default=None, description="How many documents to answer; without it, all.")
-    max_query_tokens: Count | None = Field(default=None, description="Cut the query to this many tokens.")
-    max_document_tokens: Count | None = Field(default=None, description="Cut each document to this many tokens.")
-    truncation: Truncation | None = Field(default=None, description="Which end is cut; error refuses a long text.")
+    top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
+    max_query_tokens: Count | None = Field(default=None, description="Truncate the query to this many tokens.")
+    max_document_tokens: Count | None = Field(default=None, description="Truncate each document to this many tokens.")
+    truncation: Truncation | None = Field(default=None, description="Which end to cut off; error refuses long texts.")
     model: String | None = None
 
 
@@ -40,7 +42,7 @@ class LocalResult(TypedDict):
 
 
 class LocalResponse(TypedDict):
-    """The documents, most relevant first, and what they cost: `local_rerank.RerankResult`."""
+    """The documents, most relevant first, with token counts and times: `local_rerank.RerankResult`."""
 
     id: str
     model: str
@@ -70,31 +72,8 @@ def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
 
 
 def render(result: RerankResult, request_id: str) -> LocalResponse:
-    return {
-        "id": request_id,
-        "model": result.model,
-        "results": [_render_item(item) for item in result],
-        "num_query_tokens": result.num_query_tokens,
-        "num_query_truncated_tokens": result.num_query_truncated_tokens,
-        "num_document_tokens": result.num_document_tokens,
-        "num_truncated_documents": result.num_truncated_documents,
-        "total_tokens": result.total_tokens,
-        "num_computed_tokens": result.num_computed_tokens,
-        "tokenize_ms": result.tokenize_ms,
-        "queue_ms": result.queue_ms,
-        "total_ms": result.total_ms,
-    }
-
-
-def _render_item(item: RankedDocument) -> LocalResult:
-    return {
-        "index": item.index,
-        "relevance_score": item.relevance_score,
-        "log_odds": item.log_odds,
-        "document": item.document,
-        "num_tokens": item.num_tokens,
-        "num_truncated_tokens": item.num_truncated_tokens,
-    }
+    rendered = {"id": request_id, "model": result.model} | vars(result) | {"results": [vars(item) for item in result]}
+    return cast(LocalResponse, rendered)
 
 
 dialect = Dialect(
@@ -106,10 +85,8 @@ EXAMPLE = {"query": QUERY, "documents": DOCUMENTS}
 
 
 async def rank(http: Request, body: LocalRequest) -> JSONResponse:
-    """Rank documents, and tell log-odds, tokens, cuts and timings too."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), http.state.request_id))
+    """Rank documents. The response has log-odds, token counts and times as well."""
+    return JSONResponse(render(await rank_body(http, body, parse), http.state.request_id))
 
 
 add_post(
@@ -117,6 +94,6 @@ add_post(
     [PATH],
     rank,
     examples={"local-rerank": EXAMPLE},
-    summary="Rank, with everything the library tells",
+    summary="Rank, with all details of the result",
     response_model=LocalResponse,
 )

@@ -1,4 +1,4 @@
-"""Mixedbread's rerank: `input` and `top_k` in, `data` with `score` out."""
+"""Mixedbread's rerank API: `input` and `top_k` in the request, `data` with `score` in the response."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents, FieldNames, Flag
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
-from local_rerank_server.dialects._responses import GenericError, render_generic_error
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._responses import GenericError, PromptUsage, make_prompt_usage, render_generic_error
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/v1/reranking", "/reranking")
 
 
 class MixedbreadRequest(CommonRequest):
     input: Documents
-    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to answer.")
-    return_input: Flag | None = Field(default=None, description="Whether to send the documents back.")
-    rank_fields: FieldNames | None = Field(default=None, description="Which fields of document objects to rank.")
+    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to return.")
+    return_input: Flag | None = Field(default=None, description="Whether to return the documents.")
+    rank_fields: FieldNames | None = Field(default=None, description="The fields of document objects to rank.")
 
 
 class MixedbreadResult(TypedDict):
@@ -37,15 +36,10 @@ class MixedbreadResult(TypedDict):
     object: str
 
 
-class MixedbreadUsage(TypedDict):
-    prompt_tokens: int
-    total_tokens: int
-
-
 class MixedbreadResponse(TypedDict):
     """The documents, most relevant first."""
 
-    usage: MixedbreadUsage
+    usage: PromptUsage
     model: str
     data: list[MixedbreadResult]
     object: str
@@ -54,7 +48,7 @@ class MixedbreadResponse(TypedDict):
 
 
 def takes(body: Mapping[str, Any]) -> bool:
-    """`input`, which nobody else on these paths sends."""
+    """`input` decides, because no other API on these paths has it."""
     return body.get("input") is not None
 
 
@@ -65,7 +59,7 @@ def parse(body: MixedbreadRequest, config: ServerConfig) -> RerankRequest:
 
 def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
     return {
-        "usage": {"prompt_tokens": result.total_tokens, "total_tokens": result.total_tokens},
+        "usage": make_prompt_usage(result),
         "model": body.model or result.model,
         "data": [_render_item(item, body) for item in result],
         "object": "list",
@@ -81,12 +75,8 @@ def _render_item(item: RankedDocument, body: MixedbreadRequest) -> MixedbreadRes
     return {"index": item.index, "score": score, "object": "rank_result"}
 
 
-def render_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:
-    """The form of the real service's errors is not known; this one holds what any client might read."""
-    return render_generic_error(error, status, request_id)
-
-
-dialect = Dialect(name="Mixedbread", render_error=render_error, error_model=GenericError)
+# the hosted service's error format is unknown, so this one has the fields of all clients
+dialect = Dialect(name="Mixedbread", render_error=render_generic_error, error_model=GenericError)
 router = dialect.router()
 
 EXAMPLE = {
@@ -99,10 +89,8 @@ EXAMPLE = {
 
 
 async def rank(http: Request, body: MixedbreadRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query; `input` makes a body Mixedbread's."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+    """Rank documents by relevance to a query. A body with `input` is Mixedbread's."""
+    return JSONResponse(render(await rank_body(http, body, parse), body))
 
 
 add_post(

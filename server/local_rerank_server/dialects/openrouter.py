@@ -1,4 +1,4 @@
-"""OpenRouter's rerank, which lies under the prefix of DashScope's native API."""
+"""OpenRouter's rerank API, whose path is under the prefix of DashScope's native API."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import search_units
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/api/v1/rerank",)
 
 
 class OpenRouterRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; without it, all.")
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
 
 
 class OpenRouterResult(TypedDict):
@@ -47,13 +47,13 @@ class OpenRouterResponse(TypedDict):
     usage: OpenRouterUsage
 
 
-class ErrorDetail(TypedDict):
+class OpenRouterErrorDetail(TypedDict):
     code: int
     message: str
 
 
 class OpenRouterError(TypedDict):
-    error: ErrorDetail
+    error: OpenRouterErrorDetail
 
 
 def parse(body: OpenRouterRequest, config: ServerConfig) -> RerankRequest:
@@ -71,8 +71,7 @@ def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> Op
 
 
 def _render_item(item: RankedDocument, body: OpenRouterRequest) -> OpenRouterResult:
-    sent = body.documents[item.index]
-    document = sent if isinstance(sent, dict) else {"text": sent}
+    document = as_object(body.documents[item.index])
     return {"document": document, "index": item.index, "relevance_score": score_of(item, body)}
 
 
@@ -87,10 +86,8 @@ EXAMPLE = {"model": "cohere/rerank-v3.5", "query": QUERY, "documents": DOCUMENTS
 
 
 async def rank(http: Request, body: OpenRouterRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query, as OpenRouter does."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+    """Rank documents by relevance to a query, like OpenRouter."""
+    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(

@@ -1,7 +1,7 @@
-"""`/v1/rerank` and `/rerank`: Jina, Cohere v1, vLLM, Xinference, SiliconFlow, Infinity and Together AI in one.
+"""`/v1/rerank` and `/rerank`: the APIs of Jina, Cohere v1, vLLM, Xinference, SiliconFlow, Infinity and Together AI.
 
-Their requests cannot be told apart, so each field is taken as the one that names it means it, and the answer holds
-what each of their clients reads.
+Their requests look alike, so a request may use the fields of all of them, and the response has every field that one of
+their clients reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import DocumentEcho, ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Documents, FieldNames, Flag
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import (
     GenericError,
     Meta,
@@ -28,17 +28,17 @@ from local_rerank_server.dialects._responses import (
     make_usage,
     render_generic_error,
 )
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body, state_of
 
 PATHS = ("/v1/rerank", "/rerank")
 
 
 class GenericRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to answer; 0 is all.")
-    return_documents: Flag | None = Field(default=None, description="false: leave the documents out of the answer.")
-    rank_fields: FieldNames | None = Field(default=None, description="Which fields of document objects to rank.")
-    kwargs: Any = Field(default=None, description="Xinference's further arguments, as JSON in a string.")
+    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; 0 means all.")
+    return_documents: Flag | None = Field(default=None, description="false omits the documents from the response.")
+    rank_fields: FieldNames | None = Field(default=None, description="The fields of document objects to rank.")
+    kwargs: Any = Field(default=None, description="Xinference's extra arguments, a JSON object in a string.")
 
     def given_instruction(self) -> str | None:
         return super().given_instruction() or self._xinference_instruction()
@@ -86,9 +86,7 @@ def render(result: RerankResult, body: GenericRequest, request_id: str, echo: Do
 def _render_item(item: RankedDocument, body: GenericRequest, echo: DocumentEcho) -> GenericResult:
     rendered: GenericResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.return_documents is not False:
-        sent = body.documents[item.index]
-        as_object = sent if isinstance(sent, dict) else {"text": sent}
-        rendered["document"] = item.document if echo == "string" else as_object
+        rendered["document"] = item.document if echo == "string" else as_object(body.documents[item.index])
     return rendered
 
 
@@ -138,11 +136,10 @@ EXAMPLES = {
 
 
 async def rank(http: Request, body: GenericRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query; the document comes back unless return_documents is false."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    result = await state.rank(http, parse(body, state.config))
-    return JSONResponse(render(result, body, http.state.request_id, state.config.document_echo))
+    """Rank documents by relevance to a query. The response has the documents unless return_documents is false."""
+    result = await rank_body(http, body, parse)
+    echo = state_of(http).config.document_echo
+    return JSONResponse(render(result, body, http.state.request_id, echo))
 
 
 add_post(router, PATHS, rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)

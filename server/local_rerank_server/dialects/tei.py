@@ -1,4 +1,4 @@
-"""Text Embeddings Inference: `texts` in, a bare list out; and `/info`."""
+"""Text Embeddings Inference: `texts` in the request, a list as the response; and `/info`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import CountOrAll, Flag, Texts
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body, state_of
 from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
 
 PATHS = ("/rerank", "/v1/rerank", "/reranking", "/v1/reranking")
@@ -40,12 +40,12 @@ _ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 
 class TeiRequest(CommonRequest):
     texts: Texts
-    truncate: Flag | None = Field(default=None, description="false: refuse a text that would have to be cut.")
+    truncate: Flag | None = Field(default=None, description="false refuses texts that are too long.")
     truncation_direction: Literal["left", "Left", "right", "Right"] | None = Field(
-        default=None, description="Which end is cut; right by default."
+        default=None, description="Which end to cut off; right by default."
     )
-    return_text: Flag | None = Field(default=None, description="Whether to send the texts back.")
-    top_n: CountOrAll | None = Field(default=None, description="LiteLLM's and llama.cpp's: how many texts to answer.")
+    return_text: Flag | None = Field(default=None, description="Whether to return the texts.")
+    top_n: CountOrAll | None = Field(default=None, description="How many texts to return; LiteLLM sends it.")
 
 
 class TeiResult(TypedDict):
@@ -69,7 +69,7 @@ class ModelType(TypedDict):
 
 
 class Info(TypedDict):
-    """What is served, and what a request may hold."""
+    """The served model and the limits of a request."""
 
     model_id: str
     model_sha: str | None
@@ -85,7 +85,7 @@ class Info(TypedDict):
 
 
 def takes(body: Mapping[str, Any]) -> bool:
-    """As in llama.cpp, which serves this form beside its own, `texts` decides."""
+    """`texts` decides, as in llama.cpp, which serves this API too."""
     return body.get("texts") is not None
 
 
@@ -144,14 +144,12 @@ EXAMPLE = {"query": QUERY, "texts": DOCUMENTS, "truncate": True, "raw_scores": F
 
 
 async def rank(http: Request, body: TeiRequest) -> JSONResponse:
-    """Rank texts by their relevance to a query; `texts` makes a body TEI's."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body))
+    """Rank texts by relevance to a query. A body with `texts` is TEI's."""
+    return JSONResponse(render(await rank_body(http, body, parse), body))
 
 
 async def info(http: Request) -> JSONResponse:
-    """What is served, as Text Embeddings Inference tells it."""
+    """The served model, as Text Embeddings Inference describes it."""
     state = state_of(http)
     model, config = state.reranker.info, state.config
     return JSONResponse(
@@ -160,7 +158,8 @@ async def info(http: Request) -> JSONResponse:
             model_sha=model.revision,
             model_dtype=model.dtype,
             model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            max_concurrent_requests=max(1, state.reranker.config.max_queued_tokens // model.max_length),  # at least
+            # a lower bound, for requests of maximum length
+            max_concurrent_requests=max(1, state.reranker.config.max_queued_tokens // model.max_length),
             max_input_length=model.max_length,
             max_batch_tokens=model.max_batch_tokens,
             max_client_batch_size=config.max_documents,

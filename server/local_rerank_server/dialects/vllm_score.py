@@ -1,7 +1,7 @@
-"""vLLM's score: one text with many, or texts in pairs; scores in the order of the request, not sorted.
+"""vLLM's score API: scores one query with many documents, or N queries with N documents, in the order of the request.
 
-The texts go by four pairs of names. One query with N documents is one request of the library; N queries with N
-documents are one for each different query.
+The two fields have four alternative pairs of names. N queries with N documents become one `RerankRequest` per distinct
+query.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import OneOrMore
 from local_rerank_server.dialects._options import Options, make_request, score_of
-from local_rerank_server.dialects._responses import Usage, make_usage
+from local_rerank_server.dialects._responses import ErrorDetail, Usage, make_usage
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField
 
 PATHS = ("/score", "/v1/score")
-PAIRS = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
+FIELD_PAIRS = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
 
 _TYPES = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
 
 
 class ScoreRequest(Options):
-    """One of the pairs of fields `PAIRS`."""
+    """Needs both fields of one of `FIELD_PAIRS`."""
 
     queries: OneOrMore | None = None
     documents: OneOrMore | None = None
@@ -58,32 +58,26 @@ class ScoreResponse(TypedDict):
     usage: Usage
 
 
-class ErrorDetail(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
 class VllmError(TypedDict):
     error: ErrorDetail
 
 
 def parse(body: ScoreRequest, config: ServerConfig) -> list[tuple[RerankRequest, list[int]]]:
-    """A request for each different query, with the places of its documents in the whole."""
+    """One request per distinct query, with the positions of its documents in the body."""
     queries, documents = _aligned(body, config.limits)
-    places: dict[str, list[int]] = {}
-    for place, query in enumerate(queries):
-        places.setdefault(query, []).append(place)
+    positions_of: dict[str, list[int]] = {}
+    for position, query in enumerate(queries):
+        positions_of.setdefault(query, []).append(position)
     return [
-        (make_request(query, [documents[place] for place in of_query], body, config), of_query)
-        for query, of_query in places.items()
+        (make_request(query, [documents[position] for position in positions], body, config), positions)
+        for query, positions in positions_of.items()
     ]
 
 
 def _aligned(body: ScoreRequest, limits: Limits) -> tuple[Sequence[str], Sequence[str]]:
-    """As many queries as documents."""
-    left, right = next((pair for pair in PAIRS if all(getattr(body, name) is not None for name in pair)), ("", ""))
+    """Queries and documents of equal number; a single query is repeated."""
+    complete = (pair for pair in FIELD_PAIRS if all(getattr(body, name) is not None for name in pair))
+    left, right = next(complete, ("", ""))
     if not left:
         raise MissingField(_missing(body))
     queries, documents = getattr(body, left), getattr(body, right)
@@ -96,22 +90,22 @@ def _aligned(body: ScoreRequest, limits: Limits) -> tuple[Sequence[str], Sequenc
 
 
 def _missing(body: ScoreRequest) -> str:
-    """The other half of the first pair of which one is there."""
-    for left, right in PAIRS:
-        for given, other in ((left, right), (right, left)):
-            if getattr(body, given) is not None:
-                return other
+    """The missing field of the first pair that is half present."""
+    for left, right in FIELD_PAIRS:
+        for present, missing in ((left, right), (right, left)):
+            if getattr(body, present) is not None:
+                return missing
     return "queries"
 
 
 def render(results: Sequence[tuple[RerankResult, list[int]]], body: ScoreRequest, request_id: str) -> ScoreResponse:
-    scores = {places[item.index]: score_of(item, body) for result, places in results for item in result}
+    scores = {positions[item.index]: score_of(item, body) for result, positions in results for item in result}
     return {
         "id": f"score-{request_id}",
         "object": "list",
         "created": int(time.time()),
         "model": body.model or results[0][0].model,
-        "data": [{"index": place, "object": "score", "score": scores[place]} for place in sorted(scores)],
+        "data": [{"index": index, "object": "score", "score": scores[index]} for index in sorted(scores)],
         "usage": make_usage(*(result for result, _ in results)),
     }
 
@@ -132,12 +126,12 @@ EXAMPLES = {
 
 
 async def score(http: Request, body: ScoreRequest) -> JSONResponse:
-    """Score one query with many documents, or many with one each, in the order of the request."""
+    """Score one query with many documents, or many queries with one document each, in the order of the request."""
     state = state_of(http)
     state.check_model(body.model, strict=False)
     requests = parse(body, state.config)
     results = await state.rank_all(http, [request for request, _ in requests])
-    placed = [(result, places) for result, (_, places) in zip(results, requests, strict=True)]
+    placed = [(result, positions) for result, (_, positions) in zip(results, requests, strict=True)]
     return JSONResponse(render(placed, body, http.state.request_id))
 
 

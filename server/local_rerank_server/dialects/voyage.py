@@ -1,4 +1,4 @@
-"""Voyage's rerank: `top_k` and `truncation` in, `data` out."""
+"""Voyage's rerank API: `top_k` and `truncation` in the request, `data` in the response."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents, Flag
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
-from local_rerank_server.dialects._route import Dialect, add_post, state_of
+from local_rerank_server.dialects._responses import DetailError, TotalTokens, render_detail_error
+from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/v1/rerank", "/rerank")
 
 
 class VoyageRequest(CommonRequest):
     documents: Documents
-    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to answer.")
-    truncation: Flag | None = Field(default=None, description="false: refuse a text that would have to be cut.")
-    return_documents: Flag | None = Field(default=None, description="Whether to send the documents back.")
+    top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to return.")
+    truncation: Flag | None = Field(default=None, description="false refuses texts that are too long.")
+    return_documents: Flag | None = Field(default=None, description="Whether to return the documents.")
 
 
 class VoyageResult(TypedDict):
@@ -35,25 +35,17 @@ class VoyageResult(TypedDict):
     document: NotRequired[str]
 
 
-class VoyageUsage(TypedDict):
-    total_tokens: int
-
-
 class VoyageResponse(TypedDict):
     """The documents, most relevant first."""
 
     object: str
     data: list[VoyageResult]
     model: str
-    usage: VoyageUsage
-
-
-class VoyageError(TypedDict):
-    detail: str
+    usage: TotalTokens
 
 
 def takes(body: Mapping[str, Any]) -> bool:
-    """The SDK always sends both fields, null or not; LiteLLM sends `top_k` alone."""
+    """Voyage's SDK always sends both fields, possibly null; LiteLLM sends only `top_k`."""
     return body.get("top_n") is None and ("top_k" in body or "truncation" in body)
 
 
@@ -78,21 +70,15 @@ def _render_item(item: RankedDocument, body: VoyageRequest) -> VoyageResult:
     return rendered
 
 
-def render_error(error: LocalRerankError, status: int, request_id: str) -> VoyageError:
-    return {"detail": str(error)}
-
-
-dialect = Dialect(name="Voyage", render_error=render_error, error_model=VoyageError)
+dialect = Dialect(name="Voyage", render_error=render_detail_error, error_model=DetailError)
 router = dialect.router()
 
 EXAMPLE = {"model": "rerank-2.5", "query": QUERY, "documents": DOCUMENTS, "top_k": 2, "truncation": True}
 
 
 async def rank(http: Request, body: VoyageRequest) -> JSONResponse:
-    """Rank documents by their relevance to a query; `top_k` or `truncation` without `top_n` makes a body Voyage's."""
-    state = state_of(http)
-    state.check_model(body.model, strict=False)
-    return JSONResponse(render(await state.rank(http, parse(body, state.config)), body, http.state.request_id))
+    """Rank documents by relevance to a query. A body with `top_k` or `truncation` and without `top_n` is Voyage's."""
+    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(

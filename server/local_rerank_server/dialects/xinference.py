@@ -1,4 +1,4 @@
-"""The probe that Xinference's client makes before anything else; its rerank is the generic one."""
+"""The route that Xinference's client calls first; its rerank requests go to `rerank_v1`."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
+from local_rerank_server.dialects._responses import DetailError, render_detail_error
 from local_rerank_server.dialects._route import Dialect, state_of
 
 PATH = "/v1/cluster/auth"
 
 
 class ClusterAuth(TypedDict):
-    """Whether the client must send its key."""
+    """Whether the client must send its API key."""
 
     auth: bool
 
 
-class XinferenceError(TypedDict):
-    detail: str
-
-
-def render_error(error: LocalRerankError, status: int, request_id: str) -> XinferenceError:
-    return {"detail": str(error)}
-
-
 dialect = Dialect(
     name="Xinference",
-    render_error=render_error,
-    error_model=XinferenceError,
+    render_error=render_detail_error,
+    error_model=DetailError,
     prefixes=("/v1/cluster",),
     open_paths=(PATH,),
 )
@@ -37,7 +29,7 @@ router = dialect.router()
 
 
 async def cluster_auth(http: Request) -> JSONResponse:
-    """Whether the server asks for a key; where it does not, Xinference's client sends none."""
+    """Whether the server needs an API key; if not, Xinference's client sends none."""
     return JSONResponse(ClusterAuth(auth=state_of(http).config.has_keys))
 
 

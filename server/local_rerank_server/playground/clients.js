@@ -1,6 +1,6 @@
-// A request -> the code that sends it, for each client. What the blocks of docs/clients.md show, with the user's texts.
+// Generates the code that sends a request, for each client; matches docs/clients.md.
 
-/** One row per client: its name and `code(request, base, key)`; `key` is "" where the server asks for none. */
+/** One row per client: its name and `code(request, base, key)`; `key` is "" if the server needs none. */
 export const CLIENTS = [
   { name: "curl", code: curl },
   { name: "DashScope", code: dashscope },
@@ -60,7 +60,7 @@ ${PRINT("response.results")}`;
 
 function litellm({ query, documents, instruction, top_n, model }, base, key) {
   return `import litellm
-${without("LiteLLM", instruction)}
+${withoutInstruction("LiteLLM", instruction)}
 response = litellm.rerank(
 ${named({
     model: `dashscope/${model}`, query, documents, top_n, api_base: `${base}/compatible-api/v1`, api_key: key || "any",
@@ -74,7 +74,7 @@ function voyage({ query, documents, instruction, top_n, model }, base, key) {
   return `import voyageai
 
 client = voyageai.Client(api_key=${python(key || "any")}, base_url=${python(`${base}/v1`)})
-${without("Voyage AI", instruction, "instruction")}
+${withoutInstruction("Voyage AI", instruction, "instruction")}
 response = client.rerank(
 ${named({ query, documents, model, top_k: top_n })})
 ${PRINT("response.results")}`;
@@ -87,7 +87,7 @@ from langchain_community.document_compressors import DashScopeRerank
 from langchain_core.documents import Document
 
 dashscope.base_http_api_url = ${python(`${base}/api/v1`)}
-${without("LangChain", instruction)}
+${withoutInstruction("LangChain", instruction)}
 texts = ${python(documents)}
 documents = [Document(text, metadata={"index": index}) for index, text in enumerate(texts)]
 reranker = DashScopeRerank(
@@ -105,7 +105,7 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.postprocessor.dashscope_rerank import DashScopeRerank
 
 dashscope.base_http_api_url = ${python(`${base}/api/v1`)}
-${without("LlamaIndex", instruction)}
+${withoutInstruction("LlamaIndex", instruction)}
 texts = ${python(documents)}
 nodes = [NodeWithScore(node=TextNode(id_=str(index), text=text)) for index, text in enumerate(texts)]
 reranker = DashScopeRerank(
@@ -115,17 +115,17 @@ for node in reranker.postprocess_nodes(nodes, query_str=${python(query)}):
 `;
 }
 
-const without = (client, instruction, option = "dashscope-instruction") => (instruction
-  ? `\n# ${client} sends no instruction; the server takes its own: local-rerank serve --${option} "..."\n`
+const withoutInstruction = (client, instruction, option = "dashscope-instruction") => (instruction
+  ? `\n# ${client} cannot send an instruction; set the server's default: local-rerank serve --${option} "..."\n`
   : "");
 
-/** Arguments by name, one a line; those without a value are left out. */
+/** Keyword arguments, one per line; undefined values are omitted. */
 const named = (values) =>
   Object.entries(defined(values)).map(([name, value]) => `    ${name}=${python(value, "    ")},\n`).join("");
 
 const defined = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined));
 
-/** A JSON value as a Python literal; every JSON string is one already. */
+/** A JSON value as a Python literal; a JSON string is a Python literal already. */
 function python(value, indent = "") {
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";

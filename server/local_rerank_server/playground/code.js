@@ -1,14 +1,14 @@
-// The request in code: which client, the code itself, and its way to the clipboard.
+// Shows the request as code for a chosen client, with a copy button.
 
 import { CLIENTS } from "./clients.js";
 import { byId, element, say } from "./elements.js";
 
-const MAX_SHOWN = 20000;  // characters; a browser lays out megabytes slowly, and nobody reads them
+const MAX_SHOWN = 20000;  // characters, because laying out megabytes of code is slow
 const COPIED_MS = 2500;
 
 let code = "";
 
-/** Offer the clients; `choose` is called when another is chosen. */
+/** Add the radio buttons of the clients; calls `choose` when the choice changes. */
 export function offerClients(choose) {
   byId("clients").append(...CLIENTS.map(({ name }, index) => {
     const radio = { type: "radio", name: "client", value: String(index), checked: index === 0 };
@@ -18,13 +18,13 @@ export function offerClients(choose) {
   byId("copy").addEventListener("click", copyCode);
 }
 
-/** Show how the chosen client sends `request` to the server at `base`; `key` stands for one, "" where none is asked. */
+/** Show the chosen client's code for `request`; `key` is a placeholder, or "" if the server needs no key. */
 export function showCode(request, base, key) {
   const client = CLIENTS[Number(byId("clients").querySelector(":checked").value)];
   code = client.code(request, base, key);
   const rest = code.length - MAX_SHOWN;
   byId("snippet").textContent = rest > 0
-    ? `${code.slice(0, MAX_SHOWN)}\n… and ${rest} characters more, all of which are copied`
+    ? `${code.slice(0, MAX_SHOWN)}\n… and ${rest} more characters; Copy copies all of them`
     : code;
 }
 
@@ -33,7 +33,7 @@ async function copyCode() {
   setTimeout(() => say("copied", ""), COPIED_MS);
 }
 
-/** Browsers offer the clipboard to pages on https and on this machine only; elsewhere the old way is left. */
+/** The clipboard API needs https or localhost; elsewhere execCommand still works. */
 async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,33 +1,33 @@
-// Whether the server is ready, which models it serves, and the API key that it may ask for.
+// The server's readiness, its models, and its API key.
 
 import { byId, element, say } from "./elements.js";
 import { showError } from "./messages.js";
 import { listModels, serverStatus, useKey } from "./server.js";
 
-const RETRY_MS = 1000;  // between two looks at a server that still loads its model
-const WORDS = { loading: "loading the model …", draining: "the server is stopping", unreachable: "no answer" };
+const RETRY_MS = 1000;  // poll interval while the model loads
+const STATUS_TEXTS = { loading: "loading the model …", draining: "the server is stopping", unreachable: "no answer" };
 
 let keyAsked = false;
 let afterKey = () => {};
 let changed = () => {};
 
-/** Follow the server until it is ready, then list its models; `onChange` is called when models or key change. */
+/** Poll the server until it is ready, then list its models; calls `onChange` when models or key change. */
 export function follow(onChange) {
   changed = onChange;
   byId("key-form").addEventListener("submit", (event) => { event.preventDefault(); takeKey(); });
-  look();
+  pollStatus();
 }
 
-/** Whether the server has asked for a key since the page was opened. */
-export const wantsKey = () => keyAsked;
+/** Whether the server has asked for a key since the page was loaded. */
+export const needsKey = () => keyAsked;
 
-/** Ask for a key because of `error`, and call `retry` once one is given. */
+/** Ask the user for a key because of `error`; calls `retry` once it is entered. */
 export function askForKey(error, retry) {
   keyAsked = true;
   afterKey = retry;
   say("key-message", error.type === "InvalidApiKey"
-    ? "The server does not know this API key."
-    : "This server asks for an API key.");
+    ? "The API key is wrong."
+    : "This server needs an API key.");
   byId("key-form").hidden = false;
   byId("key").focus();
   changed();
@@ -42,14 +42,14 @@ async function takeKey() {
   if (await fillModels()) afterKey();
 }
 
-async function look() {
+async function pollStatus() {
   const status = await serverStatus().catch(() => "unreachable");
   if (status === "ready") return fillModels();
-  showStatus(status, WORDS[status]);
-  setTimeout(look, RETRY_MS);
+  showStatus(status, STATUS_TEXTS[status]);
+  setTimeout(pollStatus, RETRY_MS);
 }
 
-/** Whether the server gave its list. */
+/** Fill the list of models; returns whether the server sent it. */
 async function fillModels() {
   try {
     const models = await listModels();
@@ -60,7 +60,7 @@ async function fillModels() {
     return true;
   } catch (error) {
     if (error.asksForKey) {
-      showStatus("locked", "asks for an API key");
+      showStatus("locked", "needs an API key");
       askForKey(error, afterKey);
     } else {
       showError(error);
@@ -74,7 +74,7 @@ function showStatus(status, text) {
   say("server-status", text);
 }
 
-/** Only the built-in model has a description. */
+/** Show the notes about the built-in model, the only one with a description. */
 function showBuiltIn(description) {
   say("model-note", description);
   byId("built-in").hidden = !description;

@@ -1,20 +1,20 @@
-// Text or a file -> documents. Knows nothing of the page and nothing of the server.
+// Parses documents from text and files; uses neither the page nor the server.
 
-const MAX_FILE_MB = 4;  // a browser lays out 2 MiB of lines in 3 s
-const TEXT_NAMES = ["text", "document"];  // as `local-rerank rank --file` knows them
+const MAX_FILE_MB = 4;  // laying out 2 MiB of lines takes a browser 3 s
+const TEXT_NAMES = ["text", "document"];  // the names that `local-rerank rank --file` accepts
 const COLUMN_NAMES = [...TEXT_NAMES, "content", "passage", "body"];
 
-/** Documents of a text, and a sentence that says how it was read: a JSON array, or else one document per line. */
+/** Parse a JSON array, or else one document per line; `note` says which. */
 export function parseText(text) {
   const trimmed = text.trim();
   const [array, problem] = trimmed.startsWith("[") ? parseArray(trimmed) : [null, ""];
   if (array) return { documents: array.map(textOf), note: `${count(array.length)}, from a JSON array` };
   const documents = linesOf(text);
   const note = documents.length ? `${count(documents.length)}, one per line` : "";
-  return { documents, note: problem ? `${note} (as a JSON array it cannot be read: ${problem})` : note };
+  return { documents, note: problem ? `${note} (not a valid JSON array: ${problem})` : note };
 }
 
-/** A text that `parseText` reads as these documents: lines where that is possible, else a JSON array. */
+/** The inverse of `parseText`: lines if they parse to the same documents, else a JSON array. */
 export function toText(documents) {
   const lines = documents.join("\n");
   const read = parseText(lines).documents;
@@ -22,14 +22,14 @@ export function toText(documents) {
   return same ? lines : JSON.stringify(documents, null, 1);
 }
 
-/** Documents of a .txt, .csv, .jsonl or .json file, and a sentence about them; an Error says what is wrong with it. */
+/** Read a .txt, .csv, .jsonl or .json file; throws an Error for the user. */
 export async function readFile(file) {
   const kind = file.name.toLowerCase().match(/\.([a-z]+)$/)?.[1];
   const read = { txt: readLines, csv: readCsv, jsonl: readJsonLines, json: readJson }[kind];
-  if (!read) throw new Error(`${file.name} is none of .txt, .csv, .jsonl and .json`);
+  if (!read) throw new Error(`${file.name} is not a .txt, .csv, .jsonl or .json file`);
   const size = file.size / 2 ** 20;
   if (size > MAX_FILE_MB) {
-    throw new Error(`${file.name} has ${size.toFixed(1)} MiB; this page takes files of at most ${MAX_FILE_MB} MiB`);
+    throw new Error(`${file.name} has ${size.toFixed(1)} MiB; this page accepts at most ${MAX_FILE_MB} MiB`);
   }
   const { documents, from = "" } = read(await decode(file), file.name);
   return { documents, note: `${file.name}: ${count(documents.length)}${from}` };
@@ -51,7 +51,7 @@ const readLines = (text) => ({ documents: linesOf(text) });
 
 function readJson(text, name) {
   const [array, problem] = parseArray(text);
-  if (!array) throw new Error(`${name} is no JSON array: ${problem}`);
+  if (!array) throw new Error(`${name} is not a JSON array: ${problem}`);
   return { documents: array.map((value, index) => requireText(value, `${name}, item ${index}`)) };
 }
 
@@ -75,13 +75,13 @@ function parseLine(line, where) {
 function parseArray(text) {
   try {
     const value = JSON.parse(text);
-    return Array.isArray(value) ? [value, ""] : [null, "it is no array"];
+    return Array.isArray(value) ? [value, ""] : [null, "it is not an array"];
   } catch (error) {
     return [null, error.message];
   }
 }
 
-/** The text of an object that holds one; anything else as it is, for the server to judge. */
+/** The text of an object with one; other values are returned unchanged, for the server to validate. */
 function textOf(value) {
   const name = TEXT_NAMES.find((name) => typeof value?.[name] === "string");
   return name ? value[name] : value;
@@ -93,7 +93,7 @@ function requireText(value, where) {
   return text;
 }
 
-/** The column of the texts: one with a usual name, the only one, or the one that holds most text. */
+/** The documents are the column with a usual name, the only column, or the one with most text. */
 function readCsv(text, name) {
   const rows = parseCsv(text, name).filter((row) => row.some((cell) => cell.trim()));
   if (!rows.length) return { documents: [] };
@@ -111,7 +111,7 @@ function longestColumn(rows) {
   return lengths.indexOf(Math.max(...lengths));
 }
 
-/** Rows of cells (RFC 4180). Cells are separated by what the first line holds most of: comma, semicolon or tab. */
+/** Parse CSV (RFC 4180); the separator is the most frequent of comma, semicolon and tab in the first line. */
 function parseCsv(text, name) {
   const first = text.slice(0, text.search(/[\r\n]|$/));
   const [separator] = [",", ";", "\t"].sort((a, b) => first.split(b).length - first.split(a).length);
@@ -121,7 +121,7 @@ function parseCsv(text, name) {
   while (cell.lastIndex < text.length) {
     const start = cell.lastIndex;
     const match = cell.exec(text);
-    if (!match) throw new Error(`${name}, line ${lineOf(text, start)}: a quoted cell does not end, or text follows its end`);
+    if (!match) throw new Error(`${name}, line ${lineOf(text, start)}: a quoted cell is not closed, or is followed by text`);
     rows.at(-1).push(match[1]?.replaceAll('""', '"') ?? match[2]);
     if (match[3] !== separator) rows.push([]);
   }

@@ -1,16 +1,16 @@
-// Making and finding elements. Text only ever becomes a text node: no function here takes HTML.
+// Creates and finds elements. Strings always become text nodes, never HTML.
 
-/** The element of the page with that id. */
+/** The element with that id. */
 export const byId = (id) => document.getElementById(id);
 
-/** A new element; a child is an element or a string, and a string is text, whatever it holds. */
+/** Create an element; children are elements or strings, which become text nodes. */
 export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
 }
 
-/** Set an element's text where it is another, so that a screen reader hears of changes alone. */
+/** Set an element's text if it differs, so that screen readers announce only changes. */
 export function say(id, text) {
   if (byId(id).textContent !== text) byId(id).textContent = text;
 }

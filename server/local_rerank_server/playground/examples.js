@@ -1,4 +1,4 @@
-// Example sets. `second` is another instruction for the same documents, which makes the example a comparison.
+// Example requests. `second` is a second instruction to compare with the first one.
 
 export const EXAMPLES = [
   {

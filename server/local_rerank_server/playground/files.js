@@ -1,9 +1,9 @@
-// Files of documents: chosen with the button, or dropped on the field.
+// Files of documents, chosen with the button or dropped on the field.
 
 import { readFile } from "./documents.js";
 import { byId } from "./elements.js";
 
-/** Call `take({documents, note})` for each file, or `fail(error)` where it cannot be read. */
+/** Call `take({documents, note})` for each file, or `fail(error)` if it cannot be read. */
 export function acceptFiles(take, fail) {
   const drop = byId("drop");
   const accept = (file) => file && readFile(file).then(take, fail);
@@ -18,12 +18,12 @@ export function acceptFiles(take, fail) {
 }
 
 function mark(event, over) {
-  if (bringsFile(event)) byId("drop").classList.toggle("over", over);
+  if (hasFile(event)) byId("drop").classList.toggle("over", over);
 }
 
-/** A browser opens a file that is dropped on a page in the page's place. */
+/** Prevent the browser from replacing the page with a dropped file. */
 function keepPage(event) {
-  if (bringsFile(event)) event.preventDefault();
+  if (hasFile(event)) event.preventDefault();
 }
 
-const bringsFile = (event) => event.dataTransfer.types.includes("Files");
+const hasFile = (event) => event.dataTransfer.types.includes("Files");

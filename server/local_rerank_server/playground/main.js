@@ -1,7 +1,7 @@
-// The page: its fields become requests, the server's answers rankings, code and messages.
+// The page: builds requests from the fields, sends them, and shows rankings, code and errors.
 
 import { offerClients, showCode } from "./code.js";
-import { askForKey, follow, wantsKey } from "./connection.js";
+import { askForKey, follow, needsKey } from "./connection.js";
 import { parseText, toText } from "./documents.js";
 import { byId, element, say } from "./elements.js";
 import { EXAMPLES } from "./examples.js";
@@ -49,24 +49,24 @@ function exampleButton(example) {
   return button;
 }
 
-/** Put values into the fields; those that are not given stay. */
+/** Set the fields; undefined values leave a field unchanged. */
 function fill({ query, documents, instruction, top_n }) {
   const values = { query, instruction, documents: documents && toText(documents), "top-n": top_n };
   for (const [id, value] of Object.entries(values)) if (value !== undefined) byId(id).value = value;
   fieldsChanged();
 }
 
-/** Show what follows from the fields: how the documents are read, whether there is a second instruction, the code. */
+/** Update what depends on the fields: the note on the documents, the second instruction, and the code. */
 function fieldsChanged() {
   const { documents, note } = parseText(byId("documents").value);
   say("documents-note", note);
   byId("second").hidden = !byId("compare").checked;
   const base = new URL(".", location.href).href.replace(/\/$/, "");
   const request = requestOf(documents, byId("instruction").value);
-  showCode({ ...request, model: request.model ?? "qwen3-rerank" }, base, wantsKey() ? "YOUR_KEY" : "");
+  showCode({ ...request, model: request.model ?? "qwen3-rerank" }, base, needsKey() ? "YOUR_KEY" : "");
 }
 
-/** The request as the fields stand; what is left empty is left out. */
+/** The request in the fields; empty fields are omitted. */
 function requestOf(documents, instruction) {
   return {
     query: byId("query").value,
@@ -77,7 +77,7 @@ function requestOf(documents, instruction) {
   };
 }
 
-/** A number if the text is one; else the text itself, so that the server says what is wrong with it. */
+/** The number, or else the text itself, so that the server reports the error. */
 function numberOf(text) {
   if (!text) return undefined;
   return Number.isNaN(Number(text)) ? text : Number(text);
@@ -85,7 +85,7 @@ function numberOf(text) {
 
 // ---- ranking
 
-/** Rank for each instruction; a ranking that still runs gives way. */
+/** Rank with each instruction; aborts a ranking that is still running. */
 async function rankAll() {
   running.abort();
   const mine = running = new AbortController();
@@ -120,7 +120,7 @@ function showRankings(requests, answers) {
 }
 
 function showFailure(error) {
-  running.abort();  // of two requests the other may still run
+  running.abort();  // the other of two requests may still be running
   say("announcement", "");
   byId("rankings").replaceChildren();
   if (error.asksForKey) return askForKey(error, rankAll);

@@ -1,10 +1,10 @@
-// What went wrong: a panel above the results, and a mark at the field that it is about.
+// Shows errors: a panel above the results, and a mark at the field in question.
 
 import { byId, element } from "./elements.js";
 
 const FIELDS = { query: "query", instruction: "instruction", documents: "documents", model: "model", top_n: "top-n" };
 
-/** Show an error: its message, what the server tells of it, and, if it is about a field, that field. */
+/** Show an error's message and details, and mark its field if it has one. */
 export function showError({ message, type, field, status, requestId, retryAfter }) {
   const hint = retryAfter ? ` Try again in ${retryAfter} s.` : "";
   const details = [type, status && `HTTP ${status}`, field && `field ${field}`, requestId && `request ${requestId}`];
@@ -16,7 +16,7 @@ export function showError({ message, type, field, status, requestId, retryAfter 
   markField(field, message);
 }
 
-/** Take back what `showError` showed. */
+/** Remove what `showError` showed. */
 export function clearErrors() {
   byId("error").hidden = true;
   for (const id of Object.values(FIELDS)) {
@@ -25,7 +25,7 @@ export function clearErrors() {
   }
 }
 
-/** `field` is the server's name for it: documents, documents.3, top_n. */
+/** `field` is the server's name, such as documents.3 or top_n. */
 function markField(field, message) {
   const id = FIELDS[field?.split(".")[0]];
   if (!id) return;

@@ -1,8 +1,8 @@
-// An answer of `POST /v1/local/rank` -> the elements that show it.
+// Renders the response of `POST /v1/local/rank`.
 
 import { element } from "./elements.js";
 
-const LONG = 280;  // characters of a document that are shown before one asks for the rest
+const LONG = 280;  // characters of a document that are shown without expanding it
 
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const twoDecimals = new Intl.NumberFormat("en", {
@@ -10,7 +10,7 @@ const twoDecimals = new Intl.NumberFormat("en", {
 });
 const signed = (value) => twoDecimals.format(value).replace("-", "−");
 
-/** A ranking under a title; with `before`, another ranking of the same documents, it tells who moved. */
+/** A ranking with a title; `before` is another ranking of the same documents to show movements against. */
 export function renderRanking(answer, { title, before = null }) {
   const items = answer.results.map((item, place) => renderItem(item, movement(item, place, before)));
   return element("article", { className: "ranking" },
@@ -20,14 +20,14 @@ export function renderRanking(answer, { title, before = null }) {
   );
 }
 
-/** What a screen reader hears when a ranking is there. */
+/** The text that screen readers announce. */
 export function announce(answer) {
   const first = answer.results[0];
   const best = first ? `; the first is: ${first.document.slice(0, 100)}` : "";
   return `${answer.results.length} ranked in ${milliseconds(answer.total_ms)}${best}`;
 }
 
-/** Over the columns, for eyes; for ears each item says its own. */
+/** Column heads, hidden from screen readers because each item labels its values. */
 function renderHead() {
   const head = element("div", { className: "scores head" },
     element("span", {}, "relevance"), element("span"), element("span", { className: "log-odds" }, "log-odds"));
@@ -55,12 +55,12 @@ function renderItem(item, moved) {
 function renderText(text) {
   const paragraph = element("p", { className: "document", dir: "auto" }, text || "(empty)");
   if (text.length <= LONG && text.split("\n").length <= 4) return [paragraph];
-  const more = element("button", { type: "button", className: "quiet more" }, "Show all of it");
+  const more = element("button", { type: "button", className: "quiet more" }, "Show all");
   more.setAttribute("aria-expanded", "false");
   paragraph.classList.add("clamped");
   more.addEventListener("click", () => {
     const clamped = paragraph.classList.toggle("clamped");
-    more.textContent = clamped ? "Show all of it" : "Show less";
+    more.textContent = clamped ? "Show all" : "Show less";
     more.setAttribute("aria-expanded", String(!clamped));
   });
   return [paragraph, more];
@@ -71,7 +71,7 @@ function meta(item, moved) {
   const cut = item.num_truncated_tokens;
   return [
     parts.join(" · "),
-    ...(cut ? [" · ", element("strong", { className: "cut" }, `${tokens(cut)} cut off its end`)] : []),
+    ...(cut ? [" · ", element("strong", { className: "cut" }, `${tokens(cut)} cut off`)] : []),
     ...(moved ? [" · ", element("span", { className: "moved" }, moved)] : []),
   ];
 }
@@ -110,7 +110,7 @@ const tokens = (count) => `${number.format(count)} ${count === 1 ? "token" : "to
 
 const milliseconds = (ms) => (ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
-/** Four decimals; next to 0 and 1, where these would say 0.0000 and 1.0000, which side it is on. */
+/** Four decimals, without rounding to 0.0000 or 1.0000. */
 function score(value) {
   if (value > 0 && value < 0.00005) return "<0.0001";
   if (value < 1 && value >= 0.99995) return ">0.9999";

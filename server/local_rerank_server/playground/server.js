@@ -1,11 +1,11 @@
-// The routes that this page calls. The API key lives in this module's memory and nowhere else.
+// Calls the server. The API key is kept only in this module's memory.
 
 let apiKey = "";
 
-/** From now on `key` is sent; "" sends none. */
+/** Send `key` from now on; "" sends none. */
 export const useKey = (key) => { apiKey = key.trim(); };
 
-/** An answer that is an error, or no answer at all: what the server said, and about which field. */
+/** An error response, or no response: the server's message, and the field in question. */
 export class ServerError extends Error {
   constructor(message, { type = "", field = null, status = 0, requestId = "", retryAfter = null } = {}) {
     super(message);
@@ -21,12 +21,12 @@ export async function serverStatus() {
   return (await answer.json()).status;
 }
 
-/** The names that can be sent as `model`, each with its description where it has one. */
+/** The names that can be sent as `model`, with descriptions if they have one. */
 export async function listModels() {
   return (await json("v1/models", {})).data;
 }
 
-/** The answer of `POST /v1/local/rank`. */
+/** The response of `POST /v1/local/rank`. */
 export async function rank(request, signal) {
   return json("v1/local/rank", {
     method: "POST",
@@ -41,7 +41,7 @@ async function json(path, options) {
   const text = await answer.text();
   const body = parsed(text);
   if (answer.ok && body) return body;
-  throw new ServerError(body?.error?.message ?? `The answer is no JSON: ${text.slice(0, 200) || "it is empty"}`, {
+  throw new ServerError(body?.error?.message ?? `The response is not JSON: ${text.slice(0, 200) || "it is empty"}`, {
     type: body?.error?.type,
     field: body?.error?.param,
     status: answer.status,
@@ -57,11 +57,11 @@ async function send(path, options) {
     return await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer. Is it still running?");
+    throw new ServerError("The server does not respond. Is it still running?");
   }
 }
 
-/** A header takes bytes, one per character: these are the text's bytes in UTF-8. */
+/** The text's UTF-8 bytes as characters, because a header value holds bytes. */
 const asHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
 function parsed(text) {

@@ -1,7 +1,7 @@
-"""Many engines behind one server: Ray Serve keeps the replicas, the server stays what it is.
+"""Several engines behind one server, run as Ray Serve replicas.
 
-reranker.py     RemoteReranker: the `submit` of a Reranker, answered by replicas; all that the server sees
-replica.py      EngineReplica: a Reranker in a process of its own, and its deployment
-routing.py      the replica with the fewest tokens to work off gets the next request
-application.py  replicas and HTTP ingress as one Serve application, for `serve deploy` and Kubernetes
+reranker.py     RemoteReranker: `Reranker.submit` answered by replicas; the server sees only this
+replica.py      EngineReplica: a Reranker in its own process, and the Ray Serve deployment
+routing.py      sends each request to the replica with the fewest outstanding tokens
+application.py  replicas and HTTP ingress as one Ray Serve application, for `serve deploy` and Kubernetes
 """

@@ -1,10 +1,10 @@
-"""Engines and HTTP ingress as one Ray Serve application: `serve deploy`, KubeRay's RayService, several machines.
+"""Engines and HTTP ingress as one Ray Serve application, for `serve deploy` and KubeRay's RayService.
 
     import_path: local_rerank_server.ray_serve.application:build
     args: {model: Qwen/Qwen3-Reranker-0.6B, device: cuda, replicas: 1-8, api_key_file: /etc/local-rerank/keys}
 
-Here HTTP comes through Ray Serve's own proxies, so options of the socket (host, port, TLS) are Serve's `http_options`.
-A change of `args` rolls through the replicas while the others go on answering.
+HTTP goes through Ray Serve's proxies, so host, port and TLS are set in Serve's `http_options`. Changing `args` updates
+the replicas one by one while the others keep answering.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from local_rerank_server.ray_serve.reranker import RemoteReranker
 from local_rerank_server.state import ServerState
 
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
-ENGINE_START_SECONDS = 600  # when the only engine is replaced, requests in flight wait until the new one is loaded
+ENGINE_START_SECONDS = 600  # requests in flight wait that long while the only engine is replaced
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application. `args` are options of engine and server by their names, and `ingresses`, how many answer HTTP.
+    """Build the application. `args` has options of engine and server by name, and `ingresses`, the number of ingresses.
 
-    Raises ConfigError for an unknown or malformed one, and where neither a key nor `insecure` is given: whom Serve's
-    proxies listen to is not seen here.
+    Raises ConfigError for an unknown or malformed option, and if neither a key nor `insecure` is set, because the
+    address of Serve's proxies is unknown here.
     """
     args = dict(args)
     ingresses = args.pop("ingresses", 1)
     if not isinstance(ingresses, int) or ingresses < 1:
-        raise ConfigError(f"ingresses is {ingresses!r}; it must be a number from 1")
-    config = EngineConfig(**_taken(args, EngineConfig))
-    server_config = ServerConfig(**_taken(args, ServerConfig) | {"ray": True})
+        raise ConfigError(f"ingresses is {ingresses!r}; it must be an integer of at least 1")
+    config = EngineConfig(**_pop_options(args, EngineConfig))
+    server_config = ServerConfig(**_pop_options(args, ServerConfig) | {"ray": True})
     if args:
         raise ConfigError(f"unknown option {min(args)!r}")
     if not (server_config.has_keys or server_config.insecure):
-        raise ConfigError("no api_key and no api_key_file is set; set one, or allow that with insecure: true")
+        raise ConfigError("no api_key and no api_key_file is set; set one, or allow this with insecure: true")
     make = serve.deployment(
         name="Ingress",
         num_replicas=ingresses,
-        ray_actor_options={"num_cpus": 0},  # it waits most of the time, and must not take an engine's place
+        ray_actor_options={"num_cpus": 0},  # it mostly waits, and must not take an engine's CPU
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=ENGINE_START_SECONDS + server_config.drain_seconds,
     )
@@ -60,30 +60,30 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application
 
 
-def _taken(args: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Take the options of that kind out of `args`; lists become tuples, which the configurations hold."""
+def _pop_options(args: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Remove the options of `kind` from `args` and return them, with lists as tuples."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in args]
     values = {name: args.pop(name) for name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 class Ingress:
-    """The server's application in front of a deployment's handle."""
+    """The server's ASGI application in front of the engine deployment."""
 
     async def __init__(  # type: ignore[misc]  # awaited
         self, engines: DeploymentHandle[Any], config: ServerConfig, engine_config: EngineConfig
     ) -> None:
-        """Waits for an engine: Serve sends requests as soon as this ends, to a new ingress of a rolling update too."""
+        """Waits for an engine, because Serve sends requests to an ingress as soon as its constructor returns."""
         state = ServerState(config)
         state.serve(RemoteReranker(engines, await engines.info.remote(), engine_config))
         self._app = create_app(state, ApiKeys.from_config(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return _RequestIdOfProxy(self._app)
+        return _ProxyRequestId(self._app)
 
 
-class _RequestIdOfProxy:
-    """Serve's proxy gives each request an id and sends it as `x-request-id`; ours is to be the same, and sent once."""
+class _ProxyRequestId:
+    """Uses the id that Serve's proxy gives a request and sends as `x-request-id`, so that it is sent once."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -94,7 +94,7 @@ class _RequestIdOfProxy:
                 del MutableHeaders(scope=message)["x-request-id"]
             await send(message)
 
-        if scope["type"] == "http" and REQUEST_ID.fullmatch(given := Headers(scope=scope).get("x-request-id", "")):
-            scope.setdefault("state", {})["request_id"] = given
+        if scope["type"] == "http" and REQUEST_ID.fullmatch(request_id := Headers(scope=scope).get("x-request-id", "")):
+            scope.setdefault("state", {})["request_id"] = request_id
             return await self.app(scope, receive, send_without_id)
         await self.app(scope, receive, send)

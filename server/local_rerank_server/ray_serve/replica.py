@@ -1,4 +1,4 @@
-"""A `Reranker` in a process of its own, and the Ray Serve deployment that keeps as many of them as are asked for."""
+"""A `Reranker` in its own process, and the Ray Serve deployment that runs and scales such replicas."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 from local_rerank.types import ModelInfo, RerankRequest, RerankResult
-from local_rerank_server.config import Replicas, ServerConfig
+from local_rerank_server.config import ReplicaRange, ServerConfig
 
 ROUTER = "local_rerank_server.ray_serve.routing.FewestTokensRouter"
-MAX_ONGOING_REQUESTS = 10_000  # the engine's own queue, counted in tokens, is the limit
+MAX_ONGOING_REQUESTS = 10_000  # in effect no limit: the engine limits its queue by tokens
 TARGET_ONGOING_REQUESTS = 4.0
-"""Requests at a replica above which another one is started: one that is scored, and three that wait for it."""
+"""Requests per replica above which Ray Serve adds one: one being scored and three waiting."""
 UPSCALE_SECONDS = 10.0
-DOWNSCALE_SECONDS = 300.0  # a large model takes a minute to load
-CONSTRUCTOR_TRIES = 2  # a model that cannot be loaded is said at once, a passing fault is passed over
+DOWNSCALE_SECONDS = 300.0  # longer than for upscaling, because a large model takes a minute to load again
+CONSTRUCTOR_TRIES = 2  # one retry for a transient fault; a model that cannot be loaded is reported soon
 
 
 class EngineReplica:
-    """One engine. Answers are values, errors too: what is wrong with a request is no failure of the replica."""
+    """One engine. `rank` returns errors as values, because Ray would treat a raised one as a failure of the replica."""
 
     def __init__(self, config: EngineConfig, self_test: bool) -> None:
-        configure_process()  # before torch is loaded, which is next
+        configure_process()  # before importing torch
         _stay_on_loopback()
         from local_rerank import Reranker
         from local_rerank.selftest.self_test import require_self_test
@@ -48,7 +48,7 @@ class EngineReplica:
     async def rank(
         self, request: RerankRequest, *, num_tokens: int, name: str | None = None
     ) -> RerankResult | LocalRerankError:
-        """`num_tokens` is the sender's estimate; its router counts with it."""
+        """Rank a request; the sender's router reads `num_tokens`, its estimate."""
         try:
             return await asyncio.wrap_future(await queued(self._tokenizers, self._reranker.submit, request, name=name))
         except LocalRerankError as error:
@@ -59,7 +59,7 @@ class EngineReplica:
 
 
 def _stay_on_loopback() -> None:
-    """Serve opens a gRPC port in each replica on every address of the machine; on a cluster of loopback, only there."""
+    """Serve opens a gRPC port on every address; on a cluster that listens on loopback, restrict it to loopback."""
     if ray.util.get_node_ip_address() != LOOPBACK:  # type: ignore[no-untyped-call]  # Ray's own
         return
     replica: Any = importlib.import_module("ray.serve._private.replica")
@@ -68,37 +68,37 @@ def _stay_on_loopback() -> None:
 
 
 def engine_application(config: EngineConfig, server_config: ServerConfig, *, may_grow: bool) -> serve.Application:
-    """The deployment of engines, bound to its configuration; Ray is connected already.
+    """The engine deployment, bound to its configuration. Ray must be connected.
 
-    Raises ConfigError where a cluster that may not grow has no room for as many as are asked for.
+    Raises ConfigError if a cluster that cannot grow has too few resources for the minimum number of replicas.
     """
-    replicas = server_config.num_replicas
+    replicas = server_config.replica_range
     resources = replica_resources(config, replicas.fixed)
     room = room_for(resources)
-    if not may_grow and replicas.least > room:
+    if not may_grow and replicas.minimum > room:
         raise ConfigError(
             f"replicas is {server_config.replicas}; there is room for {room} "
             f"({resources.num_cpus} CPUs and {resources.num_gpus} GPUs each)"
         )
     return _deployment(replicas, resources, room, server_config).bind(
-        _for_replicas(config, resources), not server_config.no_self_test
+        _replica_config(config, resources), not server_config.no_self_test
     )
 
 
 def _deployment(
-    replicas: Replicas, resources: ReplicaResources, room: int, server_config: ServerConfig
+    replicas: ReplicaRange, resources: ReplicaResources, room: int, server_config: ServerConfig
 ) -> serve.Deployment:
     scaling = AutoscalingConfig(
-        min_replicas=replicas.least,
-        max_replicas=replicas.most or max(room, replicas.least),
+        min_replicas=replicas.minimum,
+        max_replicas=replicas.maximum or max(room, replicas.minimum),
         target_ongoing_requests=TARGET_ONGOING_REQUESTS,
         upscale_delay_s=UPSCALE_SECONDS,
         downscale_delay_s=DOWNSCALE_SECONDS,
     )
-    how_many: dict[str, Any] = {"num_replicas": replicas.fixed} if replicas.fixed else {"autoscaling_config": scaling}
+    scale: dict[str, Any] = {"num_replicas": replicas.fixed} if replicas.fixed else {"autoscaling_config": scaling}
     make = serve.deployment(
         name="EngineReplica",
-        **how_many,
+        **scale,
         ray_actor_options=resources.as_options,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
@@ -109,8 +109,8 @@ def _deployment(
     return deployment
 
 
-def _for_replicas(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
-    """What an engine elsewhere needs said: its share of threads, and a folder by its whole path."""
+def _replica_config(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
+    """The engine options for another process: its share of CPU threads, and a model folder as an absolute path."""
     model = config.model
     if model is not None and Path(model).exists():
         model = str(Path(model).resolve())

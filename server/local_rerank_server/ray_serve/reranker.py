@@ -1,7 +1,7 @@
-"""`RemoteReranker`: a Reranker's `submit`, answered by the replicas of a Ray Serve deployment.
+"""`RemoteReranker`: the `submit` of a `Reranker`, answered by the replicas of a Ray Serve deployment.
 
-The server cannot tell it from a `Reranker`: errors are the leaves of the same tree, and cancelling a future takes the
-request out of its replica's queue. A request whose replica dies goes to another one; scoring has no side effects.
+It raises the same errors as a `Reranker`, and cancelling a future removes the request from its replica's queue. A
+request whose replica dies is sent to another one, which is safe because scoring has no side effects.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.ray_serve.routing import estimate_tokens
 
-MAX_ATTEMPTS = 3  # a request that kills every engine it meets must not go round all of them
-QUIET = {"log_level": "WARNING", "enable_access_log": False}
+MAX_ATTEMPTS = 3  # so that a request that crashes engines does not crash all of them
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 logger = logging.getLogger(__name__)
-logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what it starts and stops is told in our own words
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # process.py reports start and stop itself
 
 
 class RemoteReranker:
@@ -45,7 +45,7 @@ class RemoteReranker:
         self.info = info
         self.config = config
         self._handle = handle
-        self._sent: dict[int, int] = {}  # estimated tokens of the requests that are not answered yet
+        self._sent: dict[int, int] = {}  # estimated tokens of each unanswered request
         self._ids = itertools.count()
         self._is_in_child = False
         self._loop = asyncio.new_event_loop()
@@ -54,7 +54,7 @@ class RemoteReranker:
         forks.renew_in_child(self)
 
     def renew(self) -> None:
-        """The connection to Ray, and the loop, stay the parent's."""
+        """Mark the connection to Ray and the event loop as unusable in a forked child."""
         self._is_in_child = True
 
     @property
@@ -63,7 +63,7 @@ class RemoteReranker:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens that were sent to replicas and are not answered, as the router estimates them."""
+        """Estimated tokens of the unanswered requests."""
         return sum(self._sent.copy().values())
 
     @property
@@ -76,46 +76,46 @@ class RemoteReranker:
 
     @property
     def tokens_per_second(self) -> None:
-        """Only the replicas know."""
+        """Unknown here; only the replicas measure it."""
 
     def retry_after(self) -> float:
-        """Seconds; how fast the replicas work their queues off is not known here."""
+        """A constant number of seconds, because the replicas' speed is unknown here."""
         return 1.0
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
-        """Batches run in the replicas, which Ray's own metrics tell of: nothing is reported here."""
+        """Does nothing: batches run in the replicas, and Ray's own metrics cover those."""
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
-        """Send the request on; the future has its result, or fails with a LocalRerankError.
+        """Send the request to a replica; the future resolves to its result or a LocalRerankError.
 
-        Raises UnusableAfterFork.
+        Raises UnusableAfterFork in a forked child.
         """
         if self._is_in_child:
-            raise UnusableAfterFork("the model is in Ray's replicas, whose connection a forked process cannot use")
+            raise UnusableAfterFork("a forked process cannot use its parent's connection to Ray's replicas")
         return asyncio.run_coroutine_threadsafe(self._rank(request, name), self._loop)
 
     async def _rank(self, request: RerankRequest, name: str | None) -> RerankResult:
-        num_tokens, place = estimate_tokens(request), next(self._ids)
-        self._sent[place] = num_tokens
+        num_tokens, number = estimate_tokens(request), next(self._ids)
+        self._sent[number] = num_tokens
         try:
-            return await self._ask_in_turn(request, num_tokens, name)
+            return await self._rank_with_retries(request, num_tokens, name)
         finally:
-            del self._sent[place]
+            del self._sent[number]
 
-    async def _ask_in_turn(self, request: RerankRequest, num_tokens: int, name: str | None) -> RerankResult:
+    async def _rank_with_retries(self, request: RerankRequest, num_tokens: int, name: str | None) -> RerankResult:
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            answer = await self._ask_one(request, num_tokens, name)
+            answer = await self._rank_once(request, num_tokens, name)
             if isinstance(answer, RerankResult):
                 return answer
             if not isinstance(answer, ModelUnavailable):
                 raise answer
             logger.warning("attempt %d of %d: %s", attempt, MAX_ATTEMPTS, answer)
-        raise EngineFailure(f"{MAX_ATTEMPTS} replicas in turn were lost while they scored this request")
+        raise EngineFailure(f"{MAX_ATTEMPTS} replicas died while they scored this request")
 
-    async def _ask_one(
+    async def _rank_once(
         self, request: RerankRequest, num_tokens: int, name: str | None
     ) -> RerankResult | LocalRerankError:
-        """One replica's answer; ModelUnavailable where it was lost. Waits while there is none."""
+        """One replica's answer, or ModelUnavailable if the replica died. Waits while there is no replica."""
         response = self._handle.rank.remote(request, num_tokens=num_tokens, name=name)
         try:
             answer: RerankResult | LocalRerankError = await response
@@ -126,12 +126,12 @@ class RemoteReranker:
             logger.exception("a replica failed")
             return EngineFailure(f"a replica failed: {type(error.cause).__name__}: {error.cause}")
         except (RayError, RayServeException) as error:
-            return ModelUnavailable(f"the replica was lost: {type(error).__name__}")
+            return ModelUnavailable(f"the replica died: {type(error).__name__}")
         return answer
 
     def close(self) -> None:
-        """Stop sending; the replicas are not touched."""
-        if self._is_in_child:  # the loop's descriptors are the parent's too
+        """Stop sending requests; leaves the replicas running."""
+        if self._is_in_child:  # the loop's descriptors belong to the parent
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -139,43 +139,43 @@ class RemoteReranker:
 
 
 class ReplicaReranker(RemoteReranker):
-    """A RemoteReranker that starts its replicas, and Ray where there is none, and ends what it started.
+    """A RemoteReranker that starts its replicas, and Ray if none is running, and stops what it started.
 
-    Raises ConfigError where there is no Ray or no room, CheckpointError where no replica can load the model.
+    Raises ConfigError if Ray is not installed or has too few resources, CheckpointError if the model cannot be loaded.
     """
 
     def __init__(self, config: EngineConfig, server_config: ServerConfig) -> None:
         self._started_ray = ray_cluster.connect()
         self._name = f"local-rerank-{uuid.uuid4().hex[:8]}"
         try:
-            handle, info = _run(self._name, config, server_config, may_grow=not self._started_ray)
+            handle, info = _start_replicas(self._name, config, server_config, may_grow=not self._started_ray)
             super().__init__(handle, info, config)
         except BaseException:
-            self._end()
+            self._stop()
             raise
 
     def close(self) -> None:
         super().close()
         if not self._is_in_child:
-            self._end()
+            self._stop()
 
-    def _end(self) -> None:
-        with contextlib.suppress(Exception):  # at the end of the process; what is left ends with Ray
+    def _stop(self) -> None:
+        with contextlib.suppress(Exception):  # the process is ending, and what remains ends with Ray
             serve.delete(self._name)
             if self._started_ray:
                 serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own
         ray.shutdown()
 
 
-def _run(
+def _start_replicas(
     name: str, config: EngineConfig, server_config: ServerConfig, *, may_grow: bool
 ) -> tuple[DeploymentHandle[object], ModelInfo]:
     from local_rerank_server.ray_serve.replica import engine_application
 
-    serve.start(proxy_location="Disabled", logging_config=QUIET)  # requests come through our own server
+    serve.start(proxy_location="Disabled", logging_config=LOGGING)  # HTTP goes through our own server
     application = engine_application(config, server_config, may_grow=may_grow)
     try:
-        handle = serve.run(application, name=name, route_prefix=None, logging_config=QUIET)
+        handle = serve.run(application, name=name, route_prefix=None, logging_config=LOGGING)
         info: ModelInfo = handle.info.remote().result()
     except (RuntimeError, RayError, RayServeException) as error:
         raise CheckpointError(f"no replica can load the model: {_reason(name, error)}") from error
@@ -183,8 +183,8 @@ def _run(
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What the replicas said, without their tracebacks."""
+    """The replicas' error message without traceback."""
     application = serve.status().applications.get(name)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    said = re.findall(r"(?:CheckpointError|ConfigError|\w+Error): (.+)", "\n".join([*messages, str(error)]))
-    return said[-1] if said else str(error)
+    errors = re.findall(r"(?:CheckpointError|ConfigError|\w+Error): (.+)", "\n".join([*messages, str(error)]))
+    return errors[-1] if errors else str(error)

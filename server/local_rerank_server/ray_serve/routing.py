@@ -1,7 +1,7 @@
-"""Which replica gets a request: the one with the fewest tokens to work off.
+"""Routes each request to the replica with the fewest outstanding tokens.
 
-Requests differ a thousandfold in length, so counting requests would queue short ones behind a long one. A router knows
-what it sent and what came back; each process that sends has a router of its own.
+Requests differ a thousandfold in length, so balancing by request count would queue short ones behind a long one. Each
+sending process has its own router, which counts what it sent and what was answered.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from local_rerank.types import RerankRequest
 BYTES_PER_TOKEN = 4  # of UTF-8: about right for English and, at three bytes a character, for Chinese
 TEMPLATE_TOKENS = 60  # system text, default instruction and labels, once per request
 SUFFIX_TOKENS = 9  # after each document
-MAX_RANKS = 3  # replicas that are tried in turn before the router waits a moment
+MAX_RANKS = 3  # replicas to try before the router backs off
 
 
 def estimate_tokens(request: RerankRequest) -> int:
-    """Tokens that a request will bring to its engine, without a tokenizer."""
+    """Estimate a request's tokens without a tokenizer."""
     texts = (request.instruction or "", request.query, *request.documents)
     num_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text in texts)
     return TEMPLATE_TOKENS + SUFFIX_TOKENS * len(request.documents) + num_bytes // BYTES_PER_TOKEN
 
 
 class TokenLoad:
-    """Tokens that each replica still has to work off. A pure data structure."""
+    """Outstanding tokens of each replica."""
 
     def __init__(self) -> None:
         self._tokens: dict[Hashable, dict[str, int]] = {}  # by replica, then by request
-        self._early: set[str] = set()  # requests whose end was told before it was told where they went
+        self._early: set[str] = set()  # requests reported as answered before they were reported as sent
 
     def of(self, replica: Hashable) -> int:
         return sum(self._tokens.get(replica, {}).values())
@@ -47,13 +47,13 @@ class TokenLoad:
             self._early.add(request_id)
 
     def keep_only(self, replicas: Iterable[Hashable]) -> None:
-        """Forget the replicas that are gone."""
+        """Forget all other replicas."""
         alive = set(replicas)
         self._tokens = {replica: tokens for replica, tokens in self._tokens.items() if replica in alive}
 
 
 class FewestTokensRouter(RequestRouter):
-    """Ranks a deployment's replicas by the tokens that this router sent them and that are not answered."""
+    """Ranks a deployment's replicas by their outstanding tokens from this router."""
 
     def initialize_state(self, **_: object) -> None:
         self._load = TokenLoad()

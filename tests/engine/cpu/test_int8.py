@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from local_rerank import Reranker
-from local_rerank.bench.flops import kendall_tau
+from local_rerank.bench.measure import kendall_tau
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cpu.int8 import LARGEST, ZERO, Int8Linear, pair_sums, quantize
 from local_rerank.engine.cpu.int8_search import quantize_layers

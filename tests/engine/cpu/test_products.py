@@ -155,7 +155,7 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_the_next_one_scores_right(
     assert "'blocked fp32' multiplies wrongly" in record.message
     assert "(error 2.8e+08, bound 8.8e+03); 'fp32' is used instead" in record.message
     row = describe(reranker.info, reranker.checkpoint).products
-    assert row.value.startswith("in use: fp32, attention fp32; also right: ")
+    assert row.value.startswith("in use: fp32, attention fp32; also correct: ")
     assert "wrong, not used: blocked fp32 (error" in row.value
     assert row.faster == "a torch that multiplies right by blocked fp32"
 

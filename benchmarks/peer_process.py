@@ -1,8 +1,8 @@
-"""One peer in a process of its own: `PYTHON peer.py NAME FOLDER DTYPE THREADS`, lines of JSON in and out.
+"""Run one peer in its own process: `PYTHON peer_process.py NAME FOLDER DTYPE THREADS`, with JSON lines in and out.
 
-The process may run under a Python that has the peer but not this package, so that this file imports neither.
-It first says {"ready": seconds, "version": text} or {"missing": why}. Then each line in is
-{"requests": [{"shared": prompt up to the document, "documents": [...]}, ...], "suffix": text, ...} and each line out
+The Python may have the peer but not this package, so this file imports neither at the top. It first prints
+{"ready": seconds, "version": text} or {"missing": reason}. It answers each line
+{"requests": [{"shared": prompt up to the document, "documents": [...]}, ...], "suffix": text} with
 {"seconds": ..., "log_odds": [[...], ...]}.
 """
 
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-BATCH = 8  # prompts at a time, as the model card and sentence-transformers' users do on a CPU
+BATCH = 8  # prompts at a time, usual on a CPU
 MAX_LENGTH = 8192
 Request = dict[str, Any]
 
 
 class Card:
-    """The model card's code: prompts padded on the left, all logits, those of yes and no at the last place."""
+    """The model card's code: left-padded prompts, and the logits of yes and no at the last position."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         import torch
@@ -54,7 +54,7 @@ class Card:
 
 
 class SentenceTransformers:
-    """CrossEncoder with a chat template that carries query and document."""
+    """CrossEncoder with a chat template that joins query and document."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         import sentence_transformers
@@ -90,7 +90,7 @@ class SentenceTransformers:
 
 
 class VLLM:
-    """vLLM's pooling runner with prefix caching; all requests in one call, which it schedules itself."""
+    """vLLM's pooling runner with prefix caching. All requests go in one call, which vLLM schedules."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -110,7 +110,7 @@ class VLLM:
         )  # fmt: skip
 
     def score(self, requests: list[Request], suffix: str) -> list[list[float]]:
-        # no prefix may be left from an earlier round: each round is a request that comes for the first time
+        # each round must see its requests for the first time
         self.model.reset_prefix_cache()
         queries = [request["shared"] for request in requests for _ in request["documents"]]
         documents = [" " + text + suffix for request in requests for text in request["documents"]]
@@ -131,7 +131,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def main() -> None:
     name, folder, dtype, threads = sys.argv[1:5]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep the output of libraries apart from the answers
     start = time.perf_counter()
     try:
         peer = PEERS[name](folder, DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""Who and how much is let in: requests and bytes held at once, rates of a key, browsers, slow bodies."""
+"""Admission: limits for requests and body bytes, rate limits per key, CORS, and slow bodies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from httpx2 import AsyncClient, Response
 
 from local_rerank import Reranker
+from local_rerank_server import config
 from tests.server.conftest import HeldRanker, Serve
 
 pytestmark = pytest.mark.anyio
@@ -26,28 +27,31 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_more_requests_than_may_be_held_are_answered_429_with_the_measured_time(serve: Serve) -> None:
+async def test_requests_over_the_limit_get_429_with_the_estimated_retry_time(serve: Serve) -> None:
     ranker = HeldRanker()
     async with serve(ranker, max_queued_requests=3) as client:
         held = [asyncio.create_task(client.post(LOCAL, json=BODY)) for _ in range(3)]
         await until(lambda: len(ranker.futures) == 3)
         refused = await client.post(LOCAL, json=BODY)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "3")
-        assert "3 requests are held, and at most 3 may be" in refused.json()["message"]
+        assert "3 requests are in flight; at most 3 are allowed" in refused.json()["message"]
         assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/version")).status_code == 200, "what asks for no ranking is not counted"
+        assert (await client.get("/version")).status_code == 200, "only rankings count"
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-        await until(lambda: client.state.num_admitted == 0)  # type: ignore[attr-defined]
+        await until(lambda: client.state.admission.num_requests == 0)  # type: ignore[attr-defined]
         again = asyncio.create_task(client.post(LOCAL, json=BODY))
         await until(lambda: len(ranker.futures) == 4)
         again.cancel()
 
 
-async def test_bodies_that_are_more_together_than_may_be_held_are_refused_before_they_are_read(serve: Serve) -> None:
+async def test_a_body_over_the_total_limit_is_refused_before_it_is_read(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranker = HeldRanker()
-    async with serve(ranker, max_body_bytes=1000, max_total_body_bytes=1000) as client:
+    monkeypatch.setattr(config, "BODIES_HELD", 1)
+    async with serve(ranker, max_body_bytes=1000) as client:
         padded = json.dumps(BODY | {"padding": "x" * 600}).encode()
         held = asyncio.create_task(client.post(LOCAL, content=padded, headers=JSON))
         await until(lambda: ranker.futures)
@@ -58,7 +62,7 @@ async def test_bodies_that_are_more_together_than_may_be_held_are_refused_before
 
         declared = await client.post(LOCAL, content=body(), headers=JSON | {"Content-Length": "900"})
         assert declared.status_code == 429
-        assert "bytes of request bodies are held and 900 more are to come; at most 1000" in declared.json()["message"]
+        assert "and 900 more would exceed the limit of 1000" in declared.json()["message"]
 
         async def chunks() -> AsyncIterator[bytes]:
             for _ in range(9):
@@ -68,26 +72,26 @@ async def test_bodies_that_are_more_together_than_may_be_held_are_refused_before
         assert in_chunks.status_code == 429
         held.cancel()
         await asyncio.gather(held, return_exceptions=True)
-        await until(lambda: client.state.num_body_bytes == 0)  # type: ignore[attr-defined]
+        await until(lambda: client.state.admission.num_body_bytes == 0)  # type: ignore[attr-defined]
         assert (await client.post(LOCAL, content=padded[:-1], headers=JSON)).status_code == 400
-        assert client.state.num_body_bytes == 0  # type: ignore[attr-defined]
+        assert client.state.admission.num_body_bytes == 0  # type: ignore[attr-defined]
 
 
-async def test_a_body_that_does_not_come_in_time_is_408_in_the_dialects_shape(serve: Serve) -> None:
+async def test_a_slow_body_gets_408_in_the_dialects_shape(serve: Serve) -> None:
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"
         await asyncio.sleep(30)
 
-    async with serve(HeldRanker(), body_timeout_seconds=1) as client:
+    async with serve(HeldRanker(), client_timeout_seconds=1) as client:
         native = await client.post(NATIVE, content=slow(), headers=JSON)
         local = await client.post(LOCAL, content=slow(), headers=JSON)
     assert (native.status_code, native.json()["code"]) == (408, "RequestTimeOut")
     assert (local.status_code, local.json()["error"]["type"]) == (408, "BodyTooSlow")
     assert native.headers["connection"] == "close"
-    assert "did not come within 1 s" in native.json()["message"]
+    assert "was not received within 1 s" in native.json()["message"]
 
 
-async def test_each_key_has_its_own_requests_a_minute(serve: Serve, tiny_reranker: Reranker) -> None:
+async def test_each_key_has_its_own_request_rate(serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker, api_key=("anna:a", "bert:b"), key_requests_per_minute=2) as client:
         statuses = [await ask(client, key, NATIVE) for key in ("a", "b", "a", "a", "b")]
         assert [answer.status_code for answer in statuses] == [200, 200, 200, 429, 200]
@@ -95,27 +99,27 @@ async def test_each_key_has_its_own_requests_a_minute(serve: Serve, tiny_reranke
         assert refused.json()["code"] == "Throttling.RateQuota"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         listed = await client.get("/v1/models", headers={"Authorization": "Bearer a"})
-        assert listed.status_code == 200, "only ranking is counted"
+        assert listed.status_code == 200, "only rankings count"
         assert (await ask(client, "wrong", NATIVE)).status_code == 401
 
 
-async def test_a_key_that_has_used_its_tokens_is_refused_until_the_minute_is_over(
-    serve: Serve, tiny_reranker: Reranker
-) -> None:
+async def test_a_key_over_its_tokens_is_refused_until_the_minute_is_over(serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker, api_key=("a", "b"), key_tokens_per_minute=100) as client:
         first = await ask(client, "a", NATIVE)
-        assert first.json()["usage"]["total_tokens"] > 100, "what is known only afterwards may pass the limit once"
+        assert first.json()["usage"]["total_tokens"] > 100, (
+            "tokens are known only afterwards, so the limit can be exceeded once"
+        )
         second, other = await ask(client, "a", NATIVE), await ask(client, "b", NATIVE)
     assert (second.status_code, second.json()["code"]) == (429, "Throttling.AllocationQuota")
     assert other.status_code == 200
 
 
-async def test_without_keys_a_rate_is_that_of_all_clients(serve: Serve, tiny_reranker: Reranker) -> None:
+async def test_without_keys_all_clients_share_one_rate(serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker, key_requests_per_minute=1) as client:
         assert [(await client.post(LOCAL, json=BODY)).status_code for _ in range(2)] == [200, 429]
 
 
-async def test_a_browsers_page_from_elsewhere_is_let_in_only_where_its_origin_is_set(
+async def test_pages_of_other_origins_are_refused_unless_their_origin_is_set(
     serve: Serve, tiny_reranker: Reranker
 ) -> None:
     asks = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
@@ -127,48 +131,26 @@ async def test_a_browsers_page_from_elsewhere_is_let_in_only_where_its_origin_is
     async with serve(tiny_reranker, api_key=("k",), cors_origins=("http://a.example",)) as client:
         preflight = await client.options(LOCAL, headers=asks)
         assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, "http://a.example")
-        for headers in (sends, {"Origin": "http://a.example"}):  # an error can be read by the page too
+        for headers in (sends, {"Origin": "http://a.example"}):  # errors are readable for the page as well
             answer = await client.post(LOCAL, json=BODY, headers=headers)
             assert answer.headers["access-control-allow-origin"] == "http://a.example"
         other = await client.post(LOCAL, json=BODY, headers=sends | {"Origin": "http://b.example"})
         assert "access-control-allow-origin" not in other.headers
 
 
-async def test_limits_are_published_as_they_are_set(serve: Serve) -> None:
-    options = {"dashscope_max_documents": 7, "max_query_chars": 9, "key_tokens_per_minute": 9, "strict": True}
-    async with serve(HeldRanker(), **options) as client:
-        published = (await client.get("/limits")).json()
-    assert published["dashscope"] == {
-        "max_documents": 7,
-        "max_query_chars": 9,
-        "max_instruction_chars": 50_000,
-        "max_document_chars": 300_000,
-        "max_request_tokens": 120_000,
-        "allow_empty_documents": False,
-    }
-    assert published["other_routes"]["max_documents"] == 1000
-    assert published["texts"]["max_document_tokens"] == 4000
-    assert published["max_queued_tokens"] == 500_000
-    assert (published["key_tokens_per_minute"], published["key_requests_per_minute"]) == (9, None)
-
-
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/etc/passwd", "%00", "held/../x"])
-async def test_no_name_of_a_model_leads_out_of_the_served_one(name: str, serve: Serve) -> None:
+async def test_a_path_as_model_name_reads_no_file(name: str, serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         described = await client.get(f"/v1/models/{name}")
         assert "root:" not in described.text
-        assert described.status_code == 404 or described.json()["model_name"] == "held", (
-            "any name is the served model's"
-        )
+        assert described.status_code == 404 or described.json()["model_name"] == "held"
         native = await client.post(NATIVE, json={"model": name, "query": "q", "documents": ["d"]})
         assert (native.status_code, native.json()["code"]) == (404, "ModelNotFound")
         assert "root:" not in native.text
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/api/v1/rerank", "/v1/reranking"])
-async def test_a_document_object_that_comes_back_can_be_written_as_json(
-    path: str, serve: Serve, tiny_reranker: Reranker
-) -> None:
+async def test_a_returned_document_object_is_valid_json(path: str, serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker) as client:
         head = b'{"query": "q", "return_documents": true, "documents": [{"text": "d", "more": '
         answer = await client.post(path, content=head + rb'["\ud800"]}]}')
@@ -179,7 +161,7 @@ async def test_a_document_object_that_comes_back_can_be_written_as_json(
             assert answer.status_code in (200, 400), answer.text
 
 
-async def test_while_it_drains_an_answer_closes_its_connection(serve: Serve) -> None:
+async def test_responses_close_the_connection_while_the_server_drains(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         assert "connection" not in (await client.get("/version")).headers
         client.state.drain()  # type: ignore[attr-defined]

@@ -1,0 +1,107 @@
+"""The parts of gpu.py that run kernels without the engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+
+from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, pairs_of_300, passages, timed
+from local_rerank.engine.attention import layout_to
+from local_rerank.engine.cuda.attention import tile_layout
+from local_rerank.engine.cuda.fp8 import FP8
+from local_rerank.engine.kernel_table import KERNELS, is_installed
+from local_rerank.engine.packing import pack
+from local_rerank.requests.tokenization import Pair
+
+
+def attention(setting: Setting) -> Result:
+    """Measure each attention kernel in one layer: milliseconds and the largest difference from fp32."""
+    shape, device = SHAPES[setting.shape], setting.device
+    heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    texts = RandomTexts(setting.folder)
+    with loaded(setting) as reranker:
+        loads = {
+            "chunks": pairs_of_300(setting, reranker),
+            "passages": passages(setting, reranker, setting.batch_tokens // 80),
+            "titles": list(reranker.tokenizer.pairs(texts.request(15, [11] * (setting.batch_tokens // 32))).pairs),
+        }
+    results: Result = {"not_installed": [name for name, row in KERNELS.items() if not is_installed(row)]}
+    for load, pairs in loads.items():
+        batch = pack(pairs)
+        joined = torch.randn(batch.num_tokens, (heads + 2 * key_heads), width, device=device)
+        parts = joined.bfloat16().tensor_split((-2 * key_heads, -key_heads), dim=1)
+        exact: torch.Tensor | None = None
+        for name, row in reversed(KERNELS.items()):  # the last two run on any device
+            if name == "dense" or device.type not in row.device_types or not is_installed(row):
+                continue
+            layout = layout_to(row.layout(batch, False), device)
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+            with torch.inference_mode():
+                if exact is None:
+                    exact = row.attend(q.float(), k.float(), v.float(), layout, width**-0.5)
+                ours = row.attend(q, k, v, layout, width**-0.5)
+                attend = partial(row.attend, q, k, v, layout, width**-0.5)
+                taken = [timed(attend, device) for _ in range(3 if setting.quick else 50)]
+            results[f"{name} {load}"] = [round(1e3 * median(taken), 4), float((ours - exact).abs().max())]
+    return results
+
+
+def tuning(setting: Setting) -> Result:
+    """Measure single kernels: microseconds of attention by tile, block, warps and stages; bandwidth of the others."""
+    if setting.device.type != "cuda":
+        return {"not_here": "kernels are only compiled for a GPU"}
+    import triton
+
+    from local_rerank.engine.cuda import triton_kernels
+
+    shape, device = SHAPES[setting.shape], setting.device
+    heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    num_tokens, hidden, inner = setting.batch_tokens, shape["hidden_size"], shape["intermediate_size"]
+    results: Result = {}
+
+    def microseconds(run: Callable[[], object]) -> float | None:
+        """Return None if a kernel exceeds the resources of the GPU."""
+        try:
+            for _ in range(3):
+                run()
+        except triton.runtime.errors.OutOfResources:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # excludes launch time
+            for _ in range(10):
+                run()
+        return round(1e5 * median([timed(graph.replay, device) for _ in range(10)]), 1)
+
+    with torch.inference_mode():
+        for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
+            batch = pack([Pair((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
+            joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
+            parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+            for queries in (32, 64, 128):
+                layout = layout_to(tile_layout(batch, False, queries_per_tile=queries), device)
+                own = (layout.tiles, layout.first_own, layout.last_own, queries, width**-0.5)
+                for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3)):
+                    options = {"BLOCK_K": block, "num_warps": warps, "num_stages": stages}
+                    name = f"{load}: {queries} queries, {block} keys, {warps} warps, {stages} stages"
+                    results[name] = microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))
+        x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
+        weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
+        gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
+        q = torch.randn(num_tokens, heads, width, device=device).bfloat16()
+        norm = torch.ones(width, device=device).bfloat16()
+        runs: dict[str, tuple[Callable[[], object], int]] = {
+            "add_rms_norm": (partial(triton_kernels.add_rms_norm_, x, residual, weight, 1e-6), 4 * x.nbytes),
+            "norm_rotate": (
+                partial(triton_kernels.norm_rotate_, q, norm, angles.bfloat16(), angles.bfloat16(), 1e-6), 2 * q.nbytes
+            ),
+            "silu_mul": (partial(triton_kernels.silu_mul, gate_up), 3 * gate_up.nbytes // 2),
+            "quantize_rows": (partial(triton_kernels.quantize_rows, gate_up, FP8), 3 * gate_up.nbytes // 2),
+        }  # fmt: skip
+        for name, (run, num_bytes) in runs.items():
+            taken = microseconds(run)
+            results[f"{name}, TB/s"] = taken and round(num_bytes / taken / 1e6, 2)
+    return results

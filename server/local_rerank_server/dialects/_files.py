@@ -1,0 +1,44 @@
+"""Serves the files of a page: fixed names, media types, and security headers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse
+
+MEDIA_TYPES = {  # fixed here, because the tables of `mimetypes` depend on the machine
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
+
+
+def add_files(router: APIRouter, files: Mapping[str, Path], *, policy: str, summary: str) -> None:
+    """Serve each path's file with GET and HEAD under the Content-Security-Policy; only the page is in OpenAPI."""
+    headers = {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",  # revalidate, so that page and scripts match after an upgrade
+    }
+    for path, file in files.items():
+        router.add_api_route(
+            path,
+            _sender(file, headers),
+            methods=["GET"],
+            response_class=FileResponse,
+            summary=summary,
+            include_in_schema=file.suffix == ".html",
+        )
+        router.add_api_route(path, _sender(file, headers), methods=["HEAD"], include_in_schema=False)
+
+
+def _sender(file: Path, headers: Mapping[str, str]) -> Callable[[], Awaitable[FileResponse]]:
+    async def send() -> FileResponse:
+        return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers=headers)
+
+    return send

@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Each environment has a stamp, so the second time costs nothing.
+# `make` alone lists the targets. Each environment has a stamp, so that it is installed once.
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
@@ -9,13 +9,14 @@ ifneq ($(shell which npm 2>/dev/null),)
 CLIENTS += .venv-clients/node/.installed
 endif
 
-# Tests run a server beside themselves, so threads outnumber cores. OpenMP's threads spin while they wait by default,
-# which then costs a forward pass of 5 ms up to 650 ms; waiting briefly, as the commands do, it stays at 5 ms.
-test: export OMP_WAIT_POLICY := passive
-test: export GOMP_SPINCOUNT := 20000
+# Tests run servers beside themselves, so that threads outnumber cores. By default OpenMP's threads spin while they
+# wait, and a forward pass of 5 ms takes up to 650 ms. With a short spin, as in our commands, it still takes 5 ms.
+test quick: export OMP_WAIT_POLICY := passive
+test quick: export GOMP_SPINCOUNT := 20000
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fix docs screenshot clients clean
+.PHONY: help serve test quick check fix docs screenshot clients clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,31 +24,34 @@ help: ## list the targets
 serve: $(SERVE) ## install what serving needs, then serve the built-in model (ARGS="--port 9000 ..." passes options)
 	$(BIN)/local-rerank serve $(ARGS)
 
-test: $(DEV) ## run every test (ARGS="-k name" passes options); with ISA=avx2 the numeric ones, as on an older CPU
+test: $(DEV) ## run every test (ARGS="-k name" passes options); ISA=avx2: the numeric tests with that instruction set
 ifdef ISA
 	$(BIN)/python -m tests.isa $(ISA) $(ARGS)
 else
 	@$(MAKE) --silent --jobs=2 clients
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
 endif
+
+quick: $(DEV) ## run the library's fast tests, in less than a minute: no servers, no SDKs, none that is marked slow
+	$(PYTEST) -m "not slow" --ignore=tests/server --ignore=tests/clients --ignore=tests/playground $(ARGS)
 
 check: $(DEV) ## lint, formatting and types, as CI does
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(DEV) ## mend what lint and formatting can mend
+fix: $(DEV) ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DEV) ## write anew what of the documents comes from code: docs/options.md, the answer in the README
+docs: $(DEV) ## update the generated parts of the documents: docs/options.md, the answer in the README
 	$(BIN)/python docs/options.py > docs/options.md
 	$(BIN)/python docs/answer.py
 
-screenshot: $(DEV) ## take the README's picture of the page anew (needs Chromium; the picture shows this machine's fonts)
+screenshot: $(DEV) ## retake the README's screenshot (needs Chromium; shows this machine's fonts)
 	SCREENSHOT=docs/playground.png $(BIN)/pytest -q tests/playground/test_screenshot.py
 
-clients: $(CLIENTS) ## install the vendors' SDKs that the tests drive, each set in an environment of its own
+clients: $(CLIENTS) ## install the SDKs that tests/clients calls, each set in its own environment
 
 clean: ## remove the environments, caches and built packages
 	rm -rf .venv .venv-clients dist .pytest_cache .mypy_cache .ruff_cache

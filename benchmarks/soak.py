@@ -159,7 +159,7 @@ def run_overload(seconds: float, folder: Path) -> None:
 def run_fuzz(num_bodies: int, num_cases: int, seed: int) -> None:
     """Run the fuzz tests with more examples."""
     test = ["-m", "pytest", "-q", "-s", "tests/server/test_fuzz.py", "--num-bodies", str(num_bodies)]
-    test += ["--num-cases", str(num_cases), "--fuzz-seed", str(seed)]
+    test += ["--num-cases", str(num_cases), "--fuzz-seed", str(seed), "--fuzz-phases", "examples,coverage,fuzzing"]
     subprocess.run([sys.executable, *test], check=True)
 
 

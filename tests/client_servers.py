@@ -1,7 +1,7 @@
-"""What tests/clients and tests/playground share: two servers on the embedded default model, and Python processes.
+"""What tests/clients and tests/playground share: two servers on the built-in model, and Python processes.
 
-One server asks for one of `KEYS` and cuts long documents; the other asks for none, cuts none and sends documents back
-as strings where a client can choose. Both have the precision of the library's fixture `nano`.
+One server requires a key and truncates long documents. The other requires none, truncates nothing and returns documents
+as strings where a client can choose. Both use the dtype of the fixture `nano`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.clients.driver import ENVIRONMENTS, VARIABLES, environment_bin
 from tests.serving import serving
 
-DOCUMENTED_KEY = "any"  # the one that docs/clients.md sends
+DOCUMENTED_KEY = "any"  # used by docs/clients.md
 TYPED_KEY = "schlüssel-密钥"
 MAX_DOCUMENT_TOKENS = 128  # of the keyed server
 OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--no-self-test")
@@ -27,7 +27,7 @@ RunPython = Callable[..., str]
 
 @contextmanager
 def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
-    """Base URLs of the keyed server and of the open one, started beside each other."""
+    """Base URLs of the keyed server and of the open one, which start in parallel."""
     keys = folder / "keys"
     keys.write_text(f"documented:{DOCUMENTED_KEY}\ntyped:{TYPED_KEY}\n", encoding="utf-8")
     keyed = ("--api-key-file", str(keys), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS))
@@ -42,7 +42,7 @@ def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def python_hosts() -> Iterator[RunPython]:
-    """`run_python(environment, text, *arguments)`: what that program prints, run by `clients/python_host.py`."""
+    """`run_python(environment, text, *arguments)`: the output of that program, run by `clients/python_host.py`."""
     hosts: dict[str, subprocess.Popen[str]] = {}
 
     def start(environment: str) -> subprocess.Popen[str]:
@@ -51,7 +51,7 @@ def python_hosts() -> Iterator[RunPython]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=VARIABLES, cwd=ENVIRONMENTS / environment,
         )  # fmt: skip
-        return stack.enter_context(process)  # its end closes the pipes, at which the process ends too
+        return stack.enter_context(process)  # closes the pipes, at which the process ends
 
     def run_python(environment: str, text: str, *arguments: str, path: str = "-", given: str = "") -> str:
         host = hosts[environment] = hosts.get(environment) or start(environment)

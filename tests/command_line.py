@@ -1,4 +1,4 @@
-"""`local-rerank ...` within this process: torch is imported once for many commands (test_cli.py has real processes)."""
+"""Runs `local-rerank ...` in this process, because importing torch takes seconds; test_app.py has real processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Done:
 
 
 def command(*arguments: str) -> Done:
-    """Run a command line to its end, on a wide terminal."""
+    """Run a command line on a wide terminal."""
     out, err = io.StringIO(), io.StringIO()
     status: object = None
     with (
@@ -39,7 +39,7 @@ def command(*arguments: str) -> Done:
 
 
 def run_script(file: Path, *arguments: str) -> str:
-    """Run a script in this process; what it prints."""
+    """The output of a script, run in this process."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), mock.patch.object(sys, "argv", [str(file), *arguments]):
         runpy.run_path(str(file), run_name="__main__")

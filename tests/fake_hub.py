@@ -1,4 +1,4 @@
-"""A model hub on this machine: the routes of huggingface.co that a download uses, over one folder of files."""
+"""A model hub on this machine: the routes of huggingface.co that a download uses, for one folder of files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `folder` as the model `owner/tiny`, and remembers what it was asked."""
+    """Serves `folder` as the model `owner/tiny`, and records requests."""
 
     daemon_threads = True
 
@@ -24,7 +24,7 @@ class FakeHub(ThreadingHTTPServer):
         self.folder = folder
         self.requests: list[tuple[str, str]] = []  # method and path
         self.tokens: dict[str, str | None] = {}  # by path
-        self.claimed_size: int | None = None  # what every file's headers say instead of its size
+        self.claimed_size: int | None = None  # the size in every file's headers, instead of the real one
 
     @property
     def url(self) -> str:

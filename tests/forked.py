@@ -1,4 +1,4 @@
-"""Forked children for tests: what a call gives in one, within a deadline."""
+"""Forked children for tests: run a call in one, with a timeout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 120.0
 
 
 class Child:
-    """A child of `os.fork` that runs `call`, sends back what it returns or raises, and ends."""
+    """A child of `os.fork` that runs `call`, sends its result or exception to the parent, and exits."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._end = time.monotonic() + DEADLINE_SECONDS
@@ -34,7 +34,7 @@ class Child:
             os._exit(0)
 
     def result(self) -> Any:
-        """What the call returned; raises what it raised, and AssertionError where the child hangs."""
+        """The result of the call; raises its exception, or AssertionError if the child hangs."""
         sent = bytearray()
         while select.select([self._read], [], [], max(0.0, self._end - time.monotonic()))[0]:
             if not (part := os.read(self._read, 65536)):
@@ -49,12 +49,12 @@ class Child:
 
 
 def in_child(call: Callable[[], object]) -> Any:
-    """What `call` returns or raises in a forked child."""
+    """Run `call` in a forked child; its result or exception."""
     return Child(call).result()
 
 
 def wait_for(pid: int, end: float | None = None) -> int:
-    """The exit status of a child; one that hangs is killed, and that fails the test."""
+    """The exit status of a child. A child that hangs is killed, and the test fails."""
     end = time.monotonic() + DEADLINE_SECONDS if end is None else end
     while time.monotonic() < end:
         ended, status = os.waitpid(pid, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""Tests on a GPU, all of them by `TRITON_INTERPRET=0 pytest -m gpu`: Triton interprets or compiles in a process."""
+"""The marker of tests on a GPU. `TRITON_INTERPRET=0 pytest -m gpu` runs them: a process interprets or compiles."""
 
 from __future__ import annotations
 

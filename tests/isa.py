@@ -1,9 +1,9 @@
 """Run the numeric tests with an older instruction set: `python -m tests.isa avx2`.
 
-Without a name it lists the sets below this CPU's own, in which every other test runs anyway.
+Without a name it lists the instruction sets below this CPU's own, with which `make test` runs anyway.
 
-oneDNN, torch's own kernels and MKL each have a limit of their own. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but
-heeds MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
+oneDNN, torch's own kernels and MKL are limited separately. On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but follows
+MKL_CBWR=COMPATIBLE, its slowest code (512 x 1,024 x 1,024 in fp32 on one Zen 3 core: 58 ms instead of 17).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TESTS = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """An instruction set, and the settings that forbid newer ones."""
+    """An instruction set and the settings that disable newer ones."""
 
     flag: str  # in /proc/cpuinfo
-    newer: set[str]  # flags of the sets that the settings forbid; a CPU without them has this level as its own
+    newer: set[str]  # flags of disabled sets; for a CPU without them this level is its own
     onednn: str
     aten: str
     mkl: dict[str, str]
@@ -45,13 +45,13 @@ LEVELS = {
 
 
 def levels_of(cpuinfo: str) -> list[str]:
-    """Names of the levels that a CPU has, the lowest first; none on other architectures than x86."""
+    """The levels of a CPU, lowest first; none unless it is x86."""
     flags = _flags(cpuinfo)
     return [name for name, level in LEVELS.items() if level.flag in flags]
 
 
 def older_levels_of(cpuinfo: str) -> list[str]:
-    """Likewise, without the level that is the CPU's own."""
+    """Likewise, without the CPU's own level."""
     flags = _flags(cpuinfo)
     return [name for name in levels_of(cpuinfo) if LEVELS[name].newer & flags]
 
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     if name not in found:
         sys.stderr.write(f"ISA is {name!r}; this CPU has {', '.join(found) or 'none'}\n")
         return 2
-    files = sorted(str(path) for path in TESTS.glob("test_*.py") if "mark.numeric" in path.read_text(encoding="utf-8"))
+    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.numeric" in path.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-m", "numeric", *files, *options]
     os.execve(sys.executable, command, os.environ | LEVELS[name].environment)
 

@@ -1,7 +1,7 @@
-"""`local-rerank ...` in a process in which no socket may leave this machine and no name may be looked up.
+"""`local-rerank ...` in a process that may neither connect to other machines nor look up names.
 
-python -m tests.no_network ARGUMENTS [--then ARGUMENTS]...; whoever breaks the rule is told on standard error, and the
-process ends at once. With `forbid_in_children` in the environment the processes that it starts have the rule too.
+python -m tests.no_network ARGUMENTS [--then ARGUMENTS]... An attempt is reported on standard error and ends the
+process at once. With the variables of `forbid_in_children` the rule holds for child processes too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THEN = "--then"
 
 
 def forbid(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: Python reports here before it acts, whichever library asks."""
+    """An audit hook: Python calls it before it acts, for every library."""
     if event in LOOKUPS and not is_loopback(arguments[0]):
         stop(event, arguments[0])
     if event in SENDS and isinstance(arguments[1], tuple) and not is_loopback(arguments[1][0]):
@@ -37,11 +37,11 @@ def is_loopback(host: object) -> bool:
 def stop(event: str, target: object) -> None:
     sys.stderr.write(f"forbidden: {event} {target!r}\n")
     sys.stderr.flush()
-    os._exit(STATUS)  # an exception could be caught by the very code that must not try
+    os._exit(STATUS)  # the code at fault could catch an exception
 
 
 def forbid_in_children(folder: Path) -> dict[str, str]:
-    """Variables with which every Python process has the rule, by a `sitecustomize` in `folder`."""
+    """Variables that make every Python process follow the rule, through a `sitecustomize` in `folder`."""
     rule = "import sys\nfrom tests.no_network import forbid\nsys.addaudithook(forbid)\n"
     (folder / "sitecustomize.py").write_text(rule, encoding="utf-8")
     return {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}

@@ -1,6 +1,6 @@
-"""The model card's way of scoring, in plain transformers code: what ours must equal.
+"""The model card's scoring in plain transformers code: the reference for our scores.
 
-Left padding, one attention mask, the whole vocabulary's logits at the last position, two of them taken.
+It pads on the left, uses an attention mask, computes the logits of the whole vocabulary and takes two of them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def prompt(query: str, document: str, instruction: str = INSTRUCTION) -> str:
 
 
 def prompt_ids(tokenizer: Tokenizer, query: str, document: str, instruction: str = INSTRUCTION) -> list[int]:
-    """The whole prompt encoded at once."""
+    """The ids of the whole prompt, encoded at once."""
     return list(tokenizer.encode(prompt(query, document, instruction), add_special_tokens=False).ids)
 
 
 class ModelCard:
-    """A checkpoint loaded and run as the model card does."""
+    """A checkpoint loaded and run by the model card's code."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -52,7 +52,7 @@ class ModelCard:
 
 @torch.inference_mode()
 def classifier_log_odds(folder: Path, prompt: Sequence[int]) -> float:
-    """A sequence-classification conversion run by plain transformers on one prompt."""
+    """The log-odds of one prompt by a sequence-classification checkpoint in plain transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     model.config.pad_token_id = None
     logits = model(input_ids=torch.tensor([list(prompt)])).logits[0]

@@ -1,4 +1,4 @@
-"""A server for tests: `local-rerank serve` as a process of its own, on a free port of this machine."""
+"""A server for tests: `local-rerank serve` as a process, on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
+START_SECONDS = 240  # importing torch alone takes ten on a busy machine with a cold disk
 STOP_SECONDS = 40  # the server itself gives accepted requests 30
 
 
 @contextmanager
 def serving(log: Path, *options: str) -> Iterator[str]:
-    """Yields the base URL of a server that is ready; its output goes to `log`. It has to end with status 0."""
+    """Yields the base URL of a ready server, which logs to `log` and must end with status 0."""
     command = [sys.executable, "-m", "local_rerank", "serve", "--port", "0", *options]
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Makes checkpoints for tests: random weights in the real architectures, byte tokenizers, and Qwen's own tokenizer.
 
-`byte_tokenizer_json` knows every byte, the answers and the control tokens of Qwen; `qwen_tokenizer_json` is rebuilt
-from the ranks that the dashscope package carries.
+`byte_tokenizer_json` has a token for each byte, "yes", "no" and Qwen's control tokens. `qwen_tokenizer_json` is built
+from the ranks in the dashscope package.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_checkpoint(
         head_dim=shape.get("head_dim", 16),
         max_position_embeddings=shape.get("max_position_embeddings", 8192),
         tie_word_embeddings=tied,
-        initializer_range=0.3,  # wide, so that log-odds of different pairs differ by much more than any tolerance
+        initializer_range=0.3,  # large, so that log-odds differ by much more than any tolerance
         **({} if num_labels is None else {"num_labels": num_labels}),
     )
     model = (Qwen3ForCausalLM if num_labels is None else Qwen3ForSequenceClassification)(config)
@@ -66,7 +66,7 @@ def make_checkpoint(
 
 
 def byte_tokenizer_json() -> str:
-    """Every byte is a token, "yes" and "no" are tokens, and Qwen's control tokens come after."""
+    """A token for each byte, "yes" and "no", then Qwen's control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("y", "e"), ("ye", "s"), ("n", "o")]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
@@ -75,7 +75,7 @@ def byte_tokenizer_json() -> str:
 
 @cache
 def qwen_tokenizer_json() -> str:
-    """Qwen3's tokenizer, exactly: ranks from the dashscope package, NFC, Qwen's split, the added tokens."""
+    """Exactly Qwen3's tokenizer: ranks from the dashscope package, NFC, Qwen's split and added tokens."""
     spec = importlib.util.find_spec("dashscope")
     assert spec is not None
     assert spec.origin is not None
@@ -106,7 +106,7 @@ def _bpe_json(vocabulary: dict[str, int], merges: list[tuple[str, str]], split: 
 
 
 def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that byte-pair encoding has left when only tokens of lower rank may be merged."""
+    """The two parts that remain when byte-pair encoding merges only tokens of lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pair_ranks = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
@@ -117,7 +117,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
 
 
 def _byte_to_char() -> dict[int, str]:
-    """GPT-2's printable stand-ins for bytes: printable Latin-1 as it is, the other bytes from U+0100 on."""
+    """GPT-2's printable characters for bytes: printable Latin-1 unchanged, other bytes from U+0100 on."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {byte: chr(byte) for byte in kept}
     others = (byte for byte in range(256) if byte not in table)

@@ -1,4 +1,4 @@
-"""The kernels of a fused layer in plain torch, for tests of what calls them: Triton's interpreter takes seconds."""
+"""The kernels of a fused layer in plain torch, for tests of their callers: Triton's interpreter takes seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from local_rerank.engine.cuda import triton_kernels
 
 
 def in_torch(patch: pytest.MonkeyPatch) -> None:
-    """Replaces the kernels of a layer, all but those for fp8."""
+    """Replace the kernels of a layer except that for fp8."""
     for function in (add_rms_norm_, norm_rotate_, silu_mul, attend_tiles):
         patch.setattr(triton_kernels, function.__name__, function)
 
@@ -39,7 +39,7 @@ def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, first_own: Tensor, last_own: Tensor, queries_per_tile: int,
     scale: float, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """Queries of no tile get NaN, which no score may depend on."""
+    """Queries outside all tiles get NaN, because no score may depend on them."""
     out = torch.full_like(q, torch.nan)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     for first, count, prefix, prefix_length, first_key, end_key in tiles.tolist():

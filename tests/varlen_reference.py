@@ -1,4 +1,4 @@
-"""A variable-length operator that any device can run: what stands at the seam where there is no GPU."""
+"""A variable-length attention operator for any device, which replaces those for GPUs in tests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def slow_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, segment by segment in fp32; queries beyond the last segment keep zeros, as a GPU may leave them.
+    """Attention by its definition, one segment at a time in fp32. Queries beyond the last segment stay zero.
 
-    Refuses what the real operators would misread: lengths over the longest, and cumulative lengths that are not int32.
+    Asserts what the real operators rely on: int32 cumulative lengths, and no segment over the longest.
     """
     out, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), torch.inf)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -11,11 +11,11 @@ __all__ = ["KEY"]
 
 @pytest.fixture(scope="session")
 def base_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for `KEY`."""
+    """A server that requires `KEY`."""
     return client_servers[0]
 
 
 @pytest.fixture(scope="session")
 def open_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for no key and sends documents back as strings."""
+    """A server that requires no key and returns documents as strings."""
     return client_servers[1]

@@ -1,12 +1,12 @@
-"""Drives a vendor's SDK: a script of `scripts/`, run in the environment of `<environment>.txt`, answers a list of jobs.
+"""Calls vendors' SDKs: a script of `scripts/`, run in the environment of `<environment>.txt`, answers a list of jobs.
 
 A job is JSON: `base_url` of the server, `api_key`, `entry` (which of the script's ways to call), `request` (query and
 documents and, where the client can send them, model, top_n, return_documents, instruct).
 An answer is JSON: `results` (index, relevance_score, text) with `total_tokens` and `request_id` where the client shows
-them, or `error` with whatever the client lets its caller see of it.
+them, or `error` with all that the client shows of it.
 
-A new client is a `.txt` of exact pins (`make clients` installs it), a script, and a row of `CLIENTS`. The clients of
-one script are called from one process: importing an SDK takes seconds.
+To add a client, add a `.txt` with exact pins (`make clients` installs it), a script and a row of `CLIENTS`. The
+clients of a script share a process, because importing an SDK takes seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Request = dict[str, Any]
 Answer = dict[str, Any]
 
 
-VARIABLES = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # LiteLLM fetches a list of prices as it is imported
-"""What a client's process is started with."""
+VARIABLES = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else importing LiteLLM fetches a price list
+"""The environment of a client's process."""
 
 
 def environment_bin(environment: str) -> Path:
@@ -41,26 +41,26 @@ def environment_bin(environment: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """One way to call the server, and what of a request it can send beside query and documents."""
+    """One way to call the server, and what it can send and show."""
 
     environment: str
     script: str
     entry: str = ""
     sends: frozenset[str] = frozenset({"model", "top_n", "return_documents", "instruct"})
     shows: frozenset[str] = frozenset({"total_tokens", "request_id"})
-    hosted: bool = False  # whether it tells DashScope's error codes to its caller
+    hosted: bool = False  # whether it shows DashScope's error codes
     default_instruction: str | None = None  # None: the library's own
-    server: Literal["keyed", "open"] = "keyed"  # open: one that asks for no key and sends documents back as strings
-    # how a caller learns of an error; hidden: by a crash
+    server: Literal["keyed", "open"] = "keyed"  # open: requires no key, returns documents as strings
+    # how a caller sees an error; hidden: as a crash
     errors: Literal["returned", "raised", "printed", "hidden"] = "raised"
-    shows_words: bool = True  # whether the exception of a client that is not hosted tells the server's words
-    raises: Mapping[str, str] = field(default_factory=dict, hash=False)  # refusal: exception, where it is no hosted one
+    shows_words: bool = True  # whether exceptions contain the server's message
+    raises: Mapping[str, str] = field(default_factory=dict, hash=False)  # refusal to exception, if not hosted
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.environment, self.script.partition(".")[0], self.entry]))
 
     def sendable(self, request: Request) -> Request:
-        """What of a request this client can send."""
+        """The part of a request that this client can send."""
         return {name: request[name] for name in request if name in {"query", "documents", *self.sends}}
 
     def job(self, base_url: str, key: str, request: Request) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Client:
 def answer(
     environment: str, script: str, jobs: Sequence[dict[str, Any]], run_python: Callable[..., str]
 ) -> list[Answer]:
-    """The answers to `jobs`, made one after the other in a process of their own."""
+    """The answers to `jobs`, from one process."""
     path, given = HERE / "scripts" / script, json.dumps(jobs)
     text = path.read_text(encoding="utf-8")
     printed = (
@@ -81,7 +81,7 @@ def answer(
 
 
 def run_node(text: str, given: str) -> str:
-    """Node looks for modules beside the folder it runs in when its program is an argument."""
+    """The program is an argument, so that Node looks for modules in the working folder."""
     command = ["node", "--input-type=module", "--eval", text]
     done = subprocess.run(
         command, input=given, cwd=ENVIRONMENTS / "node", capture_output=True, text=True, timeout=240, env=VARIABLES
@@ -102,7 +102,7 @@ def dashscope(environment: str, entry: str, errors: Literal["returned", "raised"
 
 
 def framework(script: str, *sends: str, entry: str = "") -> Client:
-    """A framework over the DashScope SDK, which hands on indices and scores alone."""
+    """A framework on the DashScope SDK, which returns indices and scores alone."""
     return Client(
         environment="frameworks",
         script=script,
@@ -116,7 +116,7 @@ def framework(script: str, *sends: str, entry: str = "") -> Client:
 
 
 def other(environment: str, script: str, entry: str = "", **options: Any) -> Client:
-    """A client of another vendor's API, or a framework over one; those of `sends` and `shows` are few."""
+    """A client of another vendor's API, or a framework on one."""
     names = {"sends": {"model", "top_n"}, "shows": set(), **options}
     sets = {name: frozenset(names.pop(name)) for name in ("sends", "shows")}
     return Client(environment=environment, script=script, entry=entry, **sets, **names)
@@ -150,7 +150,7 @@ CLIENTS = [
     dashscope("dashscope-1.25", "TextReRank.call", "returned"),
     dashscope("dashscope-1.25", "AioTextReRank.call", "returned"),
     dashscope("dashscope-1.20", "TextReRank.call", "returned"),
-    framework("langchain_community_rerank.py", "top_n"),  # as constructed: it names gte-rerank whatever it is told
+    framework("langchain_community_rerank.py", "top_n"),  # by its constructor: always sends gte-rerank
     framework("langchain_community_rerank.py", "top_n", "model", entry="named"),
     framework("llama_index_rerank.py", "top_n", "model"),
     Client(environment="sdks", script="openai_sdk.py", hosted=True, default_instruction=HOSTED_INSTRUCTION),
@@ -180,7 +180,7 @@ CLIENTS = [
     litellm("hosted_vllm /v1"),
     litellm("huggingface"),
     litellm("voyage"),
-    litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # a document as an object stops it
+    litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # fails if documents are objects
     litellm("litellm_proxy"),
     other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
     other("frameworks", "llama_index_others.py", "JinaRerank", raises=RUNTIME),
@@ -204,7 +204,7 @@ CLIENTS = [
         "ai_sdk.mjs",
         "qwen-ai-provider-v5",
         default_instruction=HOSTED_INSTRUCTION,
-        shows_words=False,  # it gives HTTP's own words for the status
+        shows_words=False,  # shows the HTTP reason phrase
         raises={**API_CALL, "an unknown model": "APICallError"},
     ),
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),

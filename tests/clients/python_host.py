@@ -1,8 +1,7 @@
-"""Runs programs in a client environment, each in a process forked from this one, which has imported what they import.
+"""Runs programs in a client environment, each in a fork of this process, which has imported their packages.
 
 A line of JSON on standard input is a program: `text`, `path` (its name in tracebacks, and `sys.argv[0]`), `arguments`
-and `input`. The answer is a line too: `status`, `stdout` and `stderr`. A program starts with fresh modules of its own
-and with those of the packages as they were after their import, so none sees what another has set.
+and `input`. The answer is a line too: `status`, `stdout` and `stderr`. Programs do not see each other's changes.
 """
 
 import ast
@@ -19,7 +18,7 @@ LIMIT_SECONDS = 120
 
 
 def import_packages(text):
-    """What the program imports at its top, but for what lies beside it; a failed import is the program's to tell."""
+    """Import what the program imports at its top. The program itself reports an import that fails."""
     for node in ast.parse(text).body:
         try:
             if isinstance(node, ast.Import):
@@ -70,9 +69,9 @@ def read(file):
 
 
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what a package prints as it is imported is no answer
+os.dup2(2, 1)  # packages print when they are imported
 for line in sys.stdin:
     program = json.loads(line)
     import_packages(program["text"])
     print(json.dumps(run_forked(program)), file=answers, flush=True)
-os._exit(0)  # what packages have registered for the end would wait for a network
+os._exit(0)  # exit handlers of packages would wait for a network

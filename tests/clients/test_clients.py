@@ -1,4 +1,4 @@
-"""Unchanged clients of each API get from this server what the library says, and errors as they know them."""
+"""Unmodified clients of each API get the library's scores from this server, and the errors that they expect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CHINESE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """A request that the server refuses, and what the caller of a client has to learn."""
+    """A request that the server refuses, and what the client's caller sees."""
 
     change: Request = field(default_factory=dict)  # of ENGLISH
     key: str = KEY
@@ -82,7 +82,7 @@ REFUSALS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Called:
-    """A client and what it answered to everything that is asked of clients here: a process takes seconds to start."""
+    """A client and its answers to all of `ASKED`, together, because importing it takes seconds."""
 
     client: Client
     english: Answer
@@ -95,7 +95,7 @@ ASKED = [(KEY, ENGLISH), (KEY, CHINESE), *((refusal.key, ENGLISH | refusal.chang
 
 @pytest.fixture(scope="session")
 def call_script(base_url: str, open_url: str, run_python: RunPython) -> Callable[[str, str], dict[str, list[Answer]]]:
-    """What each client of a script answers to all that is `ASKED`: one process for them together, run once."""
+    """The answers of each client of a script to all of `ASKED`, from one process for the script."""
     urls = {"keyed": base_url, "open": open_url}
     called: dict[tuple[str, str], dict[str, list[Answer]]] = {}
 
@@ -150,7 +150,7 @@ def test_a_client_gets_the_order_and_the_scores_of_the_library(called: Called, n
     check(called.english, called.client, ENGLISH, nano)
 
 
-def test_what_a_client_can_ask_for_arrives_and_its_texts_come_back_unchanged(called: Called, nano: Reranker) -> None:
+def test_a_clients_options_arrive_and_its_texts_come_back_unchanged(called: Called, nano: Reranker) -> None:
     check(called.chinese, called.client, CHINESE, nano)
 
 
@@ -159,7 +159,7 @@ def test_no_two_clients_have_the_same_name() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_client_hands_on_what_an_error_is(called: Called, name: str) -> None:
+def test_a_client_reports_what_an_error_is(called: Called, name: str) -> None:
     refusal, answer = REFUSALS[name], called.refusals[name]
     if not called.client.hosted:
         check_other(called.client, name, answer)
@@ -169,7 +169,7 @@ def test_a_client_hands_on_what_an_error_is(called: Called, name: str) -> None:
         return
     error = answer["error"]
     match called.client.errors:
-        case "hidden":  # it reads the results of a response that has none
+        case "hidden":  # the client reads results that the response does not have
             assert error["type"] == "AttributeError"
         case "printed":
             assert error["exit_status"] == refusal.exit_status
@@ -186,7 +186,7 @@ def test_a_client_hands_on_what_an_error_is(called: Called, name: str) -> None:
 
 
 def check_other(client: Client, name: str, answer: Answer) -> None:
-    """Other dialects take any model, and most take a `top_n` of 0."""
+    """Other dialects accept any model, and most accept a `top_n` of 0."""
     refusal = REFUSALS[name]
     if client.errors == "hidden" and refusal.words:
         assert "error" in answer

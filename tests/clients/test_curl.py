@@ -1,4 +1,4 @@
-"""curl with the two requests that the issue tracker, the README and the hosted documentation show."""
+"""curl with the requests of the README and of the hosted documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INSTRUCT = "Retrieve semantically similar text."
 
 
 def curl(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """POST as a person would; returns the body of a 200 answer in JSON."""
+    """POST with curl; the JSON body of a 200 answer."""
     command = ["curl", "--silent", "--show-error", "--fail-with-body", url]
     command += ["--header", "Content-Type: application/json", "--header", f"Authorization: Bearer {KEY}"]
     done = subprocess.run(
@@ -73,7 +73,7 @@ def test_the_compatible_route_answers_curl_key_by_key(base_url: str, nano: Reran
     ]
 
 
-def test_the_sentence_about_something_else_comes_last_with_a_clear_gap(base_url: str) -> None:
+def test_an_unrelated_sentence_comes_last_with_a_clear_gap(base_url: str) -> None:
     answer = curl(f"{base_url}/v1/reranks", {"model": "qwen3-rerank", "query": QUERY, "documents": DOCUMENTS})
     scores = {item["index"]: item["relevance_score"] for item in answer["results"]}
     off_topic = scores.pop(QUANTUM)

@@ -1,4 +1,4 @@
-"""Each block of docs/clients.md runs, in the environments that it names, and prints what the library says."""
+"""Each code block of docs/clients.md runs in the environments that it names, and prints the library's scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 QUERY = "capital of France"
 DOCUMENTS = ("Rome is the capital of Italy", "Paris is the capital of France")
 DOCUMENTED_URL = "http://127.0.0.1:8000"
-PRINTED = {  # index and score, as the blocks print them: in Python a line each, in a shell the response's JSON
+PRINTED = {  # index and score as the blocks print them: lines, or in a shell the JSON of the response
     "python": r"(\d+) (\S+)\n",
     "js": r"(\d+) (\S+)\n",
     "sh": r'"index":\s*(\d+),\s*"relevance_score":\s*([\d.e-]+)',
@@ -40,7 +40,7 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """One for each environment of each block: the words behind a fence's language name them."""
+    """One for each environment of a block, which the words behind the fence's language name."""
     found = []
     for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
         title = section.splitlines()[0]
@@ -65,9 +65,7 @@ def run(block: Block, base_url: str, run_python: RunPython) -> str:
 
 
 @pytest.mark.parametrize("block", blocks(), ids=str)
-def test_a_documented_client_runs_as_it_stands(
-    block: Block, base_url: str, nano: Reranker, run_python: RunPython
-) -> None:
+def test_a_documented_client_runs_unchanged(block: Block, base_url: str, nano: Reranker, run_python: RunPython) -> None:
     if block.language == "js" and shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     hosted = "/api/v1" in block.text or "/compatible-api" in block.text

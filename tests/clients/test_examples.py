@@ -1,4 +1,4 @@
-"""The pipelines of examples/ that call a server, each in its framework's environment."""
+"""The pipelines in examples/ that call a server, each in its framework's environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUERY = "capital of France"
 
 
 @pytest.mark.parametrize("name", ["langchain_pipeline.py", "llama_index_pipeline.py"])
-def test_a_pipeline_keeps_the_best_of_what_its_retriever_finds(
+def test_a_pipeline_keeps_the_best_retrieved_documents(
     name: str, base_url: str, nano: Reranker, run_python: RunPython
 ) -> None:
     script = EXAMPLES / name
@@ -31,7 +31,7 @@ def test_a_pipeline_keeps_the_best_of_what_its_retriever_finds(
 
 
 def sources(script: Path) -> list[str]:
-    """The script's TEXTS; its framework is not installed here."""
+    """The script's TEXTS, read without an import, because its framework is not installed here."""
     text = script.read_text(encoding="utf-8")
     listed: dict[str, list[str]] = {}
     exec(text[text.index("TEXTS = [") : text.index("]\n") + 1], listed)

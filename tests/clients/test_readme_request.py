@@ -1,4 +1,4 @@
-"""The request of the README, copied into a shell, is answered as the README shows."""
+"""The README's request, run in a shell, gets the answer that the README shows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-TOLERANCE = 1e-4  # fp32 sums, in the order of this processor
+TOLERANCE = 1e-4  # fp32 sums, whose order depends on the CPU
 
 
 def test_the_request_of_the_readme_is_answered_as_shown(open_url: str) -> None:

@@ -1,4 +1,4 @@
-"""A real headless Chromium and two real servers; every page that a test opens is watched."""
+"""A headless Chromium and two real servers; every page that a test opens is checked for errors and requests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,10 +18,10 @@ from tests.client_servers import TYPED_KEY as KEY
 
 __all__ = ["KEY"]
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MISSING = "no Chromium for the tests of the page; install one: apt-get install --no-install-recommends chromium"
-QUIET = [  # what a browser does of its own accord, which would be requests that are not the page's
-    "--no-sandbox",  # root has none
+PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MISSING = "the tests of the page need Chromium: apt-get install --no-install-recommends chromium-headless-shell"
+QUIET = [  # no requests other than the page's
+    "--no-sandbox",  # root has no sandbox
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -28,11 +29,11 @@ QUIET = [  # what a browser does of its own accord, which would be requests that
     "--disable-component-update",
     "--disable-sync",
 ]
-OTHER_NAME = "playground.test"  # this machine under a name for which browsers offer no clipboard
-expect.set_options(timeout=20_000)
+OTHER_NAME = "playground.test"  # resolves to this machine; browsers offer no clipboard for it
+expect.set_options(timeout=60_000)
 
 
-@pytest.fixture(scope="package")  # while playwright lives, no other event loop can run in this thread
+@pytest.fixture(scope="package")  # no other event loop can run in this thread meanwhile
 def chromium() -> Iterator[Browser]:
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None and os.environ.get("CI"):
@@ -48,65 +49,75 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def base_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for no key and has the precision of the library's fixture `nano`."""
+    """A server that requires no key and has the dtype of the fixture `nano`."""
     return client_servers[1]
 
 
 @pytest.fixture
 def locked_url(client_servers: tuple[str, str]) -> str:
-    """A server that asks for `KEY` and cuts long documents."""
+    """A server that requires `KEY` and truncates long documents."""
     return client_servers[0]
 
 
 @dataclass
 class Watched:
-    """What a browser context did and said while its test ran."""
+    """The requests and errors of a browser context, from now until `check`."""
 
     context: BrowserContext
     origin: str
     requests: list[Request] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # what no page of ours may do
+    faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.context.on("request", lambda request: self.requests.append(request))
-        self.context.on("weberror", lambda error: self.faults.append(str(error.error)))
-        self.context.on("console", lambda line: self.faults.append(line.text) if is_fault(line) else None)
+        self.listeners: dict[Any, Any] = {
+            "request": lambda request: self.requests.append(request),
+            "weberror": lambda error: self.faults.append(str(error.error)),
+            "console": lambda line: self.faults.append(line.text) if is_fault(line) else None,
+        }
+        for event, listener in self.listeners.items():
+            self.context.on(event, listener)
 
     def check(self) -> None:
+        for event, listener in self.listeners.items():
+            self.context.remove_listener(event, listener)
         assert self.faults == []
         asked = {"{0.scheme}://{0.netloc}".format(urlsplit(request.url)) for request in self.requests}
         assert asked == {self.origin}
 
 
 def is_fault(line: ConsoleMessage) -> bool:
-    """Anything on the console but a browser's own note of a status, or of a lost network, that a test provokes."""
+    """Whether a console line is more than the browser's note about a status or network that a test provokes."""
     return not line.text.startswith("Failed to load resource: ")
 
 
 Open = Callable[..., Page]
 
 
+@pytest.fixture(scope="package")
+def context(chromium: Browser) -> Iterator[BrowserContext]:
+    """The profile of all tests that need no other one: the page keeps nothing in it."""
+    with chromium.new_context() as context:
+        yield context
+
+
 @pytest.fixture
-def open_page(chromium: Browser) -> Iterator[Open]:
-    """`open_page(url, **context options)`: the page in a fresh profile, once it shows that `status` of its server."""
-    watched: list[Watched] = []
+def open_page(chromium: Browser, context: BrowserContext) -> Iterator[Open]:
+    """`open_page(url, **context options)`: the page, when it shows `status` for its server."""
+    with ExitStack() as stack:
 
-    def open_(
-        url: str, *, status: str = "ready", routes: Mapping[str, Callable[[Route], None]] = {}, **options: Any
-    ) -> Page:
-        context = chromium.new_context(**options)
-        watched.append(Watched(context, url))
-        for pattern, handler in routes.items():
-            context.route(pattern, handler)
-        page = context.new_page()
-        page.goto(url)
-        expect(page.locator("#server-status")).to_have_attribute("data-status", status)
-        return page
+        def open_(
+            url: str, *, status: str = "ready", routes: Mapping[str, Callable[[Route], None]] = {}, **options: Any
+        ) -> Page:
+            used = stack.enter_context(chromium.new_context(**options)) if options else context
+            stack.callback(Watched(used, url).check)
+            page = stack.enter_context(used.new_page())
+            for pattern, handler in routes.items():
+                page.route(pattern, handler)
+            page.goto(url)
+            expect(page.locator("#server-status")).to_have_attribute("data-status", status)
+            return page
 
-    yield open_
-    for each in watched:
-        each.context.close()
-        each.check()
+        yield open_
 
 
 @pytest.fixture
@@ -115,7 +126,7 @@ def page(open_page: Open, base_url: str) -> Page:
 
 
 def rank(page: Page, query: str, documents: str, **fields: str) -> None:
-    """Fill the form and press the button; `fields` are labels of other fields."""
+    """Fill in the form and press the button; `fields` are further fields by label."""
     page.get_by_label("Query", exact=True).fill(query)
     page.get_by_label("Documents", exact=True).fill(documents)
     for label, value in fields.items():
@@ -124,14 +135,14 @@ def rank(page: Page, query: str, documents: str, **fields: str) -> None:
 
 
 def shown(page: Page) -> list[str]:
-    """The documents of the ranking, best first, once it is there."""
+    """Wait for the ranking; its documents, best first."""
     expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
     expect(page.locator(".ranking").first).to_be_visible()
     return page.locator(".document").all_inner_texts()
 
 
 def bodies_sent(page: Page) -> list[dict[str, Any]]:
-    """The bodies of the requests to rank that the page sends from now on."""
+    """The bodies of ranking requests that the page sends from now on."""
     bodies: list[dict[str, Any]] = []
 
     def note(request: Request) -> None:

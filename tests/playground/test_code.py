@@ -1,4 +1,4 @@
-"""The request in code: what is copied runs as it stands and gives the ranking that the page shows."""
+"""Copied code runs unchanged and gives the ranking that the page shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCUMENTS = [
     "${costs} %s {0}",
 ]
 INSTRUCTION = 'Don\'t "retrieve" {anything}'
-PACKAGES = {  # what each client's code imports; the environment that pins the newest of it runs the code
+PACKAGES = {  # the package of each client's code; the environment with its newest version runs the code
     "DashScope": "dashscope",
     "OpenAI": "openai",
     "Cohere": "cohere",
@@ -33,13 +33,13 @@ PACKAGES = {  # what each client's code imports; the environment that pins the n
     "LlamaIndex": "llama-index-postprocessor-dashscope-rerank",
 }
 CARD_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-HOSTED_ROUTES = {"LiteLLM", "LangChain", "LlamaIndex"}  # these send no instruction, to routes with one of their own
+HOSTED_ROUTES = {"LiteLLM", "LangChain", "LlamaIndex"}  # they send none, to routes that have their own
 WITHOUT_INSTRUCTION = {*HOSTED_ROUTES, "Voyage AI"}  # their code says so
 CLIPBOARD = ["clipboard-read", "clipboard-write"]
 
 
 def environments() -> dict[str, str]:
-    """Client to environment, for those clients that an environment of tests/clients pins."""
+    """The environment of each client that tests/clients pins."""
     found: dict[str, tuple[list[int], str]] = {}
     for path in sorted((Path(__file__).parents[1] / "clients").glob("*.txt")):
         pinned = dict(line.split("==") for line in path.read_text().splitlines() if "==" in line)
@@ -87,7 +87,7 @@ def test_the_copied_curl_command_gives_the_same_ranking(open_page: Open, base_ur
 
 
 def indexes_and_scores(printed: str) -> list[tuple[int, float]]:
-    """Those of each line that a client's code prints."""
+    """The lines that a client's code prints."""
     return [(int(index), float(score)) for index, score in re.findall(r"^(\d+) (\S+)$", printed, re.MULTILINE)]
 
 
@@ -147,8 +147,8 @@ def test_code_of_many_documents_is_shown_in_part_and_copied_whole(open_page: Ope
     assert "document 299" in copied(page, "curl")
 
 
-def test_copying_works_where_browsers_offer_no_clipboard(open_page: Open, base_url: str) -> None:
-    """On plain http beyond this machine; what was copied is pasted to see it."""
+def test_copying_works_without_the_browsers_clipboard(open_page: Open, base_url: str) -> None:
+    """Which plain http from another machine does not have; pasting shows what was copied."""
     url = base_url.replace("127.0.0.1", OTHER_NAME)
     page = open_page(url)
     assert page.evaluate("window.isSecureContext") is False

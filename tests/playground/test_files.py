@@ -1,4 +1,4 @@
-"""Files of documents: each kind, chosen and dropped, and what is said of one that cannot be read."""
+"""Files of documents: each kind, chosen and dropped, and the errors for unreadable ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ UNREADABLE = {
 
 
 def drop(page: Page, name: str, content: bytes, *, then_zeros: int = 0) -> None:
-    """What a browser does when a file is let go over the documents' field; `then_zeros` bytes follow the content."""
+    """Drop a file on the documents' field; `then_zeros` bytes follow its content."""
     transfer = page.evaluate_handle(
         """([name, text, zeros]) => {
             const content = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -80,7 +80,7 @@ def test_a_file_can_be_chosen_and_chosen_again(page: Page, tmp_path: Path) -> No
         expect(page.get_by_label("Documents", exact=True)).to_have_value(text)
 
 
-def test_a_file_that_cannot_be_read_is_named_with_its_fault(page: Page) -> None:
+def test_an_unreadable_file_is_named_with_the_reason(page: Page) -> None:
     page.get_by_label("Documents", exact=True).fill("kept")
     for name, (content, message) in UNREADABLE.items():
         drop(page, name, content)
@@ -95,7 +95,7 @@ def test_a_file_that_is_too_large_for_the_page_is_refused_with_the_limit(page: P
     expect(page.locator("#error")).to_contain_text("large.txt has 4.5 MiB; this page accepts at most 4 MiB")
 
 
-def test_a_file_dropped_beside_the_field_does_not_take_the_pages_place(page: Page) -> None:
+def test_a_file_dropped_beside_the_field_does_not_replace_the_page(page: Page) -> None:
     outcome = page.evaluate(
         """() => {
             const dataTransfer = new DataTransfer();
@@ -104,11 +104,11 @@ def test_a_file_dropped_beside_the_field_does_not_take_the_pages_place(page: Pag
             return document.querySelector("header").dispatchEvent(event);
         }"""
     )
-    assert outcome is False  # the browser's own doing was prevented
+    assert outcome is False  # the default action was prevented
     assert note(page) == ""
 
 
-def test_text_that_is_nearly_a_json_array_is_read_as_lines_and_says_so(page: Page) -> None:
+def test_an_invalid_json_array_is_read_as_lines_with_a_note(page: Page) -> None:
     field = page.get_by_label("Documents", exact=True)
     for text, says in (
         ('["a", "b"]', "2 documents, from a JSON array"),

@@ -1,4 +1,4 @@
-"""What a person does with the page: write, rank, compare, choose a file, and be told what is wrong."""
+"""Using the page: write, rank, compare, and see errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_bar_is_as_long_as_its_score(page: Page) -> None:
         assert filled == pytest.approx(float(str(score.get_attribute("title"))), abs=1e-3)
 
 
-def test_the_request_holds_the_fields_and_leaves_out_what_is_empty(page: Page) -> None:
+def test_the_request_has_the_fields_that_are_not_empty(page: Page) -> None:
     bodies = bodies_sent(page)
     rank(page, QUERY, "\n\n".join(DOCUMENTS))
     shown(page)
@@ -92,8 +92,8 @@ def test_two_instructions_are_compared_on_the_same_documents(page: Page, nano: R
     expect(page.get_by_label("Second instruction")).to_be_hidden()
 
 
-def test_a_comparison_says_who_moved_and_who_is_new(page: Page) -> None:
-    """The built-in model hardly heeds instructions, so the answers are swapped on the wire."""
+def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None:
+    """The instruction hardly changes the built-in model's scores, so that a route reorders the answers."""
     orders = {"first": [0, 1, 2], "second": [2, 3, 1]}
 
     def answer(route: Route) -> None:
@@ -123,7 +123,7 @@ def test_every_example_ranks_all_its_documents(page: Page) -> None:
     assert len(bodies) > buttons.count()  # one of them compares
 
 
-def test_a_long_document_is_shown_in_part_until_one_asks_for_all(page: Page) -> None:
+def test_a_long_document_is_collapsed_until_expanded(page: Page) -> None:
     rank(page, QUERY, json.dumps(["word " * 400, "short"]))
     shown(page)
     long = page.locator(".document").filter(has_text="word")
@@ -134,7 +134,7 @@ def test_a_long_document_is_shown_in_part_until_one_asks_for_all(page: Page) -> 
     assert long.evaluate("d => d.clientHeight") == before
 
 
-def test_what_was_cut_is_said(open_page: Open, locked_url: str) -> None:
+def test_truncation_is_shown(open_page: Open, locked_url: str) -> None:
     page = open_locked(open_page, locked_url)
     rank(page, QUERY, f"{'long ' * 2 * MAX_DOCUMENT_TOKENS}\nshort")
     shown(page)
@@ -151,7 +151,7 @@ def open_locked(open_page: Open, url: str) -> Page:
     return page
 
 
-def test_a_key_is_asked_for_and_kept_in_memory_alone(open_page: Open, locked_url: str) -> None:
+def test_a_key_is_requested_and_kept_in_memory_alone(open_page: Open, locked_url: str) -> None:
     page = open_page(locked_url, status="locked")
     expect(page.locator("#key-message")).to_have_text("This server needs an API key.")
     expect(page.get_by_label("API key", exact=True)).to_be_focused()
@@ -171,7 +171,7 @@ def test_a_key_is_asked_for_and_kept_in_memory_alone(open_page: Open, locked_url
     expect(page.locator("#key-message")).to_have_text("This server needs an API key.")
 
 
-REFUSED = [  # query, documents, top n, what the server says, the field that it is about
+REFUSED = [  # query, documents, top n, the server's message, the field that it concerns
     (" ", "a", "", "query is empty; it must hold some text", "Query"),
     ("q", "", "", "0 documents; at least 1 is needed and at most 1000 are taken", "Documents"),
     ("q", json.dumps(["d"] * 1001), "", "1001 documents; at least 1 is needed and at most 1000", "Documents"),
@@ -182,7 +182,7 @@ REFUSED = [  # query, documents, top n, what the server says, the field that it 
 ]
 
 
-def test_an_error_is_told_as_the_server_says_it_and_marks_its_field(page: Page) -> None:
+def test_an_error_is_shown_in_the_servers_words_and_marks_its_field(page: Page) -> None:
     for query, documents, top_n, message, field in REFUSED:
         rank(page, query, documents, Top_n=top_n)
         expect(page.locator("#error")).to_contain_text(message)
@@ -198,7 +198,7 @@ def test_an_error_is_told_as_the_server_says_it_and_marks_its_field(page: Page) 
         assert page.locator("[aria-invalid]").count() == 0
 
 
-def test_a_server_that_is_gone_is_told_from_one_that_refuses(page: Page) -> None:
+def test_a_stopped_server_is_distinguished_from_a_refusal(page: Page) -> None:
     page.context.set_offline(True)
     rank(page, "q", "a")
     expect(page.locator("#error")).to_contain_text("The server does not respond. Is it still running?")
@@ -222,13 +222,13 @@ def test_a_server_that_is_gone_is_told_from_one_that_refuses(page: Page) -> None
     ],
     ids=["proxy", "overload"],
 )
-def test_what_a_proxy_or_a_full_server_answers_is_told(answer: dict[str, Any], message: str, page: Page) -> None:
+def test_errors_of_a_proxy_or_an_overloaded_server_are_shown(answer: dict[str, Any], message: str, page: Page) -> None:
     page.route("**/v1/local/rank", lambda route: route.fulfill(**answer))
     rank(page, "q", "a")
     expect(page.locator("#error")).to_contain_text(message)
 
 
-def test_the_page_waits_for_a_server_that_still_loads(open_page: Open, base_url: str) -> None:
+def test_the_page_waits_for_a_server_that_is_loading(open_page: Open, base_url: str) -> None:
     answers = iter(["loading"])
 
     def ready(route: Route) -> None:

@@ -1,4 +1,4 @@
-"""The picture in the README: `make screenshot` takes it anew, a plain run takes one to look at its size alone."""
+"""The README's screenshot: `make screenshot` retakes it; otherwise the test checks the size of one."""
 
 from __future__ import annotations
 

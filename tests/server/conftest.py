@@ -1,10 +1,11 @@
-"""Fixtures for the server's tests: an application in this process, and a ranker whose answers a test decides."""
+"""Fixtures for the server's tests: an application in this process, a stand-in for the model, and a real server."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,13 @@ from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
+from tests.reference import ModelCard
+from tests.server.test_process import Server, options, started
+from tests.tiny_checkpoints import make_checkpoint, qwen_tokenizer_json
 
 
 class HeldRanker:
-    """Stands where the `Reranker` stands; its futures are settled by the test, and `error` is raised at the door."""
+    """Takes the place of a `Reranker`. Tests resolve its futures; `submit` raises `error` if there is one."""
 
     model_id = "held"
     config = EngineConfig()
@@ -78,7 +82,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def serve() -> Serve:
-    """`serve(reranker, **options)`: a client of an application over that reranker; None is one that still loads."""
+    """`serve(reranker, **options)`: a client of an application with that reranker; None: the model is still loading."""
 
     @asynccontextmanager
     async def client(reranker: Reranker | HeldRanker | None, **options: object) -> AsyncIterator[AsyncClient]:
@@ -96,8 +100,32 @@ def serve() -> Serve:
     return client
 
 
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with Qwen's tokenizer, whose merges and control tokens hostile texts aim at."""
+    return make_checkpoint(tmp_path_factory.mktemp("hostile") / "qwen", tokenizer_json=qwen_tokenizer_json())
+
+
+@pytest.fixture(scope="session")
+def qwen_card(qwen_checkpoint: Path) -> ModelCard:
+    return ModelCard(qwen_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def hostile_server(qwen_checkpoint: Path) -> Iterator[Server]:
+    """The server that test_hostile.py and test_fuzz.py share; in the end it has logged no error."""
+    log = qwen_checkpoint.parent / "log"
+    arguments = ["local_rerank", "serve", *options(qwen_checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
+    with started(log, *arguments) as running:
+        running.wait_for("ready: ")
+        yield running
+        assert running.stop() == 0
+        assert "Traceback" not in running.output
+        assert " ERROR " not in running.output
+
+
 def message_of(body: dict[str, Any]) -> str:
-    """Where a client of some dialect finds what is wrong."""
+    """The error message of an answer in any dialect."""
     inner = body.get("error")
     found = inner["message"] if isinstance(inner, dict) else body.get("message", body.get("detail", inner))
     assert isinstance(found, str)

@@ -1,4 +1,4 @@
-"""More than the server can do, hundreds of connections, slow and broken peers, and SIGTERM in the middle of it all."""
+"""Overload, hundreds of connections, slow and broken clients, and SIGTERM under load."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, fault_of, make_cases, make_client, offer
 from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
 
-MILLISECONDS_PER_1000_TOKENS = 220  # so that about 10 requests a second are served
-MEMORY_MIB = 8  # that 300 requests may leave behind: buffers, not the requests
-NUM_CONNECTIONS = 300
-TIMEOUT_SECONDS = 5  # more than a busy machine needs between connecting all of these and sending
-READ_NOTHING_BYTES = 8 << 20  # more than the kernel buffers for a connection
+MILLISECONDS_PER_1000_TOKENS = 220  # about 10 requests a second
+MEMORY_MIB = 8  # growth that 300 requests may cause: buffers, not the requests themselves
+NUM_CONNECTIONS = 200
+TIMEOUT_SECONDS = 5  # more than a busy machine needs to open these connections and send on each
+UNREAD_BYTES = 8 << 20  # more than the kernel buffers for a connection
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def cases(tiny_reranker: Reranker) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Impatient with slow peers."""
+    """A server with short timeouts."""
     log = tmp_path_factory.mktemp("load") / "log"
     timeout = ["--client-timeout-seconds", str(TIMEOUT_SECONDS)]
     with started(log, "local_rerank", "serve", *options(tiny_checkpoint), "--port", "0", *timeout) as running:
@@ -46,12 +46,10 @@ def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="module")
 def slow_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Its model is slow, and few requests may wait for it. The last test that uses it stops it."""
+    """A server with a slow model and a short queue. The last test that uses it stops it."""
     log = tmp_path_factory.mktemp("slow") / "log"
     command = ["tests.server.slow_server", str(MILLISECONDS_PER_1000_TOKENS), *options(tiny_checkpoint), "--port", "0"]
-    caches = dict.fromkeys(
-        CACHE_VARIABLES, "8"
-    )  # of code for the lengths that came, which would outweigh what requests leave
+    caches = dict.fromkeys(CACHE_VARIABLES, "8")  # kernels for new lengths would outweigh what requests leave behind
     with started(log, *command, "--max-queued-tokens", "20000", **caches) as running:
         running.wait_for("ready: ")
         yield running
@@ -75,7 +73,7 @@ def raw_request(body: dict[str, object], more: str = "") -> bytes:
     return f"POST {PATH} HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
-def test_ten_times_what_it_can_do_is_answered_in_full_by_200_and_429(slow_server: Server, cases: list[Case]) -> None:
+def test_ten_times_its_capacity_is_answered_with_200_and_429(slow_server: Server, cases: list[Case]) -> None:
     process = psutil.Process(slow_server.process.pid)
     asyncio.run(offer(slow_server.address, cases, per_second=100, seconds=1))
     before = process.memory_info().rss
@@ -83,14 +81,14 @@ def test_ten_times_what_it_can_do_is_answered_in_full_by_200_and_429(slow_server
     assert tally.lost == tally.wrong == []
     assert sum(tally.statuses.values()) == 300
     assert set(tally.statuses) == {200, 429}
-    assert tally.statuses[429] > tally.statuses[200] > 0, "it was too much"
+    assert tally.statuses[429] > tally.statuses[200] > 0, "the load was too small"
     assert all(1 <= seconds <= 60 for seconds in tally.retry_after)
     assert process.memory_info().rss - before < MEMORY_MIB << 20
     afterwards = asyncio.run(all_at_once(slow_server.address, cases, 10))
     assert (afterwards.statuses, afterwards.wrong) == ({200: 10}, [])
 
 
-def test_sigterm_under_load_loses_no_request_that_was_let_in(slow_server: Server, cases: list[Case]) -> None:
+def test_sigterm_under_load_loses_no_accepted_request(slow_server: Server, cases: list[Case]) -> None:
     before = len(slow_server.output)
     num_first = len(cases) // 2
 
@@ -98,7 +96,7 @@ def test_sigterm_under_load_loses_no_request_that_was_let_in(slow_server: Server
         tally = Tally()
         async with make_client(slow_server.address, connections=100) as client:
             first = [asyncio.create_task(ask(client, case, tally)) for case in cases[:num_first]]
-            async with make_client(slow_server.address) as watcher:  # until they are in, on connections of their own
+            async with make_client(slow_server.address) as watcher:  # late requests use other connections
                 while f"requests_in_flight {len(first) + 1}.0" not in (await watcher.get("/metrics")).text:
                     assert not any(task.done() for task in first), "the model is faster than the test"
             slow_server.process.send_signal(signal.SIGTERM)
@@ -116,7 +114,7 @@ def test_sigterm_under_load_loses_no_request_that_was_let_in(slow_server: Server
 
 
 def test_hundreds_of_connections_at_once_get_their_own_right_answers(server: Server, cases: list[Case]) -> None:
-    """All are open before the first request is sent; no HTTP client stands between, which would be slow to send."""
+    """All are open before the first request is sent, on plain sockets, because an HTTP client would send too slowly."""
     asked = [cases[number % len(cases)] for number in range(NUM_CONNECTIONS)]
     host, port = server.address.removeprefix("http://").split(":")
 
@@ -136,8 +134,8 @@ def test_hundreds_of_connections_at_once_get_their_own_right_answers(server: Ser
         assert fault_of(case, json.loads(body)) is None
 
 
-def test_a_head_that_does_not_come_is_not_waited_for(server: Server) -> None:
-    """Nor a second one on a connection."""
+def test_a_head_that_does_not_come_is_answered_408(server: Server) -> None:
+    """The first one of a connection and the second one."""
     beginnings = [b"", b"POST ", f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-Slow".encode()]
     with ExitStack() as stack:
         connections = [stack.enter_context(connect(server)) for _ in (*beginnings, "second")]
@@ -167,10 +165,10 @@ def test_a_body_that_trickles_is_answered_408_and_its_connection_closed(server: 
     assert f"was not received within {TIMEOUT_SECONDS} s".encode() in answer
 
 
-def test_an_answer_that_nobody_reads_is_given_up(server: Server) -> None:
+def test_the_connection_of_an_answer_that_nobody_reads_is_closed(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     before = len(process.net_connections())
-    body = {"query": "q", "documents": ["x" * 1_000_000 + str(number) for number in range(READ_NOTHING_BYTES >> 20)]}
+    body = {"query": "q", "documents": ["x" * 1_000_000 + str(number) for number in range(UNREAD_BYTES >> 20)]}
     with connect(server) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(raw_request(body))
@@ -185,7 +183,7 @@ def test_connections_cut_at_every_stage_leave_nothing_behind(server: Server, cas
     for length in range(0, len(request) + 1, 29):
         with connect(server) as connection:
             connection.sendall(request[:length])
-    for _ in range(5):  # cut while the answer is computed, and as it is sent
+    for _ in range(5):  # cut while the answer is computed or sent
         with connect(server) as connection:
             connection.sendall(request)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset

@@ -1,4 +1,4 @@
-"""The Serve application that `serve deploy` and KubeRay run: through Serve's own proxy, while its options change."""
+"""The Ray Serve application that `serve deploy` and KubeRay run, behind Serve's own proxy, while its options change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 
 @pytest.fixture(scope="module")
 def address(tiny_checkpoint: Path) -> Iterator[str]:
-    """Ray of this process with Serve's proxy on a free port."""
+    """A Ray cluster of this process, with Serve's proxy on a free port."""
     connect()
     import ray
     from ray import serve
@@ -110,11 +110,11 @@ def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, A
 def test_a_replica_tests_itself_before_it_takes_requests(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are random, so the self-test fails."""
+    """The weights are random, so that the self-test fails."""
     require_ray()
     from local_rerank_server.ray_serve import replica
 
-    monkeypatch.setattr(replica, "configure_process", lambda: None)  # this one is pytest's
+    monkeypatch.setattr(replica, "configure_process", lambda: None)  # pytest owns this process
     monkeypatch.setattr(replica, "_stay_on_loopback", lambda: None)
     config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32", threads=1)
     replica.EngineReplica(config, self_test=False)
@@ -122,7 +122,7 @@ def test_a_replica_tests_itself_before_it_takes_requests(
         replica.EngineReplica(config, self_test=True)
 
 
-def test_more_replicas_than_there_is_room_for_are_refused(address: str) -> None:
+def test_more_replicas_than_fit_are_refused(address: str) -> None:
     from local_rerank_server.ray_serve.replica import engine_application
 
     config = ServerConfig(ray=True, replicas="1000")

@@ -1,4 +1,4 @@
-"""Routing by tokens, without Ray: what is counted, and who is next."""
+"""Routing by queued tokens, without Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHINESE = "重排序模型在搜索引擎和推荐系统中被广泛用来按相
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 @pytest.mark.parametrize("num_documents", [10, 100])
-def test_the_estimate_is_within_half_and_twice_what_the_tokenizer_says(
+def test_the_estimate_is_within_half_and_twice_the_number_of_tokens(
     nano: Reranker, text: str, num_documents: int
 ) -> None:
     documents = tuple(f"{number} {text * (1 + number % 5)}" for number in range(num_documents))
@@ -31,7 +31,7 @@ def test_a_long_request_counts_more_than_many_short_ones() -> None:
     assert (load.of("a"), load.of("b")) == (10_000, 2_000)
 
 
-def test_what_is_answered_is_counted_no_more() -> None:
+def test_answered_requests_no_longer_count() -> None:
     load = TokenLoad()
     load.sent("a", "1", 100)
     load.sent("a", "2", 50)
@@ -39,7 +39,7 @@ def test_what_is_answered_is_counted_no_more() -> None:
     assert load.of("a") == 50
 
 
-def test_an_answer_that_is_heard_of_before_the_sending_leaves_nothing_behind() -> None:
+def test_an_answer_reported_before_its_request_leaves_nothing_behind() -> None:
     load = TokenLoad()
     load.answered("a", "1")
     load.sent("a", "1", 100)

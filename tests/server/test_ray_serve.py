@@ -1,4 +1,4 @@
-"""`local-rerank serve --ray`: a real server in front of two replicas, one of which dies."""
+"""`local-rerank serve --ray`: a real server with two replicas, one of which is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = "river mountain engine protein market treaty violin harbour glacier sena
 
 @pytest.fixture(scope="module")
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two replicas of one thread each, handed over as soon as the port is bound."""
+    """A server with two replicas of one thread each, from the moment its port is bound."""
     log = tmp_path_factory.mktemp("ray") / "log"
     arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", *options(tiny_checkpoint), "--port", "0"]
     with started(log, *arguments) as running:
@@ -44,7 +44,7 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def replicas(server: Server) -> list[psutil.Process]:
-    """The engines' processes that are alive."""
+    """The replicas' processes that are alive."""
     return [child for child in descendants(server) if "EngineReplica" in child.name() + " ".join(child.cmdline())]
 
 
@@ -54,7 +54,7 @@ def descendants(server: Server) -> list[psutil.Process]:
 
 
 def request(number: int, num_documents: int = 8) -> dict[str, Any]:
-    """A request whose documents are all different, and differ from those of every other number."""
+    """A request whose documents differ from each other and from those of other numbers."""
     documents = [
         f"The {WORDS[(number + i) % 12]} of {WORDS[i % 12]} number {number} and {i}" for i in range(num_documents)
     ]
@@ -103,7 +103,7 @@ def test_answers_are_those_of_one_process(server: Server, client: Client, tiny_r
     ],
     ids=["cut", "instruction", "no documents", "tokens", "model", "type"],
 )
-async def test_errors_are_those_of_one_process_whether_the_server_or_a_replica_finds_them(
+async def test_errors_are_those_of_one_process_whoever_raises_them(
     server: Server, serve: Serve, tiny_reranker: Reranker, path: str, body: dict[str, Any]
 ) -> None:
     server.wait_for("ready: ")
@@ -120,7 +120,7 @@ def without_ids(body: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in ("request_id", "id")}
 
 
-def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are_off(server: Server) -> None:
+def test_ray_listens_on_loopback_alone_and_sends_no_usage_statistics(server: Server) -> None:
     server.wait_for("ready: ")
     processes = [psutil.Process(server.process.pid), *descendants(server)]
     assert any("raylet" in process.name() for process in processes)
@@ -129,7 +129,7 @@ def test_nothing_of_ray_listens_beyond_this_machine_and_its_usage_statistics_are
             local, remote = connection.laddr, connection.raddr
             assert is_loopback(local.ip), (process.cmdline(), connection)
             assert not remote or is_loopback(remote.ip), (process.cmdline(), connection)
-        if process.name() in ("gcs_server", "raylet"):  # the others inherit theirs, and write their titles over it
+        if process.name() in ("gcs_server", "raylet"):  # the others overwrite their environment with their titles
             assert process.environ().get("RAY_USAGE_STATS_ENABLED") == "0", process.cmdline()
 
 
@@ -169,7 +169,7 @@ def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Ser
     head = f"POST {LOCAL} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
         connection.sendall(head.encode())
-        assert b" 100 " in connection.recv(1000)  # the handler asks for the body: the request was let in
+        assert b" 100 " in connection.recv(1000)  # the handler asks for the body: the request was accepted
         connection.sendall(body[:-1])
         server.process.send_signal(signal.SIGTERM)
         with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
@@ -181,7 +181,7 @@ def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Ser
     _, left = psutil.wait_procs(processes, timeout=WAIT_SECONDS)
     assert not left
     assert "Traceback" not in server.output
-    assert "***" not in server.output  # Ray's own signal handler, which would end the process half way
+    assert "***" not in server.output  # Ray's own signal handler, which would end the process early
 
 
 def read_answer(connection: socket.socket) -> bytes:
@@ -202,7 +202,7 @@ def read_answer(connection: socket.socket) -> bytes:
         (["--ray", "--replicas", "none"], "it must be auto, a number from 1, or a range such as 1-8"),
     ],
 )
-def test_what_cannot_be_meant_is_said_in_one_line(arguments: list[str], says: str) -> None:
+def test_contradicting_options_are_one_line(arguments: list[str], says: str) -> None:
     done = command("serve", "--port", "0", *arguments)
     assert done.returncode == 1
     assert says in done.stderr

@@ -1,28 +1,25 @@
-"""The decoder for GPUs, its kernels and fp8 weights against what they replace, without a GPU in an interpreter."""
+"""The decoder for GPUs, its kernels and fp8 weights against torch; without a GPU, Triton interprets the kernels."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from local_rerank import EngineConfig, Reranker
+from local_rerank import Reranker
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import fp8, triton_kernels
 from local_rerank.engine.cuda import layers as cuda_layers
-from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.cuda.layers import FusedDecoder
-from local_rerank.engine.dtypes import choose_dtype
-from local_rerank.engine.engine import Engine, _head_rows, _register_attention
-from local_rerank.engine.kernel_table import KERNELS, choose_kernel
-from local_rerank.engine.load import load_model
-from local_rerank.engine.packing import PackedBatch, pack
+from local_rerank.engine.decoder import TransformersDecoder
+from local_rerank.engine.engine import Engine
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.load import head_rows, load_model
 from local_rerank.errors import ConfigError
 from local_rerank.requests.tokenization import Pair
 from tests.engine.test_scores import FP32_TOLERANCE, SHAPES
@@ -36,148 +33,113 @@ CPU = torch.device("cpu")
 def engine_of(folder: Path, *, fused: bool, kernel: str) -> Engine:
     """fp32, on the CPU."""
     checkpoint = open_checkpoint(str(folder))
-    _register_attention()
     model = load_model(checkpoint, dtype=torch.float32, device=CPU)
-    head = _head_rows(model, checkpoint, yes_id=5, no_id=6)
-    if fused:
-        model.model = FusedDecoder(model.model)
-    return Engine(model, head, kernel=KERNELS[kernel], device=CPU)
+    head = head_rows(model, checkpoint, yes_id=5, no_id=6)
+    decoder = FusedDecoder(model.model) if fused else TransformersDecoder(model.model)
+    return Engine(decoder, head, kernel=KERNELS[kernel], device=CPU)
 
 
-def a_batch() -> PackedBatch:
-    """Small, because Triton's interpreter takes 5 ms a program; more than a tile is in test_cuda_attention.py."""
-    return pack([Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 6, 6, 9)] + [Pair((7, 8), (9, 10, 11))])
+PAIRS = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 6, 6, 9)] + [Pair((7, 8), (9, 10, 11))]
+"""Few tokens, because Triton's interpreter takes 5 ms a program; test_attention.py has batches of several tiles."""
 
 
-def near(ours: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(ours, expected, atol=FP32_TOLERANCE * max(1.0, float(expected.abs().max())))
+def near(ours: list[float], expected: list[float]) -> bool:
+    return ours == pytest.approx(expected, abs=FP32_TOLERANCE * max(1.0, *map(abs, expected)))
 
 
+INTERPRETED = "one key head"  # the shape that runs through Triton's interpreter, which is slow
 FUSED_SHAPES = SHAPES | {"deep and narrow": SHAPES["deep and narrow"] | {"num_hidden_layers": 3}}
 del FUSED_SHAPES["untied"]  # the head is not the decoder's
 
 
-@pytest.mark.parametrize("shape", FUSED_SHAPES.values(), ids=FUSED_SHAPES.keys())
-def test_the_fused_decoder_scores_as_transformers_own_layers(shape: dict[str, int], tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "model", **shape)
-    expected = engine_of(folder, fused=False, kernel="cpu-tiles").forward(a_batch())
+@pytest.mark.parametrize("shape", FUSED_SHAPES)
+def test_the_fused_decoder_scores_as_transformers_own_layers(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shape != INTERPRETED:
+        in_torch(monkeypatch)
+    folder = make_checkpoint(tmp_path / "model", **FUSED_SHAPES[shape])
+    expected = engine_of(folder, fused=False, kernel="cpu-tiles").score(PAIRS)
     fused = engine_of(folder, fused=True, kernel="cuda-tiles")
-    assert isinstance(fused._backbone, FusedDecoder)
-    assert near(fused.forward(a_batch()), expected)
-    for kernel in ("sdpa", "dense"):  # what the doctor compares with
-        assert near(fused.with_kernel(KERNELS[kernel]).forward(a_batch()), expected)
+    assert near(fused.score(PAIRS), expected)
+    for kernel in ("sdpa", "dense"):  # the kernels that `doctor` compares with
+        assert near(fused.with_kernel(KERNELS[kernel]).score(PAIRS), expected)
 
 
 def test_biases_of_the_projections_are_joined_too() -> None:
     linears = [nn.Linear(8, n) for n in (4, 2, 6)]
     x = torch.randn(3, 8)
-    joined = cuda_layers._joined(linears)
+    joined = cuda_layers.join_linears(linears)
     assert torch.allclose(joined(x), torch.cat([linear(x) for linear in linears], dim=-1), atol=1e-6)
 
 
-def a_model(**options: object) -> SimpleNamespace:
-    """What is read of a model before its layers are taken apart."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = SimpleNamespace(**sizes, **heads, hidden_act=options.get("hidden_act", "silu"))
-    return SimpleNamespace(config=config, dtype=options.get("dtype", torch.bfloat16), model=object())
-
-
-@pytest.mark.parametrize(
-    ("config", "model", "reason"),
-    [
-        (EngineConfig(device_map="auto"), a_model(), "the model is spread over devices"),
-        (EngineConfig(no_compile=True), a_model(), "as asked for"),
-        (EngineConfig(), a_model(hidden_act="gelu"), "the activation is gelu"),
-        (EngineConfig(), a_model(dtype=torch.float32), "the model is in fp32"),
-    ],
+CONFIG = SimpleNamespace(
+    hidden_size=64, intermediate_size=96, head_dim=16, num_attention_heads=4, num_key_value_heads=2, hidden_act="silu"
 )
-def test_a_model_that_cannot_be_fused_keeps_its_layers_and_the_log_says_why(
-    config: EngineConfig, model: SimpleNamespace, reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    layers = model.model
-    with caplog.at_level(logging.INFO):
-        assert not cuda.prepare(model, config, CPU)
-    assert model.model is layers
-    assert f"layers are transformers' own: {reason}" in caplog.text
-    with pytest.raises(ConfigError, match=f"dtype is 'fp8', which needs fused layers, .*: {reason}"):
-        cuda.prepare(model, dataclasses.replace(config, dtype="fp8"), CPU)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch.dtype) -> None:
-    differences = cuda_layers.kernel_differences(a_model().config, CPU, dtype)
+def test_a_model_with_another_activation_is_not_fused() -> None:
+    config = SimpleNamespace(**vars(CONFIG) | {"hidden_act": "gelu"})
+    assert cuda_layers.why_not_fused(config, CPU, torch.float32) == "the activation is gelu"
+
+
+@pytest.mark.parametrize(("dtype", "fp8"), [(torch.float32, False), (torch.float16, True)])
+def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch.dtype, fp8: bool) -> None:
+    differences = cuda_layers.kernel_differences(CONFIG, CPU, dtype, fp8=fp8)
+    assert (differences.pop("quantize_rows", 1.0) < 2e-6) is fp8
     assert set(differences) == {"add_rms_norm", "norm_rotate", "silu_mul", "attend_tiles"}
     assert max(differences.values()) < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
-    with_fp8 = cuda_layers.kernel_differences(a_model().config, CPU, dtype, fp8=True)
-    assert with_fp8.pop("quantize_rows") < 2e-6
-    assert with_fp8 == differences
 
 
+@pytest.fixture
+def kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels, that for fp8 among them, in torch: correct, and much faster than in the interpreter."""
+    in_torch(monkeypatch)
+    monkeypatch.setattr(triton_kernels, "quantize_rows", lambda x, dtype: fp8.quantize(x))
+
+
+@pytest.mark.usefixtures("kernels_in_torch")
 @pytest.mark.parametrize("part", [0, 1])
-def test_fp8_is_refused_where_its_kernel_computes_something_else(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_kernels.quantize_rows
-
+def test_fp8_is_refused_where_its_kernel_is_wrong(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        parts = list(right(rows, dtype))
+        parts = list(fp8.quantize(rows))
         parts[part] = (parts[part].float() * 1.25).to(parts[part].dtype)
         return parts[0], parts[1]
 
     monkeypatch.setattr(triton_kernels, "quantize_rows", wrong)
-    assert cuda_layers.why_not_fused(a_model().config, CPU, torch.float32) is None
-    reason = cuda_layers.why_not_fused(a_model().config, CPU, torch.float32, fp8=True)
+    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) is None
+    reason = cuda_layers.why_not_fused(CONFIG, CPU, torch.float32, fp8=True)
     assert reason == "kernels compute something else here: quantize_rows"
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # of the interpreter, which is made of numpy
+@pytest.mark.usefixtures("kernels_in_torch")
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 @pytest.mark.parametrize("name", ["add_rms_norm_", "norm_rotate_", "silu_mul", "attend_tiles"])
-def test_a_kernel_that_computes_something_else_is_not_used(
-    name: str, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_is_wrong_is_not_used(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right, calls = getattr(triton_kernels, name), []
 
     def wrong(*arguments: object) -> Tensor | None:
-        """The first time only."""
+        """Wrong in its first call alone."""
         calls.append(out := right(*arguments))
         if len(calls) > 1:
             return out  # type: ignore[no-any-return]
         return arguments[0].mul_(factor) if out is None else out * factor  # type: ignore[attr-defined, no-any-return]
 
     monkeypatch.setattr(triton_kernels, name, wrong)
-    reason = cuda_layers.why_not_fused(a_model().config, CPU, torch.float32)
+    reason = cuda_layers.why_not_fused(CONFIG, CPU, torch.float32)
     assert reason == f"kernels compute something else here: {name.rstrip('_')}"
 
 
-def test_triton_that_cannot_compile_is_found_out_and_said(
+@pytest.mark.usefixtures("kernels_in_torch")
+def test_triton_that_cannot_compile_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(x: Tensor) -> Tensor:
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(triton_kernels, "silu_mul", no_compiler)
-    assert cuda_layers.why_not_fused(a_model().config, CPU, torch.float32) == "Triton does not work here"
+    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) == "Triton does not work here"
     assert "Triton does not work here (RuntimeError: Failed to find C compiler)" in caplog.text
-
-
-def test_an_attention_kernel_that_is_asked_for_and_cannot_be_trusted_is_refused(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("local_rerank.engine.engine.choose_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("local_rerank.engine.engine.load_model", lambda *_, **__: engine_of_nothing(tiny_checkpoint))
-    with pytest.raises(ConfigError, match=r"attention is 'cuda-tiles', which is compiled here, .* as asked for"):
-        Reranker(str(tiny_checkpoint), dtype="bf16", attention="cuda-tiles", no_compile=True)
-
-
-def engine_of_nothing(folder: Path) -> object:
-    """The model as it is loaded, on the CPU."""
-    return load_model(open_checkpoint(str(folder)), dtype=torch.bfloat16, device=CPU)
-
-
-def test_without_fused_layers_auto_takes_a_kernel_that_is_not_compiled_here() -> None:
-    cuda_device = torch.device("cuda")
-    assert choose_kernel("auto", cuda_device, torch.bfloat16)[0] == "cuda-tiles"
-    assert choose_kernel("auto", cuda_device, torch.bfloat16, compiled=False)[0] == "cuda-merged"
 
 
 @pytest.mark.parametrize("width", [16, 300, 1024])
@@ -193,7 +155,7 @@ def test_add_rms_norm_is_the_sum_and_its_norm(width: int, has_delta: bool) -> No
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 8), (6, 32), (12, 128)])
-def test_norm_rotate_norms_and_turns_each_head_and_nothing_beside_them(num_heads: int, head_dim: int) -> None:
+def test_norm_rotate_normalizes_and_rotates_each_head_and_nothing_else(num_heads: int, head_dim: int) -> None:
     torch.manual_seed(0)
     rows = torch.randn(7, num_heads * head_dim + 40)
     before, x = rows.clone(), rows[:, : num_heads * head_dim].view(7, num_heads, head_dim)
@@ -214,7 +176,7 @@ def test_silu_mul_takes_the_gate_first() -> None:
 
 
 def test_rows_are_quantized_as_the_weights_are() -> None:
-    # numbers that need no rounding up to the next power of two, which Triton's interpreter gets wrong
+    # no numbers that round up to the next power of two, which Triton's interpreter gets wrong
     x = torch.tensor([[448.0, 300.0, 17.3, -17.3, 1.0, 0.3], [-0.007, 0.001, 0.0, 0.002, 0.0, 0.005]]).bfloat16()
     x = torch.cat([x, torch.zeros(1, 6, dtype=torch.bfloat16)])
     (ours, scale), (expected, expected_scale) = triton_kernels.quantize_rows(x, fp8.FP8), fp8.quantize(x)
@@ -243,7 +205,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def dequantized_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What the fp8 units compute, and the shapes and dtypes that torch's operator insists on."""
+    """The product of fp8 units, with the shapes and dtypes that torch's operator requires."""
     assert a.dtype == b.dtype == torch.float8_e4m3fn
     assert a_scale.dtype == b_scale.dtype == torch.float32
     assert (a_scale.shape, b_scale.shape) == ((a.shape[0], 1), (b.shape[0], 1))
@@ -254,11 +216,9 @@ def dequantized_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b
 
 
 @pytest.fixture
-def fp8_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product as the fp8 units compute it; the kernels in torch, which rounds rows as a GPU does."""
-    in_torch(monkeypatch)
+def fp8_on_a_cpu(kernels_in_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix product as fp8 units compute it, and kernels in torch, which rounds rows as a GPU does."""
     monkeypatch.setattr(fp8, "scaled_matmul", dequantized_matmul)
-    monkeypatch.setattr(triton_kernels, "quantize_rows", lambda x, dtype: fp8.quantize(x))
 
 
 @pytest.mark.usefixtures("fp8_on_a_cpu")
@@ -276,24 +236,15 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", num_hidden_layers=3, seed=11)
     exact_engine = engine_of(folder, fused=False, kernel="cpu-tiles")
     engine = engine_of(folder, fused=True, kernel="sdpa")
-    engine.decoder.bfloat16()
-    fp8.quantize_model(engine.decoder)
+    decoder: Any = engine.decoder
+    fp8.quantize_model(decoder.bfloat16())
     assert engine.weights_dtype == "fp8"
-    assert not any(isinstance(module, nn.Linear) for module in engine.decoder.layers.modules())
+    assert not any(isinstance(module, nn.Linear) for module in decoder.layers.modules())
     pairs = [Pair((1, 2, 3), tuple(range(n, n + 8))) for n in range(4, 28)]
-    ours, exact = engine.score(pairs), exact_engine.forward(pack(pairs))
-    correlation = float(torch.corrcoef(torch.stack([ours, exact]))[0, 1])
+    ours, exact = engine.score(pairs), exact_engine.score(pairs)
+    correlation = float(torch.corrcoef(torch.tensor([ours, exact]))[0, 1])
     assert correlation > 0.9  # in layers of width 64; a scale misplaced gives noise
     assert engine.head.dtype == torch.float32
-
-
-def test_fp8_is_refused_where_it_cannot_be_with_the_reason(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"dtype is 'fp8', which needs a GPU of compute capability 8.9; .* is cpu"):
-        Reranker(str(tiny_checkpoint), device="cpu", dtype="fp8")
-    with pytest.raises(ConfigError, match="device_map is set; fp8 takes a model on one GPU"):
-        Reranker(str(tiny_checkpoint), device="cpu", dtype="fp8", device_map="auto")
-    with pytest.raises(ConfigError, match="it must be auto, fp32, bf16, fp16, fp8"):
-        choose_dtype("fp4", CPU)
 
 
 def test_sizes_that_fp8_cannot_multiply_are_named() -> None:

@@ -295,11 +295,11 @@ def test_an_async_reranker_that_was_loading_too_long_raises_in_the_child(
 ) -> None:
     gate, entered = threading.Event(), threading.Event()
 
-    def load(reranker: AsyncReranker) -> None:
+    def load(**_: object) -> None:
         entered.set()
         assert gate.wait(30)
 
-    monkeypatch.setattr(AsyncReranker, "_load", load)
+    monkeypatch.setattr("local_rerank.reranker.Reranker", load)
     monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)
     reranker = AsyncReranker(str(tiny_checkpoint))
     assert entered.wait(30)

@@ -91,11 +91,10 @@ class Engine:
         def attempt() -> Callable[[], list[float]] | None:
             return unless_out_of_memory(lambda: self._forward(batch))
 
-        run = compute if self.device.type == "cpu" else _call
-        fetch = run(attempt)
+        fetch = compute(attempt) if self.device.type == "cpu" else attempt()
         if fetch is None and self.graphs is not None and self.graphs.forget_all():
             release_cached()
-            if (fetch := run(attempt)) is not None:
+            if (fetch := attempt()) is not None:
                 self.graphs.halve()  # the pass needed their memory
         if fetch is None:
             raise OutOfMemory(num_tokens=batch.num_tokens)
@@ -133,10 +132,6 @@ class Engine:
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-
-def _call(function: Callable[[], Any]) -> Any:
-    return function()
 
 
 def _fetch(log_odds: Tensor, pair_order: Tensor) -> Callable[[], list[float]]:

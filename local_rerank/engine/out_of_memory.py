@@ -64,12 +64,8 @@ def fitted_budget(free_bytes: int, per_token_bytes: int, *, at_most: int) -> int
 
 def free_bytes(devices: set[torch.device]) -> int:
     """Free bytes on the fullest of some CUDA devices, including torch's cached blocks."""
-    return min(_free_on(device) for device in devices)
-
-
-def _free_on(device: torch.device) -> int:
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
+    cuda = torch.cuda
+    return min(cuda.mem_get_info(d)[0] + cuda.memory_reserved(d) - cuda.memory_allocated(d) for d in devices)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -159,7 +159,7 @@ def _decoder(
     if config.device_map is not None:
         why_not = "the model is spread over devices"
     elif device.type == "cpu":
-        return "cpu", "the model is on the CPU as a whole"
+        return "cpu", "the whole model is on the CPU"
     elif device.type == "cuda":
         if (reason := cuda.why_not_fused_here(config, checkpoint, device, dtype)) is None:
             return "cuda", "each kernel agrees with torch's operators on this GPU"

@@ -7,14 +7,7 @@ import torch
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import owns_process
-from local_rerank.engine.cpu.products import (
-    fp32_precision,
-    has_int8,
-    is_right,
-    require,
-    saturates,
-    seconds_of_products,
-)
+from local_rerank.engine.cpu.products import fp32_precision, has_int8, is_right, require, saturates, seconds_of_products
 from local_rerank.engine.dtypes import name_of
 from local_rerank.errors import ConfigError
 

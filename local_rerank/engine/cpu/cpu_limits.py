@@ -93,8 +93,8 @@ def _core_of(cpu: int, root: Path) -> tuple[str, ...]:
 
 def _quotas(root: Path) -> Iterator[Quota]:
     for folder, is_v2 in _cgroup_folders(root):
-        cpus = _quota_v2(folder) if is_v2 else _quota_v1(folder)
-        if cpus is not None:
+        names = ["cpu.max"] if is_v2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        if (cpus := _ratio(*[word for name in names for word in _words(folder / name)][:2])) is not None:
             yield Quota(cpus=cpus, folder=f"/{folder.relative_to(root)}", is_v2=is_v2)
 
 
@@ -148,14 +148,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:  # not Linux
         return []
-
-
-def _quota_v2(folder: Path) -> float | None:
-    return _ratio(*_words(folder / "cpu.max")[:2])
-
-
-def _quota_v1(folder: Path) -> float | None:
-    return _ratio(*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1])
 
 
 def _words(path: Path) -> list[str]:

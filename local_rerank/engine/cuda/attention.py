@@ -94,8 +94,8 @@ def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile:
     prefix, prefix_length = np.repeat(prefix, counts), np.repeat(prefix_length, counts)
     end_own = last_own[first + num_queries - 1] + 1
     tiles = np.stack([first, num_queries, prefix, prefix_length, first_own[first], end_own], axis=1)
-    tensors = [torch.from_numpy(numbers.astype(np.int32)) for numbers in (tiles, first_own, last_own)]
-    return TileLayout(*tensors, queries_per_tile=per_tile)
+    on_host = [torch.from_numpy(numbers.astype(np.int32)) for numbers in (tiles, first_own, last_own)]
+    return TileLayout(on_host[0], on_host[1], on_host[2], per_tile)
 
 
 def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:

@@ -2,11 +2,9 @@
 
 A bundle is a folder of plain files (config, tokenizer, safetensors, licence) and a manifest, `local-rerank.json`: the
 size and sha256 of each file, the prompt template, and known pairs with their log-odds. A file bundle is the same folder
-in an uncompressed zip archive. We use zip because its directory is at the end (so the manifest is read without reading
-gigabytes, and a truncated copy is noticed at once), weights do not compress, and every machine has a tool for it.
-
-safetensors maps weights from a plain file, not from a member of an archive. So we unpack a file bundle once, checking
-each checksum, into a cache folder named by its manifest's sha256. A folder bundle is used in place.
+in an uncompressed zip archive, whose directory at the end gives the manifest without reading gigabytes and shows a
+truncated copy at once. safetensors maps weights from a plain file, so we unpack a file bundle once, checking each
+checksum, into a cache folder named by its manifest's sha256. A folder bundle is used in place.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ from local_rerank.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "local-rerank.json"
-FORMAT = "local-rerank bundle"
-FORMAT_VERSION = 1
+FORMAT, FORMAT_VERSION = "local-rerank bundle", 1
 FILE_SUFFIX = ".zip"  # any other name (Qwen3-Reranker-0.6B has the suffix ".6B") is a folder
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix: LICENSE, NOTICE

@@ -86,6 +86,23 @@ class EngineConfig:
             raise ConfigError("model is empty; leave it out to use the built-in one")
 
 
+# here, because cyclopts evaluates inherited annotations with the names of the subclass's module
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PackEngineConfig(EngineConfig):
+    """Engine options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
+
+    model: Annotated[str | None, Parameter(show=False)] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyEngineConfig(EngineConfig):
+    """Engine options of `verify`, which loads its argument and no other model."""
+
+    model: Annotated[str | None, Parameter(parse=False)] = None
+
+
 _POSITIVE = (
     "threads", "max_length", "max_query_tokens", "max_document_tokens", "max_batch_tokens", "max_queued_tokens",
 )  # fmt: skip

@@ -161,7 +161,7 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_its_fallback_scores_right(
     row = describe(reranker.info, reranker.checkpoint).products
     assert row.value.startswith("in use: fp32, attention fp32; also correct: ")
     assert "wrong, not used: blocked fp32 (error" in row.value
-    assert row.faster == "a torch that multiplies right by blocked fp32"
+    assert row.faster == "a torch version whose blocked fp32 is correct"
 
 
 def test_a_wrong_kernel_is_not_timed(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
 >>> [item.index for item in reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"])]
 [1, 0]
 
-Importing this package loads neither torch nor a model; the first `Reranker` does.
+Importing this package does not import torch; the first use of `Reranker` does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the rerankers, and torch with `Reranker`, on first use: `local-rerank --help` must not wait (2 s)."""
+    """Import the rerankers on first use: torch takes 2 s to import, which `local-rerank --help` must not wait for."""
     if name == "Reranker":
         from local_rerank.reranker import Reranker
 

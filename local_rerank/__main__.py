@@ -1,4 +1,4 @@
-"""`python -m local_rerank` is the command `local-rerank`."""
+"""`python -m local_rerank` runs the command `local-rerank`."""
 
 from local_rerank.commands.app import main
 

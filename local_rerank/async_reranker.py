@@ -1,7 +1,7 @@
-"""`AsyncReranker`, for asyncio: loading and tokenizing run in threads, the model in its own, and the loop only awaits.
+"""`AsyncReranker`, for asyncio. Loading and tokenization run in threads, so the event loop never blocks.
 
-Concurrent calls meet in the model's queue (`worker.py`), so they share batches, as requests of a server do. Cancelling
-a call takes its pairs out of the queue. Needs no torch before a model is loaded.
+Concurrent calls queue at the same worker and share batches. Cancelling a call removes its pairs from the queue. torch
+is imported in the loading thread.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
 
-TOKENIZER_THREADS = 4  # tokenization lets go of the interpreter lock, so a few long requests do not hold up short ones
+TOKENIZER_THREADS = 4  # tokenization releases the GIL, so long requests do not block short ones
 
 T = TypeVar("T")
 
 
 class AsyncReranker:
-    """Ranks documents as `Reranker` does, awaited. The constructor takes the same, and returns while the model loads.
+    """`Reranker` for asyncio, with the same arguments. The constructor returns at once and the model loads in a thread.
 
-    Raises ConfigError for an unknown option; what keeps the model from being loaded (CheckpointError, ConfigError) is
-    raised by whatever is awaited first. Any number of calls may wait at a time.
+    Raises ConfigError for an unknown option. If the model cannot be loaded, every call raises CheckpointError or
+    ConfigError.
 
     >>> async def main() -> None:
     ...     async with AsyncReranker() as reranker:
@@ -46,7 +46,7 @@ class AsyncReranker:
         self._is_closed = False
         self._outcome: Reranker | BaseException = UnusableAfterFork("no model was loaded before the process was forked")
         self._threads = _make_threads()
-        self._loading = forks.load_beside(self._threads, self._load)
+        self._loading = forks.load_in_thread(self._threads, self._load)
         forks.renew_in_child(self)
 
     def _load(self) -> Reranker:
@@ -60,7 +60,7 @@ class AsyncReranker:
         return reranker
 
     def renew(self) -> None:
-        """In a forked child: what the parent has loaded, or why it could not, and threads of the child."""
+        """After a fork: keep the parent's model or its error, and start new threads."""
         self._threads = _make_threads()
         self._loading = Future()
         if isinstance(self._outcome, BaseException):
@@ -71,20 +71,22 @@ class AsyncReranker:
     __reduce__ = forks.refuse_copies
 
     async def load(self) -> Reranker:
-        """Wait until the model is loaded; the Reranker behind this one, whose every call and property holds here."""
-        return await asyncio.shield(asyncio.wrap_future(self._loading))  # a caller who leaves stops no loading
+        """Wait until the model is loaded; returns the underlying Reranker."""
+        return await asyncio.shield(asyncio.wrap_future(self._loading))  # cancelling one caller must not stop loading
 
     async def rank(
         self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
-        """Rank documents, most relevant first; raises a leaf of InvalidRequest, Overloaded or EngineFailure."""
+        """Rank documents by relevance, most relevant first. Raises a leaf of InvalidRequest, Overloaded or
+        EngineFailure.
+        """
         documents = (documents,) if isinstance(documents, str) else tuple(documents)
         return await self.submit(RerankRequest(query=query, documents=documents, instruction=instruction, top_n=top_n))
 
     async def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs in their order; log-odds with `logits=True`."""
+        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`."""
         results = self.rank_batch(requests_of(pairs, instruction))
         return [score async for result in results for score in scores_of(result, logits=logits)]
 
@@ -104,10 +106,10 @@ class AsyncReranker:
     async def rank_batch(
         self, requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest], *, return_errors: bool = False
     ) -> AsyncIterator[RerankResult | InvalidRequest]:
-        """Rank many requests; yields results in the order of the requests, a bounded number ahead.
+        """Rank many requests in shared batches. Yields results in order, reading a bounded number of requests ahead.
 
-        A request that cannot be ranked ends the iteration with its InvalidRequest or, with `return_errors=True`, is
-        answered with it; whatever else goes wrong is raised.
+        An invalid request raises InvalidRequest and ends the iteration; with `return_errors=True` the error is yielded
+        in its place. Other errors are always raised.
         """
         reranker = await self.load()
         in_flight: deque[Future[Any]] = deque()
@@ -122,12 +124,12 @@ class AsyncReranker:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield await asyncio.wrap_future(in_flight.popleft())
-        finally:  # a request that cannot be ranked, or a caller who stops, leaves nothing running
+        finally:  # after an error, or when the caller stops early, nothing stays queued
             for future in in_flight:
                 future.cancel()
 
     async def submit(self, request: RerankRequest, *, name: str | None = None) -> RerankResult:
-        """The answer to a whole request; `name` is what the log calls it. Raises what `rank` does."""
+        """Rank the documents of a request; `name` is its name in the log. Raises as `rank`."""
         reranker = await self.load()
         return await asyncio.wrap_future(await self._queued(reranker.submit, request, name=name))
 
@@ -137,17 +139,17 @@ class AsyncReranker:
         return await queued(self._threads, submit, *arguments, **options)
 
     async def close(self) -> None:
-        """Finish the batch that runs, fail what waits with ModelUnavailable, and stop the threads."""
+        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the threads."""
         self._is_closed = True
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        with suppress(LocalRerankError):  # no model was loaded, as whoever waited for it has heard
+        with suppress(LocalRerankError):  # loading failed, which `load` reports
             self._loading.result().close()
         self._threads.shutdown()
 
     async def __aenter__(self) -> Self:
-        """Waits until the model is loaded."""
+        """Wait until the model is loaded."""
         try:
             await self.load()
         except BaseException:
@@ -162,9 +164,9 @@ class AsyncReranker:
 
 
 async def queued(threads: Executor, submit: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """What `submit` returns, which tokenizes and queues a request, run in `threads`: a future of its answer.
+    """Run `submit`, which tokenizes and queues a request, in `threads`; returns the future that `submit` returns.
 
-    Cancelled before that, it cancels the future as soon as there is one, so that nobody's request stays in the queue.
+    If the caller is cancelled while `submit` runs, that future is cancelled too, so the request leaves the queue.
     """
     submission = threads.submit(submit, *arguments, **options)
     try:

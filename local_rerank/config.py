@@ -1,7 +1,7 @@
-"""Every option of the engine, once: name, default, unit, help.
+"""The engine's options.
 
-Command-line flags, `LOCAL_RERANK_*` variables and `docs/options.md` all come from these fields (the server's own
-options stand in `local_rerank_server.config`). `auto` becomes a value once, when the engine is made.
+Command-line flags, `LOCAL_RERANK_*` variables and `docs/options.md` are generated from these fields; the server's
+options are in `local_rerank_server.config`. `engine.plan` resolves `auto`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from local_rerank.errors import ConfigError
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-"""The model card's default; no full stop (the hosted service's default has one)."""
+"""The model card's default. The hosted service's default ends with a full stop, this one does not."""
 
 DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 
@@ -22,24 +22,24 @@ DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the model is found, loaded and run."""
+    """Which model to load, and how to run it. Raises ConfigError for a value out of range."""
 
     model: Annotated[
         str | None,
-        Parameter(help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle; "
-                       "without it the built-in local-rerank-nano."),
+        Parameter(help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle. "
+                       "Default: the built-in local-rerank-nano."),
     ] = None  # fmt: skip
     revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a hub model.")] = None
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one.")] = "auto"
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps. auto uses a GPU if there is one.")] = "auto"
     dtype: Annotated[
         DType,
-        Parameter(help="Precision of the weights; auto is bf16 on CUDA and on CPUs that multiply it faster than fp32, "
-                       "else that of the checkpoint, and fp32 for the built-in model. Other CPUs multiply 16-bit "
-                       "weights in fp32. int8 is for CPUs, fp8 for GPUs of compute capability 8.9 or later. Head and "
-                       "softmax are always fp32."),
+        Parameter(help="Dtype of the weights. auto: bf16 on CUDA and on CPUs that multiply bf16 faster than fp32, else "
+                       "the checkpoint's dtype; fp32 for the built-in model. CPUs without fast 16-bit products compute "
+                       "in fp32. int8 needs a CPU, fp8 a GPU of compute capability 8.9 or later. Head and softmax are "
+                       "always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
-        str | None, Parameter(help="Spread a model over several devices as accelerate does (for example auto).")
+        str | None, Parameter(help="Split the model over several devices with accelerate, for example auto.")
     ] = None
     attention: Annotated[
         str,
@@ -47,71 +47,55 @@ class EngineConfig:
     ] = "auto"
     threads: Annotated[
         int | None,
-        Parameter(help="CPU threads of the model, never changed; default: one per physical core that affinity and "
-                       "cgroup quotas allow, and fewer while other processes use the CPUs."),
+        Parameter(help="CPU threads for the model. Default: one per physical core that affinity and cgroup quotas "
+                       "allow, and fewer while other processes use the CPUs. A number set here is never changed."),
     ] = None  # fmt: skip
-    instruction: Annotated[str, Parameter(help="Instruction of requests that bring none.")] = DEFAULT_INSTRUCTION
-    max_length: Annotated[int, Parameter(help="Tokens of a whole prompt; capped by the model's own maximum.")] = 8192
-    max_query_tokens: Annotated[int, Parameter(help="Tokens of a query; more are cut.")] = 4000
-    max_document_tokens: Annotated[int, Parameter(help="Tokens of a document; more are cut.")] = 4000
+    instruction: Annotated[
+        str, Parameter(help="Default instruction, used when a request has none.")
+    ] = DEFAULT_INSTRUCTION  # fmt: skip
+    max_length: Annotated[
+        int, Parameter(help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
+    ] = 8192  # fmt: skip
+    max_query_tokens: Annotated[int, Parameter(help="Maximum query tokens; longer queries are truncated.")] = 4000
+    max_document_tokens: Annotated[
+        int, Parameter(help="Maximum tokens of a document; longer documents are truncated.")
+    ] = 4000  # fmt: skip
     max_batch_tokens: Annotated[
         int | None,
-        Parameter(help="Tokens that one forward pass may hold; default: 2560 on CPU, on CUDA what fits into free "
-                       "memory, at most 16384."),
+        Parameter(help="Maximum tokens of a forward pass. Default: 2560 on CPU; on CUDA what fits into free memory, "
+                       "at most 16384."),
     ] = None  # fmt: skip
-    no_cuda_graphs: Annotated[
-        bool, Parameter(help="Launch the kernels of a batch one by one on CUDA.", negative="")
-    ] = False  # fmt: skip
+    no_cuda_graphs: Annotated[bool, Parameter(help="Disable CUDA graphs.", negative="")] = False
     no_compile: Annotated[
-        bool, Parameter(help="Compile no kernels on CUDA: a faster start, slower batches.", negative="")
+        bool, Parameter(help="Do not compile CUDA kernels: faster start, slower batches.", negative="")
     ] = False  # fmt: skip
     max_queued_tokens: Annotated[
-        int, Parameter(help="Tokens that may wait; a request beyond that is refused as overload.")
+        int, Parameter(help="Maximum queued tokens; further requests are refused (429 over HTTP).")
     ] = 500_000
     deterministic: Annotated[
         bool,
-        Parameter(help="Score every pair in a forward pass of its own: scores are equal to the bit whatever else is "
-                       "scored, and nothing is shared (docs/operations.md has the cost).", negative=""),
+        Parameter(help="Score each pair in its own forward pass, so that a score never depends on what else is scored, "
+                       "to the bit. Prefixes are not shared; docs/operations.md has the cost.", negative=""),
     ] = False  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.model is not None and not self.model.strip():
-            raise ConfigError("model is empty; leave it out to take the built-in one")
+            raise ConfigError("model is empty; leave it out to use the built-in one")
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class PackEngineConfig(EngineConfig):
-    """Options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
-
-    model: Annotated[str | None, Parameter(show=False)] = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class VerifyEngineConfig(EngineConfig):
-    """Options of `verify`, which loads its argument and no other model."""
-
-    model: Annotated[str | None, Parameter(parse=False)] = None
-
-
-_LEAST = {
-    "threads": 1,
-    "max_length": 1,
-    "max_query_tokens": 1,
-    "max_document_tokens": 1,
-    "max_batch_tokens": 1,
-    "max_queued_tokens": 1,
-}
+_POSITIVE = (
+    "threads", "max_length", "max_query_tokens", "max_document_tokens", "max_batch_tokens", "max_queued_tokens",
+)  # fmt: skip
 
 
 def merged(config: EngineConfig, model: str | None, options: dict[str, Any]) -> EngineConfig:
-    """`config` with `model`, if it is given, and `options` by their names; raises ConfigError for an unknown one."""
+    """`config` with its fields replaced by `options`, and by `model` if not None. Raises ConfigError for an unknown
+    option.
+    """
     names = {field.name for field in fields(EngineConfig)}
     if unknown := sorted(set(options) - names):
-        raise ConfigError(f"unknown option {unknown[0]!r}; there are {', '.join(sorted(names))}")
+        raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(names))}")
     return replace(config, **options if model is None else options | {"model": model})

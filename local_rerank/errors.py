@@ -1,28 +1,28 @@
-"""Every error that local-rerank raises on purpose, and nothing else.
+"""The errors that local-rerank raises.
 
     LocalRerankError
-    ├── InvalidRequest                the caller's request cannot be ranked: `field`, `limit`, `value` say why
+    ├── InvalidRequest                the request cannot be ranked; `field`, `limit` and `value` say why
     │   ├── EmptyQuery                the query is empty or blank
-    │   ├── EmptyDocument             a document is empty or blank where that is refused
+    │   ├── EmptyDocument             a document is empty or blank, and the server refuses that
     │   ├── InvalidDocumentCount      more documents than the limit
-    │   │   └── NoDocuments           no document at all
+    │   │   └── NoDocuments           no documents
     │   ├── DocumentTooLong           a document has more characters than the limit
     │   ├── TooManyCharacters         the query or the instruction has more characters than the limit
     │   ├── TooManyTokens             a request has more tokens than the limit
-    │   ├── TextTooLong               a text would have to be cut and the request forbids that
+    │   ├── TextTooLong               a text is longer than its limit, and the request forbids truncation
     │   ├── InstructionTooLong        the instruction leaves no room in the prompt
     │   └── InvalidTopN               top_n below 1
-    ├── Overloaded                    the queue is full; `retry_after` says when to come back
-    ├── DeadlineExceeded              not answered in the time the caller or the server allows
+    ├── Overloaded                    the queue is full; retry after `retry_after` seconds
+    ├── DeadlineExceeded              no result within the client's or the server's timeout
     ├── ModelUnavailable              the model is still loading, or the engine is closing
     ├── UnusableAfterFork             the process was forked, and the model cannot be used in the child
     ├── EngineFailure                 the model failed on this request's batch
-    │   └── OutOfMemory               the device has no room for the batch; a smaller one may fit
-    ├── CheckpointError               the model cannot be loaded, or is no reranker
+    │   └── OutOfMemory               the batch does not fit into memory
+    ├── CheckpointError               the model cannot be loaded, or is not a reranker
     └── ConfigError                   a setting is unknown or malformed
 
-The server adds its own leaves (unknown model, bad key, ...) in `local_rerank_server.errors`, which gives each leaf its
-HTTP status; a dialect only words them.
+`local_rerank_server.errors` adds the server's errors (unknown model, bad key, ...) and maps each error to an HTTP
+status.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from collections.abc import Callable
 
 
 class LocalRerankError(Exception):
-    """Root of the tree. Its leaves can be pickled: an engine in another process answers with them."""
+    """Base class. Errors can be pickled, because an engine in another process sends them."""
 
     def __reduce__(self) -> tuple[Callable[..., LocalRerankError], tuple[object, ...]]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 def _rebuild(kind: type[LocalRerankError], args: tuple[object, ...], fields: dict[str, object]) -> LocalRerankError:
-    """Without `__init__`, which takes a leaf's fields and not its message."""
+    """Unpickle without `__init__`, which takes other arguments in every subclass."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error
 
 
 class InvalidRequest(LocalRerankError):
-    """The caller's request cannot be ranked; names the field, the limit and the value."""
+    """The request cannot be ranked, because of a value of `field`."""
 
     def __init__(self, message: str, *, field: str, limit: int | None = None, value: int | None = None) -> None:
         super().__init__(message)
@@ -91,8 +91,8 @@ class TooManyCharacters(InvalidRequest):
 
 class TooManyTokens(InvalidRequest):
     def __init__(self, *, limit: int, value: int) -> None:
-        super().__init__(f"the request has {value} tokens or more; at most {limit} are taken", field="documents",
-                         limit=limit, value=value)  # fmt: skip
+        what = f"the request has {value} tokens or more; at most {limit} are taken"
+        super().__init__(what, field="documents", limit=limit, value=value)
 
 
 class TextTooLong(InvalidRequest):
@@ -113,11 +113,11 @@ class InvalidTopN(InvalidRequest):
 
 
 class Overloaded(LocalRerankError):
-    """The queue is full. `retry_after` is in seconds."""
+    """The queue is full."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # seconds
 
 
 class DeadlineExceeded(LocalRerankError):
@@ -134,10 +134,8 @@ class UnusableAfterFork(LocalRerankError):
     """The process was forked after the model was loaded, and the model cannot be used in the child."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(
-            f"{why}; create the reranker after the fork (gunicorn: without --preload), or start processes with "
-            "multiprocessing's spawn"
-        )
+        fix = "create the reranker after the fork (gunicorn: without --preload), or use multiprocessing's spawn"
+        super().__init__(f"{why}; {fix}")
 
 
 class EngineFailure(LocalRerankError):
@@ -145,16 +143,16 @@ class EngineFailure(LocalRerankError):
 
 
 class OutOfMemory(EngineFailure):
-    """The device has no room for a batch of `num_tokens`; a smaller one may fit."""
+    """A batch of `num_tokens` does not fit into the device's memory."""
 
     def __init__(self, *, num_tokens: int) -> None:
-        super().__init__(f"out of memory in a batch of {num_tokens} tokens; try a smaller --max-batch-tokens")
+        super().__init__(f"out of memory in a batch of {num_tokens} tokens; set a smaller --max-batch-tokens")
         self.num_tokens = num_tokens
 
 
 class CheckpointError(LocalRerankError):
-    """The model cannot be loaded, or is no reranker; the message says what to do."""
+    """The model cannot be loaded, or is not a reranker."""
 
 
 class ConfigError(LocalRerankError):
-    """A setting is unknown or malformed; the message names it."""
+    """A setting is unknown or malformed."""

@@ -1,16 +1,16 @@
-"""Makes `os.fork` safe: a child has one thread, a copy of the parent's memory, and every lock in the state it was in.
+"""Makes `os.fork` safe. A child has one thread, a copy of the parent's memory, and locks in the state they were in.
 
-Before a fork we wait until models that are being loaded are there and the thread that computes is between two layers,
-because imports, oneDNN and MKL take locks that nobody could replace in the child. In the child, each object that has
-threads or locks replaces them. Weights are shared until somebody writes to them.
+Before a fork we wait until no model is loading and the compute thread is between two layers, because imports, oneDNN
+and MKL hold locks that the child cannot replace. In the child, each object that owns threads or locks replaces them.
+Parent and child share the weights (copy-on-write).
 
-We poll plain attributes: a lock of this module could itself be held while another thread forks.
+We poll plain attributes, because another thread could fork while it holds a lock of this module.
 """
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401  # as logging: its hook, which takes a lock, has to run after ours
-import logging  # noqa: F401
+import concurrent.futures.thread  # noqa: F401  # its fork hook takes a lock and must run after ours
+import logging  # noqa: F401  # likewise
 import os
 import threading
 import time
@@ -22,88 +22,86 @@ from weakref import WeakSet
 
 from local_rerank.errors import UnusableAfterFork
 
-LIMIT_SECONDS = 600.0  # after which a fork goes ahead: longer than loading a large model from a slow disk
+MAX_WAIT_SECONDS = 600.0  # a fork waits no longer; loading a large model from a slow disk takes less
 POLL_SECONDS = 0.0005
 
 T = TypeVar("T")
 
 
 class Renewable(Protocol):
-    """Has threads or locks, which a forked child must replace."""
+    """Owns threads or locks that a forked child must replace."""
 
     def renew(self) -> None:
-        """Called in the child, as its only thread. Starts no thread: most children only exit or run a program."""
+        """Called in the child. Must not start a thread, because most children only exit or run a program."""
 
 
-class _Gate:
+class _ProcessState:
     def __init__(self) -> None:
-        self.forking: set[int] = set()  # threads
+        self.forking: set[int] = set()  # ids of threads
         self.loads: set[object] = set()
         self.is_computing = False
-        self.is_whole = True  # in a child: nothing was half done as it was forked
+        self.is_usable = True  # False in a child forked while a model was loading or an operator was running
 
 
-class _Own(threading.local):
-    """What each thread has for itself."""
-
-    is_inside = False  # it computes or loads; a fork of its own does not wait for that
-    is_whole = True  # of the fork that it makes
+class _ThreadState(threading.local):
+    is_busy = False  # the thread computes or loads, so its own fork must not wait for it
+    is_safe = True  # the fork that the thread makes
 
 
-_gate, _own = _Gate(), _Own()
+_process, _thread = _ProcessState(), _ThreadState()
 _renewables: WeakSet[Renewable] = WeakSet()
 
 
 def renew_in_child(owner: Renewable) -> None:
-    """Have `owner.renew` called in every child that this process forks, for as long as the owner lives."""
+    """Call `owner.renew` in every child that this process forks while the owner is alive."""
     _renewables.add(owner)
 
 
-def check_whole() -> None:
-    """Raises UnusableAfterFork in a child that was forked in the middle of an operator or of loading a model."""
-    if not _gate.is_whole:
-        raise UnusableAfterFork(f"the process was forked while a model was loaded or run for {LIMIT_SECONDS:.0f} s")
+def check_usable() -> None:
+    """Raises UnusableAfterFork in a child that was forked while a model was loading or an operator was running."""
+    if not _process.is_usable:
+        raise UnusableAfterFork(f"the process was forked while a model was loaded or run for {MAX_WAIT_SECONDS:.0f} s")
 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Around what the thread that computes runs: a fork waits for its end, or for the next `between_layers`."""
-    _own.is_inside = True
+    """The compute thread is busy: a fork waits for the end of this block or for the next `between_layers`."""
+    _thread.is_busy = True
     _take_turn()
     try:
         yield
     finally:
-        _gate.is_computing = False
-        _own.is_inside = False
+        _process.is_computing = False
+        _thread.is_busy = False
 
 
 def between_layers() -> None:
-    """Lets a fork that waits go first. No operator runs in this thread as this is called."""
-    if _gate.forking and _own.is_inside:
-        _gate.is_computing = False
+    """Let a waiting fork go ahead. Call it where this thread runs no operator."""
+    if _process.forking and _thread.is_busy:
+        _process.is_computing = False
         _take_turn()
 
 
-def load_beside(threads: Executor, load: Callable[[], T]) -> Future[T]:
-    """What `load` returns or raises, run in one of `threads`. A fork waits for it."""
+def load_in_thread(threads: Executor, load: Callable[[], T]) -> Future[T]:
+    """Run `load` in one of `threads`; forks wait until it is done."""
     token = object()
     while True:
-        _gate.loads.add(token)
-        if not _gate.forking:
+        _process.loads.add(token)
+        if not _process.forking:
             break
-        _gate.loads.discard(token)
-        _wait_while(lambda: bool(_gate.forking))
+        _process.loads.discard(token)
+        _wait_while(lambda: bool(_process.forking))
     try:
         outcome = threads.submit(_load, load)
     except BaseException:
-        _gate.loads.discard(token)
+        _process.loads.discard(token)
         raise
-    outcome.add_done_callback(lambda _: _gate.loads.discard(token))
+    outcome.add_done_callback(lambda _: _process.loads.discard(token))
     return outcome
 
 
 def refuse_copies(self: object) -> NoReturn:
-    """The `__reduce__` of what neither pickle nor copy can take along: threads, and a model of gigabytes."""
+    """`__reduce__` of an object that can be neither pickled nor copied, because it holds threads and a model."""
     name = type(self).__name__
     raise TypeError(
         f"a {name} holds threads and a loaded model, so it can be neither pickled nor copied. Pass the model's name "
@@ -112,25 +110,25 @@ def refuse_copies(self: object) -> NoReturn:
 
 
 def _load(load: Callable[[], T]) -> T:
-    _own.is_inside = True
+    _thread.is_busy = True
     try:
         return load()
     finally:
-        _own.is_inside = False
+        _thread.is_busy = False
 
 
 def _take_turn() -> None:
     while True:
-        _gate.is_computing = True
-        if not _gate.forking:
+        _process.is_computing = True
+        if not _process.forking:
             return
-        _gate.is_computing = False
-        _wait_while(lambda: bool(_gate.forking))
+        _process.is_computing = False
+        _wait_while(lambda: bool(_process.forking))
 
 
 def _wait_while(holds: Callable[[], bool]) -> bool:
-    """Whether it ended in time."""
-    end = time.monotonic() + LIMIT_SECONDS
+    """Poll until `holds` is false; False if it still holds after `MAX_WAIT_SECONDS`."""
+    end = time.monotonic() + MAX_WAIT_SECONDS
     while holds():
         if time.monotonic() > end:
             return False
@@ -139,28 +137,29 @@ def _wait_while(holds: Callable[[], bool]) -> bool:
 
 
 def _before() -> None:
-    thread = threading.get_ident()
-    if _own.is_inside:
+    if _thread.is_busy:
         return
-    _own.is_whole = False  # should an interrupt end this function
-    while ended := _wait_while(lambda: bool(_gate.loads)):  # which the thread that computes may have to work for
-        _gate.forking.add(thread)
-        if not _gate.loads:
+    thread = threading.get_ident()
+    _thread.is_safe = False  # in case an interrupt ends this function
+    # not marked as forking while we wait, because a load may need the compute thread
+    while ended := _wait_while(lambda: bool(_process.loads)):
+        _process.forking.add(thread)
+        if not _process.loads:
             break
-        _gate.forking.discard(thread)
-    _gate.forking.add(thread)
-    _own.is_whole = ended and _wait_while(lambda: _gate.is_computing)
+        _process.forking.discard(thread)
+    _process.forking.add(thread)
+    _thread.is_safe = ended and _wait_while(lambda: _process.is_computing)
 
 
 def _after_in_parent() -> None:
-    _own.is_whole = True
-    _gate.forking.discard(threading.get_ident())
+    _thread.is_safe = True
+    _process.forking.discard(threading.get_ident())
 
 
 def _after_in_child() -> None:
-    _Gate.__init__(_gate)
-    _gate.is_whole, _own.is_whole, _own.is_inside = _own.is_whole, True, False
-    if os.environ.get("TOKENIZERS_PARALLELISM"):  # it would wait for threads that are gone; unset, it sees to that
+    _ProcessState.__init__(_process)
+    _process.is_usable, _thread.is_safe, _thread.is_busy = _thread.is_safe, True, False
+    if os.environ.get("TOKENIZERS_PARALLELISM"):  # tokenizers would wait for threads of the parent; unset, it does not
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for owner in list(_renewables):
         owner.renew()

@@ -1,7 +1,6 @@
-"""The values that enter and leave the library. Read this first; it needs neither torch nor a tokenizer.
+"""The library's input and output: a `RerankRequest` goes in and a `RerankResult` comes out.
 
-A caller makes a `RerankRequest` (every check that needs no tokenizer happens as it is made) and gets a `RerankResult`
-back: the documents in order of relevance, with what each one cost and what was cut from it.
+A `RerankRequest` checks itself when it is created, except for limits in tokens, which need the tokenizer.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from local_rerank.errors import (
 )
 
 Truncation = Literal["end", "start", "error"]
-"""Which end of an over-long text is cut; "error" refuses the request instead."""
+"""Which end of a text beyond its limit is cut off; "error" refuses the request instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may hold; None means no limit. Servers give each route its own."""
+    """Limits of a request; None means no limit. The server has its own for each route."""
 
     max_documents: int | None = None
     max_query_chars: int | None = None
     max_instruction_chars: int | None = None
     max_document_chars: int | None = None
-    max_request_tokens: int | None = None  # query tokens x documents + document tokens, counted after cutting
-    allow_empty_documents: bool = True  # the hosted DashScope service refuses them; by default they are scored
+    max_request_tokens: int | None = None  # query tokens x documents + document tokens, after truncation
+    allow_empty_documents: bool = True  # the hosted DashScope service refuses them
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankRequest:
-    """One query with its documents. Raises a leaf of `InvalidRequest` when it cannot be ranked.
+    """A query and its documents. Raises a leaf of InvalidRequest if a value is invalid.
 
     >>> RerankRequest(query="capital of France", documents=("Paris", "Rome")).top_n is None
     True
@@ -48,11 +47,11 @@ class RerankRequest:
 
     query: str
     documents: tuple[str, ...]
-    instruction: str | None = None  # None: the engine's default instruction
+    instruction: str | None = None  # None: the engine's default
     top_n: int | None = None  # None: all
     max_query_tokens: int | None = None  # None: the engine's setting; a request may only lower it
     max_document_tokens: int | None = None  # likewise
-    max_prompt_tokens: int | None = None  # likewise, of instruction, query and document in the model's template
+    max_prompt_tokens: int | None = None  # likewise; the whole prompt, with the model's template
     truncation: Truncation = "end"
     limits: Limits = field(default_factory=Limits)
 
@@ -87,39 +86,36 @@ class RerankRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RankedDocument:
-    """One document of the answer."""
+    """A document of the result."""
 
-    index: int  # the document's place in the request
+    index: int  # position in the request
     relevance_score: float  # 0...1: sigmoid(log_odds)
     log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it
     document: str
     num_tokens: int  # tokens of the document that were scored
-    num_truncated_tokens: int  # tokens of the document that were cut away
+    num_truncated_tokens: int  # tokens of the document that were cut off
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankResult(Sequence[RankedDocument]):
-    """The ranked documents, most relevant first (ties: the caller's order), `top_n` of them at most.
-
-    A sequence of `RankedDocument`.
-    """
+    """The ranked documents, most relevant first; ties keep the order of the request. A sequence of RankedDocument."""
 
     results: tuple[RankedDocument, ...]
     model: str  # id of the model that scored
-    num_query_tokens: int  # tokens of the query that were used
+    num_query_tokens: int  # after truncation
     num_query_truncated_tokens: int
-    num_document_tokens: int  # over all documents of the request, after cutting, duplicates counted each time
+    num_document_tokens: int  # of all documents of the request with duplicates, after truncation
     num_truncated_documents: int
-    total_tokens: int  # what the hosted service bills: instruction and query once per document, plus the documents
-    num_computed_tokens: int  # tokens that went through the model: shared prefixes and duplicates count once
+    total_tokens: int  # as the hosted service bills: instruction and query once per document, plus the documents
+    num_computed_tokens: int  # tokens the model processed: shared prefixes and duplicates count once
     tokenize_ms: float
-    queue_ms: float  # from submission to the start of the request's first batch
-    total_ms: float  # from submission to the last score
+    queue_ms: float  # from the end of tokenization to the start of the request's first batch
+    total_ms: float  # from the start of tokenization to the last score
 
     def __len__(self) -> int:
         return len(self.results)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int and slice, as tuple has them
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int or slice, like a tuple
         return self.results[index]
 
     def __iter__(self) -> Iterator[RankedDocument]:
@@ -128,7 +124,7 @@ class RerankResult(Sequence[RankedDocument]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A loaded model, and how it was decided to run it."""
+    """A loaded model: its source, its size, and the choices of the load plan with their reasons."""
 
     model_id: str
     source: str  # embedded, folder, bundle or hub
@@ -139,15 +135,15 @@ class ModelInfo:
     decoder: str  # transformers, cpu or cuda
     kernel: str  # of attention
     threads: int
-    reasons: Mapping[str, str]  # for each choice: a field of the load plan, or threads
+    reasons: Mapping[str, str]  # by field of the load plan, and for threads
     num_parameters: int
     num_layers: int
     hidden_size: int
     max_length: int  # tokens of a prompt
     max_batch_tokens: int
     load_seconds: float
-    unquantized: tuple[str, ...] = ()  # with int8: linear layers that stay in fp32 because int8 would spoil the scores
-    products: tuple[str, ...] = ()  # on a CPU: the kernels that multiply matrices, by their names in `products.py`
+    unquantized: tuple[str, ...] = ()  # with int8: linear layers kept in fp32, because int8 would change the scores
+    products: tuple[str, ...] = ()  # on a CPU: names of the matrix-product kernels
 
 
 def _check_text(field: str, value: object, limit: int | None = None) -> None:
@@ -158,12 +154,12 @@ def _check_text(field: str, value: object, limit: int | None = None) -> None:
 
 
 def requests_of(pairs: Iterable[tuple[str, str]], instruction: str | None) -> Iterator[RerankRequest]:
-    """Requests whose documents are those of (query, document) pairs, in order; neighbours of one query share one."""
+    """Group consecutive (query, document) pairs with the same query into requests."""
     for query, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         yield RerankRequest(query=query, documents=tuple(document for _, document in group), instruction=instruction)
 
 
 def scores_of(result: RerankResult, *, logits: bool) -> list[float]:
-    """Relevance scores, or log-odds, in the order of the request's documents; the result has all of them."""
+    """Relevance scores or log-odds in the order of the request's documents, which the result must have all."""
     in_order = sorted(result, key=lambda item: item.index)
     return [item.log_odds if logits else item.relevance_score for item in in_order]

@@ -1,4 +1,4 @@
-"""`AsyncReranker`: the scores of `Reranker`, shared batches, and calls that are cancelled, refused or cut off."""
+"""`AsyncReranker`: the scores of `Reranker`, shared batches, cancelled calls, errors and closing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from local_rerank.errors import (
 from local_rerank.requests.tokenization import Pair
 
 pytestmark = pytest.mark.anyio
-CLOSE = 1e-4  # of log-odds, fp32, in other batches
+CLOSE = 1e-4  # tolerance of fp32 log-odds in different batches
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def anyio_backend() -> str:
 
 
 class Gate:
-    """Stands before the model's forward pass: counts the pairs of each, holds them while it is closed."""
+    """Wraps the engine's `score`: counts the pairs of each batch, and holds it while `open` is not set."""
 
     def __init__(self, reranker: Reranker) -> None:
         self.num_pairs: list[int] = []
@@ -53,7 +53,7 @@ class Gate:
 
 @asynccontextmanager
 async def held(checkpoint: Path) -> AsyncIterator[tuple[AsyncReranker, Gate]]:
-    """A reranker whose model waits for the gate, with room for everything in one batch."""
+    """A reranker whose batches wait for the gate and have room for all requests."""
     async with AsyncReranker(str(checkpoint), device="cpu", dtype="fp32", max_batch_tokens=100_000) as reranker:
         gate = Gate(await reranker.load())
         try:
@@ -62,8 +62,8 @@ async def held(checkpoint: Path) -> AsyncIterator[tuple[AsyncReranker, Gate]]:
             gate.open.set()
 
 
-async def until_waiting(reranker: AsyncReranker, num_requests: int, gate: Gate) -> None:
-    """Until that many requests are in the queue, behind the batch that runs."""
+async def until_queued(reranker: AsyncReranker, num_requests: int, gate: Gate) -> None:
+    """Wait until a batch runs and `num_requests` are in the queue."""
     loaded = await reranker.load()
     while not gate.num_pairs or loaded.num_queued_requests != num_requests:
         await asyncio.sleep(0.001)
@@ -73,22 +73,22 @@ def request(number: int) -> RerankRequest:
     return RerankRequest(query=f"query {number}", documents=(f"one {number}", "two", f"three {number}"))
 
 
-def odds(result: RerankResult) -> dict[int, float]:
+def log_odds(result: RerankResult) -> dict[int, float]:
     return {item.index: item.log_odds for item in result}
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_reranker: Reranker) -> list[dict[int, float]]:
-    return [odds(result) for result in tiny_reranker.rank_batch(request(number) for number in range(50))]
+    return [log_odds(result) for result in tiny_reranker.rank_batch(request(number) for number in range(50))]
 
 
-async def test_every_call_gives_what_the_reranker_gives(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
+async def test_every_call_gives_the_result_of_the_reranker(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
     pairs = [("q", "one"), ("q", "two"), ("other", "one"), ("q", "three")]
     async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
         ranked = await reranker.rank("q", ["one", "two", "three"], instruction="judge", top_n=2)
         wanted = tiny_reranker.rank("q", ["one", "two", "three"], instruction="judge", top_n=2)
         assert [(item.index, item.document) for item in ranked] == [(item.index, item.document) for item in wanted]
-        assert odds(ranked) == pytest.approx(odds(wanted), abs=CLOSE)
+        assert log_odds(ranked) == pytest.approx(log_odds(wanted), abs=CLOSE)
         assert await reranker.score(pairs) == pytest.approx(tiny_reranker.score(pairs), abs=CLOSE)
         assert await reranker.score(iter(pairs), logits=True) == pytest.approx(
             tiny_reranker.score(pairs, logits=True), abs=CLOSE
@@ -98,30 +98,30 @@ async def test_every_call_gives_what_the_reranker_gives(tiny_checkpoint: Path, t
         assert whole.num_truncated_documents == 1
 
 
-async def test_fifty_calls_at_once_share_batches(tiny_checkpoint: Path, expected: list[dict[int, float]]) -> None:
+async def test_concurrent_calls_share_batches(tiny_checkpoint: Path, expected: list[dict[int, float]]) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
         calls = [asyncio.ensure_future(reranker.submit(request(0)))]
-        await until_waiting(reranker, 0, gate)
+        await until_queued(reranker, 0, gate)
         calls += [asyncio.ensure_future(reranker.submit(request(number))) for number in range(1, 50)]
-        await until_waiting(reranker, 49, gate)
+        await until_queued(reranker, 49, gate)
         gate.open.set()
         results = await asyncio.gather(*calls)
     assert gate.num_pairs == [3, 49 * 3]
     for result, wanted in zip(results, expected, strict=True):
-        assert odds(result) == pytest.approx(wanted, abs=CLOSE)
+        assert log_odds(result) == pytest.approx(wanted, abs=CLOSE)
 
 
-async def test_a_call_that_is_cancelled_takes_its_pairs_out_of_the_queue(tiny_checkpoint: Path) -> None:
+async def test_a_cancelled_call_leaves_the_queue(tiny_checkpoint: Path) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
         first = asyncio.ensure_future(reranker.submit(request(0)))
-        await until_waiting(reranker, 0, gate)
+        await until_queued(reranker, 0, gate)
         second = asyncio.ensure_future(reranker.submit(request(1)))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await reranker.submit(request(2))
-        await until_waiting(reranker, 1, gate)
+        await until_queued(reranker, 1, gate)
         second.cancel()
-        await until_waiting(reranker, 0, gate)
+        await until_queued(reranker, 0, gate)
         gate.open.set()
         await first
         await reranker.submit(request(3))
@@ -130,7 +130,7 @@ async def test_a_call_that_is_cancelled_takes_its_pairs_out_of_the_queue(tiny_ch
     assert gate.num_pairs == [3, 3]  # of the first and the last
 
 
-async def test_a_call_that_is_cancelled_while_it_is_tokenized_leaves_nothing_in_the_queue() -> None:
+async def test_a_call_cancelled_during_tokenization_leaves_nothing_in_the_queue() -> None:
     tokenized, go_on = threading.Event(), threading.Event()
     answer: Future[RerankResult] = Future()
 
@@ -150,7 +150,7 @@ async def test_a_call_that_is_cancelled_while_it_is_tokenized_leaves_nothing_in_
     assert answer.cancelled()
 
 
-async def test_a_batch_comes_in_order_however_little_room_there_is(
+async def test_rank_batch_keeps_the_order_with_a_small_queue(
     tiny_checkpoint: Path, expected: list[dict[int, float]]
 ) -> None:
     async def requests() -> AsyncIterator[RerankRequest]:
@@ -158,29 +158,29 @@ async def test_a_batch_comes_in_order_however_little_room_there_is(
             yield request(number)
 
     async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32", max_queued_tokens=300) as reranker:
-        results = [odds(result) async for result in reranker.rank_batch(requests())]
+        results = [log_odds(result) async for result in reranker.rank_batch(requests())]
     assert len(results) == 50
     for result, wanted in zip(results, expected, strict=True):
         assert result == pytest.approx(wanted, abs=CLOSE)
 
 
-async def test_a_batch_that_is_left_early_leaves_nothing_in_the_queue(tiny_checkpoint: Path) -> None:
+async def test_a_cancelled_rank_batch_leaves_nothing_in_the_queue(tiny_checkpoint: Path) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
         first = asyncio.ensure_future(reranker.submit(request(0)))
-        await until_waiting(reranker, 0, gate)
+        await until_queued(reranker, 0, gate)
         batch = reranker.rank_batch(request(number) for number in range(50))
         taking = asyncio.ensure_future(anext(batch))
-        await until_waiting(reranker, 50, gate)
+        await until_queued(reranker, 50, gate)
         taking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await taking
-        await until_waiting(reranker, 0, gate)
+        await until_queued(reranker, 0, gate)
         gate.open.set()
         await first
     assert gate.num_pairs == [3]
 
 
-async def test_requests_that_cannot_be_ranked_are_told_and_harm_no_other(
+async def test_an_invalid_request_raises_or_is_returned_and_affects_no_other(
     tiny_checkpoint: Path, expected: list[dict[int, float]]
 ) -> None:
     long = RerankRequest(query="q", documents=("d",), instruction="word " * 2000)
@@ -200,10 +200,10 @@ async def test_requests_that_cannot_be_ranked_are_told_and_harm_no_other(
     assert isinstance(outcomes[1], InvalidRequest)
     for number, outcome in ((0, outcomes[0]), (1, outcomes[2])):
         assert isinstance(outcome, RerankResult)
-        assert odds(outcome) == pytest.approx(expected[number], abs=CLOSE)
+        assert log_odds(outcome) == pytest.approx(expected[number], abs=CLOSE)
 
 
-async def test_a_model_that_fails_fails_the_calls_of_its_batch_and_no_later_one(tiny_checkpoint: Path) -> None:
+async def test_a_failing_batch_fails_its_calls_and_no_later_one(tiny_checkpoint: Path) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
         gate.open.set()
         gate.fails = True
@@ -213,25 +213,25 @@ async def test_a_model_that_fails_fails_the_calls_of_its_batch_and_no_later_one(
         assert len(await reranker.submit(request(1))) == 3
 
 
-async def test_closing_finishes_the_batch_that_runs_and_fails_what_waits(tiny_checkpoint: Path) -> None:
+async def test_closing_finishes_the_running_batch_and_fails_queued_calls(tiny_checkpoint: Path) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
-        runs = asyncio.ensure_future(reranker.submit(request(0)))
-        await until_waiting(reranker, 0, gate)
-        waits = asyncio.ensure_future(reranker.submit(request(1)))
-        await until_waiting(reranker, 1, gate)
+        running = asyncio.ensure_future(reranker.submit(request(0)))
+        await until_queued(reranker, 0, gate)
+        queued_call = asyncio.ensure_future(reranker.submit(request(1)))
+        await until_queued(reranker, 1, gate)
         closing = asyncio.ensure_future(reranker.close())
         await asyncio.sleep(0)
         with pytest.raises(ModelUnavailable, match="the reranker is closed"):
             await reranker.submit(request(2))
         gate.open.set()
         await closing
-        assert len(await runs) == 3
+        assert len(await running) == 3
         with pytest.raises(ModelUnavailable, match="the engine is closing"):
-            await waits
-        await reranker.close()  # once more does nothing
+            await queued_call
+        await reranker.close()  # a second call does nothing
 
 
-async def test_what_cannot_be_loaded_is_raised_where_it_is_awaited() -> None:
+async def test_every_call_raises_the_error_of_loading() -> None:
     with pytest.raises(ConfigError, match="unknown option 'treads'"):
         AsyncReranker(treads=2)
     with pytest.raises(CheckpointError, match=r"'./nowhere' is no folder"):
@@ -246,7 +246,7 @@ async def test_what_cannot_be_loaded_is_raised_where_it_is_awaited() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())  # other modules' servers keep theirs until they are collected
+    before = set(threading.enumerate())  # other modules may have left some
     yield
     left = set(threading.enumerate()) - before
     assert [thread.name for thread in left if thread.name.startswith("tokenize")] == []

@@ -1,4 +1,4 @@
-"""A celery worker that makes a Reranker and then forks its processes: each of them answers, with the same scores."""
+"""A celery worker that creates a Reranker and then forks: each of its processes returns the same scores."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from celery import Celery
 from local_rerank import Reranker
 
 NUM_PROCESSES = 2
-START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
+START_SECONDS = 120  # importing torch alone takes 10 s on a busy machine with a cold disk
 STOP_SECONDS = 40
 QUERY, DOCUMENTS = "a query", ["one document", "another"]
-CLOSE = 1e-4  # of log-odds, fp32, in other batches
+CLOSE = 1e-4  # tolerance of fp32 log-odds in different batches
 
 TASKS = """
 import os
@@ -37,11 +37,11 @@ def rank(query, documents):
     return os.getpid(), [item.log_odds for item in sorted(reranker.rank(query, documents), key=lambda item: item.index)]
 """
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork")
 
 
 def make_app(folder: str) -> Any:
-    """Messages and results are files."""
+    """An app whose messages and results are files."""
     names = {name: Path(folder, name) for name in ("messages", "control", "results")}
     for path in names.values():
         path.mkdir(exist_ok=True)
@@ -55,7 +55,9 @@ def make_app(folder: str) -> Any:
     return app
 
 
-def test_a_celery_worker_that_forks(tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
+def test_every_process_of_a_celery_worker_gives_the_same_scores(
+    tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker
+) -> None:
     (tmp_path / "tasks.py").write_text(TASKS.format(folder=str(tmp_path), model=str(tiny_checkpoint)))
     log = tmp_path / "log"
     command = [sys.executable, "-m", "celery", "--workdir", str(tmp_path), "-A", "tasks", "worker", "--pool", "prefork"]
@@ -80,6 +82,6 @@ def test_a_celery_worker_that_forks(tmp_path: Path, tiny_checkpoint: Path, tiny_
             worker.wait()
     ranked = sorted(tiny_reranker.rank(QUERY, DOCUMENTS), key=lambda item: item.index)
     assert len({pid for pid, _ in answers} - {worker.pid}) == NUM_PROCESSES
-    for _, odds in answers:
-        assert odds == pytest.approx([item.log_odds for item in ranked], abs=CLOSE)
+    for _, log_odds in answers:
+        assert log_odds == pytest.approx([item.log_odds for item in ranked], abs=CLOSE)
     assert "Traceback" not in log.read_text()

@@ -1,4 +1,4 @@
-"""Dockerfile.gpu names only what exists: paths, options, packages, programs. (No docker is needed, none is asked.)"""
+"""Dockerfile.gpu uses only paths, options, packages and programs that exist. Needs no docker."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from local_rerank.errors import ConfigError
 from local_rerank_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = Path(sys.executable).parent  # of the environment that constraints.txt describes
+PROGRAMS = Path(sys.executable).parent  # of an environment installed with constraints.txt
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(keyword, rest) of each instruction, comments dropped and continued lines joined."""
+    """(keyword, rest) of each instruction, without comments and with continued lines joined."""
     lines = [line for line in (ROOT / "Dockerfile.gpu").read_text().splitlines() if not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [(keyword, rest.strip()) for keyword, rest in re.findall(r"^([A-Z]+)\s+(.*)$", joined, re.MULTILINE)]
@@ -50,20 +50,19 @@ def test_every_copied_path_exists(copied: str) -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
-def test_everything_that_the_build_reads_is_copied() -> None:
+def test_every_file_of_the_build_is_copied() -> None:
     copied = {source for rest in all_of("COPY") for source in rest.split()[:-1]}
     assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "local_rerank", "server"} == copied
 
 
 def test_every_option_it_sets_is_an_option() -> None:
     ours = {ENV_PREFIX + name.upper() for name in option_names()}
-    the_hub_s = set(re.findall(r'"(\w+)"', inspect.getsource(huggingface_hub.constants)))
-    triton_s = set(re.findall(r'"(\w+)"', inspect.getsource(triton.knobs)))
-    assert [name for name in environment() if name not in {"PATH", *ours, *the_hub_s, *triton_s}] == []
+    sources = inspect.getsource(huggingface_hub.constants) + inspect.getsource(triton.knobs)
+    assert environment().keys() <= {"PATH", *ours, *re.findall(r'"(\w+)"', sources)}
 
 
-def serve_as_the_image_does(monkeypatch: pytest.MonkeyPatch, **variables: str) -> ServerConfig:
-    """What `local-rerank serve` reads from the image's variables, and those that a person adds."""
+def config_in_the_image(monkeypatch: pytest.MonkeyPatch, **variables: str) -> ServerConfig:
+    """The server's config from the image's variables and from those that a user adds."""
     for name, value in {**environment(), "LOCAL_RERANK_REVISION": "", **variables}.items():
         if name.startswith(ENV_PREFIX):
             monkeypatch.setenv(name, value)
@@ -71,38 +70,38 @@ def serve_as_the_image_does(monkeypatch: pytest.MonkeyPatch, **variables: str) -
     return cast("ServerConfig", bound.arguments["server"])
 
 
-def test_it_starts_with_a_key_or_the_word_insecure_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_needs_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"host 0\.0\.0\.0 can be reached .* no api_key is set; .* --insecure"):
-        serve_as_the_image_does(monkeypatch)
-    assert serve_as_the_image_does(monkeypatch, LOCAL_RERANK_API_KEY="secret").has_keys
+        config_in_the_image(monkeypatch)
+    assert config_in_the_image(monkeypatch, LOCAL_RERANK_API_KEY="secret").has_keys
     monkeypatch.delenv("LOCAL_RERANK_API_KEY")
-    assert serve_as_the_image_does(monkeypatch, LOCAL_RERANK_INSECURE="true").insecure
+    assert config_in_the_image(monkeypatch, LOCAL_RERANK_INSECURE="true").insecure
 
 
 @pytest.mark.parametrize("file", ["README.md", "Dockerfile.gpu"])
-def test_what_is_said_of_it_names_the_key_and_the_word(file: str) -> None:
-    said = " ".join((ROOT / file).read_text(encoding="utf-8").replace("\n#", "\n").split())
-    assert re.search(r"key.{0,40}-e LOCAL_RERANK_INSECURE=true", said)
+def test_the_documents_name_the_key_and_insecure(file: str) -> None:
+    text = " ".join((ROOT / file).read_text(encoding="utf-8").replace("\n#", "\n").split())
+    assert re.search(r"key.{0,40}-e LOCAL_RERANK_INSECURE=true", text)
 
 
-def test_a_revision_is_set_only_where_a_hub_model_is_baked_in() -> None:
+def test_a_revision_is_set_only_with_a_hub_model_in_the_image() -> None:
     assert environment()["LOCAL_RERANK_REVISION"] == "${MODEL:+${REVISION}}"
 
 
-def test_what_it_starts_is_a_command() -> None:
+def test_the_entry_point_is_a_command() -> None:
     (entry,), (command,) = (json.loads(all_of(keyword)[0]) for keyword in ("ENTRYPOINT", "CMD"))
     assert (PROGRAMS / entry).exists()
     assert command in set(app)
 
 
-def test_every_program_it_runs_is_installed_by_what_it_installs() -> None:
+def test_the_download_program_is_installed() -> None:
     script = " ".join(all_of("RUN"))
     assert re.search(r"\bhf download\b", script)
     done = subprocess.run([PROGRAMS / "hf", "download", "--help"], capture_output=True, text=True, check=True)
     assert "--revision" in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("apt-cache") is None, reason="this system has no apt to ask for packages")
+@pytest.mark.skipif(shutil.which("apt-cache") is None, reason="this system has no apt")
 def test_every_system_package_it_installs_exists() -> None:
     (packages,) = re.findall(r"apt-get install ((?:-\S+ )*)([^&]+)", " ".join(all_of("RUN")))
     for name in packages[1].split():
@@ -110,24 +109,24 @@ def test_every_system_package_it_installs_exists() -> None:
         assert f"Package: {name}" in done.stdout, name
 
 
-def test_it_runs_as_a_user_without_rights() -> None:
+def test_the_image_runs_as_an_unprivileged_user() -> None:
     (user,) = all_of("USER")
     assert user not in {"root", "0"}
     assert any("useradd" in rest and rest.endswith(user) for rest in all_of("RUN"))
 
 
-def test_it_is_offline_once_weights_are_baked() -> None:
+def test_the_image_is_offline_after_the_download() -> None:
     values = environment()
     assert (values["HF_HUB_OFFLINE"], values["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
     assert position("HF_HUB_OFFLINE=1") > position("hf download")
 
 
-def test_without_a_build_argument_it_serves_the_built_in_model() -> None:
+def test_without_a_build_argument_the_image_serves_the_built_in_model() -> None:
     assert 'MODEL=""' in all_of("ARG")
     assert environment()["LOCAL_RERANK_MODEL"] == f"${{MODEL:-{EMBEDDED_MODEL}}}"
 
 
-def test_its_health_check_asks_the_port_that_is_served() -> None:
+def test_the_health_check_uses_the_exposed_port() -> None:
     (check,) = all_of("HEALTHCHECK")
     port = environment()["LOCAL_RERANK_PORT"]
     assert f"http://127.0.0.1:{port}/ready" in check

@@ -1,4 +1,4 @@
-"""The examples that need neither a server nor Ray; the others are run in tests/clients and tests/batch."""
+"""The examples that need neither a server nor Ray. tests/clients and tests/batch run the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = [json.loads(line) for line in (ROOT / "tests" / "data" / "sanity40.jsonl
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Iterator[str]:
-    """The name of a collection of ir_datasets: the English hand-written cases, all their documents together."""
+    """The name of an ir_datasets collection: the English cases with all their documents in one corpus."""
     cases = [case for case in CASES if case["lang"] == "en"]
     lines: dict[str, list[str]] = {"docs.tsv": [], "queries.tsv": [], "qrels.trec": []}
     for number, case in enumerate(cases):
@@ -35,7 +35,7 @@ def dataset(tmp_path: Path) -> Iterator[str]:
     del ir_datasets.registry._registered[name]
 
 
-def test_bm25_and_then_the_reranker_over_a_collection(dataset: str, tmp_path: Path) -> None:
+def test_reranking_bm25_improves_ndcg(dataset: str, tmp_path: Path) -> None:
     printed = run_script(EXAMPLES / "bm25_first_stage.py", dataset, "--folder", str(tmp_path), "--num-queries", "12")
     rows = {line.split()[0]: dict(re.findall(r"(\S+@\d+) ([\d.]+)", line)) for line in printed.splitlines()}
     assert rows.keys() == {"bm25", "reranked"}
@@ -46,9 +46,9 @@ def test_bm25_and_then_the_reranker_over_a_collection(dataset: str, tmp_path: Pa
     assert found["bm25"] == found["reranked"]
 
 
-def test_every_example_is_told_of_in_its_readme_and_run_by_a_test() -> None:
+def test_every_example_is_in_the_readme_and_run_by_a_test() -> None:
     names = {path.name for path in EXAMPLES.glob("*.py")}
-    told = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\(([a-z0-9_]+\.py)\)", told)) == names
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\(([a-z0-9_]+\.py)\)", readme)) == names
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
     assert {name for name in names if f'"{name}"' not in tests} == set()

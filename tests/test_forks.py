@@ -1,4 +1,4 @@
-"""Rerankers that were made before `os.fork` work in the child, or say why not; nothing hangs."""
+"""Rerankers created before `os.fork` work in the child or raise an error that says why not. Nothing hangs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from local_rerank.requests.tokenization import Pair
 from tests.forked import Child, in_child
 
 pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),  # Python 3.12 and later
 ]
 QUERY, DOCUMENTS = "a query", [f"document {number}" for number in range(5)]
-CLOSE = 1e-4  # of log-odds, fp32, in other batches
+CLOSE = 1e-4  # tolerance of fp32 log-odds in different batches
 
 
-def odds(reranker: Reranker) -> list[float]:
+def log_odds(reranker: Reranker) -> list[float]:
     return [item.log_odds for item in sorted(reranker.rank(QUERY, DOCUMENTS), key=lambda item: item.index)]
 
 
@@ -46,50 +46,50 @@ def fresh(tiny_checkpoint: Path) -> Iterator[Reranker]:
 
 @pytest.fixture
 def expected(fresh: Reranker) -> list[float]:
-    """By a reranker that has been used, and goes on being used after forks."""
-    return odds(fresh)
+    """The log-odds of `fresh`, which starts its threads."""
+    return log_odds(fresh)
 
 
-def test_a_reranker_works_in_a_child_and_goes_on_in_the_parent(fresh: Reranker, expected: list[float]) -> None:
+def test_a_reranker_works_in_a_child_and_then_in_the_parent(fresh: Reranker, expected: list[float]) -> None:
     for _ in range(2):
-        assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
-        assert odds(fresh) == pytest.approx(expected, abs=CLOSE)
+        assert in_child(lambda: log_odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+        assert log_odds(fresh) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_one_that_was_never_used_works_in_a_child(fresh: Reranker) -> None:
-    assert in_child(lambda: odds(fresh)) == pytest.approx(odds(fresh), abs=CLOSE)
+def test_an_unused_reranker_works_in_a_child(fresh: Reranker) -> None:
+    assert in_child(lambda: log_odds(fresh)) == pytest.approx(log_odds(fresh), abs=CLOSE)
 
 
 def test_a_child_of_a_child_works(fresh: Reranker, expected: list[float]) -> None:
     def child() -> list[list[float]]:
-        return [in_child(lambda: odds(fresh)), odds(fresh), in_child(lambda: odds(fresh))]
+        return [in_child(lambda: log_odds(fresh)), log_odds(fresh), in_child(lambda: log_odds(fresh))]
 
     for scores in in_child(child):
         assert scores == pytest.approx(expected, abs=CLOSE)
 
 
-def test_a_child_of_a_thread_works(fresh: Reranker, expected: list[float]) -> None:
+def test_a_child_forked_by_a_thread_works(fresh: Reranker, expected: list[float]) -> None:
     with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(in_child, lambda: odds(fresh)).result() == pytest.approx(expected, abs=CLOSE)
+        assert threads.submit(in_child, lambda: log_odds(fresh)).result() == pytest.approx(expected, abs=CLOSE)
 
 
-def test_a_child_of_the_thread_that_computes_works(fresh: Reranker, expected: list[float]) -> None:
-    assert compute(lambda: in_child(lambda: odds(fresh))) == pytest.approx(expected, abs=CLOSE)
+def test_a_child_forked_by_the_compute_thread_works(fresh: Reranker, expected: list[float]) -> None:
+    assert compute(lambda: in_child(lambda: log_odds(fresh))) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_the_forking_thread_computes_nothing(fresh: Reranker, expected: list[float]) -> None:
-    """libgomp's pool belongs to a thread: one that ran an operator before the fork has a pool of dead threads."""
+def test_a_new_thread_computes_in_the_child(fresh: Reranker, expected: list[float]) -> None:
+    """libgomp's pool belongs to a thread. A thread that ran an operator before the fork has a pool of dead threads."""
 
     def child() -> bool:
-        odds(fresh)
+        log_odds(fresh)
         return compute(threading.get_ident) == threading.get_ident()
 
     assert in_child(child) is False
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not torch._C._has_mkldnn, reason="counts threads of oneDNN in /proc")
-def test_a_child_computes_with_as_many_threads_as_the_parent_was_given(tiny_checkpoint: Path) -> None:
-    """An operator of oneDNN, as the first one of a thread, does not ask torch for the number."""
+@pytest.mark.skipif(sys.platform != "linux" or not torch._C._has_mkldnn, reason="counts oneDNN's threads in /proc")
+def test_a_child_computes_with_the_number_of_threads_of_the_parent(tiny_checkpoint: Path) -> None:
+    """A oneDNN operator does not ask torch for that number if it is a thread's first operator."""
     number = compute(torch.get_num_threads)
     x, weight = compute(lambda: (torch.ones(512, 512), torch.ones(512, 512).to_mkldnn()))
 
@@ -97,20 +97,20 @@ def test_a_child_computes_with_as_many_threads_as_the_parent_was_given(tiny_chec
         torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
     def num_new_threads() -> int:
-        before = set(Path("/proc/self/task").iterdir())  # other packages may have started threads in the child
+        before = set(Path("/proc/self/task").iterdir())  # other packages may start threads in the child
         compute(product)
         return len(set(Path("/proc/self/task").iterdir()) - before)
 
     try:
         for given in (1, 2):
             with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", threads=given):
-                assert in_child(num_new_threads) == given  # the thread that computes is new there, too
+                assert in_child(num_new_threads) == given  # one is the new compute thread
     finally:
         compute(lambda: torch.set_num_threads(number))
 
 
-def test_children_of_a_parent_that_computes_work(fresh: Reranker, expected: list[float]) -> None:
-    """Wherever the parent's threads are, in an operator, a queue, a future, the log or the tokenizer."""
+def test_children_work_while_the_parent_computes(fresh: Reranker, expected: list[float]) -> None:
+    """Wherever the parent's threads are: in an operator, the queue, a future, the log or the tokenizer."""
     ended = threading.Event()
 
     def work(number: int) -> int:
@@ -124,14 +124,14 @@ def test_children_of_a_parent_that_computes_work(fresh: Reranker, expected: list
         working = [threads.submit(work, number) for number in range(4)]
         try:
             for _ in range(6):
-                assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+                assert in_child(lambda: log_odds(fresh)) == pytest.approx(expected, abs=CLOSE)
         finally:
             ended.set()
         assert all(one.result(60) > 0 for one in working)
 
 
 def test_a_fork_waits_until_the_parent_is_between_two_layers(fresh: Reranker, expected: list[float]) -> None:
-    """It comes neither while the parent's request is held before the first layer nor only after the last one."""
+    """Not while the request is held before the first layer, but before the last layer."""
     entered, gate, seen = threading.Event(), threading.Event(), []
 
     def hold(*_: object) -> None:
@@ -147,15 +147,13 @@ def test_a_fork_waits_until_the_parent_is_between_two_layers(fresh: Reranker, ex
     answer = fresh.submit(RerankRequest(query=QUERY, documents=tuple(DOCUMENTS)))
     assert entered.wait(30)
     threading.Timer(0.3, gate.set).start()
-    assert in_child(lambda: (seen.copy(), odds(fresh))) == (["held", "goes on"], pytest.approx(expected, abs=CLOSE))
+    assert in_child(lambda: (seen.copy(), log_odds(fresh))) == (["held", "goes on"], pytest.approx(expected, abs=CLOSE))
     assert [item.index for item in answer.result(30)] == [item.index for item in fresh.rank(QUERY, DOCUMENTS)]
 
 
-def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
-    fresh: Reranker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fork_that_stops_waiting_makes_a_child_that_raises(fresh: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate = threading.Event(), threading.Event()
-    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(compute, lambda: (entered.set(), gate.wait(30)))
         assert entered.wait(30)
@@ -163,10 +161,10 @@ def test_a_fork_that_cannot_wait_longer_leaves_a_child_that_says_so(
             in_child(lambda: fresh.rank(QUERY, DOCUMENTS))
         gate.set()
         running.result(30)
-    assert in_child(lambda: odds(fresh)) == pytest.approx(odds(fresh), abs=CLOSE)
+    assert in_child(lambda: log_odds(fresh)) == pytest.approx(log_odds(fresh), abs=CLOSE)
 
 
-def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, expected: list[float]) -> None:
+def test_the_child_has_an_empty_queue(fresh: Reranker, expected: list[float]) -> None:
     gate, entered = threading.Event(), threading.Event()
     inner = fresh.engine.score
 
@@ -181,7 +179,7 @@ def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, ex
 
     def child() -> tuple[int, list[float]]:
         gate.set()
-        return fresh.num_queued_requests, odds(fresh)
+        return fresh.num_queued_requests, log_odds(fresh)
 
     num_requests, scores = in_child(child)
     assert num_requests == 0
@@ -192,7 +190,7 @@ def test_what_waits_in_the_parent_does_not_wait_in_the_child(fresh: Reranker, ex
         assert len(future.result(30)) == len(DOCUMENTS)
 
 
-def test_closing_in_the_child_leaves_the_parent_open_and_the_other_way_round(fresh: Reranker) -> None:
+def test_closing_in_the_child_does_not_close_the_parent(fresh: Reranker) -> None:
     def child() -> None:
         fresh.close()
         fresh.rank(QUERY, DOCUMENTS)
@@ -200,15 +198,15 @@ def test_closing_in_the_child_leaves_the_parent_open_and_the_other_way_round(fre
     with pytest.raises(ModelUnavailable):
         in_child(child)
     with pytest.raises(ModelUnavailable):
-        in_child(lambda: (odds(fresh), child()))
-    assert odds(fresh)
+        in_child(lambda: (log_odds(fresh), child()))
+    assert log_odds(fresh)
     fresh.close()
     with pytest.raises(ModelUnavailable):
-        in_child(lambda: odds(fresh))
+        in_child(lambda: log_odds(fresh))
 
 
-def test_a_child_that_only_exits_does_so_and_harms_nobody(tiny_checkpoint: Path) -> None:
-    """In a program of its own: a child that leaves by sys.exit runs what the parent has registered for its exit."""
+def test_a_child_that_only_exits_does_not_hang_and_the_parent_works(tiny_checkpoint: Path) -> None:
+    """In a program of its own, because a child that calls sys.exit runs the parent's exit handlers."""
     code = f"""
 import asyncio, os, sys, threading
 from local_rerank import AsyncReranker, Reranker
@@ -237,34 +235,32 @@ print("went on")
 def test_two_rerankers_work_in_one_child(fresh: Reranker, tiny_reranker: Reranker, expected: list[float]) -> None:
     def child() -> list[list[float]]:
         with ThreadPoolExecutor(4) as threads:
-            return list(threads.map(lambda number: odds((fresh, tiny_reranker)[number % 2]), range(8)))
+            return list(threads.map(lambda number: log_odds((fresh, tiny_reranker)[number % 2]), range(8)))
 
     for scores in in_child(child):
         assert scores == pytest.approx(expected, abs=CLOSE)
 
 
-_of_workers: list[Reranker] = []
+of_workers: list[Reranker] = []
 
 
-def _odds_of_worker(_: int) -> tuple[int, list[float]]:
-    return os.getpid(), odds(_of_workers[0])
+def log_odds_in_worker(_: int) -> tuple[int, list[float]]:
+    return os.getpid(), log_odds(of_workers[0])
 
 
-def test_multiprocessing_that_forks_works(fresh: Reranker, expected: list[float]) -> None:
+def test_multiprocessing_with_fork_works(fresh: Reranker, expected: list[float]) -> None:
     context = multiprocessing.get_context("fork")
-    _of_workers[:] = [fresh]
+    of_workers[:] = [fresh]
     with ProcessPoolExecutor(2, mp_context=context) as processes:
-        for pid, scores in processes.map(_odds_of_worker, range(4), timeout=60):
+        for pid, scores in processes.map(log_odds_in_worker, range(4), timeout=60):
             assert pid != os.getpid()
             assert scores == pytest.approx(expected, abs=CLOSE)
     with context.Pool(2) as pool:
-        for _, scores in pool.map_async(_odds_of_worker, range(4)).get(60):
+        for _, scores in pool.map_async(log_odds_in_worker, range(4)).get(60):
             assert scores == pytest.approx(expected, abs=CLOSE)
 
 
-def test_an_async_reranker_works_in_the_child_in_a_loop_of_the_child(
-    tiny_checkpoint: Path, expected: list[float]
-) -> None:
+def test_an_async_reranker_works_in_a_new_event_loop_of_the_child(tiny_checkpoint: Path, expected: list[float]) -> None:
     async def scores(reranker: AsyncReranker) -> list[float]:
         results = await asyncio.gather(*(reranker.rank(QUERY, DOCUMENTS) for _ in range(8)))
         return [item.log_odds for item in sorted(results[-1], key=lambda item: item.index)]
@@ -274,7 +270,7 @@ def test_an_async_reranker_works_in_the_child_in_a_loop_of_the_child(
             for _ in range(2):
                 answers = [asyncio.create_task(scores(reranker)) for _ in range(4)]
                 await asyncio.sleep(0)
-                with ThreadPoolExecutor(1) as threads:  # of which the loop is none
+                with ThreadPoolExecutor(1) as threads:  # not the event loop's thread
                     child = threads.submit(Child, lambda: asyncio.run(scores(reranker)))
                     assert await asyncio.to_thread(child.result(60).result) == pytest.approx(expected, abs=CLOSE)
                 for answer in await asyncio.gather(*answers):
@@ -283,7 +279,7 @@ def test_an_async_reranker_works_in_the_child_in_a_loop_of_the_child(
     asyncio.run(parent())
 
 
-def test_a_fork_waits_for_an_async_reranker_that_loads(tiny_checkpoint: Path, expected: list[float]) -> None:
+def test_a_fork_waits_for_an_async_reranker_to_load(tiny_checkpoint: Path, expected: list[float]) -> None:
     async def scores() -> list[float]:
         async with reranker:
             result = await reranker.rank(QUERY, DOCUMENTS)
@@ -294,17 +290,17 @@ def test_a_fork_waits_for_an_async_reranker_that_loads(tiny_checkpoint: Path, ex
     assert asyncio.run(scores()) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_an_async_reranker_that_a_fork_could_not_wait_for_says_so_in_the_child(
+def test_an_async_reranker_that_was_loading_too_long_raises_in_the_child(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, entered = threading.Event(), threading.Event()
 
-    def load(reranker: AsyncReranker) -> None:
+    def load(**_: object) -> None:
         entered.set()
         assert gate.wait(30)
 
-    monkeypatch.setattr(AsyncReranker, "_load", load)
-    monkeypatch.setattr(forks, "LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr("local_rerank.reranker.Reranker", load)
+    monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)
     reranker = AsyncReranker(str(tiny_checkpoint))
     assert entered.wait(30)
     with pytest.raises(UnusableAfterFork, match="no model was loaded before the process was forked"):
@@ -312,7 +308,7 @@ def test_an_async_reranker_that_a_fork_could_not_wait_for_says_so_in_the_child(
     gate.set()
 
 
-def test_an_async_reranker_that_could_not_load_says_so_in_the_child(tmp_path: Path) -> None:
+def test_an_async_reranker_that_failed_to_load_raises_its_error_in_the_child(tmp_path: Path) -> None:
     reranker = AsyncReranker(str(tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="nothing"):
         in_child(lambda: asyncio.run(reranker.rank(QUERY, DOCUMENTS)))
@@ -323,7 +319,7 @@ def test_an_async_reranker_that_could_not_load_says_so_in_the_child(tmp_path: Pa
     ("device", "device_map", "named"),
     [("cuda:0", None, "cuda:0"), ("mps", None, "mps"), ("cpu", "auto", "device_map 'auto'")],
 )
-def test_a_model_that_is_not_on_the_cpu_is_an_error_in_the_child_at_once(
+def test_a_model_that_is_not_on_the_cpu_raises_in_the_child_at_once(
     fresh: Reranker, device: str, device_map: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = (fresh.engine, replace(fresh.info, device=device))
@@ -338,12 +334,12 @@ def test_a_model_that_is_not_on_the_cpu_is_an_error_in_the_child_at_once(
     fresh.close()
 
 
-def test_tokenizing_in_parallel_is_switched_off_in_a_child_where_it_would_wait_for_ever(
+def test_parallel_tokenization_is_disabled_in_a_child(
     fresh: Reranker, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    assert odds(fresh) == pytest.approx(expected, abs=CLOSE)  # starts the tokenizer's threads
-    assert in_child(lambda: odds(fresh)) == pytest.approx(expected, abs=CLOSE)
+    assert log_odds(fresh) == pytest.approx(expected, abs=CLOSE)  # starts the tokenizer's threads
+    assert in_child(lambda: log_odds(fresh)) == pytest.approx(expected, abs=CLOSE)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
@@ -356,15 +352,15 @@ def test_weights_are_shared_with_the_child(nano: Reranker) -> None:
 
     def child() -> int:
         before = private_bytes()
-        odds(nano)
+        log_odds(nano)
         return private_bytes() - before
 
-    odds(nano)
+    log_odds(nano)
     assert in_child(child) < size / 2
 
 
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_pickle_and_copy_say_what_to_do_instead(
+def test_pickle_and_copy_raise_and_say_what_to_do(
     fresh: Reranker, tiny_checkpoint: Path, copied: Callable[[object], object]
 ) -> None:
     with pytest.raises(TypeError, match=r"a Reranker holds threads .* Pass the model's name and create a Reranker in"):
@@ -375,6 +371,6 @@ def test_pickle_and_copy_say_what_to_do_instead(
     asyncio.run(reranker.close())
 
 
-def test_spawned_processes_are_told_what_to_do_instead(fresh: Reranker) -> None:
+def test_spawning_a_process_with_a_reranker_raises_and_says_what_to_do(fresh: Reranker) -> None:
     with pytest.raises(TypeError, match="Pass the model's name"):
-        multiprocessing.get_context("spawn").Process(target=odds, args=(fresh,)).start()
+        multiprocessing.get_context("spawn").Process(target=log_odds, args=(fresh,)).start()

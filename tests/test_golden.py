@@ -1,4 +1,4 @@
-"""Published scores of Qwen3-Reranker-0.6B, if its weights are in the local cache.
+"""Published log-odds of Qwen3-Reranker-0.6B; skipped unless its weights are in the local cache.
 
 Log-odds from the test suite of sentence-transformers (tests/cross_encoder/test_model.py): fp32, default instruction.
 """

@@ -1,4 +1,4 @@
-"""Which instruction sets a CPU is said to have, and what happens on an architecture other than x86."""
+"""The instruction sets of a CPU, and the choices on an architecture other than x86."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from tests.tiny_checkpoints import make_checkpoint
         ("Features\t: fp asimd bf16 i8mm", [], []),
     ],
 )
-def test_a_cpu_has_the_levels_whose_flags_it_has(cpuinfo: str, names: list[str], older: list[str]) -> None:
+def test_levels_follow_the_flags_of_the_cpu(cpuinfo: str, names: list[str], older: list[str]) -> None:
     assert levels_of(cpuinfo) == names
     assert older_levels_of(cpuinfo) == older
 
 
-def test_an_unknown_level_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_level_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["avx3"]) == 2
     assert "ISA is 'avx3'" in capsys.readouterr().err
 
 
-def test_an_arm_cpu_uses_plain_fp32_and_scores_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch describes a Graviton: without the features of x86, though it has bf16."""
+def test_an_arm_cpu_computes_in_fp32_with_correct_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's capabilities of a Graviton, which has bf16 but no x86 features."""
     arm = {"architecture": "aarch64", "neon": True, "bf16": True, "i8mm": True, "sve": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: arm)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")

@@ -1,4 +1,4 @@
-"""The files of docs/deploy: they parse, and what they name is taken."""
+"""The files of docs/deploy parse and use applications and options that exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load(name: str) -> Any:
     return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
 
 
-def test_the_manifest_deploys_an_application_that_exists_with_options_that_exist() -> None:
+def test_the_manifest_uses_an_existing_application_and_existing_options() -> None:
     manifest = load("rayservice.yaml")
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
     (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
@@ -41,7 +41,7 @@ def test_the_manifest_deploys_an_application_that_exists_with_options_that_exist
     assert all({"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"] for container in containers)
 
 
-def test_the_compose_file_runs_a_command_line_that_parses() -> None:
+def test_the_command_line_of_the_compose_file_parses() -> None:
     service = load("compose.yaml")["services"]["local-rerank"]
     app.parse_args(shlex.split(service["command"]), print_error=False, exit_on_error=False)
     assert service["ports"] == ["127.0.0.1:8000:8000"]

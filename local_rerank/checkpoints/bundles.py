@@ -1,12 +1,10 @@
-"""A checkpoint in one file or folder that starts without any lookup: written, read, unpacked and checked here.
+"""Bundles: a checkpoint as one file or folder that needs no network. Writes, reads, unpacks and verifies them.
 
-A bundle is a folder of plain files (config, tokenizer, safetensors, licence) beside `local-rerank.json`, the
-manifest: size and sha256 of each file, the prompt recipe, and known pairs with their log-odds. As one file it is the
-same in a zip archive without compression. Why a zip: weights do not compress; its directory stands at the end, so that
-the manifest is read without passing gigabytes and a copy that broke off is noticed at once; every machine has a tool
-for it. safetensors maps weights from a plain file, which a member of an archive is not. So a file is unpacked once,
-checked on the way, into a cache folder named by its manifest's sha256, and later starts use that folder; a bundle that
-is a folder is used where it lies. Nothing here knows of torch, tokenizers or what is inside the files.
+A bundle is a folder of plain files (config, tokenizer, safetensors, licence) and a manifest, `local-rerank.json`: the
+size and sha256 of each file, the prompt template, and known pairs with their log-odds. A file bundle is the same folder
+in an uncompressed zip archive, whose directory at the end gives the manifest without reading gigabytes and shows a
+truncated copy at once. safetensors maps weights from a plain file, so we unpack a file bundle once, checking each
+checksum, into a cache folder named by its manifest's sha256. A folder bundle is used in place.
 """
 
 from __future__ import annotations
@@ -32,22 +30,21 @@ from local_rerank.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "local-rerank.json"
-FORMAT = "local-rerank bundle"
-FORMAT_VERSION = 1
-FILE_SUFFIX = ".zip"  # a name with another ending, or none (Qwen3-Reranker-0.6B has ".6B"), is a folder
+FORMAT, FORMAT_VERSION = "local-rerank bundle", 1
+FILE_SUFFIX = ".zip"  # any other name (Qwen3-Reranker-0.6B has the suffix ".6B") is a folder
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix: LICENSE, NOTICE
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # no absolute path, no "..", no drive
-_DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint makes the same file
+_DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint gives the same file
 _CHUNK_BYTES = 1 << 20
-_MAX_MANIFEST_BYTES = 16 << 20  # a few KiB are usual
-_MAX_EXPANSION = 20  # times the archive's own size; weights hardly shrink, JSON by 5, so that more is a bomb
-_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # RuntimeError: it wants a password
+_MAX_MANIFEST_BYTES = 16 << 20  # usually a few KiB
+_MAX_EXPANSION = 20  # unpacked size / archive size; compression shrinks weights hardly and JSON by 5
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # RuntimeError: encrypted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """What the manifest says of one file."""
+    """A file in the manifest."""
 
     size: int  # bytes
     sha256: str
@@ -55,45 +52,45 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a bundle says of itself."""
+    """A bundle's metadata and the list of its files."""
 
     model_id: str
     revision: str | None
     licence: str | None
     made_by: str
     recipe: dict[str, str]  # fields of the prompt template
-    expected: dict[str, Any]  # known pairs, see known_pairs.py
-    files: dict[str, FileEntry]  # all but the manifest
+    expected: dict[str, Any]  # known pairs, see known_scores.py
+    files: dict[str, FileEntry]  # all except the manifest
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a path that a user names as a model is to be read as a bundle: any file, or a folder with a manifest."""
+    """Whether to open `path` as a bundle: any file, or a folder with a manifest."""
     return path.is_file() or (path / MANIFEST).is_file()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a bundle whose names were checked, its files not; raises CheckpointError."""
+    """Read the manifest and check the file names in it, but not the files. Raises CheckpointError."""
     with _open(path) as source:
         return _manifest(path, source)
 
 
 def open_bundle(path: Path) -> tuple[Manifest, Path]:
-    """The manifest and a folder with the bundle's files, unpacked if need be; raises CheckpointError.
+    """The manifest, and a folder with the bundle's files, unpacked if necessary. Raises CheckpointError.
 
-    A file's checksums are checked as it is unpacked; in a folder only sizes are, because hashing gigabytes at every
-    start costs minutes (`damaged_files` does it).
+    Unpacking checks checksums. In a folder only sizes are checked, because hashing gigabytes at every start takes
+    minutes (`damaged_files` does it).
     """
     with _open(path) as source:
         manifest = _manifest(path, source)
         if not path.is_dir():
             return manifest, _unpack(path, source, manifest)
     if wrong := _wrong_sizes(path, manifest):
-        raise CheckpointError(f"{path} is incomplete: {wrong[0]} is missing or has another size ({len(wrong)} in all)")
+        raise CheckpointError(f"{path} is incomplete: {wrong[0]} is missing or has a wrong size ({len(wrong)} in all)")
     return manifest, path
 
 
 def damaged_files(path: Path) -> list[str]:
-    """Every file of a bundle that is not what the manifest says, and every file it does not name; with the reason."""
+    """Every file of a bundle that differs from the manifest or is not in it, with the reason."""
     with _open(path) as source:
         manifest = _manifest(path, source)
         found = [f"{name}: not in the manifest" for name in sorted(set(source.names()) - {*manifest.files, MANIFEST})]
@@ -115,7 +112,7 @@ def write_bundle(
     recipe: dict[str, str],
     expected: dict[str, Any],
 ) -> Manifest:
-    """Write `names` of `folder` and their manifest; `output` appears only when it is whole. Raises CheckpointError."""
+    """Write the files `names` of `folder` and a manifest. `output` appears once complete. Raises CheckpointError."""
     if output.exists():
         raise CheckpointError(f"{output} exists already; remove it or choose another name")
     for name in names:
@@ -146,7 +143,7 @@ def write_bundle(
 
 
 class _Source:
-    """The files of a bundle, whether it is an archive or a folder."""
+    """The files of a bundle, in an archive or in a folder."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile | None) -> None:
         self._path = path
@@ -167,7 +164,7 @@ def _open(path: Path) -> Iterator[_Source]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.is_file() and path.suffix.lower() in PICKLE_SUFFIXES:
-        raise CheckpointError(f"{path} is named as a pickle, which could run code and is never loaded")
+        raise CheckpointError(f"{path} is a pickle, which could run code; use safetensors weights")
     try:
         if path.is_dir():
             yield _Source(path, None)
@@ -176,28 +173,28 @@ def _open(path: Path) -> Iterator[_Source]:
             _refuse_bomb(path, archive)
             yield _Source(path, archive)
     except _BROKEN as error:
-        raise CheckpointError(f"{path} is no bundle, or only a part of one: {error}") from error
+        raise CheckpointError(f"{path} is not a bundle, or an incomplete one: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _refuse_bomb(path: Path, archive: zipfile.ZipFile) -> None:
-    """An archive is small where what it would unpack to is not; zipfile never reads more than a member declares."""
+    """Limit what an archive unpacks to; zipfile never reads more than the size that a member declares."""
     packed, unpacked = path.stat().st_size, sum(member.file_size for member in archive.infolist())
     if unpacked > _MAX_EXPANSION * packed:
         what = f"{path} has {gigabytes(packed)} and would unpack to {gigabytes(unpacked)}"
-        raise CheckpointError(f"{what}; at most {_MAX_EXPANSION} times its size is taken")
+        raise CheckpointError(f"{what}; at most {_MAX_EXPANSION} times its size is allowed")
 
 
 def _manifest(path: Path, source: _Source) -> Manifest:
-    """Read and check the manifest, and that an archive holds what it names and nothing else."""
+    """Read and check the manifest, and that an archive contains exactly the files in it."""
     try:
         with source.open(MANIFEST) as stream:
             text = stream.read(_MAX_MANIFEST_BYTES + 1)
     except (KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path} is no bundle of local-rerank: it has no {MANIFEST}") from error
+        raise CheckpointError(f"{path} is not a bundle of local-rerank: it has no {MANIFEST}") from error
     if len(text) > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"the manifest of {path} is over {_MAX_MANIFEST_BYTES} bytes: refused")
+        raise CheckpointError(f"the manifest of {path} has more than {_MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = _from_json(json.loads(text))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -210,23 +207,23 @@ def _manifest(path: Path, source: _Source) -> Manifest:
             _check_name(name, path)
         if sorted(names) != sorted([*manifest.files, MANIFEST]):
             odd = sorted(set(names) ^ {*manifest.files, MANIFEST}) or [name for name in names if names.count(name) > 1]
-            raise CheckpointError(f"{path} does not hold what its manifest names; see {odd[0]!r}")
+            raise CheckpointError(f"{path} does not contain the files of its manifest; see {odd[0]!r}")
     return manifest
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Refuse names that lead out of the folder, pickles, and kinds of file that no checkpoint needs."""
+    """Refuse names that point outside the folder, pickles, and file types that no checkpoint needs."""
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{path} holds {name!r}, which is no plain relative name: refused")
+        raise CheckpointError(f"{path} contains {name!r}; only plain relative names are allowed")
     suffix = Path(name).suffix.lower()
     if suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(f"{path} holds {name}, a pickle, which could run code: refused")
+        raise CheckpointError(f"{path} contains {name}, a pickle, which could run code")
     if suffix not in _SUFFIXES:
-        raise CheckpointError(f"{path} holds {name}; a bundle has only {', '.join(filter(None, _SUFFIXES))} files")
+        raise CheckpointError(f"{path} contains {name}; only {', '.join(filter(None, _SUFFIXES))} files are allowed")
 
 
 def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
-    """The cache folder with the archive's files, made if it is not there; two processes may do it at once."""
+    """Unpack the archive into its cache folder unless it is there. Several processes may do this at once."""
     with source.open(MANIFEST) as stream:
         key = hashlib.sha256(stream.read()).hexdigest()
     folder = cache_folder() / "bundles" / key
@@ -246,7 +243,7 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     try:
         for name in (*manifest.files, MANIFEST):
             _extract(path, source, name, manifest.files.get(name), partial)
-        if _wrong_sizes(folder, manifest):  # not there, or damaged; else another process was first
+        if _wrong_sizes(folder, manifest):  # missing or damaged; otherwise another process was first
             _remove(folder)
             with contextlib.suppress(OSError):
                 partial.rename(folder)
@@ -258,13 +255,13 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
 
 
 def _extract(path: Path, source: _Source, name: str, entry: FileEntry | None, folder: Path) -> None:
-    """Copy one file; `entry` is what it must be, None for the manifest, whose hash names the folder."""
+    """Copy a file and compare it with `entry`, which is None for the manifest."""
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open(name) as read, target.open("wb") as write:
         copied = _copy(read, write, max_bytes=_MAX_MANIFEST_BYTES if entry is None else entry.size)
     if entry is not None and copied != entry:
-        raise CheckpointError(f"{path} is damaged: {name} does not have the checksum that its manifest names")
+        raise CheckpointError(f"{path} is damaged: {name} does not have the checksum in the manifest")
 
 
 def _wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
@@ -288,7 +285,7 @@ def _fault(source: _Source, name: str, entry: FileEntry) -> str | None:
 
 
 def _copy(source: IO[bytes], target: IO[bytes] | None, *, max_bytes: int | None = None) -> FileEntry:
-    """Copy a stream (or only read it) and say what it was; of one that is larger than it may be no more is read."""
+    """Copy a stream, or only read it; returns its size and sha256. Stops once it has more than `max_bytes`."""
     digest, size = hashlib.sha256(), 0
     while chunk := source.read(_CHUNK_BYTES):
         digest.update(chunk)
@@ -327,7 +324,8 @@ def _to_json(manifest: Manifest) -> bytes:
 
 def _from_json(value: Mapping[str, Any]) -> Manifest:
     if value["format"] != FORMAT or value["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"it is a {value['format']!r} of version {value['format_version']}; {FORMAT_VERSION} is known")
+        found = f"{value['format']!r} version {value['format_version']}"
+        raise ValueError(f"its format is {found}; this program reads {FORMAT!r} version {FORMAT_VERSION}")
     return Manifest(
         model_id=str(value["model_id"]),
         revision=value["revision"],
@@ -341,7 +339,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
 
 def _file_entry(*, size: int, sha256: str) -> FileEntry:
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
-        raise ValueError(f"a file has the size {size!r} and the sha256 {sha256!r}")
+        raise ValueError(f"a file has size {size!r} and sha256 {sha256!r}")
     return FileEntry(size=size, sha256=sha256)
 
 

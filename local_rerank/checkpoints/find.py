@@ -1,7 +1,7 @@
-"""Find a model's files and check that they are a reranker's.
+"""Finds a model's files and checks that they can be a reranker.
 
-`open_checkpoint` turns the user's name for a model (none, an alias, a folder, a bundle, a hub id) into a `Checkpoint`:
-a folder whose files were inspected. Only safetensors are read, and no code from a checkpoint ever runs.
+`open_checkpoint` turns the user's name for a model (none, an alias, a folder, a bundle or a hub id) into a
+`Checkpoint`. We read only safetensors weights and never run code from a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ ALIASES = {
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # a cache without the model's card is complete
+_NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # for a complete cache entry; the model card is optional
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
-_KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder here", "bundle": "a bundle here"}
+_KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder", "bundle": "a bundle"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A folder with a model that can be loaded, and what its files say."""
+    """A folder with a model's files, and their metadata."""
 
     model_id: str
     folder: Path
@@ -50,29 +50,30 @@ class Checkpoint:
 
     @property
     def needs_fp32(self) -> bool:
-        """The embedded model's matching heads, compiled by hand, move log-odds by up to 2.2 in bf16."""
+        """True for the built-in model, whose log-odds change by up to 2.2 in bf16."""
         return self.model_id == EMBEDDED_MODEL
 
     @property
     def stored_dtype(self) -> str:
-        """Precision of the weights in the files, as config.json names it; empty where it does not."""
+        """The dtype in config.json; empty if it has none."""
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
 
     @property
     def max_length(self) -> int:
-        """Tokens of a prompt that the model was made for."""
+        """Maximum tokens of a prompt."""
         return int(self.config.get("max_position_embeddings", 8192))
 
 
 def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoint:
-    """Find a model's files, from the network only where a hub id is not cached; raises CheckpointError.
+    """Find a model's files; downloads them only if a hub model is not in the local cache. Raises CheckpointError.
 
-    An empty revision, as an image's variables may hold it, is none; one that does not apply is passed over aloud.
+    An empty revision (a container's variable may be empty) means none. Ignores a revision, with a warning, if the model
+    is not from a hub.
     """
     local = _open_local(model)
     if local is not None:
         if revision:
-            what = "revision %r is passed over: only models of a hub have revisions, and %s is %s"
+            what = "ignoring revision %r: only hub models have revisions, and %s is %s"
             logger.warning(what, revision, local.model_id, _KINDS[local.source])
         return local
     assert model is not None
@@ -82,7 +83,7 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
 
 
 def _open_local(model: str | None) -> Checkpoint | None:
-    """The embedded model, a bundle or a folder; None for any other name."""
+    """The built-in model, a bundle or a folder; None for any other name."""
     if model is None or model == EMBEDDED_MODEL:
         return _inspect(Path(__file__).parents[1] / "nano", EMBEDDED_MODEL, "embedded", None)
     if is_bundle(Path(model)):
@@ -93,17 +94,18 @@ def _open_local(model: str | None) -> Checkpoint | None:
 
 
 def hub_id(model: str) -> str:
-    """The hub id behind an alias or that was given as such; raises CheckpointError for what is neither."""
+    """The hub id of an alias, or `model` itself if it is a hub id. Raises CheckpointError otherwise."""
     model_id = ALIASES.get(model.lower(), model)
     if not _HUB_ID.fullmatch(model_id):
         raise CheckpointError(
-            f"model {model!r} is no folder or bundle here, no hub id (owner/name) and no alias ({', '.join(ALIASES)})"
+            f"model {model!r} is no folder or bundle on this machine, no hub id (owner/name) "
+            f"and no alias ({', '.join(ALIASES)})"
         )
     return model_id
 
 
 def cached_folder(model_id: str, revision: str | None) -> Path | None:
-    """The snapshot of a hub model in the local cache, if all that loading needs is there; asks no network."""
+    """A hub model's snapshot in the local cache; None if it is missing or incomplete. Uses no network."""
     silence_telemetry()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -113,7 +115,7 @@ def cached_folder(model_id: str, revision: str | None) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise CheckpointError(f"model {model_id!r} is no hub id: {error}") from error
+        raise CheckpointError(f"model {model_id!r} is not a hub id: {error}") from error
     return folder if _is_complete(folder) else None
 
 
@@ -122,7 +124,7 @@ def _open_bundle(path: Path) -> Checkpoint:
     checkpoint = _inspect(folder, manifest.model_id, "bundle", manifest.revision)
     if manifest.recipe != asdict(checkpoint.template):
         raise CheckpointError(
-            f"{path} was packed by {manifest.made_by} for another prompt recipe than this version's; pack it again"
+            f"{path} was packed by {manifest.made_by} with a different prompt template; pack it again with this version"
         )
     return checkpoint
 
@@ -134,7 +136,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that the folder says it has; empty where it says none."""
+    """Names of the safetensors files that a model folder should have; empty if there is nothing to tell."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -142,19 +144,19 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
-    """Refuse, with the reason, what cannot be a reranker; warn where nothing tells it from a chat model."""
+    """Refuse a folder that cannot be a reranker; warn if it may be a chat model."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     config = _read_json(folder / "config.json")
     architectures = config.get("architectures") or ["none"]
     if architectures[0] not in TEMPLATES:
         known = ", ".join(TEMPLATES)
-        raise CheckpointError(f"{folder} holds a {architectures[0]}; the families that can score are {known}")
+        raise CheckpointError(f"{folder} has architecture {architectures[0]}; supported are {known}")
     if config.get("use_sliding_window"):
-        raise CheckpointError(f"{folder} uses sliding-window attention, which packed batches do not have")
+        raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
     _check_weights(folder)
     if source in ("folder", "hub") and not _is_marked_reranker(folder):
-        logger.warning("nothing in %s says that it is a reranker; a chat model's scores would mean nothing", folder)
+        logger.warning("no file of %s says that it is a reranker; scores of a chat model are meaningless", folder)
     return Checkpoint(
         model_id=model_id,
         folder=folder,
@@ -171,12 +173,12 @@ def _check_weights(folder: Path) -> None:
         raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
     if not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        found = f"; {', '.join(pickles[:3])} is a pickle, which could run code and is never loaded" if pickles else ""
+        found = f"; {', '.join(pickles[:3])} is a pickle, which could run code" if pickles else ""
         raise CheckpointError(f"{folder} has no safetensors weights{found}")
 
 
 def _is_marked_reranker(folder: Path) -> bool:
-    """Files that rerankers carry: sentence-transformers' LogitScore module, or the judge prompt in a chat template."""
+    """Whether a file marks a reranker: sentence-transformers' LogitScore module, the model card or a chat template."""
     if (folder / "1_LogitScore").is_dir() or "reranker" in _text(folder / "README.md").lower():
         return True
     templates = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
@@ -193,5 +195,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
+        raise CheckpointError(f"{path} must be a JSON object, not a {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""Room on disk: asked before gigabytes are written, so that nothing fails half-way through them."""
+"""Checks free disk space before writing gigabytes, so that a write does not fail half-way."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from local_rerank.errors import CheckpointError
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it unpacks: $XDG_CACHE_HOME or ~/.cache, then local-rerank."""
+    """This package's cache: `local-rerank` in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "local-rerank"
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:
-    """Raise CheckpointError if `folder`, which need not exist yet, has no room for that many bytes."""
+    """Raise CheckpointError if `folder`, which need not exist yet, has less than `num_bytes` of free space."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -26,5 +26,5 @@ def require_free_space(folder: Path, num_bytes: int) -> None:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """A size to read, in units of 10^9 bytes as disks and hubs count them."""
+    """A size as text, in units of 10^9 bytes."""
     return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e6 else f"{num_bytes} bytes"

@@ -1,8 +1,7 @@
-"""Pairs whose log-odds are known for a checkpoint: what the self-test compares with.
+"""Pairs with known log-odds, which the self-test compares with.
 
-Known scores come from the model's own folder (a bundle's manifest, or `golden.json` of the embedded default), else from
-the table of published values, which is keyed by hub name and shape. For any other checkpoint there are pairs of which
-only the order is known. Needs no torch.
+They come from the model's folder (a bundle's manifest, or `golden.json` of the built-in model), else from a table of
+published values by hub name and shape. For any other checkpoint only the order of some pairs is known.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from local_rerank.types import RerankRequest
 if TYPE_CHECKING:
     from local_rerank.checkpoints.find import Checkpoint
 
-GOLDEN = "golden.json"  # beside the weights of the embedded default
+GOLDEN = "golden.json"  # in the folder of the built-in model
 
 Basis = Literal["stored", "published", "properties"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownPair:
-    """One query with one document, and the log-odds that they must get, if any are known."""
+    """A query with a document, and their log-odds if known."""
 
     query: str
     document: str
@@ -40,10 +39,10 @@ class KnownPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownScores:
-    """The pairs for one checkpoint. With the basis "properties", relevant and irrelevant documents take turns."""
+    """The pairs for a checkpoint. With the basis "properties", relevant and irrelevant documents alternate."""
 
     basis: Basis
-    dtype: str  # precision in which the log-odds were computed
+    dtype: str  # in which the log-odds were computed
     pairs: tuple[KnownPair, ...]
 
 
@@ -63,13 +62,13 @@ ORDERED = tuple(
     )
     for document in (relevant, irrelevant)
 )
-"""A relevant document, then an irrelevant one, for each query."""
+"""A relevant and an irrelevant document for each query."""
 
-MAX_MISORDERED = 1  # of the plain questions: a model need not know every language
+MAX_MISORDERED = 1  # queries of `ORDERED`: a model need not know every language
 
 
 def num_misordered(log_odds: Sequence[float]) -> int:
-    """In how many of the plain questions the irrelevant document does not stand below the relevant one."""
+    """The number of queries of `ORDERED` whose irrelevant document does not score below the relevant one."""
     return sum(bad >= good for good, bad in zip(log_odds[::2], log_odds[1::2], strict=True))
 
 
@@ -78,14 +77,14 @@ STORED = (
     *(KnownPair(query=_PLANET, document=document) for document in (_VENUS, _JUPITER, _SATURN, "")),
     KnownPair(query=_PLANET, document=_MARS, instruction="Find a passage that contradicts the query"),
 )
-"""The pairs that go into a bundle, with the log-odds they get when it is packed."""
+"""The pairs whose log-odds are stored in a bundle when it is packed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Published:
-    """Values that somebody else computed in fp32 and published for one checkpoint."""
+    """fp32 values that others published for a checkpoint."""
 
-    names: tuple[str, ...]  # last part of the hub id, lower case; a folder may have that name too
+    names: tuple[str, ...]  # last part of the hub id or name of the folder, in lower case
     hidden_size: int
     num_layers: int
     pairs: tuple[KnownPair, ...]
@@ -107,7 +106,7 @@ PUBLISHED = (
 
 
 def known_scores(checkpoint: Checkpoint) -> KnownScores:
-    """What is known of a checkpoint's scores, the most particular first; raises CheckpointError."""
+    """The known scores of a checkpoint, from the most specific source. Raises CheckpointError."""
     if (checkpoint.folder / MANIFEST).is_file():
         return from_json(read_manifest(checkpoint.folder).expected, MANIFEST)
     if (checkpoint.folder / GOLDEN).is_file():
@@ -119,13 +118,13 @@ def known_scores(checkpoint: Checkpoint) -> KnownScores:
 
 
 def to_json(pairs: Sequence[KnownPair], log_odds: Sequence[float], dtype: str) -> dict[str, Any]:
-    """Scores as a bundle's manifest stores them."""
+    """Known scores as stored in a bundle's manifest."""
     scores = [asdict(pair) | {"log_odds": value} for pair, value in zip(pairs, log_odds, strict=True)]
     return {"dtype": dtype, "scores": scores}
 
 
 def from_json(stored: dict[str, Any], where: str) -> KnownScores:
-    """The inverse of `to_json`; raises CheckpointError where a part is missing."""
+    """The inverse of `to_json`. Raises CheckpointError if a part is missing."""
     try:
         pairs = tuple(
             KnownPair(
@@ -139,7 +138,7 @@ def from_json(stored: dict[str, Any], where: str) -> KnownScores:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the known scores in {where} cannot be read: {error!r}") from error
     if not pairs:
-        raise CheckpointError(f"{where} holds no known score")
+        raise CheckpointError(f"{where} contains no known scores")
     return KnownScores(basis="stored", dtype=str(stored.get("dtype", "fp32")), pairs=pairs)
 
 
@@ -157,7 +156,7 @@ def _read(path: Path) -> Any:
 
 
 def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
-    """The tokenized pairs of `ORDERED`, whatever limits the user set."""
+    """The tokenized pairs of `ORDERED`. The user's limits do not apply."""
     limit = checkpoint.max_length
     tokenizer = PairTokenizer.from_folder(
         checkpoint.folder,
@@ -167,7 +166,7 @@ def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
     )
     requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
     pairs = [pair for request in requests for pair in tokenizer.pairs(request).pairs]
-    # all prompts start with the same system prompt and instruction: shared, a pass has 284 tokens instead of 428
+    # share the system prompt and instruction of all queries: 284 tokens a pass instead of 428
     equal = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*(pair.prefix_ids for pair in pairs), strict=False))
     shared = sum(1 for _ in equal)
     return [Pair(pair.prefix_ids[:shared], pair.prefix_ids[shared:] + pair.document_ids) for pair in pairs]

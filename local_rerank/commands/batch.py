@@ -16,10 +16,10 @@ from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend, parse_blend
 
 if TYPE_CHECKING:
-    from local_rerank.batch.display import Display, Mode
     from local_rerank.batch.job import JobFolder, JobProgress
     from local_rerank.batch.sources import Source
     from local_rerank.batch.trec_source import TextStore
+    from local_rerank.commands.batch_progress import Display, Mode
     from local_rerank.evaluation.measures import System
     from local_rerank.reranker import Reranker
 
@@ -192,9 +192,9 @@ def _run_on_ray(
     from local_rerank.batch.ray_cluster import require_ray
 
     require_ray()
-    from local_rerank.batch.display import Display
     from local_rerank.batch.pieces import suffix_of
     from local_rerank.batch.ray_data import RayJob, absolute, run
+    from local_rerank.commands.batch_progress import Display
 
     job = RayJob(
         input=input,
@@ -219,11 +219,11 @@ def _run_on_ray(
 
 
 def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
-    from local_rerank.batch.display import Display
     from local_rerank.batch.formats import open_sink
     from local_rerank.batch.job import job_folder, run_job
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
+    from local_rerank.commands.batch_progress import Display
 
     with job_folder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite) as folder:
         was_done = folder.progress.is_done

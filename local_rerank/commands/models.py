@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
 from local_rerank.commands.console import option, say, status
-from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
+from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,22 @@ if TYPE_CHECKING:
 PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
 """Files of a bundle besides the weights that the checkpoint names."""
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in a model card's front matter
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PackEngineConfig(EngineConfig):
+    """Engine options of `pack`, whose argument is the model. A hidden --model keeps LOCAL_RERANK_MODEL working."""
+
+    model: Annotated[str | None, Parameter(show=False)] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class VerifyEngineConfig(EngineConfig):
+    """Engine options of `verify`, which loads its argument and no other model."""
+
+    model: Annotated[str | None, Parameter(parse=False)] = None
 
 
 def pull(

@@ -30,7 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SegmentLayout:
-    """The groups of a batch; `last_tokens_only`: only the last token of each document is a query."""
+    """`last_tokens_only`: only the last token of each document is a query."""
 
     groups: tuple[Group, ...]
     last_tokens_only: bool
@@ -50,7 +50,7 @@ def segment_layout(batch: PackedBatch, last_tokens_only: bool) -> SegmentLayout:
 
 
 def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
-    """The definition as a mask, (num_queries, num_tokens) bool: true where a query sees a key."""
+    """The mask that defines attention, (num_queries, num_tokens) bool: true where a query sees a key."""
     mask = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
     for group in batch.groups:
         _mask_group(mask, group)
@@ -64,9 +64,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) ->
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: float) -> Tensor:
-    """torch's SDPA over runs of equally long documents, on any device and dtype; keys of prefix and document are
-    joined.
-    """
+    """torch's SDPA, one call for each run of equally long documents; prefix and document keys are concatenated."""
     out, v = torch.empty_like(q.transpose(1, 2), dtype=v.dtype), v.to(q.dtype)  # (1, num_queries, num_heads, head_dim)
     for group in layout.groups:
         prefix_k, prefix_v = (_segments(x, group.start, 1, group.prefix_length) for x in (k, v))
@@ -92,28 +90,29 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: f
 
 
 def _segments(x: Tensor, start: int, count: int, length: int) -> Tensor:
-    """A view of `count` neighbouring segments of (1, heads, tokens, head_dim): (count, heads, length, head_dim)."""
+    """`count` adjacent segments of x (1, heads, tokens, head_dim), as a view (count, heads, length, head_dim)."""
     tokens = x[0, :, start : start + count * length]  # (heads, count * length, head_dim)
     return tokens.view(tokens.shape[0], count, length, -1).transpose(0, 1)
 
 
 def _store(out: Tensor, start: int, segments: Tensor) -> None:
-    """Write (count, heads, length, head_dim) into out (1, num_queries, heads, head_dim) from query `start` on."""
+    """Write (count, heads, length, head_dim) into out (1, num_queries, heads, head_dim), starting at query `start`."""
     count, heads, length, head_dim = segments.shape
     target = out[0, start : start + count * length].view(count, length, heads, head_dim)
     target.copy_(segments.transpose(1, 2))
 
 
 def _prefix_causal_mask(prefix_length: int, length: int, device: torch.device) -> Tensor:
-    """(length, prefix_length + length) bool: all of the prefix, causal over the document."""
+    """(length, prefix_length + length) bool: the whole prefix, causal over the document."""
     return torch.ones(length, prefix_length + length, dtype=torch.bool, device=device).tril(prefix_length)
 
 
 def _mask_group(mask: Tensor, group: Group) -> None:
+    """Set a group's entries of the mask (num_tokens, num_tokens)."""
     prefix = slice(group.start, group.start + group.prefix_length)
     mask[prefix, prefix] = torch.ones_like(mask[prefix, prefix]).tril()
     for run in group.runs:
-        for start in range(run.start, run.start + run.count * run.length, run.length):
+        for start in run.starts:
             own = slice(start, start + run.length)
             mask[own, prefix] = True
             mask[own, own] = torch.ones_like(mask[own, own]).tril()

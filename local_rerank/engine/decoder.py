@@ -1,8 +1,8 @@
 """The decoder protocol, and the decoder that runs transformers' own layers.
 
 A decoder turns a packed batch into one hidden state per pair. All decoders prune the last layer: only each document's
-last token needs a query, an output projection and an MLP there. `cpu/layers.py` and `cuda/layers.py` have the fast
-ones.
+last token needs a query, an output projection and an MLP there. The fast decoders are in `cpu/layers.py` and
+`cuda/layers.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from local_rerank.engine.attention import Layout, layout_to
 from local_rerank.engine.kernel_table import KernelRow
 from local_rerank.engine.packing import PackedBatch
 
-ATTENTION_NAME = "local_rerank"  # of `_attend` in transformers' table of attention functions
+ATTENTION_NAME = "local_rerank"  # our key in transformers' table of attention functions
 
 
 class Decoder(Protocol):
@@ -32,8 +32,9 @@ class Decoder(Protocol):
     ) -> Tensor:
         """The normed hidden state of each pair's last token: (num_pairs, hidden_size), in packed order.
 
-        `batch` is on the device where token ids enter the model. Layouts may be on the host: `layout` is that of all
-        tokens, `last_layout` makes that of each document's last and is called once the other layers are launched.
+        `batch` is on the device where token ids enter the model; layouts may be on the host. `layout` is for all
+        tokens. `last_layout` makes the one for each document's last token; it is called after the other layers are
+        launched.
         """
 
     def modules(self) -> Any: ...
@@ -42,10 +43,10 @@ class Decoder(Protocol):
 
 
 class TransformersDecoder(nn.Module):
-    """transformers' forward pass with our attention, for every device and for models spread over several."""
+    """transformers' forward pass with our attention: for any device, and for a model spread over several."""
 
     def __init__(self, backbone: Any) -> None:
-        """`backbone`: a Qwen3Model loaded with `ATTENTION_NAME`; its last layer and final norm are run from here."""
+        """`backbone`: a Qwen3Model loaded with `ATTENTION_NAME`. We run its last layer and its final norm ourselves."""
         super().__init__()
         self.backbone = backbone
         self.layers = backbone.layers
@@ -67,7 +68,7 @@ class TransformersDecoder(nn.Module):
         return self._last_layer(hidden, batch, kernel, last_layout())
 
     def _last_layer(self, hidden: Tensor, batch: PackedBatch, kernel: KernelRow, layout: Layout) -> Tensor:
-        """The last decoder layer for the queries of the last tokens: (1, num_tokens, hidden) to (num_pairs, hidden)."""
+        """The last layer for each last token, and the norm: (1, num_tokens, hidden) to (num_pairs, hidden)."""
         layer: Any = self.layers[-1]
         attention = layer.self_attn
         x = layer.input_layernorm(hidden)  # accelerate moves it to this layer's device
@@ -90,21 +91,21 @@ class TransformersDecoder(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PackedAttention:
-    """The argument that transformers' forward passes through to `_attend`."""
+    """The argument that transformers' forward pass hands to `_attend`."""
 
     row: KernelRow
     layout: Layout
     moved: dict[torch.device, Layout] = field(default_factory=dict)
 
     def layout_on(self, device: torch.device) -> Layout:
-        """The layout on a layer's device; copied once per device of a model that is spread over several."""
+        """The layout on a layer's device; copied once per device."""
         if device not in self.moved:
             self.moved[device] = layout_to(self.layout, device)
         return self.moved[device]
 
 
 def register_attention() -> None:
-    """Register our attention under `ATTENTION_NAME` in transformers' table."""
+    """Add our attention to transformers' table."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, _attend)
@@ -121,10 +122,23 @@ def _attend(
     packed_attention: PackedAttention,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Called by transformers' attention modules; shapes as in `kernel_table.py`."""
+    """Called by transformers' attention modules; shapes as in `attention.py`."""
     forks.between_layers()
     layout = packed_attention.layout_on(key.device)
     return packed_attention.row.attend(query, key, value, layout, scaling), None
+
+
+def linear_layers(layers: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Each nn.Linear in `layers`, as its parent module and its name there.
+
+    The list holds no reference to a layer, so that its weight is freed as soon as it is replaced.
+    """
+    return [
+        (parent, name)
+        for parent in layers.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,9 +41,9 @@ class Engine:
         threads: Threads | None = None,
         max_graph_tokens: int | None = None,
     ) -> None:
-        """`head`: (2, hidden_size) fp32, the rows of "no" and "yes"; `device`: where token ids enter the model.
+        """`head`: (2, hidden_size) fp32, the rows of "no" and "yes". `device`: where token ids enter the model.
 
-        `max_graph_tokens`: batches of up to so many tokens run as CUDA graphs; only for the GPU's decoder with tiles.
+        `max_graph_tokens`: run batches of at most this size as CUDA graphs; needs the GPU decoder and `cuda-tiles`.
         """
         self.decoder = decoder
         self.head = head
@@ -56,7 +56,7 @@ class Engine:
 
     @property
     def weights_dtype(self) -> str:
-        """The dtype of the weights as they are, whatever was requested."""
+        """The dtype that the linear layers have, whatever was requested."""
         if any(isinstance(module, Int8Linear) for module in self.decoder.modules()):
             return "int8"
         named = self.decoder.layers[-1].named_modules()
@@ -64,7 +64,7 @@ class Engine:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Every tensor that decides a score, by name."""
+        """Every tensor that affects a score, by name."""
         return self.decoder.state_dict() | {"head": self.head}
 
     def with_kernel(self, kernel: KernelRow) -> Engine:
@@ -76,47 +76,48 @@ class Engine:
     def score(self, pairs: Sequence[Pair]) -> list[float]:
         """Log-odds of "yes" over "no" for each pair, in order.
 
-        Raises OutOfMemory if the device has no room for them as one batch; what the batch had taken is free by then.
+        Raises OutOfMemory if they do not fit on the device as one batch; the batch's memory is free by then.
         """
         return self.launch(pairs)()
 
     def launch(self, pairs: Sequence[Pair]) -> Callable[[], list[float]]:
         """Start a forward pass; the returned function waits for the log-odds that `score` returns.
 
-        A GPU works on meanwhile; on other devices the pass is complete when this returns. If memory runs out while
-        graphs hold some, they are dropped and the pass runs once more. Raises OutOfMemory.
+        A GPU computes in the meantime; on other devices the pass is complete when this returns. If memory runs out
+        while graphs hold some, they are dropped and the pass runs once more. Raises OutOfMemory.
         """
         batch = pack(pairs)
 
         def attempt() -> Callable[[], list[float]] | None:
             return unless_out_of_memory(lambda: self._forward(batch))
 
-        run = compute if self.device.type == "cpu" else _call
-        fetch = run(attempt)
+        fetch = compute(attempt) if self.device.type == "cpu" else attempt()
         if fetch is None and self.graphs is not None and self.graphs.forget_all():
             release_cached()
-            if (fetch := run(attempt)) is not None:
-                self.graphs.halve()  # their memory was missing
+            if (fetch := attempt()) is not None:
+                self.graphs.halve()  # the pass needed their memory
         if fetch is None:
             raise OutOfMemory(num_tokens=batch.num_tokens)
         return fetch
 
     def capture_largest_graph(self) -> None:
-        """Capture it before the first batch, which would wait for it otherwise. Does nothing without graphs."""
+        """Capture the largest CUDA graph, so that the first batch does not wait for it. Does nothing without graphs."""
         if self.graphs is not None:
             with torch.inference_mode(), self._on_device():
                 self.graphs.capture_largest()
 
     def run_decoder(self, batch: PackedBatch, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
-        """Decoder and head for a batch on the device: (num_pairs,) fp32 log-odds in packed order, on the last layer's
-        device. See `Decoder` for the layouts."""
+        """Decoder and head, for a batch on the device: (num_pairs,) fp32 log-odds in packed order.
+
+        The result is on the last layer's device. See `Decoder` for the layouts.
+        """
         last = self.decoder(batch, self.kernel, layout, last_layout)  # (num_pairs, hidden_size)
         logits = last.float() @ self.head.T.to(last.device)  # (num_pairs, 2)
         log_odds: Tensor = logits[:, 1] - logits[:, 0]
         return log_odds
 
     def _forward(self, batch: PackedBatch) -> Callable[[], list[float]]:
-        """One pass, as a graph or by launching each kernel; the returned function waits for it."""
+        """Launch one pass, as a CUDA graph or kernel by kernel; the returned function waits for it."""
         if self._threads is not None:
             self._threads.begin_batch()
         with torch.inference_mode(), self._on_device():
@@ -133,21 +134,17 @@ class Engine:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
-def _call(function: Callable[[], Any]) -> Any:
-    return function()
-
-
 def _fetch(log_odds: Tensor, pair_order: Tensor) -> Callable[[], list[float]]:
-    """Start copying (num_pairs,) to the host; the returned function waits for it and restores the callers' order."""
+    """Start copying (num_pairs,) to the host; the returned function waits for it and restores the caller's order."""
     on_host = torch.empty(log_odds.shape, dtype=log_odds.dtype, pin_memory=log_odds.is_cuda)
     on_host.copy_(log_odds, non_blocking=log_odds.is_cuda)  # without a CUDA event nothing signals completion
     done = torch.cuda.Event() if log_odds.is_cuda else None  # type: ignore[no-untyped-call]
     if done is not None:
-        done.record(torch.cuda.current_stream(log_odds.device))  # of the last layer, where a model is spread
+        done.record(torch.cuda.current_stream(log_odds.device))
 
     def wait() -> list[float]:
         if done is not None:
-            done.synchronize()  # the one place that blocks on the device
+            done.synchronize()  # the only place that blocks on the device
         in_order: list[float] = torch.empty_like(on_host).scatter_(0, pair_order, on_host).tolist()
         return in_order
 

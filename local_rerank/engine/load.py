@@ -41,13 +41,14 @@ DECODERS: dict[str, Callable[[Any, LoadPlan], Decoder]] = {
     "cpu": cpu.prepare,
     "cuda": cuda.prepare,
 }
-"""How each decoder of a plan is made from a transformers model."""
+"""How to make a plan's decoder from a transformers model."""
 
 
 def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pair]]) -> tuple[Engine, ModelInfo]:
-    """Load the weights and prepare them as planned; raises CheckpointError or ConfigError.
+    """Load the weights and prepare them as planned. Raises CheckpointError or ConfigError.
 
-    `known`: pairs, a relevant and an irrelevant one in turn; int8 keeps the layers in fp32 that change their scores.
+    `known`: makes pairs with known answers, relevant and irrelevant in turn; int8 leaves those layers in fp32 whose
+    quantization changes the scores of these pairs too much.
     """
     start = time.perf_counter()
     config, checkpoint = plan.config, plan.checkpoint
@@ -115,7 +116,7 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
     if checkpoint.source == "embedded" or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # its loading threads save no time, and libgomp may count their thread pools forever (see `compute_thread.py`)
+    # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     try:
         model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
@@ -136,13 +137,15 @@ def load_model(
 
 
 def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:
-    """The head's rows of "no" and "yes", (2, hidden_size) fp32; a classifier with one row is their difference."""
+    """The head's rows of "no" and "yes", (2, hidden_size) fp32. A classifier's single row is their difference."""
     head = getattr(model, "score", None)
     if head is None:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers is untyped
         num_rows = head.weight.shape[0]
         if max(yes_id, no_id) >= num_rows:
-            raise CheckpointError(f"the head of {checkpoint.folder} has {num_rows} rows; no row for yes and no")
+            raise CheckpointError(
+                f"the head of {checkpoint.folder} has {num_rows} rows; token ids {no_id} and {yes_id} have none"
+            )
         with _weights_present(head):
             return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # likewise
     with _weights_present(head):
@@ -155,14 +158,14 @@ def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:
-    """The device that token ids must be on: that of the embeddings, whose weights accelerate may keep elsewhere."""
+    """The device that token ids must be on: the embeddings', even if accelerate keeps their weights elsewhere."""
     embeddings: Any = model.get_input_embeddings()
     device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return torch.device(embeddings.weight.device if device is None else device)
 
 
 def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
-    """A context in which the module has its weights, wherever accelerate keeps them."""
+    """A context in which the module has its weights, even if accelerate offloads them."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -172,7 +175,7 @@ def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def _kernel(plan: LoadPlan) -> KernelRow:
-    """The plan's row; on a CPU, tiles are padded where oneDNN multiplies them."""
+    """The plan's row. CPU tiles are padded if oneDNN multiplies them."""
     row = KERNELS[plan.kernel]
     if plan.kernel != "cpu-tiles":
         return row

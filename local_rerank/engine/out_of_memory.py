@@ -1,4 +1,4 @@
-"""Memory of a batch: how many tokens fit beside the weights, and how to recognize that a device is out of memory.
+"""GPU memory: how many tokens fit beside the weights, and how to recognize an out-of-memory error.
 
 The estimate is the peak of one decoder layer, because a forward pass without a KV cache keeps only a layer's output.
 """
@@ -16,22 +16,22 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-USABLE_SHARE = 0.8  # of the free memory: the rest is for fragments, cuBLAS workspaces and a neighbour's growth
+USABLE_SHARE = 0.8  # of free memory; the rest is for fragmentation, cuBLAS workspaces and other processes
 MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """Widths of a decoder layer's activations, in numbers per token."""
+    """Widths of a decoder layer's activations, in elements per token."""
 
     hidden: int
     queries: int  # heads x head_dim
-    keys: int  # key heads x head_dim; values have as many
+    keys: int  # KV heads x head_dim; values are as wide
     intermediate: int
 
     @classmethod
     def of(cls, config: Any) -> LayerShape:
-        """From a model's configuration in transformers."""
+        """From a transformers config."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             hidden=config.hidden_size,
@@ -42,54 +42,50 @@ class LayerShape:
 
 
 def bytes_per_token(shape: LayerShape, element_size: int) -> int:
-    """Peak bytes of a forward pass for each token of its batch; `element_size` is the activations'."""
+    """Peak bytes per token of a forward pass; `element_size`: bytes of an activation."""
     residual = 2 * shape.hidden
-    projected = shape.hidden + shape.queries + 2 * shape.keys  # the normed input and what it is projected to
-    rotated = 2 * (shape.queries + shape.keys)  # rotated, and the half that is turned
-    attended = 3 * shape.queries + 2 * shape.keys  # own part, prefix part, their sum, gathered keys and values
-    norm_of_queries = 2 * 4 * shape.queries  # bytes: transformers norms in fp32
+    projected = shape.hidden + shape.queries + 2 * shape.keys  # the normed input and its projections
+    rotated = 2 * (shape.queries + shape.keys)  # the result and the swapped halves
+    attended = 3 * shape.queries + 2 * shape.keys  # own part, prefix part and their sum; gathered keys and values
+    norm_of_queries = 2 * 4 * shape.queries  # bytes: transformers computes norms in fp32
     attention = (projected + rotated + attended) * element_size + norm_of_queries
     mlp = (2 * shape.hidden + 4 * shape.intermediate) * element_size
     return residual * element_size + max(attention, mlp)
 
 
 def fitted_budget(free_bytes: int, per_token_bytes: int, *, at_most: int) -> int:
-    """Tokens that a batch may hold when `free_bytes` are free, between MIN_BATCH_TOKENS and `at_most`."""
+    """The token budget of a batch if `free_bytes` are free, between MIN_BATCH_TOKENS and `at_most`."""
     fits = int(free_bytes * USABLE_SHARE) // per_token_bytes
     if fits < MIN_BATCH_TOKENS:
-        what = "%d bytes are free, room for about %d tokens; batches of %d are tried all the same"
-        logger.warning(what, free_bytes, fits, MIN_BATCH_TOKENS)
+        message = "%d bytes are free, enough for about %d tokens; trying batches of %d anyway"
+        logger.warning(message, free_bytes, fits, MIN_BATCH_TOKENS)
     return max(MIN_BATCH_TOKENS, min(at_most, fits))
 
 
 def free_bytes(devices: set[torch.device]) -> int:
-    """Free bytes on the fullest of some CUDA devices, torch's cached blocks included."""
-    return min(_free_on(device) for device in devices)
-
-
-def _free_on(device: torch.device) -> int:
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
+    """Free bytes on the fullest of some CUDA devices, including torch's cached blocks."""
+    cuda = torch.cuda
+    return min(cuda.mem_get_info(d)[0] + cuda.memory_reserved(d) - cuda.memory_allocated(d) for d in devices)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. A CPU's allocator and some CUDA calls, such as a graph launch, raise no typed error."""
+    """Whether memory ran out. The CPU allocator and some CUDA calls, such as a graph launch, raise no typed error."""
     texts = ("can't allocate memory", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def unless_out_of_memory(attempt: Callable[[], T]) -> T | None:
-    """The result of `attempt`, or None if the device had no room for it; the cached blocks are released then."""
+    """The result of `attempt`; or None if memory ran out, after releasing torch's cached blocks."""
     try:
         return attempt()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    release_cached()  # outside the except block, where nothing refers to the failed pass's tensors any more
+    release_cached()  # outside the except block: there the traceback still refers to the failed pass's tensors
     return None
 
 
 def release_cached() -> None:
-    """Return cached blocks to the driver, so that a smaller batch does not fail on fragmentation."""
+    """Return torch's cached blocks to the driver, so that a smaller batch does not fail because of fragmentation."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()

@@ -1,14 +1,15 @@
-"""list[Pair] -> PackedBatch: one sequence without padding, every prefix once.
+"""list[Pair] -> PackedBatch: one sequence without padding that holds each prefix once.
 
-A batch is a list of groups. A group is one prefix segment followed by the document segments of its pairs, ordered by
-length so that attention can take equal lengths in one call. Knows nothing of models or attention kernels.
+A batch is a list of groups. A group is one prefix segment followed by the document segments of its pairs, sorted by
+length so that attention can process equal lengths in one call. This module knows no models or attention kernels.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,12 +20,17 @@ from local_rerank.requests.tokenization import Pair
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring document segments of one group that have the same length."""
+    """Adjacent document segments of one group that have the same length."""
 
     start: int  # first token of the first segment
-    first_document: int  # number of the first segment among the batch's documents, in packed order
+    first_document: int  # index of the first segment among the batch's documents, in packed order
     count: int
     length: int  # tokens of each segment
+
+    @property
+    def starts(self) -> range:
+        """The first token of each segment."""
+        return range(self.start, self.start + self.count * self.length, self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedBatch:
-    """What one forward pass takes. `num_pairs` documents in packed order; `pair_order` leads back to the caller's."""
+    """The input of one forward pass: `num_pairs` documents in packed order."""
 
     input_ids: Tensor  # (1, num_tokens) int64
-    position_ids: Tensor  # (1, num_tokens) int64: a document's positions begin at its prefix's length
-    last_token_index: Tensor  # (num_pairs,) int64: where each document's last token stands
+    position_ids: Tensor  # (1, num_tokens) int64: a document's positions start at the length of its prefix
+    last_token_index: Tensor  # (num_pairs,) int64: index of each document's last token
     pair_order: Tensor  # (num_pairs,) int64: packed document i is the caller's pair pair_order[i]
     groups: tuple[Group, ...]
 
@@ -58,52 +64,54 @@ class PackedBatch:
         return self.last_token_index.shape[0]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """A copy whose tensors are on `device`, except the order, which stays; to a GPU without waiting."""
-        if device.type == "cpu":
-            return self
-        return PackedBatch(
+        """A copy with its tensors on `device`, except `pair_order`; a copy to a GPU does not block."""
+        return replace(
+            self,
             input_ids=copy_to(self.input_ids, device),
             position_ids=copy_to(self.position_ids, device),
             last_token_index=copy_to(self.last_token_index, device),
-            pair_order=self.pair_order,
-            groups=self.groups,
         )
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the host to a GPU by way of pinned memory, so that the copy waits for nothing and nothing waits for it."""
+    """Copy a tensor to `device`; from the host to a GPU through pinned memory, so that the copy does not block."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:
-    """Lay out pairs, grouped by prefix in order of appearance, documents by length within a group."""
+    """Pack pairs: groups in the order in which their prefixes first appear, documents by length within a group."""
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         by_prefix.setdefault(pair.prefix_ids, []).append(index)
+
+    def length_of(index: int) -> int:
+        return len(pairs[index].document_ids)
+
     ids = array("q")
-    first_positions: list[int] = []  # by segment
+    first_positions: list[int] = []  # of each segment
     lengths: list[int] = []
     last: list[int] = []
     order: list[int] = []
     groups: list[Group] = []
     for prefix_ids, members in by_prefix.items():
-        members.sort(key=lambda index: len(pairs[index].document_ids))
+        members.sort(key=length_of)
         start, first_document, prefix_length = len(ids), len(order), len(prefix_ids)
         ids.extend(prefix_ids)
         first_positions.append(0)
         lengths.append(prefix_length)
         runs: list[Run] = []
-        for index in members:
-            document_ids = pairs[index].document_ids
-            length = len(document_ids)
-            runs[-1:] = _extend(runs[-1] if runs else None, start=len(ids), document=len(order), length=length)
-            ids.extend(document_ids)
-            first_positions.append(prefix_length)
-            lengths.append(length)
-            last.append(len(ids) - 1)
-            order.append(index)
+        for length, same_length in groupby(members, key=length_of):
+            indices = list(same_length)
+            run = Run(len(ids), len(order), len(indices), length)
+            for index in indices:
+                ids.extend(pairs[index].document_ids)
+            first_positions += [prefix_length] * run.count
+            lengths += [length] * run.count
+            last += [first + length - 1 for first in run.starts]
+            order += indices
+            runs.append(run)
         groups.append(Group(start, prefix_length, len(ids), first_document, len(members), tuple(runs)))
     return PackedBatch(
         input_ids=torch.frombuffer(ids, dtype=torch.int64).unsqueeze(0),
@@ -115,21 +123,13 @@ def pack(pairs: Sequence[Pair]) -> PackedBatch:
 
 
 def ranges(starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """start, start + 1, ... of each range, one range behind the other: (sum of lengths,) int64.
+    """The concatenated ranges start, start + 1, ...: (sum of lengths,) int64.
 
-    As lists these numbers took 15 ms of a batch of 16,000 tokens, in which a GPU has nothing to do. numpy's operators
-    need no threads; torch's would start a pool of them for the caller (see `openmp.py`).
+    Building lists took 15 ms for a batch of 16,000 tokens, while the GPU was idle. We use numpy because a torch
+    operator would start a thread pool for the calling thread (see `compute_thread.py`).
     """
     counts = np.asarray(lengths, dtype=np.int64)
     ends = counts.cumsum()
     numbers = np.repeat(np.asarray(starts, dtype=np.int64) - (ends - counts), counts)
     numbers += np.arange(len(numbers))
     return torch.from_numpy(numbers)
-
-
-def _extend(run: Run | None, *, start: int, document: int, length: int) -> list[Run]:
-    """The run with one more segment of its length, or the run followed by a new one."""
-    if run is not None and run.length == length:
-        return [Run(run.start, run.first_document, run.count + 1, length)]
-    new = Run(start, document, 1, length)
-    return [new] if run is None else [run, new]

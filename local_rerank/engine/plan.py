@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu import choices as cpu
 from local_rerank.engine.cuda import choices as cuda
-from local_rerank.engine.dtypes import choose_dtypes, name_of
+from local_rerank.engine.dtypes import Preferred, choose_dtypes, name_of
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.errors import ConfigError
 
@@ -24,41 +24,41 @@ DecoderName = Literal["transformers", "cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """Every choice that loading makes, and in `reasons` why, by the field's name."""
+    """Every choice about a load; `reasons` says why, by field name."""
 
     config: EngineConfig
     checkpoint: Checkpoint
     device: torch.device
-    weights: torch.dtype  # as they are loaded
-    arithmetic: torch.dtype  # of what is not quantized
+    weights: torch.dtype  # dtype of the loaded weights, before quantization
+    arithmetic: torch.dtype  # dtype in which unquantized layers compute
     quantization: Literal["int8", "fp8"] | None
     decoder: DecoderName
-    kernel: str  # of attention, a row of KERNELS
-    linear: str | None  # kernel of linear layers on a CPU, a row of PRODUCTS
-    values: torch.dtype | None  # in which a CPU's attention sums up values, if not that of the hidden states
-    routes_fp32: bool  # whether oneDNN multiplies the fp32 matrices of attention on a CPU
+    kernel: str  # attention kernel, a row of KERNELS
+    linear: str | None  # kernel of the CPU's linear layers, a row of PRODUCTS
+    values: torch.dtype | None  # dtype of values in the CPU's attention; None: that of the hidden states
+    routes_fp32: bool  # whether oneDNN multiplies the fp32 matrices of the CPU's attention
     cuda_graphs: bool
     max_batch_tokens: int
-    fits_memory: bool  # whether loading lowers max_batch_tokens to what fits into free memory
+    fits_memory: bool  # whether loading lowers max_batch_tokens to what fits in free memory
     reasons: Mapping[str, str]
 
     @property
     def products(self) -> tuple[str, ...]:
-        """The kernels that multiply matrices on a CPU, by their names in PRODUCTS."""
+        """The kernels that multiply matrices on the CPU, rows of PRODUCTS."""
         if self.linear is None:
             return ()
-        others = ["fp32"] if self.quantization == "int8" else []  # for the layers that int8 would spoil
+        others = ["fp32"] if self.quantization == "int8" else []  # for the layers that stay in fp32
         attention = "routed fp32" if self.routes_fp32 else "attention fp32"
         return (self.linear, *others, attention, *(["attention bf16"] if self.rounds_values else []))
 
     @property
     def rounds_values(self) -> bool:
-        """Whether attention's weighted sum is in 16 bits."""
+        """Whether attention computes its weighted sum in 16 bits."""
         return (self.values or self.arithmetic) != torch.float32
 
     @property
     def pads_attention(self) -> bool:
-        """Whether a CPU's attention pads tiles to recurring shapes: oneDNN generates code for each shape."""
+        """Whether the CPU's attention pads tiles to recurring shapes, because oneDNN generates code for each shape."""
         return self.rounds_values or self.routes_fp32
 
     def __str__(self) -> str:
@@ -68,11 +68,11 @@ class LoadPlan:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What depends on the hardware: a row per device type."""
+    """What depends on the hardware; a row per device type."""
 
-    preferred_dtype: Callable[[], tuple[torch.dtype, str]]
+    preferred_dtype: Preferred
     max_batch_tokens: int
-    fits_memory: bool = False  # whether a batch's tokens are limited by free memory
+    fits_memory: bool = False  # whether free memory limits the tokens of a batch
 
 
 PLATFORMS = {
@@ -83,7 +83,7 @@ PLATFORMS = {
 
 
 def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[str, Platform] = PLATFORMS) -> LoadPlan:
-    """Raises ConfigError if an option cannot be met on this machine."""
+    """Decide how to run `checkpoint` here. Raises ConfigError if this machine cannot do what an option says."""
     reasons: dict[str, str] = {}
     device, reasons["device"] = choose_device(config.device)
     platform, is_spread = platforms[device.type], config.device_map is not None
@@ -123,7 +123,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device and the reason for it; `auto` takes a GPU if there is one. Raises ConfigError if it is missing."""
+    """The device and the reason for it; `auto` takes a GPU if there is one. Raises ConfigError if it is absent."""
     if name == "auto":
         has_gpu = torch.cuda.is_available()
         return torch.device("cuda" if has_gpu else "cpu"), "torch sees a GPU" if has_gpu else "torch sees no GPU"
@@ -159,32 +159,31 @@ def _decoder(
     if config.device_map is not None:
         why_not = "the model is spread over devices"
     elif device.type == "cpu":
-        return "cpu", "the model is on the CPU as a whole"
+        return "cpu", "the whole model is on the CPU"
     elif device.type == "cuda":
         if (reason := cuda.why_not_fused_here(config, checkpoint, device, dtype)) is None:
             return "cuda", "each kernel agrees with torch's operators on this GPU"
         why_not = reason
     else:
-        why_not = f"there is no other one for {device.type}"
-    if config.dtype == "fp8":
-        raise ConfigError(f"dtype is 'fp8', which needs our decoder, and that cannot be used: {why_not}")
-    if config.attention == "cuda-tiles":
-        raise ConfigError(f"attention is 'cuda-tiles', which needs our decoder, and that cannot be used: {why_not}")
+        why_not = f"there is no other decoder for {device.type}"
+    for option, value in (("dtype", "fp8"), ("attention", "cuda-tiles")):
+        if getattr(config, option) == value:
+            raise ConfigError(f"{option} is {value!r}, which needs the GPU decoder; it cannot be used: {why_not}")
     return "transformers", why_not
 
 
 def _cuda_graphs(config: EngineConfig, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
-    """Graphs need the GPU decoder and the one kernel whose layout can be padded.
+    """Whether to use CUDA graphs, and why. They need the GPU decoder and the only kernel whose layout can be padded.
 
-    Not with `deterministic`: the first pass of a shape is no graph, and padded products sum in another order.
+    `deterministic` excludes them: the first pass of a shape is no graph, and padded products sum in another order.
     """
     if decoder != "cuda":
-        return False, "they need the GPU decoder"
+        return False, "graphs need the GPU decoder"
     if kernel != "cuda-tiles":
         return False, f"the layout of {kernel} cannot be padded"
     if config.no_cuda_graphs or config.deterministic:
         return False, "set by the user" if config.no_cuda_graphs else "deterministic is set"
-    return True, "they launch a batch at once"
+    return True, "one launch for a whole batch"
 
 
 def _text(value: object) -> str:

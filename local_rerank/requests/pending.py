@@ -1,4 +1,4 @@
-"""A request that waits for its scores, from submission to result."""
+"""A request from submission to result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class PendingRequest:
-    """A tokenized request, its log-odds so far, and the future that its caller waits for."""
+    """A tokenized request, the log-odds computed so far, and the caller's future."""
 
     def __init__(
         self,
@@ -26,12 +26,12 @@ class PendingRequest:
         started: float,
         name: str | None = None,
     ) -> None:
-        """`started`: time.perf_counter() when tokenization began; `name`: the request's name in the log."""
+        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log."""
         self.request = request
         self.tokenized = tokenized
         self.name = name
         self.future: Future[RerankResult] = Future()
-        self.log_odds: dict[int, float] = {}  # by pair
+        self.log_odds: dict[int, float] = {}  # by position of the pair
         self.num_computed_tokens = 0
         self.first_batch: float | None = None
         self._model_id = model_id
@@ -43,24 +43,23 @@ class PendingRequest:
         return len(self.log_odds) == len(self.tokenized.pairs)
 
     def answer(self) -> None:
-        """Resolve the future with the result; every pair must have its log-odds."""
+        """Resolve the future with the result. Every pair must have its log-odds."""
         self._resolve(self._result())
 
     def fail(self, error: LocalRerankError) -> None:
         self._resolve(error)
 
     def _resolve(self, outcome: RerankResult | LocalRerankError) -> None:
-        """Resolve the future, unless its caller cancelled it at the same moment."""
         try:
             if isinstance(outcome, LocalRerankError):
                 self.future.set_exception(outcome)
             else:
                 self.future.set_result(outcome)
-        except InvalidStateError:
-            logger.debug("a request was cancelled as it was answered")
+        except InvalidStateError:  # the caller cancelled it at the same moment
+            logger.debug("a request was cancelled while its result was delivered")
 
     def _result(self) -> RerankResult:
-        """Sort by log-odds (unlike scores they do not saturate), ties by index, and keep `top_n`."""
+        """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
         log_odds = [self.log_odds[pair] for pair in tokenized.pair_of_document]
         order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))

@@ -1,7 +1,6 @@
-"""The prompt of each model family, as text. A new family is a new row of `TEMPLATES`.
+"""The prompt template of each model family, as text. To add a family, add a row to `TEMPLATES`.
 
-The pieces come from the model card of Qwen3-Reranker ("Transformers Usage"). Nothing here touches a tokenizer;
-`tokenization.py` turns the pieces into token ids.
+The texts come from the model card of Qwen3-Reranker ("Transformers Usage"). `tokenization.py` encodes them.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from dataclasses import dataclass
 class PromptTemplate:
     """The fixed texts around instruction, query and document, and the two answers."""
 
-    prefix: str  # may hold control tokens
+    prefix: str  # may contain control tokens
     instruction_label: str
     query_label: str
-    document_label: str  # the document follows after one space, which belongs to the document's side
-    suffix: str  # may hold control tokens
+    document_label: str  # the space after it is encoded with the document
+    suffix: str  # may contain control tokens
     yes: str
     no: str
 
     def shared_body(self, instruction: str, query: str) -> str:
-        """The text after `prefix` that every pair of a request begins with."""
+        """The text between `prefix` and the document, which all pairs of a request share."""
         return f"{self.instruction_label} {instruction}\n{self.query_label} {query}\n{self.document_label}"
 
 
@@ -43,4 +42,4 @@ TEMPLATES: dict[str, PromptTemplate] = {
     "Qwen3ForCausalLM": QWEN3_RERANKER,
     "Qwen3ForSequenceClassification": QWEN3_RERANKER,
 }
-"""Keyed by the first entry of `architectures` in the checkpoint's config.json."""
+"""By the first entry of `architectures` in the checkpoint's config.json."""

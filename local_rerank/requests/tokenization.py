@@ -1,8 +1,8 @@
 """RerankRequest -> TokenizedRequest: the prompt of Qwen3-Reranker's model card, token for token.
 
-A pair's ids are `prefix + document`. The prefix ends with `<Document>:` and is shared by the pairs of a request, so it
-is computed once. The document part starts with a space, because a space merges with the word after it, and ends with
-the template's suffix. User text is encoded by a copy of the tokenizer without added tokens, so a document that contains
+A pair's ids are `prefix + document`. The prefix ends with `<Document>:`. All pairs of a request share it, so the model
+computes it once. The document starts with a space, because a space merges with the word after it, and ends with the
+template's suffix. User text is encoded by a copy of the tokenizer without added tokens, so a document that contains
 `<|im_end|>` or `<think>` stays plain text.
 """
 
@@ -22,7 +22,7 @@ from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.types import RerankRequest
 
 MAX_INSTRUCTION_TOKENS = 1024
-CHUNK_CHARS = 1_000_000  # encoded at once: about 0.5 s
+CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -40,7 +40,7 @@ class Pair:
 
 
 def num_batch_tokens(pairs: Iterable[Pair]) -> int:
-    """Tokens of the packed batch that `pairs` would make: each prefix once."""
+    """Tokens of a packed batch of `pairs`, in which each prefix counts once."""
     lengths: dict[tuple[int, ...], int] = {}
     for pair in pairs:
         lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
@@ -49,7 +49,7 @@ def num_batch_tokens(pairs: Iterable[Pair]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLimits:
-    """Tokens that a prompt may have. A longer query or document is cut."""
+    """Limits in tokens. A longer query or document is truncated."""
 
     max_length: int  # of the whole prompt
     max_query_tokens: int
@@ -58,10 +58,10 @@ class PromptLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedRequest:
-    """The pairs of a request, each distinct document once, and the token counts that its result reports."""
+    """The pairs of a request, one for each distinct document, and the token counts of its result."""
 
     pairs: tuple[Pair, ...]
-    pair_of_document: tuple[int, ...]  # per document: its place in `pairs`
+    pair_of_document: tuple[int, ...]  # per document: position in `pairs`
     num_truncated_tokens: tuple[int, ...]  # per document
     num_query_tokens: int
     num_query_truncated_tokens: int
@@ -73,7 +73,7 @@ class TokenizedRequest:
 
 
 class PairTokenizer:
-    """The tokenizer of a checkpoint, twice: with control tokens for the template, without them for user text."""
+    """A checkpoint's tokenizer in two copies: with control tokens for the template, without them for user text."""
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class PairTokenizer:
     def from_folder(
         cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
     ) -> PairTokenizer:
-        """Raises CheckpointError where the folder has no usable tokenizer.json."""
+        """Raises CheckpointError if the folder has no usable tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is needed")
+            raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is required")
         try:
             return cls(
                 path.read_text(encoding="utf-8"), template, limits=limits, default_instruction=default_instruction
@@ -116,7 +116,7 @@ class PairTokenizer:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def pairs(self, request: RerankRequest) -> TokenizedRequest:
-        """Encode a request; raises a leaf of InvalidRequest."""
+        """Encode a request. Raises a leaf of InvalidRequest."""
         instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
         prefix_ids, num_query_tokens, num_query_cut = self._prefix(instruction, clean(request.query), request)
         documents = [clean(document) for document in request.documents]
@@ -124,9 +124,7 @@ class PairTokenizer:
         pair_of_document = tuple(place[document] for document in documents)
         pairs: list[Pair] = []
         cuts: list[int] = []
-        num_request_tokens = (
-            0  # the hosted service's rule: query tokens per document, plus document tokens, after cutting
-        )
+        num_request_tokens = 0  # as `Limits.max_request_tokens` counts them
         repeats = Counter(documents)
         first_index = {document: index for index, document in reversed(list(enumerate(documents)))}
         for document, ids in self._encode_in_chunks(list(place)):
@@ -148,15 +146,15 @@ class PairTokenizer:
         )
 
     def count_tokens(self, text: str) -> int:
-        """The number of tokens of a text on its own."""
+        """The number of tokens of a text outside a prompt."""
         return len(self._encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The exact prompt text of some ids, control tokens included (`rank --show-prompt`)."""
+        """The text of some ids, with control tokens."""
         return self._full.decode(list(ids), skip_special_tokens=False)
 
     def _prefix(self, instruction: str, query: str, request: RerankRequest) -> tuple[tuple[int, ...], int, int]:
-        """The prefix ids, the number of query tokens used, and the number cut."""
+        """The prefix ids, the number of query tokens used, and the number cut off."""
         num_instruction_tokens = len(self._encode(instruction).ids)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
@@ -183,7 +181,7 @@ class PairTokenizer:
         return min(self._limits.max_length, request.max_prompt_tokens or self._limits.max_length)
 
     def _num_around_documents(self, body_ids: list[int]) -> int:
-        """Tokens of the prompt with an empty document, which still has one token: its space."""
+        """Tokens of the prompt with an empty document, which is one token: its space."""
         return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids)
 
     def _body_ids(self, instruction: str, query: str) -> list[int]:
@@ -201,14 +199,14 @@ class PairTokenizer:
         return ids[-limit:] if request.truncation == "start" else ids[:limit]
 
     def _billed_tokens(self, pair: Pair) -> int:
-        """Tokens of instruction, query and document, as the hosted service bills them (seen in live samples)."""
+        """Tokens of instruction, query and document, as the hosted service bills them (from live samples)."""
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
 
     def _encode(self, text: str) -> Encoding:
         return self._plain.encode(text, add_special_tokens=False)
 
     def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
-        """Each document with the ids of " " + document; in chunks, so a request over its limit is refused early."""
+        """Each document with the ids of " " + document. Lazy, so that a request over its limit is refused early."""
         chunk: list[str] = []
         num_chars = 0
         for number, document in enumerate(documents, 1):
@@ -220,7 +218,7 @@ class PairTokenizer:
                 chunk, num_chars = [], 0
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a template text; each control token in it must be a single token of the vocabulary."""
+        """Ids of a template text. Each control token in it must be a single token of the vocabulary."""
         encoding = self._full.encode(text, add_special_tokens=False)
         for match in _CONTROL_TOKEN.finditer(text):
             if not any(start <= match.start() and match.end() <= end for start, end in encoding.offsets):
@@ -230,12 +228,12 @@ class PairTokenizer:
     def _answer_id(self, answer: str) -> int:
         ids = self._encode(answer).ids
         if len(ids) != 1:
-            raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; one is needed")
+            raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; it must be one")
         return ids[0]
 
 
 def _prompt_too_short(needed: int, asked: int) -> InvalidRequest:
-    what = f"a prompt of at most {asked} tokens holds no query; at least {needed} are needed"
+    what = f"max_prompt_tokens is {asked}, which leaves no room for a query; it must be at least {needed}"
     return InvalidRequest(what, field="max_prompt_tokens", limit=needed, value=asked)
 
 
@@ -245,7 +243,7 @@ def clean(text: str) -> str:
 
 
 def _cut_text(text: str, encoding: Encoding, limit: int, from_start: bool) -> str:
-    """The part of a text that its first (or last) `limit` tokens cover."""
+    """The part of a text that its first or last `limit` tokens cover."""
     if limit == len(encoding.ids):
         return text
     if from_start:

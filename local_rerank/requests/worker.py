@@ -103,7 +103,7 @@ class Worker:
         if self._is_in_child:
             if self._device != "cpu":
                 raise UnusableAfterFork(f"the model is on {self._device}, which a forked process cannot use")
-            forks.check_whole()
+            forks.check_usable()
 
     @property
     def num_queued_tokens(self) -> int:
@@ -142,11 +142,10 @@ class Worker:
         with self._changed:
             queued = self._scheduler.num_queued_tokens
             if queued and queued + num_tokens > limit:
-                what = (
-                    f"{queued} tokens are queued, this request has {num_tokens} or more; at most {limit} can be queued"
-                )
-                over = min(queued, queued + num_tokens - limit)  # an empty queue accepts it
-                raise Overloaded(what, retry_after=self._drain_rate.seconds_for(over))
+                what = f"{queued} tokens are queued, this request has {num_tokens} or more"
+                over = min(queued, queued + num_tokens - limit)  # an empty queue accepts any request
+                retry_after = self._drain_rate.seconds_for(over)
+                raise Overloaded(f"{what}; at most {limit} can be queued", retry_after=retry_after)
 
     def submit(self, request: PendingRequest) -> None:
         """Queue a request; cancelling its future removes it at once.

@@ -17,7 +17,7 @@ import pytest
 
 PRELOADED = [
     "tests.batch.killed", "tests.batch.test_job", "pandas",  # imported by pyarrow
-    "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.batch.display",
+    "local_rerank.batch.scoring", "local_rerank.batch.parquet", "local_rerank.commands.batch_progress",
     "local_rerank.commands.app", "local_rerank.commands.batch", "local_rerank.evaluation.measures",
     "transformers.models.qwen3.modeling_qwen3",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bundles: packed here, moved, verified and served where there is no network; whatever was tampered with is refused."""
+"""Bundles: packing, unpacking, verifying, and refusing damaged and malicious ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In several shards, with a licence, a marker in a folder of its own, and files that do not belong in a bundle."""
+    """In several shards, with a licence, a marker in a subfolder, and files that do not belong in a bundle."""
     folder = make_checkpoint(tmp_path_factory.mktemp("packed") / "tiny-reranker", seed=21, max_shard_size="40KB")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA random reranker.\n", encoding="utf-8")
     (folder / "LICENSE").write_text("Apache License\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The checkpoint as a file and as a folder, by the command."""
+    """The checkpoint packed as a file and as a folder."""
     where = tmp_path_factory.mktemp("bundles")
     bundles = {"file": where / "tiny.zip", "folder": where / "tiny-0.6B"}
     for bundle in bundles.values():
@@ -63,7 +63,7 @@ def rewrite(
     change: Callable[[dict[str, bytes]], object],
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """A copy of a file bundle whose members went through `change`."""
+    """A copy of a file bundle with its members changed."""
     with zipfile.ZipFile(bundle) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -78,7 +78,7 @@ def edit_manifest(members: dict[str, bytes], **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_bundle_holds_what_loading_needs_and_its_manifest_says_it(
+def test_a_bundle_contains_the_files_for_loading_and_a_manifest_of_them(
     kind: str, packed: dict[str, Path], checkpoint: Path
 ) -> None:
     manifest = read_manifest(packed[kind])
@@ -95,7 +95,7 @@ def test_a_bundle_holds_what_loading_needs_and_its_manifest_says_it(
     assert damaged_files(packed[kind]) == []
 
 
-def test_the_same_checkpoint_makes_the_same_file(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
+def test_packing_is_reproducible(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
     assert command("pack", str(checkpoint), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
     assert (tmp_path / "x.zip").read_bytes() == packed["file"].read_bytes()
 
@@ -107,13 +107,13 @@ def test_a_bundle_scores_as_its_checkpoint_and_passes_its_self_test(
     with Reranker(str(checkpoint), device="cpu", dtype="fp32") as reranker:
         expected = reranker.score(PAIRS, logits=True)
     with Reranker(str(packed[kind]), device="cpu", dtype="fp32") as reranker:
-        assert reranker.score(PAIRS, logits=True) == pytest.approx(expected, abs=1e-4)  # batches differ by chance
+        assert reranker.score(PAIRS, logits=True) == pytest.approx(expected, abs=1e-4)  # in different batches
         assert (reranker.model_id, reranker.info.source) == ("tiny-reranker", "bundle")
         assert self_test(reranker).basis == "stored"
         assert self_test(reranker).passed
 
 
-def test_a_file_is_unpacked_once_and_a_folder_never(packed: dict[str, Path], cache: Path) -> None:
+def test_a_file_is_unpacked_once_and_a_folder_used_in_place(packed: dict[str, Path], cache: Path) -> None:
     assert open_bundle(packed["folder"])[1] == packed["folder"]
     assert not cache.exists()
     _, folder = open_bundle(packed["file"])
@@ -125,22 +125,21 @@ def test_a_file_is_unpacked_once_and_a_folder_never(packed: dict[str, Path], cac
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
-def test_a_cache_folder_that_lost_a_file_is_unpacked_anew(packed: dict[str, Path]) -> None:
+def test_a_cache_folder_that_lost_a_file_is_unpacked_again(packed: dict[str, Path]) -> None:
     _, folder = open_bundle(packed["file"])
     (folder / "tokenizer.json").unlink()
     assert open_bundle(packed["file"])[1] == folder
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_a_bundle_that_a_person_unpacked_is_a_folder_bundle(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_an_archive_unpacked_by_hand_is_a_folder_bundle(packed: dict[str, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(packed["file"]) as archive:
         archive.extractall(tmp_path / "by hand")
     assert damaged_files(tmp_path / "by hand") == []
-    with Reranker(str(tmp_path / "by hand"), device="cpu", dtype="fp32") as reranker:
-        assert self_test(reranker).passed
+    assert open_bundle(tmp_path / "by hand")[1] == tmp_path / "by hand"
 
 
-def test_verify_passes_a_whole_bundle(packed: dict[str, Path]) -> None:
+def test_verify_accepts_an_intact_bundle(packed: dict[str, Path]) -> None:
     for bundle in packed.values():
         done = command("verify", str(bundle), *EXACT)
         assert done.returncode == 0, done.stderr
@@ -149,7 +148,7 @@ def test_verify_passes_a_whole_bundle(packed: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_verify_names_every_file_that_is_off(kind: str, packed: dict[str, Path], tmp_path: Path) -> None:
+def test_verify_names_every_damaged_file(kind: str, packed: dict[str, Path], tmp_path: Path) -> None:
     def damage(members: dict[str, bytes]) -> None:
         members["config.json"] += b" "
         members["tokenizer.json"] = members["tokenizer.json"].replace(b"Q", b"q", 1)
@@ -175,7 +174,7 @@ def test_verify_names_every_file_that_is_off(kind: str, packed: dict[str, Path],
         assert "model.safetensors: not in the manifest" in done.stderr
 
 
-def test_verify_names_the_score_that_is_off(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_verify_names_a_wrong_score(packed: dict[str, Path], tmp_path: Path) -> None:
     def change(members: dict[str, bytes]) -> None:
         expected = json.loads(members[MANIFEST])["expected"]
         expected["scores"][3]["log_odds"] += 100
@@ -188,7 +187,7 @@ def test_verify_names_the_score_that_is_off(packed: dict[str, Path], tmp_path: P
 
 
 def add_file(name: str) -> Callable[[dict[str, bytes]], object]:
-    """A member that the manifest names too, with the right checksum: only its name is wrong."""
+    """A member with a valid manifest entry, so that only its name is wrong."""
 
     def change(members: dict[str, bytes]) -> None:
         manifest = json.loads(members[MANIFEST])
@@ -200,58 +199,58 @@ def add_file(name: str) -> Callable[[dict[str, bytes]], object]:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        (add_file("../escaped.json"), "'../escaped.json', which is no plain relative name"),
-        (add_file("/absolute/escaped.json"), "no plain relative name"),
-        (add_file("a/../../escaped.json"), "no plain relative name"),
-        (add_file("C:\\escaped.json"), "no plain relative name"),
-        (add_file("C:escaped.json"), "no plain relative name"),
-        (add_file(".hidden"), "no plain relative name"),
+        (add_file("../escaped.json"), "'../escaped.json'; only plain relative names are allowed"),
+        (add_file("/absolute/escaped.json"), "only plain relative names"),
+        (add_file("a/../../escaped.json"), "only plain relative names"),
+        (add_file("C:\\escaped.json"), "only plain relative names"),
+        (add_file("C:escaped.json"), "only plain relative names"),
+        (add_file(".hidden"), "only plain relative names"),
         (add_file("pytorch_model.bin"), "pytorch_model.bin, a pickle"),
         (add_file("weights/model.PT"), "model.PT, a pickle"),
-        (add_file("modeling_evil.py"), "modeling_evil.py; a bundle has only"),
-        (lambda members: members.update({"extra.json": b"{}"}), "does not hold what its manifest names"),
-        (lambda members: members.pop("LICENSE"), "does not hold what its manifest names"),
-        (lambda members: members.pop(MANIFEST), "is no bundle of local-rerank"),
+        (add_file("modeling_evil.py"), "modeling_evil.py; only .json, .safetensors, "),
+        (lambda members: members.update({"extra.json": b"{}"}), "does not contain the files of its manifest"),
+        (lambda members: members.pop("LICENSE"), "does not contain the files of its manifest"),
+        (lambda members: members.pop(MANIFEST), "is not a bundle of local-rerank"),
         (lambda members: members.update({MANIFEST: b"{"}), "manifest .* cannot be read"),
         (lambda members: edit_manifest(members, format_version=2), "version 2"),
         (lambda members: edit_manifest(members, files={"config.json": {"size": 1}}), "manifest .* cannot be read"),
-        (lambda members: edit_manifest(members, files={"a": {"size": "1", "sha256": ""}}), "a file has the size '1'"),
-        (lambda members: edit_manifest(members, files={"a": {"size": -1, "sha256": ""}}), "a file has the size -1"),
+        (lambda members: edit_manifest(members, files={"a": {"size": "1", "sha256": ""}}), "a file has size '1'"),
+        (lambda members: edit_manifest(members, files={"a": {"size": -1, "sha256": ""}}), "a file has size -1"),
         (lambda members: members.update({MANIFEST: b"[" * 100_000}), "manifest .* cannot be read: RecursionError"),
-        (lambda members: edit_manifest(members, recipe={"prefix": "x"}), "another prompt recipe"),
+        (lambda members: edit_manifest(members, recipe={"prefix": "x"}), "a different prompt template"),
         (lambda members: members.update({"config.json": members["config.json"] + b" "}), "config.json does not have"),
     ],
 )
-def test_what_was_tampered_with_is_refused_and_leaves_nothing_behind(
-    change: Callable[[dict[str, bytes]], object], words: str, packed: dict[str, Path], tmp_path: Path, cache: Path
+def test_a_tampered_archive_raises_and_leaves_no_files(
+    change: Callable[[dict[str, bytes]], object], message: str, packed: dict[str, Path], tmp_path: Path, cache: Path
 ) -> None:
     bundle = rewrite(packed["file"], tmp_path / "tampered.zip", change)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         Reranker(str(bundle), device="cpu", dtype="fp32")
     assert not list(tmp_path.rglob("*escaped*"))
     assert not Path("/absolute/escaped.json").exists()
-    if "recipe" not in words:
+    if "template" not in message:
         assert not list(cache.glob("*"))
 
 
-def test_a_file_that_is_cut_short_is_refused_before_anything_is_unpacked(
+def test_a_truncated_archive_raises_before_anything_is_unpacked(
     packed: dict[str, Path], tmp_path: Path, cache: Path
 ) -> None:
     content = packed["file"].read_bytes()
     (tmp_path / "short.zip").write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="no bundle, or only a part of one"):
+    with pytest.raises(CheckpointError, match="not a bundle, or an incomplete one"):
         open_bundle(tmp_path / "short.zip")
     assert not cache.exists()
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("honest", [True, False])
-def test_an_archive_that_unpacks_to_absurdly_much_is_refused_before_the_disk_fills(
+def test_a_zip_bomb_raises_before_anything_is_unpacked(
     compression: int, honest: bool, packed: dict[str, Path], tmp_path: Path, cache: Path
 ) -> None:
-    """Whether its manifest names the true size or hides it."""
+    """Whether or not its manifest has the true size."""
     zeros = bytes(30_000_000)
 
     def change(members: dict[str, bytes]) -> None:
@@ -268,7 +267,7 @@ def test_an_archive_that_unpacks_to_absurdly_much_is_refused_before_the_disk_fil
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_compressed_archive_is_taken_and_one_that_is_broken_inside_is_not(
+def test_a_compressed_archive_works_and_a_damaged_one_raises(
     compression: int, packed: dict[str, Path], tmp_path: Path
 ) -> None:
     bundle = rewrite(packed["file"], tmp_path / "compressed.zip", lambda members: None, compression)
@@ -284,23 +283,23 @@ def test_a_compressed_archive_is_taken_and_one_that_is_broken_inside_is_not(
         open_bundle(bundle)
 
 
-def test_files_that_are_no_bundles_are_refused_by_what_they_are(tmp_path: Path) -> None:
-    for name, words in (("model.bin", "a pickle, which could run code"), ("model.gguf", "no bundle")):
+def test_a_file_that_is_not_a_bundle_raises(tmp_path: Path) -> None:
+    for name, message in (("model.bin", "a pickle, which could run code"), ("model.gguf", "not a bundle")):
         (tmp_path / name).write_bytes(b"GGUF")
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=message):
             Reranker(str(tmp_path / name))
     with pytest.raises(CheckpointError, match="does not exist"):
         read_manifest(tmp_path / "nowhere.zip")
 
 
-def test_a_folder_bundle_that_lacks_a_file_says_which(packed: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_bundle_without_one_of_its_files_raises(packed: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(packed["folder"], tmp_path / "part")
     (tmp_path / "part" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"incomplete: tokenizer\.json is missing"):
         Reranker(str(tmp_path / "part"))
 
 
-def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: Path) -> None:
+def test_a_model_that_fails_its_self_test_is_not_packed(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "untrained-reranker", seed=0)
     (folder / "golden.json").write_text('[{"query": "q", "document": "d", "log_odds": 1000}]', encoding="utf-8")
     done = command("pack", str(folder), "-o", str(tmp_path / "x.zip"), *EXACT)
@@ -309,8 +308,8 @@ def test_a_model_that_fails_its_self_test_is_not_packed_unless_asked(tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == []
 
 
-def test_the_help_of_pack_and_verify_names_the_model_once() -> None:
-    """It is their argument; the variable of --model still counts for `pack`."""
+def test_pack_and_verify_have_no_model_option_in_their_help() -> None:
+    """The model is their argument. `pack` accepts a hidden --model, so that LOCAL_RERANK_MODEL works."""
     for name in ("pack", "verify"):
         shown = command(name, "--help").stdout
         assert "--model" not in shown
@@ -320,14 +319,14 @@ def test_the_help_of_pack_and_verify_names_the_model_once() -> None:
     assert "model 'y' is no folder" in command("pack", "--model", "y", "-o", "z.zip").stderr
 
 
-def test_nothing_is_overwritten(packed: dict[str, Path], checkpoint: Path) -> None:
+def test_pack_overwrites_nothing(packed: dict[str, Path], checkpoint: Path) -> None:
     for bundle in packed.values():
         done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
         assert done.returncode == 1
         assert "exists already" in done.stderr
 
 
-def test_too_little_disk_space_is_an_error_before_anything_is_written(
+def test_too_little_disk_space_raises_before_anything_is_written(
     packed: dict[str, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CheckpointError, match=r"needs 1e\+09 GB of free disk space; .* are free"):
@@ -339,6 +338,6 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     assert not cache.exists()
 
 
-def test_the_cache_stands_in_the_home_folder_where_no_variable_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "local-rerank"

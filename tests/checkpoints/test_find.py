@@ -1,4 +1,4 @@
-"""Where a model comes from: aliases, folders, the cache, a hub on loopback; and each refusal with its reason."""
+"""Finding a model: aliases, folders, the cache, a hub on loopback; and each reason for refusing one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPEN = (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a hub would have: shards, and files that must not be downloaded."""
+    """The files of a hub model: shards, and files that must not be downloaded."""
     folder = make_checkpoint(tmp_path_factory.mktemp("hub") / "tiny-reranker", max_shard_size="60KB")
     for name in ("pytorch_model.bin", "modeling_evil.py", "model.gguf"):
         (folder / name).write_bytes(b"not to be downloaded")
@@ -66,13 +66,13 @@ def closed_port() -> str:
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
-    """The hub's library reads its variables when it is imported: hence processes of their own."""
+    """Variables for a process of its own, because huggingface_hub reads them on import."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LOCAL_RERANK_"))}
     return kept | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | variables
 
 
 def opened(home: Path, *arguments: str, **variables: str) -> list[str] | str:
-    """Id, source and folder of what `open_checkpoint` finds in a process of its own, or the error."""
+    """Id, source and folder of the checkpoint that `open_checkpoint` finds in its own process, or the error."""
     done = subprocess.run(
         [sys.executable, "-c", OPEN, *arguments],
         capture_output=True,
@@ -101,7 +101,7 @@ def local_rerank(home: Path, *arguments: str, **variables: str) -> subprocess.Co
 
 
 def fill_cache(home: Path, checkpoint: Path) -> Path:
-    """The cache as the hub's library lays it out, with the files that loading needs and no model card."""
+    """Make a cache in the layout of huggingface_hub, with the files for loading and no model card."""
     repository = home / "hub" / "models--owner--tiny"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (snapshot, repository / "refs", repository / "blobs"):
@@ -113,7 +113,7 @@ def fill_cache(home: Path, checkpoint: Path) -> Path:
     return snapshot
 
 
-def test_without_a_name_it_is_the_embedded_model() -> None:
+def test_the_default_is_the_built_in_model() -> None:
     for name in (None, EMBEDDED_MODEL):
         found = open_checkpoint(name)
         assert (found.model_id, found.source) == (EMBEDDED_MODEL, "embedded")
@@ -128,35 +128,35 @@ def test_without_a_name_it_is_the_embedded_model() -> None:
         ("owner/name.v2", "owner/name.v2"),
     ],
 )
-def test_an_alias_names_an_official_checkpoint_and_a_hub_id_itself(name: str, expected: str) -> None:
+def test_hub_id_resolves_an_alias_and_keeps_a_hub_id(name: str, expected: str) -> None:
     assert hub_id(name) == expected
 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "../x", "https://huggingface.co/a/b", "", "a/"])
-def test_a_name_that_is_nothing_is_told_what_there_is(name: str) -> None:
-    with pytest.raises(CheckpointError, match="no folder or bundle here, no hub id"):
+def test_a_name_of_nothing_raises_and_says_what_is_allowed(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no folder or bundle on this machine, no hub id"):
         hub_id(name)
 
 
-def test_a_folder_is_named_by_its_name_and_asks_no_network(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_folder_gives_the_model_its_name_and_needs_no_network(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
     found = opened(tmp_path, str(checkpoint), HF_ENDPOINT=hub.url)
     assert found == ["tiny-reranker", "folder", str(checkpoint)]
     assert hub.requests == []
 
 
-def test_a_revision_of_what_has_none_is_passed_over_aloud(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for model, kind in ((str(checkpoint), "tiny-reranker is a folder here"), (None, "local-rerank-nano is built in")):
+def test_a_revision_without_a_hub_model_is_ignored_with_a_warning(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, kind in ((str(checkpoint), "tiny-reranker is a folder"), (None, "local-rerank-nano is built in")):
         caplog.clear()
         assert open_checkpoint(model, "main").revision is None
-        assert f"revision 'main' is passed over: only models of a hub have revisions, and {kind}" in caplog.messages
+        assert f"ignoring revision 'main': only hub models have revisions, and {kind}" in caplog.messages
         caplog.clear()
         open_checkpoint(model, "")
-        assert "revision" not in caplog.text, "an image's variable may be empty"
+        assert "revision" not in caplog.text, "a container's variable may be empty"
 
 
-def test_a_model_in_the_cache_asks_no_network_even_where_there_is_one(
-    checkpoint: Path, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_a_cached_model_needs_no_network(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
     snapshot = fill_cache(tmp_path, checkpoint)
     assert opened(tmp_path, "owner/tiny", HF_ENDPOINT=hub.url) == ["owner/tiny", "hub", str(snapshot)]
     assert opened(tmp_path, "owner/tiny", COMMIT, HF_HUB_OFFLINE="1") == ["owner/tiny", "hub", str(snapshot)]
@@ -167,7 +167,7 @@ def test_a_model_in_the_cache_asks_no_network_even_where_there_is_one(
 
 @pytest.mark.parametrize("offline", ["1", "0"])
 @pytest.mark.parametrize("lost", [None, "model-00001-of", "tokenizer.json"])
-def test_what_is_not_cached_in_full_says_what_to_run_where_there_is_no_network(
+def test_without_a_network_a_model_that_is_not_cached_raises_with_the_command_to_run(
     lost: str | None, offline: str, checkpoint: Path, closed_port: str, tmp_path: Path
 ) -> None:
     if lost is not None:
@@ -180,7 +180,7 @@ def test_what_is_not_cached_in_full_says_what_to_run_where_there_is_no_network(
     assert "pass it as --model" in error
 
 
-def test_a_model_that_is_cached_in_part_is_completed(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_a_partly_cached_model_is_completed(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
     lost = next(fill_cache(tmp_path, checkpoint).glob("model-00001-of*"))
     lost.unlink()
     found = opened(tmp_path, "owner/tiny", HF_ENDPOINT=hub.url)
@@ -188,9 +188,7 @@ def test_a_model_that_is_cached_in_part_is_completed(checkpoint: Path, hub: Fake
     assert lost.is_file()
 
 
-def test_pull_downloads_weights_and_texts_but_neither_pickles_nor_code(
-    checkpoint: Path, hub: FakeHub, tmp_path: Path
-) -> None:
+def test_pull_downloads_neither_pickles_nor_code(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
     done = pull(tmp_path, "owner/tiny", HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
     assert "serve it: local-rerank serve --model owner/tiny" in done.stdout
@@ -198,12 +196,12 @@ def test_pull_downloads_weights_and_texts_but_neither_pickles_nor_code(
     unwanted = {"pytorch_model.bin", "modeling_evil.py", "model.gguf"}
     assert asked == {path.name for path in checkpoint.iterdir()} - unwanted
     assert set(hub.tokens.values()) == {"Bearer hf_secret"}
-    assert all("owner/tiny" in path for path in hub.tokens), "nothing is asked but the model: no telemetry"
+    assert all("owner/tiny" in path for path in hub.tokens), "only the model is requested: no telemetry"
     snapshot = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / COMMIT
     assert opened(tmp_path, "owner/tiny", HF_HUB_OFFLINE="1") == ["owner/tiny", "hub", str(snapshot)]
 
 
-def test_a_cached_model_is_packed_under_its_own_name_and_commit(checkpoint: Path, tmp_path: Path) -> None:
+def test_pack_stores_the_hub_id_and_commit_of_a_cached_model(checkpoint: Path, tmp_path: Path) -> None:
     fill_cache(tmp_path, checkpoint)
     arguments = ("pack", "owner/tiny", "-o", str(tmp_path / "tiny"), "--no-self-test", "--device", "cpu")
     done = local_rerank(tmp_path, *arguments, HF_HUB_OFFLINE="1", LOCAL_RERANK_MODEL="the argument wins")
@@ -213,7 +211,7 @@ def test_a_cached_model_is_packed_under_its_own_name_and_commit(checkpoint: Path
     assert not any(path.is_symlink() for path in (tmp_path / "tiny").iterdir())
 
 
-def test_pull_to_a_folder_fetches_only_what_is_missing(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
+def test_pull_to_a_folder_downloads_only_missing_files(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
     target = tmp_path / "models" / "tiny-reranker"
     for lost in (None, "tokenizer.json"):
         if lost is not None:
@@ -229,7 +227,7 @@ def test_pull_to_a_folder_fetches_only_what_is_missing(checkpoint: Path, hub: Fa
     assert not (tmp_path / "home" / "hub" / "models--owner--tiny" / "blobs").exists()
 
 
-def test_pull_looks_at_the_disk_before_it_fetches_anything(hub: FakeHub, tmp_path: Path) -> None:
+def test_pull_checks_free_disk_space_before_downloading(hub: FakeHub, tmp_path: Path) -> None:
     hub.claimed_size = 10**18
     done = pull(tmp_path, "owner/tiny", "--to", str(tmp_path / "models"), HF_ENDPOINT=hub.url)
     assert done.returncode == 1
@@ -238,7 +236,7 @@ def test_pull_looks_at_the_disk_before_it_fetches_anything(hub: FakeHub, tmp_pat
 
 
 @pytest.mark.parametrize("arguments", [("owner/other",), ("owner/tiny", "--revision", "nowhere")])
-def test_pull_of_what_the_hub_does_not_have_is_one_line(
+def test_pull_of_an_unknown_model_or_revision_prints_one_line(
     arguments: tuple[str, ...], hub: FakeHub, tmp_path: Path
 ) -> None:
     done = pull(tmp_path, *arguments, HF_ENDPOINT=hub.url)
@@ -247,15 +245,15 @@ def test_pull_of_what_the_hub_does_not_have_is_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_pull_from_modelscope_says_which_package_is_missing() -> None:
+def test_pull_from_modelscope_without_its_package_says_what_to_install() -> None:
     done = command("pull", "qwen3-reranker-0.6b", "--hub", "modelscope")
     assert (done.returncode, "pip install modelscope" in done.stderr) == (1, True)
 
 
-def test_pull_from_modelscope_goes_through_its_package(
+def test_pull_from_modelscope_uses_its_package(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package is a stub at the seam, with the signatures of modelscope 1.40: installing it is not worth a test."""
+    """With a stub of the package, which has the signatures of modelscope 1.40."""
     stub = tmp_path / "stub" / "modelscope"
     (stub / "hub").mkdir(parents=True)
     (stub / "__init__.py").write_text(
@@ -271,7 +269,7 @@ def test_pull_from_modelscope_goes_through_its_package(
         "    def get_model_files(self, model_id, revision=None, root=None, recursive=True):\n"
         "        return [{'Path': 'model.safetensors', 'Size': SIZE}, {'Path': 'model.bin', 'Size': 10**18}]\n"
     )
-    for size, status, words in ((10**18, 1, "of free disk space"), (1000, 0, "serve it: ")):
+    for size, status, message in ((10**18, 1, "of free disk space"), (1000, 0, "serve it: ")):
         api = (stub / "hub" / "api.py").read_text().replace("SIZE", str(size))
         root = tmp_path / str(size)
         shutil.copytree(stub.parent, root)
@@ -279,7 +277,7 @@ def test_pull_from_modelscope_goes_through_its_package(
         arguments = ("qwen3-reranker-0.6b", "--hub", "modelscope", "--revision", "v1", "--to", str(tmp_path / "to"))
         done = pull(tmp_path, *arguments, PYTHONPATH=str(root))
         assert done.returncode == status, done.stderr
-        assert words in done.stdout + done.stderr
+        assert message in done.stdout + done.stderr
 
 
 def remove_config(folder: Path) -> None:
@@ -321,30 +319,30 @@ def split_the_answers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (remove_config, "no config.json: not a model folder"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "does not hold a JSON object"),
-        (lambda folder: edit_config(folder, architectures=["BertModel"]), "holds a BertModel; the families"),
-        (lambda folder: edit_config(folder, architectures=[]), "holds a none"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON object, not a list"),
+        (lambda folder: edit_config(folder, architectures=["BertModel"]), "has architecture BertModel; supported are"),
+        (lambda folder: edit_config(folder, architectures=[]), "has architecture none"),
         (lambda folder: edit_config(folder, use_sliding_window=True), "sliding-window attention"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no safetensors weights$"),
         (leave_only_a_pickle, r"no safetensors weights; pytorch_model\.bin is a pickle"),
         (lose_a_shard, r"incomplete: model-00002-of-00002\.safetensors missing"),
         (ask_for_a_layer_more, r"lacks weights: model\.layers\.2"),
         (break_the_weights, "cannot be loaded"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is needed"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is required"),
         (forget_control_tokens, "does not know the control token"),
         (split_the_answers, "splits the answer 'yes' into 3 tokens"),
     ],
 )
-def test_a_folder_that_is_no_reranker_is_refused_with_the_reason(
-    damage: Callable[[Path], object], words: str, tmp_path: Path
+def test_a_folder_that_is_not_a_reranker_raises_with_the_reason(
+    damage: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
     folder = make_checkpoint(tmp_path / "tiny-reranker")
     damage(folder)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=message):
         Reranker(str(folder), device="cpu", dtype="fp32")
 
 
@@ -358,7 +356,7 @@ def test_a_folder_that_is_no_reranker_is_refused_with_the_reason(
         ("1_LogitScore/config.json", "{}", False),
     ],
 )
-def test_a_checkpoint_that_may_be_a_chat_model_is_taken_with_a_warning(
+def test_a_checkpoint_that_may_be_a_chat_model_loads_with_a_warning(
     marker: str | None, text: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make_checkpoint(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Nothing leaves the machine: every command, with a local model, where a socket to elsewhere ends the process."""
+"""With a local model, no command opens a connection to another machine: a socket that does ends the process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.no_network import STATUS, THEN, forbid_in_children
 from tests.server.test_process import WAIT_SECONDS, started
 
 NEEDS_A_NETWORK = {"pull"}
-SERVED = {"serve"}  # until a signal: in a test of its own
+SERVED = {"serve"}  # tested separately
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without anything in it, and the rule for every process."""
+    """An empty home folder, and the rule against connections in every process."""
     for name in [name for name in os.environ if name.startswith(("HF_", "LOCAL_RERANK_"))]:
         monkeypatch.delenv(name)
     (tmp_path / "rule").mkdir()
@@ -39,7 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def command_lines(home: Path, folder: Path) -> list[list[str]]:
-    """Every command, on files made here; a checkpoint in a folder where a model is asked for, else the built-in one."""
+    """A command line for every command, with input files in `home` and the checkpoint in `folder`."""
     texts = {"corpus": {"d1": "a cat", "d2": "the dog barks"}, "queries": {"q1": "cat", "q2": "who barks?"}}
     for name, rows in texts.items():
         lines = [json.dumps({"id": key, "text": text}) for key, text in rows.items()]
@@ -69,11 +69,11 @@ def command_lines(home: Path, folder: Path) -> list[list[str]]:
     ]
 
 
-def test_every_command_runs_where_no_socket_may_leave_the_machine(home: Path, tiny_checkpoint: Path) -> None:
+def test_every_command_runs_without_connections_to_other_machines(home: Path, tiny_checkpoint: Path) -> None:
     lines = command_lines(home, tiny_checkpoint)
     assert {line[0] for line in lines} == set(app) - NEEDS_A_NETWORK - SERVED - {"--help", "-h", "--version"}
     joined = list(itertools.chain.from_iterable([*line, THEN] for line in lines))
-    # a hub model that is not cached asks the network: the process must end there, or this shows nothing
+    # a hub model that is not cached needs the network; the process must end there, or the rule does not work
     done = run(*joined, "rank", "q", "d", "--model", "owner/not-cached")
     if done.returncode != STATUS or "forbidden: socket." not in done.stderr:
         pytest.fail(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -81,7 +81,7 @@ def test_every_command_runs_where_no_socket_may_leave_the_machine(home: Path, ti
     assert re.findall(r"^done: (\w+)$", done.stdout, re.MULTILINE) == [line[0] for line in lines]
 
 
-def test_the_built_in_model_is_served_where_no_socket_may_leave_the_machine(home: Path) -> None:
+def test_serve_runs_without_connections_to_other_machines(home: Path) -> None:
     with started(
         home / "log", "tests.no_network", "serve", "--port", "0", "--device", "cpu", "--threads", "1"
     ) as server:
@@ -98,7 +98,7 @@ def test_the_built_in_model_is_served_where_no_socket_may_leave_the_machine(home
 
 
 @pytest.mark.usefixtures("home")
-def test_the_rule_holds_in_the_processes_that_one_starts() -> None:
+def test_the_rule_applies_to_child_processes() -> None:
     ask = "import socket; socket.create_connection(('192.0.2.1', 9), timeout=1)"
     child = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
     assert (child.returncode, "forbidden: socket." in child.stderr) == (STATUS, True)

@@ -1,4 +1,4 @@
-"""Packing as a pure function, and the kernels against the dense definition on the batches it makes."""
+"""Packing, and the attention kernels compared with the dense reference on packed batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ some_pairs = st.lists(
 
 
 @given(pairs=some_pairs)
-def test_a_batch_holds_each_prefix_once_and_each_document_whole(pairs: list[Pair]) -> None:
+def test_a_batch_holds_each_prefix_once_and_every_document(pairs: list[Pair]) -> None:
     batch = pack(pairs)
     ids, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
     assert batch.num_tokens == len(ids) == num_batch_tokens(pairs)
@@ -31,8 +31,7 @@ def test_a_batch_holds_each_prefix_once_and_each_document_whole(pairs: list[Pair
         prefix = tuple(ids[group.start : group.start + group.prefix_length])
         assert positions[group.start : group.start + group.prefix_length] == list(range(len(prefix)))
         for run in group.runs:
-            for i in range(run.count):
-                start, packed = run.start + i * run.length, run.first_document + i
+            for packed, start in enumerate(run.starts, run.first_document):
                 document = tuple(ids[start : start + run.length])
                 assert positions[start : start + run.length] == list(range(len(prefix), len(prefix) + run.length))
                 assert batch.last_token_index[packed] == start + run.length - 1
@@ -41,7 +40,7 @@ def test_a_batch_holds_each_prefix_once_and_each_document_whole(pairs: list[Pair
 
 
 @given(pairs=some_pairs)
-def test_runs_of_a_group_have_rising_lengths(pairs: list[Pair]) -> None:
+def test_the_runs_of_a_group_have_increasing_lengths(pairs: list[Pair]) -> None:
     for group in pack(pairs).groups:
         lengths = [run.length for run in group.runs]
         assert lengths == sorted(set(lengths))
@@ -51,7 +50,7 @@ def test_runs_of_a_group_have_rising_lengths(pairs: list[Pair]) -> None:
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("kernel", [name for name, row in KERNELS.items() if "cpu" in row.device_types])
 @given(pairs=some_pairs, seed=st.integers(0, 9))
-def test_each_kernel_attends_as_the_dense_definition(
+def test_each_kernel_agrees_with_the_dense_one(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -65,10 +64,8 @@ def test_each_kernel_attends_as_the_dense_definition(
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @given(pairs=some_pairs)
-def test_the_variable_length_layout_names_the_keys_of_the_dense_definition(
-    last_tokens_only: bool, pairs: list[Pair]
-) -> None:
-    """What the CUDA kernel is told, without a GPU: segment by segment, its causal window is a row of the mask."""
+def test_the_varlen_layout_selects_the_keys_of_the_dense_mask(last_tokens_only: bool, pairs: list[Pair]) -> None:
+    """The input of a CUDA kernel, checked without a GPU: each query's causal window is a row of the mask."""
     batch = pack(pairs)
     layout = KERNELS["cuda-varlen"].layout(batch, last_tokens_only)
     mask = KERNELS["dense"].layout(batch, last_tokens_only)
@@ -85,15 +82,15 @@ def test_the_variable_length_layout_names_the_keys_of_the_dense_definition(
     assert query == mask.shape[0]
 
 
-def test_auto_takes_the_first_kernel_that_runs_and_others_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where no further package is installed
+def test_auto_takes_the_first_kernel_that_runs_and_others_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no optional package is installed
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_kernel("auto", cpu, torch.float32)[0] == "cpu-tiles"
     assert choose_kernel("auto", cuda, torch.bfloat16)[0] == "cuda-merged"
     assert choose_kernel("auto", cuda, torch.float32)[0] == "sdpa"
     with pytest.raises(ConfigError, match=r"'cuda-tiles' needs the package triton, which is not installed"):
         choose_kernel("cuda-tiles", cuda, torch.bfloat16)
-    with pytest.raises(ConfigError, match="'cuda-varlen' does not run float32 on cpu"):
+    with pytest.raises(ConfigError, match="'cuda-varlen' does not run fp32 on cpu"):
         choose_kernel("cuda-varlen", cpu, torch.float32)
     with pytest.raises(ConfigError, match="auto or one of cpu-tiles"):
         choose_kernel("fast", cpu, torch.float32)

@@ -1,9 +1,8 @@
-"""What a load plan decides, from options, the model's files and what the platform says of itself."""
+"""What a load plan decides, given options, the checkpoint and the platform."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ SLOW_BF16 = {"fp32": 1.0, "blocked fp32": 2.0, "bf16": math.inf}  # seconds of a
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Checkpoint]:
-    """By the dtype of the stored weights."""
+    """Checkpoints by the dtype of the stored weights."""
     folder: Path = tmp_path_factory.mktemp("checkpoints")
     made = {dtype: make_checkpoint(folder / str(dtype), dtype=dtype) for dtype in (FP32, BF16)}
     return {dtype: open_checkpoint(str(path)) for dtype, path in made.items()}
@@ -37,7 +36,7 @@ def plan_on_cpu(checkpoint: Checkpoint, preferred: torch.dtype, **options: objec
     ("dtype", "stored", "preferred", "weights", "arithmetic"),
     [
         ("auto", FP32, FP32, FP32, FP32),
-        ("auto", BF16, FP32, BF16, FP32),  # as stored, multiplied in fp32
+        ("auto", BF16, FP32, BF16, FP32),  # loaded as stored, multiplied in fp32
         ("auto", FP32, BF16, BF16, BF16),
         ("bf16", FP32, BF16, BF16, BF16),
         ("bf16", FP32, FP32, BF16, FP32),
@@ -65,9 +64,8 @@ def test_the_built_in_model_stays_in_fp32() -> None:
     assert "lower precision" in plan.reasons["weights"]
 
 
-def test_every_choice_has_a_reason_which_the_plan_prints(checkpoints: dict[torch.dtype, Checkpoint]) -> None:
+def test_a_plan_prints_its_choices_with_reasons(checkpoints: dict[torch.dtype, Checkpoint]) -> None:
     plan = plan_on_cpu(checkpoints[FP32], FP32, attention="sdpa")
-    assert set(plan.reasons) <= {field.name for field in fields(LoadPlan)}
     assert set(plan.reasons) == {
         "device", "weights", "decoder", "kernel", "linear", "cuda_graphs", "max_batch_tokens"
     }  # fmt: skip
@@ -75,38 +73,24 @@ def test_every_choice_has_a_reason_which_the_plan_prints(checkpoints: dict[torch
     assert "max_batch_tokens: 100 (default)" in str(plan)
 
 
-@pytest.mark.parametrize(
-    ("options", "decoder"),
-    [({}, "cpu"), ({"device_map": "auto"}, "transformers")],
-)
+@pytest.mark.parametrize(("options", "decoder"), [({}, "cpu"), ({"device_map": "auto"}, "transformers")])
 def test_the_decoder_follows_the_platform(
     options: dict[str, str], decoder: str, checkpoints: dict[torch.dtype, Checkpoint]
 ) -> None:
     plan = plan_on_cpu(checkpoints[BF16], FP32, **options)
     assert plan.decoder == decoder
-    assert plan.weights == (BF16 if decoder == "cpu" else FP32)  # only the CPU's decoder widens weights
+    assert plan.weights == (BF16 if decoder == "cpu" else FP32)  # only the CPU decoder widens weights
     assert not plan.cuda_graphs
 
 
-@pytest.mark.parametrize(
-    ("options", "pads", "products"),
-    [
-        ({"dtype": "fp32"}, False, ("fp32", "attention fp32")),
-        ({"dtype": "bf16"}, False, ("fp32", "attention fp32")),
-        ({"dtype": "int8", "deterministic": True}, False, ("fp32", "attention fp32")),
-    ],
-)
+@pytest.mark.parametrize("options", [{"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "int8", "deterministic": True}])
 def test_a_cpu_with_slow_bf16_computes_in_fp32(
-    options: dict[str, object],
-    pads: bool,
-    products: tuple[str, ...],
-    checkpoints: dict[torch.dtype, Checkpoint],
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object], checkpoints: dict[torch.dtype, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "seconds_of_products", lambda: SLOW_BF16)
     plan = plan_on_cpu(checkpoints[FP32], FP32, **options)
-    assert plan.pads_attention == pads
-    assert plan.products[-2:] == products
+    assert not plan.pads_attention
+    assert plan.products[-2:] == ("fp32", "attention fp32")
     assert (plan.values, plan.routes_fp32) == (None, False)
 
 
@@ -117,12 +101,12 @@ def test_a_cpu_with_slow_bf16_computes_in_fp32(
         ({"dtype": "fp8"}, "dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is cpu"),
         ({"dtype": "fp8", "device_map": "auto"}, "device_map is set; fp8 needs a model on one GPU"),
         ({"dtype": "int8", "device_map": "auto"}, "dtype int8 runs on a CPU; the device is auto"),
-        ({"attention": "cuda-tiles"}, "attention kernel 'cuda-tiles' does not run float32 on cpu"),
+        ({"attention": "cuda-tiles"}, "attention kernel 'cuda-tiles' does not run fp32 on cpu"),
         ({"attention": "fast"}, "attention is 'fast'; it must be auto or one of"),
         ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu, cuda, cuda:N or mps"),
     ],
 )
-def test_an_option_that_cannot_be_met_is_named(
+def test_an_impossible_option_raises_an_error_that_names_it(
     options: dict[str, str], says: str, checkpoints: dict[torch.dtype, Checkpoint]
 ) -> None:
     config = EngineConfig(**{"device": "cpu"} | options)  # type: ignore[arg-type]

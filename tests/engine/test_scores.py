@@ -1,4 +1,4 @@
-"""The central test: a pair scores the same in any packed batch as alone through the model card's code."""
+"""The central test: a pair's score in any packed batch equals its score alone, computed with the model card's code."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from local_rerank.types import RerankRequest
 from tests.reference import ModelCard, classifier_log_odds, prompt_ids
 from tests.tiny_checkpoints import make_checkpoint
 
-FP32_TOLERANCE = 1e-5  # log-odds; fp32 sums and multiplies in another order
-BF16_TOLERANCE = 0.06  # log-odds, as a share of the spread of scores: bf16 has 8 bits of mantissa, two layers
-INT8_TOLERANCE = 0.15  # likewise: 7 bits of the largest value of a row
+FP32_TOLERANCE = 1e-5  # log-odds; the order of fp32 operations differs
+BF16_TOLERANCE = 0.06  # log-odds, relative to the range of scores: bf16 has 8 significant bits
+INT8_TOLERANCE = 0.15  # likewise; int8 has 7 bits relative to a row's largest value
 
 FAST_BF16 = {"fp32": 2.0, "blocked fp32": 2.0, "bf16": 1.0}  # seconds of a product
 SLOW_BF16 = {"fp32": 1.0, "blocked fp32": 2.0, "bf16": math.inf}
@@ -47,7 +47,7 @@ CPU_KERNELS = [
 
 
 def texts(seed: int, num: int) -> list[str]:
-    """Words of many lengths: none at all, one letter, up to a few hundred tokens, some of them equal in length."""
+    """Texts of many lengths, from empty to 300 characters, some of them equally long."""
     generator = random.Random(seed)
     lengths = [0, 1, 1, 7, 7, 7, 40, 300]
     return ["".join(generator.choices("abc de,fg?\n中é", k=generator.choice(lengths))) for _ in range(num)]
@@ -55,7 +55,7 @@ def texts(seed: int, num: int) -> list[str]:
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel: str, tmp_path: Path) -> None:
+def test_each_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", **shape)
     card = ModelCard(folder)
     with Reranker(str(folder), device="cpu", dtype="fp32", attention=kernel, max_batch_tokens=1500) as reranker:
@@ -66,13 +66,13 @@ def test_every_score_equals_that_of_the_pair_alone(shape: dict[str, int], kernel
         for request, future in [(r, reranker.submit(r)) for r in requests]:
             result = future.result()
             alone = [card.pair(request.query, item.document) for item in result]
-            # what rounds are the logits, whose size the largest difference shows, and not their difference
+            # rounding is proportional to the logits, and their size shows in the largest difference
             tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))
             assert [item.log_odds for item in result] == pytest.approx(alone, abs=tolerance)
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_bf16_scores_stay_near_those_of_the_pair_alone(
+def test_bf16_scores_are_close_to_those_of_the_pair_alone(
     kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "seconds_of_products", lambda: FAST_BF16)
@@ -89,7 +89,7 @@ def test_bf16_scores_stay_near_those_of_the_pair_alone(
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
+def test_16_bit_weights_score_as_in_fp32_if_fp32_is_faster(
     shape: dict[str, int], dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "seconds_of_products", lambda: SLOW_BF16)
@@ -102,18 +102,16 @@ def test_16_bit_weights_score_as_in_fp32_where_that_is_multiplied_faster(
         assert reranker.engine.weights_dtype == expected
         result = reranker.rank("a query", texts(3, 20))
     alone = [card.pair("a query", item.document) for item in result]
-    # the card's scores and ours each differ from fp64's by up to 8e-6, in proportion to the size of the logits
+    # the card's scores and ours differ from fp64 by up to 8e-6 each, in proportion to the logits
     assert [item.log_odds for item in result] == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, *map(abs, alone)))
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_int8_scores_stay_near_those_of_the_pair_alone(
+def test_int8_scores_are_close_to_those_of_the_pair_alone(
     shape: dict[str, int], kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "local_rerank.engine.cpu.prepare.MAX_SEARCHED_PARAMETERS", 0
-    )  # all of it in int8, whatever that does
+    monkeypatch.setattr("local_rerank.engine.cpu.prepare.MAX_SEARCHED_PARAMETERS", 0)  # every layer in int8
     folder = make_checkpoint(tmp_path / "model", **shape)
     exact = ModelCard(folder)
     documents = texts(3, 20)
@@ -127,7 +125,7 @@ def test_int8_scores_stay_near_those_of_the_pair_alone(
 
 
 @pytest.mark.parametrize("labels", [1, 2])
-def test_sequence_classification_conversions_score_like_plain_transformers(labels: int, tmp_path: Path) -> None:
+def test_sequence_classifiers_score_as_in_plain_transformers(labels: int, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", num_labels=labels, seed=7)
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         for item in reranker.rank("which one", ["this", "that one", ""]):
@@ -137,7 +135,7 @@ def test_sequence_classification_conversions_score_like_plain_transformers(label
             assert prompt.startswith("<|im_start|>system\n")
 
 
-def test_a_conversion_made_from_the_head_rows_scores_as_the_original(tmp_path: Path) -> None:
+def test_a_classifier_made_from_the_head_rows_scores_as_the_original(tmp_path: Path) -> None:
     original = make_checkpoint(tmp_path / "original", tied=False, seed=8)
     converted = make_checkpoint(tmp_path / "converted", num_labels=1, seed=8)
     from safetensors.torch import load_file, save_file
@@ -153,7 +151,7 @@ def test_a_conversion_made_from_the_head_rows_scores_as_the_original(tmp_path: P
             assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
 
 
-def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
+def test_sharded_weights_score_as_a_single_file(tmp_path: Path) -> None:
     whole = make_checkpoint(tmp_path / "whole", seed=9)
     shards = make_checkpoint(tmp_path / "shards", seed=9, max_shard_size="40KB")
     assert len(list(shards.glob("*.safetensors"))) > 1
@@ -161,7 +159,7 @@ def test_sharded_weights_score_as_one_file(tmp_path: Path) -> None:
     for folder in (whole, shards):
         with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
             scores.append(reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True))
-    assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # batches form by timing
+    assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # timing decides how batches form
 
 
 def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
@@ -171,8 +169,8 @@ def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tin
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_path: Path) -> None:
-    """The last layer and the head outside the device, as where a GPU is too small: there only while they run."""
+def test_weights_that_accelerate_offloads_to_disk_score_the_same(tied: bool, tmp_path: Path) -> None:
+    """The last layer and the head are on the device only while they run, as if a GPU were too small."""
     from accelerate import dispatch_model
 
     folder = make_checkpoint(tmp_path / "model", tied=tied, seed=10)
@@ -195,7 +193,7 @@ def test_weights_that_accelerate_keeps_on_disk_score_the_same(tied: bool, tmp_pa
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("decoder", [TransformersDecoder, CpuDecoder])
-def test_each_decoder_scores_as_the_unpruned_model(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
+def test_each_decoder_scores_as_the_model_without_pruning(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
     pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
@@ -214,7 +212,7 @@ def test_each_decoder_scores_as_the_unpruned_model(decoder: Any, kernel: str, ti
     assert engine.score(pairs) == pytest.approx(unpruned.tolist(), abs=FP32_TOLERANCE)
 
 
-def test_a_prompt_over_the_maximum_loses_the_end_of_its_document_only(tmp_path: Path) -> None:
+def test_truncation_removes_only_the_end_of_the_document(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", max_position_embeddings=400)
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         result = reranker.rank("q", ["x" * 1000])

@@ -1,4 +1,4 @@
-"""Scheduling as a pure policy: budgets, order, fairness, and that nothing is lost or taken twice."""
+"""The scheduling policy: budgets, order, fairness, and that each pair is batched exactly once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cost(batch: list[Pair]) -> int:
     requests=st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=12), min_size=1, max_size=8),
     budget=st.integers(20, 500),
 )
-def test_every_pair_is_taken_once_and_no_batch_passes_the_budget(requests: list[list[int]], budget: int) -> None:
+def test_every_pair_is_batched_once_and_no_batch_exceeds_the_budget(requests: list[list[int]], budget: int) -> None:
     scheduler = Scheduler(budget)
     for request_id, lengths in enumerate(requests):
         scheduler.add(request_id, pairs(request_id, lengths))
@@ -53,7 +53,7 @@ def test_a_small_request_behind_a_large_one_is_in_the_next_batch() -> None:
     assert {entry.position for entry in scheduler.next_batch() if entry.request_id == 1} == set(range(8))
 
 
-def test_the_oldest_request_advances_in_every_batch_whatever_arrives() -> None:
+def test_the_oldest_request_advances_in_every_batch() -> None:
     scheduler = Scheduler(2048)
     scheduler.add(0, pairs(0, [300] * 10))
     taken_from_oldest = arrival = 0
@@ -63,25 +63,24 @@ def test_the_oldest_request_advances_in_every_batch_whatever_arrives() -> None:
             scheduler.add(arrival, pairs(arrival, [70] * 8))
         batch = scheduler.next_batch()
         now = sum(entry.request_id == 0 for entry in batch)
-        assert now > 0
-        assert now < len(batch), "the others advance too"
+        assert 0 < now < len(batch), "others advance too"
         taken_from_oldest += now
 
 
-def test_requests_that_share_a_prefix_pay_for_it_once() -> None:
+def test_a_prefix_shared_by_requests_counts_once() -> None:
     scheduler = Scheduler(100)
     for request_id in range(3):
         scheduler.add(request_id, pairs(0, [20], prefix_length=40))
     assert drain(scheduler) == [[(0, 0), (1, 0), (2, 0)]]
 
 
-def test_a_pair_larger_than_the_budget_goes_alone() -> None:
+def test_a_pair_larger_than_the_budget_is_a_batch_of_its_own() -> None:
     scheduler = Scheduler(100)
     scheduler.add(0, pairs(0, [500, 20]))
     assert drain(scheduler) == [[(0, 1)], [(0, 0)]]
 
 
-def test_a_discarded_request_leaves_nothing_behind() -> None:
+def test_a_discarded_request_leaves_the_queue() -> None:
     scheduler = Scheduler(100)
     scheduler.add(0, pairs(0, [50, 60, 70]))
     scheduler.add(1, pairs(1, [50]))
@@ -92,7 +91,7 @@ def test_a_discarded_request_leaves_nothing_behind() -> None:
     assert scheduler.num_queued_tokens == 0
 
 
-def test_queued_tokens_are_the_prefix_once_and_the_documents_that_wait() -> None:
+def test_queued_tokens_count_the_prefix_once_and_each_queued_document() -> None:
     scheduler = Scheduler(60)
     lengths = random.Random(0).choices(range(1, 50), k=10)
     scheduler.add(0, pairs(0, lengths, prefix_length=10))
@@ -101,11 +100,11 @@ def test_queued_tokens_are_the_prefix_once_and_the_documents_that_wait() -> None
     assert scheduler.num_queued_tokens == 10 + sum(lengths) - sum(len(entry.pair.document_ids) for entry in batch)
 
 
-def test_a_lowered_budget_holds_until_enough_batches_have_fitted() -> None:
+def test_a_lowered_budget_is_raised_after_enough_batches() -> None:
     scheduler = Scheduler(2000)
     scheduler.lower_budget(1800)
     assert scheduler.max_batch_tokens == 900
-    scheduler.lower_budget(5000)  # larger than any batch may be now: half of what may be
+    scheduler.lower_budget(5000)  # larger than any batch can be now: the budget is halved
     assert scheduler.max_batch_tokens == 450
     for _ in range(GOOD_BATCHES - 1):
         scheduler.raise_budget()
@@ -118,7 +117,7 @@ def test_a_lowered_budget_holds_until_enough_batches_have_fitted() -> None:
     assert scheduler.max_batch_tokens == 1
 
 
-def test_the_drain_rate_is_that_of_the_last_batches() -> None:
+def test_the_drain_rate_follows_the_last_batches() -> None:
     rate = DrainRate()
     assert rate.tokens_per_second is None
     assert rate.seconds_for(1_000_000) == 1.0

@@ -1,4 +1,4 @@
-"""The recipe to the token, on Qwen's own tokenizer, and what becomes of long, empty and hostile texts."""
+"""The prompt, token for token, with Qwen's tokenizer; and long, empty and hostile texts."""
 
 from __future__ import annotations
 
@@ -78,14 +78,12 @@ def test_the_prompt_of_the_model_cards_first_pair_has_85_tokens(qwen: PairTokeni
 
 
 @pytest.mark.parametrize("document", NASTY_TEXTS)
-def test_parts_encode_as_the_whole_prompt_does_for_any_document(
-    qwen: PairTokenizer, whole: Tokenizer, document: str
-) -> None:
+def test_any_document_encodes_as_in_the_whole_prompt(qwen: PairTokenizer, whole: Tokenizer, document: str) -> None:
     assert ids_of(qwen, "which?", document) == prompt_ids(whole, "which?", document)
 
 
 @pytest.mark.parametrize("text", [text for text in NASTY_TEXTS if text.strip() and len(text) < 3000])
-def test_parts_encode_as_the_whole_prompt_does_for_any_query_and_instruction(
+def test_any_query_and_instruction_encode_as_in_the_whole_prompt(
     qwen: PairTokenizer, whole: Tokenizer, text: str
 ) -> None:
     assert ids_of(qwen, text, "a document") == prompt_ids(whole, text, "a document")
@@ -95,11 +93,11 @@ def test_parts_encode_as_the_whole_prompt_does_for_any_query_and_instruction(
 
 @pytest.mark.parametrize("control", CONTROL_TOKENS)
 def test_user_text_never_becomes_a_control_token(qwen: PairTokenizer, whole: Tokenizer, control: str) -> None:
-    """`<think>` and the tool tokens are not flagged special in Qwen's files; tokenizers' own switch lets them by."""
+    """`<think>` and the tool tokens are not special in Qwen's files, so tokenizers' own option does not stop them."""
     control_ids = {whole.token_to_id(token) for token in CONTROL_TOKENS}
     assert None not in control_ids
     text = f"a {control} b{control}yes"
-    assert control_ids & set(whole.encode(text).ids), "encoded plainly it would be a control token"
+    assert control_ids & set(whole.encode(text).ids), "the full tokenizer makes control tokens"
     pair = qwen.pairs(RerankRequest(query=text, documents=(text,), instruction=text)).pairs[0]
     user_ids = pair.prefix_ids[len(qwen.prefix_ids) :] + pair.document_ids[: -len(qwen.suffix_ids)]
     assert not control_ids & set(user_ids)
@@ -110,8 +108,8 @@ def test_the_decoded_prompt_is_the_model_cards(qwen: PairTokenizer) -> None:
     assert qwen.decode(ids_of(qwen, "q?", "d.")) == prompt("q?", "d.")
 
 
-def test_usage_counts_as_the_hosted_service_does(qwen: PairTokenizer) -> None:
-    """A live sample of qwen3-rerank: 102 tokens for these three documents."""
+def test_total_tokens_are_those_of_the_hosted_service(qwen: PairTokenizer) -> None:
+    """A live sample of qwen3-rerank."""
     request = RerankRequest(
         query="什么是重排序模型",
         documents=(
@@ -124,7 +122,7 @@ def test_usage_counts_as_the_hosted_service_does(qwen: PairTokenizer) -> None:
     assert qwen.pairs(request).total_tokens == 102
 
 
-def test_usage_counts_duplicates_each_time_though_they_are_scored_once(qwen: PairTokenizer) -> None:
+def test_total_tokens_count_duplicates_each_time_although_they_are_scored_once(qwen: PairTokenizer) -> None:
     one = qwen.pairs(RerankRequest(query="q", documents=("a b c",)))
     three = qwen.pairs(RerankRequest(query="q", documents=("a b c",) * 3))
     assert len(three.pairs) == 1
@@ -133,10 +131,9 @@ def test_usage_counts_duplicates_each_time_though_they_are_scored_once(qwen: Pai
 
 
 @pytest.mark.parametrize(("truncation", "kept"), [("end", "one two"), ("start", "four five")])
-def test_a_long_document_is_cut_at_the_end_that_was_asked_for(qwen: PairTokenizer, truncation: str, kept: str) -> None:
-    request = RerankRequest(
-        query="q", documents=("one two three four five",), max_document_tokens=2, truncation=truncation
-    )  # type: ignore[arg-type]
+def test_a_long_document_is_truncated_at_the_requested_end(qwen: PairTokenizer, truncation: str, kept: str) -> None:
+    documents = ("one two three four five",)
+    request = RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation=truncation)  # type: ignore[arg-type]
     tokenized = qwen.pairs(request)
     assert tokenized.num_truncated_tokens == (3,)
     assert tokenized.num_document_tokens(0) == 2
@@ -144,14 +141,14 @@ def test_a_long_document_is_cut_at_the_end_that_was_asked_for(qwen: PairTokenize
     assert qwen.decode(ids) == " " + kept
 
 
-def test_cutting_can_be_forbidden(qwen: PairTokenizer) -> None:
+def test_truncation_can_be_forbidden(qwen: PairTokenizer) -> None:
     with pytest.raises(TextTooLong, match=r"documents\[1\] has 3 tokens, 2 fit"):
         qwen.pairs(RerankRequest(query="q", documents=("a b", "a b c"), max_document_tokens=2, truncation="error"))
     with pytest.raises(TextTooLong, match="query has 3 tokens, 2 fit"):
         qwen.pairs(RerankRequest(query="a b c", documents=("a",), max_query_tokens=2, truncation="error"))
 
 
-def test_a_long_query_is_cut_and_said(qwen: PairTokenizer, whole: Tokenizer) -> None:
+def test_a_long_query_is_truncated_and_the_result_says_so(qwen: PairTokenizer, whole: Tokenizer) -> None:
     tokenized = qwen.pairs(RerankRequest(query="one two three four", documents=("d",), max_query_tokens=2))
     assert (tokenized.num_query_tokens, tokenized.num_query_truncated_tokens) == (2, 2)
     pair = tokenized.pairs[0]
@@ -160,7 +157,7 @@ def test_a_long_query_is_cut_and_said(qwen: PairTokenizer, whole: Tokenizer) -> 
 
 @pytest.mark.parametrize("max_length", [430, 440, 450, 460, 600])
 @pytest.mark.parametrize("query", ["word " * 400, "short", "中" * 500])
-def test_no_prompt_passes_the_maximum_and_the_suffix_stays(max_length: int, query: str) -> None:
+def test_no_prompt_exceeds_the_maximum_and_each_keeps_its_suffix(max_length: int, query: str) -> None:
     tokenizer = make(byte_tokenizer_json(), max_length=max_length)
     for document in ("", "word " * 1000, "x"):
         ids = ids_of(tokenizer, query, document)
@@ -168,35 +165,35 @@ def test_no_prompt_passes_the_maximum_and_the_suffix_stays(max_length: int, quer
         assert tuple(ids[-len(tokenizer.suffix_ids) :]) == tokenizer.suffix_ids
 
 
-def test_the_document_goes_before_the_query(qwen_json: str) -> None:
+def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
     tokenizer = make(qwen_json, max_length=150)
     tokenized = tokenizer.pairs(RerankRequest(query="word " * 60, documents=("word " * 60,)))
     assert tokenized.num_query_truncated_tokens == 0
     assert tokenized.num_truncated_tokens[0] > 0
 
 
-def test_an_instruction_that_leaves_no_room_is_refused(qwen: PairTokenizer, qwen_json: str) -> None:
+def test_an_instruction_that_leaves_no_room_raises(qwen: PairTokenizer, qwen_json: str) -> None:
     with pytest.raises(InstructionTooLong, match="at most 1024"):
         qwen.pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 1100))
     with pytest.raises(InstructionTooLong):
         make(qwen_json, max_length=100).pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 200))
 
 
-def test_a_request_with_too_many_tokens_is_refused_with_both_numbers(qwen: PairTokenizer) -> None:
+def test_a_request_with_too_many_tokens_raises_with_both_numbers(qwen: PairTokenizer) -> None:
     request = RerankRequest(query="a b", documents=("a b c", "d"), limits=Limits(max_request_tokens=7))
     with pytest.raises(TooManyTokens, match="8 tokens or more; at most 7"):
         qwen.pairs(request)
 
 
-def test_a_request_far_over_its_limit_is_refused_before_all_of_it_is_encoded(qwen: PairTokenizer) -> None:
+def test_a_request_far_over_its_limit_raises_before_all_of_it_is_encoded(qwen: PairTokenizer) -> None:
     documents = tuple(f"{i} " + "word " * 200_000 for i in range(3))
     request = RerankRequest(query="q", documents=documents, limits=Limits(max_request_tokens=3000))
     with pytest.raises(TooManyTokens) as caught:
         qwen.pairs(request)
-    assert caught.value.value == 4001, "the first document alone, cut to 4,000 tokens, and the query"
+    assert caught.value.value == 4001, "the query and the first document, truncated to 4,000 tokens"
 
 
-def test_a_document_that_may_not_be_cut_is_named_by_its_place_in_the_request(qwen: PairTokenizer) -> None:
+def test_a_document_that_must_not_be_truncated_is_named_by_its_index(qwen: PairTokenizer) -> None:
     documents = ("a", "a", "a b c")
     with pytest.raises(TextTooLong, match=r"documents\[2\]"):
         qwen.pairs(RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation="error"))
@@ -207,21 +204,21 @@ def test_lone_surrogates_become_replacement_characters(qwen: PairTokenizer) -> N
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
-def test_a_tokenizer_without_one_of_the_control_tokens_is_refused(token: str) -> None:
+def test_a_tokenizer_without_one_of_the_control_tokens_raises(token: str) -> None:
     content = json.loads(byte_tokenizer_json())
     content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] != token]
     with pytest.raises(CheckpointError, match=re.escape(token)):
         make(json.dumps(content))
 
 
-def test_a_tokenizer_that_splits_the_answers_is_refused() -> None:
+def test_a_tokenizer_that_splits_the_answers_raises() -> None:
     content = json.loads(byte_tokenizer_json())
     content["model"]["merges"] = []
     with pytest.raises(CheckpointError, match="splits the answer 'yes'"):
         make(json.dumps(content))
 
 
-def test_a_request_may_lower_the_length_of_its_prompts_and_documents_are_cut_to_it(qwen: PairTokenizer) -> None:
+def test_max_prompt_tokens_truncates_documents(qwen: PairTokenizer) -> None:
     documents = ("short", "long " * 50)
     free = qwen.pairs(RerankRequest(query="q", documents=documents))
     limit = free.pairs[1].num_tokens - 10
@@ -230,8 +227,8 @@ def test_a_request_may_lower_the_length_of_its_prompts_and_documents_are_cut_to_
     assert cut.num_truncated_tokens == (0, 10)
 
 
-def test_a_prompt_too_short_for_any_query_is_refused_with_the_length_that_is_needed(qwen: PairTokenizer) -> None:
-    with pytest.raises(InvalidRequest, match="at most 5 tokens") as caught:
+def test_a_prompt_too_short_for_any_query_raises_with_the_required_length(qwen: PairTokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="max_prompt_tokens is 5") as caught:
         qwen.pairs(RerankRequest(query="q", documents=("d",), max_prompt_tokens=5))
     needed = caught.value.limit
     assert needed is not None

@@ -1,12 +1,12 @@
 """The attention kernel for CPUs: tiles of queries as matrix products and a softmax.
 
-A tile holds queries of one group: several short documents, one of middle length, or a piece of a long one. The keys of
-the prefix and of the documents behind it are gathered in one tensor, and a tile reads its first keys. Logits, softmax
-and weighted sum are one operator each, over data that fits into the cache.
+A tile holds queries of one group: several short documents, one medium document, or a piece of a long one. The keys of
+the prefix and of the documents after it are gathered in one tensor, and each tile reads that tensor up to its last key.
+Logits, softmax and weighted sum are one operator each, on data that fits in the CPU's cache.
 
-torch's flash operator for CPUs multiplies bf16 no faster than fp32, whereas matrix products run at full speed. oneDNN
+torch's flash attention for CPUs multiplies bf16 no faster than fp32, whereas matrix products run at full speed. oneDNN
 generates code for each new shape, which costs about 0.3 ms and 500 KiB, and texts rarely have equal lengths. So tiles
-that oneDNN multiplies are padded to recurring shapes, with zeros or masked keys.
+that oneDNN multiplies are padded to recurring shapes with zero queries and masked keys.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from local_rerank.engine.packing import Group, PackedBatch
 
-TOKENS_PER_TILE = 64  # of several documents: each query multiplies all their keys and masks those of the others
-QUERIES_PER_TILE = 128  # of a long document: a larger tile multiplies more keys that the causal mask hides
+TOKENS_PER_TILE = 64  # of several documents; each query multiplies the keys of all of them and masks the others'
+QUERIES_PER_TILE = 128  # of one long document; a larger tile multiplies more keys that the causal mask hides
 KEYS_OF_LAST_TOKENS = 512  # of several documents in the last layer, where each has one query
-LOGITS_PER_HEAD = 2**18  # at most in a tile, unless QUERY_STEP queries have more
-QUERY_STEP = 16  # oneDNN's queries are padded to a multiple of this; 8 is up to 9 % slower, 32 no faster
+LOGITS_PER_HEAD = 2**18  # maximum in a tile, unless QUERY_STEP queries alone have more
+QUERY_STEP = 16  # queries are padded to a multiple of this for oneDNN; 8 is up to 9 % slower, 32 no faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class Tile:
     """Queries and the keys that they see."""
 
     queries: tuple[int, int]  # first and one past the last
-    num_keys: int  # of the prefix and of the documents, up to the last that a query sees
-    num_common_keys: int  # the first keys, which every query sees
-    mask: Tensor  # fp32, 0 or -inf: (queries, the other keys, then padding up to `padded_keys`)
+    num_keys: int  # of prefix and documents, up to the last that a query sees
+    num_common_keys: int  # leading keys that every query sees
+    mask: Tensor  # (queries, other keys + padding up to `padded_keys`) fp32, 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Neighbouring documents whose keys are gathered together; no document where a prefix attends to itself."""
+    """Adjacent documents whose keys are gathered together; no documents if the prefix attends to itself."""
 
     own: tuple[int, int]  # first token and one past the last
     tiles: tuple[Tile, ...]
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class GroupTiles:
-    """A prefix and the documents behind it."""
+    """A prefix and the documents after it."""
 
     prefix: tuple[int, int]  # first token and one past the last
     parts: tuple[Part, ...]
@@ -57,14 +57,14 @@ class GroupTiles:
 
 @dataclass(frozen=True, slots=True)
 class TilesLayout:
-    """The tiles of a batch; every query is in exactly one."""
+    """The tiles of a batch; each query is in exactly one tile."""
 
     groups: tuple[GroupTiles, ...]
     pads: bool  # whether queries and keys are padded to recurring shapes
 
 
 def cpu_tiles_layout(batch: PackedBatch, last_tokens_only: bool, *, pads: bool = True) -> TilesLayout:
-    """Queries in packed order: all tokens, or each document's last. `pads` is for kernels of oneDNN; MKL needs none."""
+    """Queries in packed order: all tokens, or each document's last. oneDNN needs padding (`pads`), MKL does not."""
     parts_of = _parts_of_last_tokens if last_tokens_only else _parts
     return TilesLayout(
         tuple(
@@ -79,7 +79,7 @@ def _parts(group: Group) -> Iterator[Part]:
     start, prefix_length = group.start, group.prefix_length
     yield Part((start, start), tuple(_tiles_of_segment(start, prefix_length, 0)))
     most_tokens = _most_queries(TOKENS_PER_TILE, prefix_length + TOKENS_PER_TILE)
-    for start, lengths in _joined(group, lambda lengths: sum(lengths) <= most_tokens):
+    for start, lengths in _document_runs(group, lambda lengths: sum(lengths) <= most_tokens):
         length = sum(lengths)
         own = (start, start + length)
         if len(lengths) == 1:
@@ -91,7 +91,7 @@ def _parts(group: Group) -> Iterator[Part]:
 
 
 def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[Tile]:
-    """Tiles of a prefix, or of one document behind its prefix; the more keys, the fewer queries per tile."""
+    """Tiles of a prefix, or of one document after its prefix; the more keys, the fewer queries per tile."""
     most = _most_queries(QUERIES_PER_TILE, prefix_length + length)
     size = _rounded_up(-(-length // -(-length // most)), QUERY_STEP)  # equal sizes, as few tiles as `most` allows
     for first in range(0, length, size):
@@ -100,13 +100,13 @@ def _tiles_of_segment(start: int, length: int, prefix_length: int) -> Iterator[T
 
 
 def _most_queries(most: int, num_keys: int) -> int:
-    """A multiple of QUERY_STEP."""
+    """At most `most` queries whose logits fit in a tile, a multiple of QUERY_STEP."""
     most = min(most, LOGITS_PER_HEAD // padded_keys(num_keys))
     return max(QUERY_STEP, most - most % QUERY_STEP)
 
 
 def _tile_of_segment(queries: tuple[int, int], num_keys: int) -> Tile:
-    """Neighbouring queries: the last sees all keys, each one before it one key less."""
+    """Adjacent queries under a causal mask: the last one sees all keys."""
     num_queries = queries[1] - queries[0]
     mask = _triangle(_key_step(num_keys))[:num_queries, 1:]
     return Tile(queries, num_keys, num_keys - num_queries + 1, mask)
@@ -125,7 +125,7 @@ def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
         return num_own <= KEYS_OF_LAST_TOKENS and len(lengths) <= most
 
     first, prefix_length = group.first_document, group.prefix_length
-    for start, lengths in _joined(group, fits):
+    for start, lengths in _document_runs(group, fits):
         queries, num_own = (first, first + len(lengths)), sum(lengths)
         if len(lengths) == 1:
             tile = _tile_of_segment(queries, prefix_length + num_own)
@@ -136,8 +136,8 @@ def _parts_of_last_tokens(group: Group) -> Iterator[Part]:
         first = queries[1]
 
 
-def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[int, list[int]]]:
-    """Neighbouring documents, as many as fit but at least one: first token, and the length of each."""
+def _document_runs(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[int, list[int]]]:
+    """Split a group's documents into runs that fit, of at least one document: first token, and lengths."""
     start, lengths = group.start + group.prefix_length, list[int]()
     for length in (run.length for run in group.runs for _ in range(run.count)):
         if lengths and not fits([*lengths, length]):
@@ -149,11 +149,12 @@ def _joined(group: Group, fits: Callable[[list[int]], bool]) -> Iterator[tuple[i
 
 @cache
 def _triangle(num_hidden: int) -> Tensor:
-    """(QUERIES_PER_TILE, QUERIES_PER_TILE + num_hidden): causal; the last columns are hidden from every query."""
+    """(QUERIES_PER_TILE, QUERIES_PER_TILE + num_hidden): causal; the last `num_hidden` columns are masked."""
     return _mask(np.tri(QUERIES_PER_TILE, dtype=bool), num_hidden)
 
 
 def _mask(visible: np.ndarray, num_hidden: int) -> Tensor:
+    """(queries, keys) bool to fp32, 0 or -inf, with `num_hidden` masked columns appended."""
     hidden = np.pad(~visible, ((0, 0), (0, num_hidden)), constant_values=True)
     return torch.from_numpy(np.where(hidden, np.float32(-math.inf), np.float32(0)))
 
@@ -161,7 +162,7 @@ def _mask(visible: np.ndarray, num_hidden: int) -> Tensor:
 def padded_keys(num_keys: int) -> int:
     """`num_keys` rounded up to a recurring size: about 16 sizes per octave, at least 16 apart.
 
-    A prefix and a document of 8,192 tokens together have 256 tiles, nearly all with different numbers of keys.
+    Without it, nearly all of the 256 tiles of a prompt of 8,192 tokens have different numbers of keys.
     """
     return _rounded_up(num_keys, _key_step(num_keys))
 
@@ -171,11 +172,11 @@ def _key_step(num_keys: int) -> int:
 
 
 def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale: float) -> Tensor:
-    """Logits and softmax in fp32 for any dtype of q and k; weighted sum and result in the dtype of v."""
+    """Logits and softmax in fp32, weighted sum and result in the dtype of v. Shapes as in `engine/attention.py`."""
     num_heads, num_queries, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
     out = q.new_empty(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim, dtype=v.dtype)
-    q = q[0].view(num_kv_heads, -1, num_queries, head_dim)  # heads that share keys side by side
+    q = q[0].view(num_kv_heads, -1, num_queries, head_dim)  # (kv_heads, heads per KV head, queries, head_dim)
     k, v = k[0], v[0]
     for group in layout.groups:
         for part in group.parts:
@@ -188,7 +189,7 @@ def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale
             keys = keys.float()
             for tile in part.tiles:
                 seen = slice(padded_keys(tile.num_keys) if layout.pads else tile.num_keys)
-                # contiguous: oneDNN is slower at copying them
+                # contiguous, because oneDNN copies strided keys more slowly
                 attended = _attend_tile(
                     q, keys[:, seen].contiguous(), values[:, seen], tile, scale, QUERY_STEP if layout.pads else 1
                 )
@@ -197,9 +198,9 @@ def attend_cpu_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TilesLayout, scale
 
 
 def _attend_tile(q: Tensor, keys: Tensor, values: Tensor, tile: Tile, scale: float, step: int) -> Tensor:
-    """q: (kv_heads, heads of each, all queries, head_dim); keys and values: (kv_heads, keys, head_dim).
+    """q: (kv_heads, heads per KV head, all queries, head_dim); keys and values: (kv_heads, keys, head_dim).
 
-    The result is shaped as q, for the tile's queries. They are padded to a multiple of `step`.
+    Returns the shape of q for the tile's queries, which are padded to a multiple of `step` meanwhile.
     """
     queries = q[:, :, slice(*tile.queries)]
     num_queries = queries.shape[2]

@@ -1,4 +1,4 @@
-"""What a load plan asks a CPU: its fastest dtype, whether its kernels are right, and which of them to use."""
+"""What a load plan asks about the CPU: its fastest dtype, whether its kernels are right, and which to use."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ import torch
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import owns_process
-from local_rerank.engine.cpu.products import (
-    fp32_precision,
-    has_int8,
-    is_right,
-    require,
-    saturates,
-    seconds_of_products,
-)
+from local_rerank.engine.cpu.products import fp32_precision, has_int8, is_right, require, saturates, seconds_of_products
 from local_rerank.engine.dtypes import name_of
 from local_rerank.errors import ConfigError
 
 
 def preferred_dtype() -> tuple[torch.dtype, str]:
-    """bf16 where this CPU multiplies it clearly faster than fp32, because bf16 costs exactness.
+    """bf16 if this CPU multiplies it at least 1.2 times as fast as fp32, because bf16 costs precision.
 
-    Of two CPUs with AVX512-BF16, a Zen 4 ran bf16 2.5 times as fast as fp32, and a Sapphire Rapids whose AMX a
-    hypervisor hides 0.54 times. So it is measured, and never chosen where a kernel is wrong.
+    It is measured because instruction sets do not tell: with AVX512-BF16, a Zen 4 ran bf16 2.5 times as fast as fp32,
+    but a Sapphire Rapids whose AMX was hidden by the hypervisor 0.54 times. Wrong bf16 kernels are never chosen.
     """
     seconds = seconds_of_products()
     if seconds["bf16"] * 1.2 >= seconds["fp32"]:
@@ -34,33 +27,34 @@ def preferred_dtype() -> tuple[torch.dtype, str]:
 
 
 def check(config: EngineConfig, arithmetic: torch.dtype) -> None:
-    """Raises ConfigError if this CPU has no right kernel for the dtype."""
+    """Raise ConfigError if this CPU has no right kernel for the dtype."""
     if config.dtype == "int8":
         if not has_int8():
-            raise ConfigError("dtype int8 needs a torch with oneDNN; this one has none")
+            raise ConfigError("dtype is 'int8', which needs a torch build with oneDNN; this one has none")
         require("int8", "int8", "int8, limited pairs")
     name = name_of(arithmetic)
-    require("fp32", "fp32")  # multiplies the head, whatever the dtype
+    require("fp32", "fp32")  # multiplies the head for every dtype
     require("fp32", "attention fp32")
     require(name, *(["blocked bf16", "bf16"] if name == "bf16" and config.device_map is None else [name]))
     require(name, f"attention {name}")
 
 
 def choose_linear(config: EngineConfig, weights: torch.dtype, arithmetic: torch.dtype) -> tuple[str, str]:
-    """The row of `PRODUCTS` for linear layers, and the reason; with `deterministic` no measurement decides."""
+    """The row of `PRODUCTS` for linear layers, and the reason. With `deterministic` no measurement decides."""
     name = name_of(arithmetic)
     if config.dtype == "int8":
-        kernel = "int8, limited pairs" if saturates() else "int8"
-        return kernel, "full-range int8 saturates on this CPU" if saturates() else "set by the user"
+        if saturates():
+            return "int8, limited pairs", "full-range int8 saturates on this CPU"
+        return "int8", "set by the user"
     if weights != arithmetic:
         return name, f"{name_of(weights)} weights are widened"
     if not (config.deterministic and arithmetic == torch.float32) and blocks_weights(arithmetic):
         return f"blocked {name}", "this CPU multiplies weights in oneDNN's layout faster"
-    return name, "torch's own"
+    return name, "torch's default"
 
 
 def blocks_weights(arithmetic: torch.dtype) -> bool:
-    """Whether this CPU multiplies weights in oneDNN's layout faster: bf16 on every CPU, fp32 where measured."""
+    """Whether this CPU multiplies weights in oneDNN's layout faster: always for bf16, measured for fp32."""
     if arithmetic == torch.float32:
         seconds = seconds_of_products()
         return seconds["blocked fp32"] < seconds["fp32"] and is_right("blocked fp32")
@@ -68,17 +62,20 @@ def blocks_weights(arithmetic: torch.dtype) -> bool:
 
 
 def values_dtype(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype in which attention sums up values, if not that of the hidden states: bf16 rounds less than int8."""
+    """The dtype of values in attention, or None for that of the hidden states.
+
+    With int8 it is bf16 on CPUs that multiply it faster: bf16 rounds less than int8.
+    """
     is_bf16 = config.dtype == "int8" and not checkpoint.needs_fp32 and preferred_dtype()[0] == torch.bfloat16
     return torch.bfloat16 if is_bf16 else None
 
 
 def routes_fp32(config: EngineConfig, arithmetic: torch.dtype) -> bool:
-    """Whether oneDNN is to multiply the fp32 matrices of attention, for the whole process.
+    """Whether oneDNN instead of MKL should multiply the fp32 matrices of attention, in the whole process.
 
-    It is faster than MKL on some CPUs for large matrices. Small ones lose, as those of the built-in model in fp32.
+    oneDNN is faster on some CPUs for large matrices, but slower for small ones such as the built-in model's in fp32.
     """
-    if fp32_precision() == "bf16":  # set already, for another model of this process
+    if fp32_precision() == "bf16":  # already set for another model of this process
         return True
     if not owns_process() or config.deterministic or (config.dtype != "int8" and arithmetic == torch.float32):
         return False

@@ -1,7 +1,7 @@
-"""The one thread of the process that runs operators on the CPU.
+"""The process's one thread that runs CPU operators.
 
 libgomp keeps a thread pool for every thread that ever ran an operator. Once the pools hold more threads than there are
-cores, no thread spins before it sleeps, which made short passes 1.6 times as slow.
+cores, libgomp's threads no longer spin before they sleep, which made short passes 1.6 times as slow.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, TypeVar
 from local_rerank import forks
 from local_rerank.engine.cpu.process_setup import use_one_arena
 
-POLL_SECONDS = 1.0  # how often a caller wakes up: Python misses an interrupt that comes just before a thread sleeps
+POLL_SECONDS = 1.0  # how often a waiting caller wakes up: Python misses an interrupt just before a thread sleeps
 
 T = TypeVar("T")
 
 
 def compute(call: Callable[[], T]) -> T:
-    """Run `call` in the compute thread and return or raise what it does."""
+    """Run `call` in the compute thread; returns its result or raises its error."""
     return _compute_thread.run(call)
 
 
 class _ComputeThread:
     def __init__(self) -> None:
-        self._set_up()
+        self._reset()
         forks.renew_in_child(self)
 
-    def _set_up(self) -> None:
+    def _reset(self) -> None:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -42,9 +42,9 @@ class _ComputeThread:
 
     def renew(self) -> None:
         """After a fork: the first call in the child starts its thread."""
-        self._set_up()
+        self._reset()
         if (torch := sys.modules.get("torch")) is not None:
-            self._calls.put((Future(), torch.get_num_threads))  # sets the number of threads, which oneDNN does not
+            self._calls.put((Future(), torch.get_num_threads))  # applies torch's thread count, which oneDNN does not
 
     def run(self, call: Callable[[], T]) -> T:
         if threading.current_thread() is self._thread:
@@ -59,7 +59,7 @@ class _ComputeThread:
             while not ended.acquire(timeout=POLL_SECONDS):
                 pass
             return future.result()
-        except KeyboardInterrupt:  # in the main thread: end the call that it waits for
+        except KeyboardInterrupt:  # in the main thread: also end the call that it waits for
             if not future.cancel():
                 self._interrupt(future)
             raise
@@ -67,13 +67,13 @@ class _ComputeThread:
             del future  # breaks a reference cycle between the future and its exception's traceback
 
     def _interrupt(self, future: Future[Any]) -> None:
-        """Raise KeyboardInterrupt in the call of `future`, if it still runs."""
+        """Raise KeyboardInterrupt in the call of `future` if it still runs."""
         with self._turn:
             if self._running is future:
                 self._raise(ctypes.py_object(KeyboardInterrupt))
 
     def _raise(self, error: Any) -> None:
-        """Make the thread raise `error` at its next bytecode; None cancels an error that it has not raised yet."""
+        """Make the compute thread raise `error` at its next bytecode; None cancels an error not raised yet."""
         assert self._thread is not None
         assert self._thread.ident is not None
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), error)
@@ -81,7 +81,7 @@ class _ComputeThread:
     def _start(self) -> None:
         """Start the thread unless it exists."""
         with self._starting:
-            if self._thread is None:  # not is_alive(): an interrupt in it marks a running thread as ended
+            if self._thread is None:  # not is_alive(), which an interrupt can turn false while the thread runs
                 use_one_arena()
                 threading.Thread(target=self._work, name="local-rerank-compute", daemon=True).start()
 
@@ -92,13 +92,13 @@ class _ComputeThread:
             thread.join()
 
     def _work(self) -> None:
-        with self._starting:  # its starter may have been interrupted and have started another one
+        with self._starting:  # an interrupted caller may have started a second thread
             if self._thread is not None:
                 return
             self._thread = threading.current_thread()
         atexit.register(self._stop, self._thread)
-        while (given := self._calls.get()) is not None:
-            future, call = given
+        while (item := self._calls.get()) is not None:
+            future, call = item
             if future.set_running_or_notify_cancel():
                 with forks.computing():
                     result, error = self._attempt(future, call)
@@ -107,10 +107,10 @@ class _ComputeThread:
                 else:
                     future.set_exception(error)
                 del result, error
-            del given, future, call  # release the memory that they refer to before waiting
+            del item, future, call  # free what they refer to before waiting
 
     def _attempt(self, future: Future[Any], call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-        """The result or error of `call`. An interrupt that arrives late is consumed here, not by the next call."""
+        """The result or error of `call`. A late interrupt is consumed here, so that it does not hit the next call."""
         result, error = None, None
         try:
             with self._turn:

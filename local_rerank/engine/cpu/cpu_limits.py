@@ -1,6 +1,6 @@
-"""How many CPUs this process may use: the machine, its affinity and the quotas of its cgroups -> CpuLimits.
+"""How many CPUs this process may use: physical cores, CPU affinity and cgroup quotas -> CpuLimits.
 
-Reads files and changes nothing. Linux alone has affinity and cgroups; elsewhere the machine decides.
+Only Linux has affinity and cgroups. On other systems the number of cores is the only limit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
-    """CPU time that a cgroup may use, shared by all of its processes."""
+    """The CPU time that all processes of a cgroup share."""
 
-    cpus: float  # seconds of CPU time a second
+    cpus: float  # CPU seconds per second
     folder: str  # of the cgroup
     is_v2: bool
 
@@ -32,31 +32,31 @@ class Quota:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuLimits:
-    """Each limit by itself."""
+    """The limits of a process."""
 
-    num_cores: int  # physical ones of the machine; logical CPUs where the former are not known
-    num_allowed_cores: int | None  # physical ones that the affinity allows; None where the system has none
+    num_cores: int  # physical cores of the machine, or logical CPUs if the former are unknown
+    num_allowed_cores: int | None  # physical cores that the affinity allows; None if the system has no affinity
     quotas: tuple[Quota, ...]  # of the process's cgroup and its ancestors
 
     @property
     def quota(self) -> Quota | None:
-        """The smallest."""
+        """The smallest quota."""
         return min(self.quotas, key=lambda quota: quota.cpus, default=None)
 
     @property
     def num_cpus(self) -> float:
-        """The smallest limit."""
+        """The lowest limit."""
         limits = [self.num_cores, self.num_allowed_cores, *(quota.cpus for quota in self.quotas)]
         return min(limit for limit in limits if limit is not None)
 
     @property
     def num_threads(self) -> int:
-        """As many as can run, at least 1; a fraction of a CPU counts as one (docs/performance.md has the figures)."""
+        """As many threads as can run, at least 1; a fraction of a CPU counts as one (figures: docs/performance.md)."""
         return max(1, math.ceil(self.num_cpus))
 
     @property
     def reason(self) -> str:
-        """Which limit is the smallest."""
+        """Names the lowest limit."""
         if self.quota is not None and self.quota.cpus == self.num_cpus < (self.num_allowed_cores or self.num_cores):
             return str(self.quota)
         if self.num_allowed_cores is not None and self.num_allowed_cores < self.num_cores:
@@ -69,20 +69,20 @@ def _counted(num_cores: int) -> str:
 
 
 def cpu_limits(root: Path = ROOT) -> CpuLimits:
-    """The limits of this process; `root` stands for / in the paths of /proc and /sys, its affinity aside."""
+    """The limits of this process. `root` replaces / in the paths of /proc and /sys."""
     num_cores: int = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed: int | None = None
     if hasattr(os, "sched_getaffinity"):
         allowed = min(num_cores, len({_core_of(cpu, root) for cpu in os.sched_getaffinity(0)}))
     try:
         quotas = tuple(_quotas(root))
-    except ValueError:  # a system that writes these files otherwise
+    except ValueError:  # a system that writes these files in another format
         quotas = ()
     return CpuLimits(num_cores=num_cores, num_allowed_cores=allowed, quotas=quotas)
 
 
 def _core_of(cpu: int, root: Path) -> tuple[str, ...]:
-    """Equal for the hardware threads of one core; the CPU itself where the system says nothing."""
+    """Equal for the hardware threads of one core; the CPU's own number if the topology is unknown."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     names = ("physical_package_id", "core_id")
     try:
@@ -93,16 +93,16 @@ def _core_of(cpu: int, root: Path) -> tuple[str, ...]:
 
 def _quotas(root: Path) -> Iterator[Quota]:
     for folder, is_v2 in _cgroup_folders(root):
-        cpus = _quota_v2(folder) if is_v2 else _quota_v1(folder)
-        if cpus is not None:
+        names = ["cpu.max"] if is_v2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        if (cpus := _ratio(*[word for name in names for word in _words(folder / name)][:2])) is not None:
             yield Quota(cpus=cpus, folder=f"/{folder.relative_to(root)}", is_v2=is_v2)
 
 
 def _cgroup_folders(root: Path) -> Iterator[tuple[Path, bool]]:
-    """The process's cgroup and its ancestors, as far as they are mounted, and whether they are of cgroup v2.
+    """Folders of the process's cgroup and its ancestors, as far as they are mounted, and whether they are cgroup v2.
 
-    Hosts may have the `cpu` controller in v1 and others in v2. Where a mount shows a part of the hierarchy, as in
-    containers, its root is a path in that hierarchy. A cgroup outside of all mounts leaves their roots to read.
+    A hybrid host has the `cpu` controller in v1 and others in v2. A container's mount may show only a part of the
+    hierarchy; then the mount's root is a path in the hierarchy. If no mount shows the cgroup, the mounts' roots count.
     """
     mounts = list(_mounts(root))
     for path, is_v2 in _cgroup_paths(root):
@@ -114,7 +114,7 @@ def _cgroup_folders(root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _below(path: PurePosixPath, within: PurePosixPath) -> PurePosixPath | None:
-    """`path` from `within` on; None where it is not below: /../x is outside of the namespace's own root."""
+    """`path` relative to `within`; None if it is not below. /../x is outside the namespace's root."""
     if not path.is_relative_to(within):
         return None
     below = path.relative_to(within)
@@ -122,7 +122,7 @@ def _below(path: PurePosixPath, within: PurePosixPath) -> PurePosixPath | None:
 
 
 def _cgroup_paths(root: Path) -> Iterator[tuple[PurePosixPath, bool]]:
-    """Of the lines `hierarchy:controllers:path` of /proc/self/cgroup those that limit CPU time."""
+    """Cgroups that can limit CPU time, from the lines `hierarchy:controllers:path` of /proc/self/cgroup."""
     for line in _lines(root / "proc/self/cgroup"):
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" or "cpu" in controllers.split(","):
@@ -130,7 +130,7 @@ def _cgroup_paths(root: Path) -> Iterator[tuple[PurePosixPath, bool]]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, bool]]:
-    """Of the lines of /proc/self/mountinfo (proc(5)): root within the hierarchy, mount point, and whether it is v2."""
+    """Cgroup mounts in /proc/self/mountinfo (proc(5)): root within the hierarchy, mount point, whether it is v2."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, source = line.partition(" - ")
         within, point = (PurePosixPath(_unescaped(field)) for field in mount.split(" ")[3:5])
@@ -150,14 +150,6 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _quota_v2(folder: Path) -> float | None:
-    return _ratio(*_words(folder / "cpu.max")[:2])
-
-
-def _quota_v1(folder: Path) -> float | None:
-    return _ratio(*_words(folder / "cpu.cfs_quota_us")[:1], *_words(folder / "cpu.cfs_period_us")[:1])
-
-
 def _words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
@@ -166,7 +158,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _ratio(quota: str = "max", period: str = "") -> float | None:
-    """None without a limit ("max", -1), and where the kernel would not write so."""
+    """None without a limit ("max", -1) or if the numbers are malformed."""
     if not (quota.isdecimal() and period.isdecimal() and int(quota) and int(period)):
         return None
     return int(quota) / int(period)

@@ -1,7 +1,7 @@
-"""Chooses the linear layers of a decoder that int8 multiplies, and keeps the choice in the cache folder.
+"""Choose which linear layers of a decoder are quantized to int8, and cache the choice.
 
-A search scores known pairs once for each group of layers: minutes on a large model. What decides its result (`Facts`)
-is hashed to the name of a file with the names of the layers that stay in fp32, so that a second start searches nothing.
+The search scores known pairs once per group of layers, which takes minutes on a large model. The cache file's name is a
+hash of everything that affects the result (`Facts`); the file lists the layers that stay in fp32.
 """
 
 from __future__ import annotations
@@ -32,52 +32,52 @@ from local_rerank.requests.tokenization import Pair
 
 logger = logging.getLogger(__name__)
 
-MAX_SEARCHED_PARAMETERS = 1_000_000_000  # a larger model is not kept twice, to be searched for what int8 spoils
-SHARE_OF_ALL = 1 / 3  # of the tolerance: by how much int8 in all layers may move a log-odds without a search
-SHARE_OF_ONE = 1 / 40  # by how much one group of layers may
-READERS = (  # linear layers of a decoder layer, by the input that they read
+MAX_SEARCHED_PARAMETERS = 1_000_000_000  # larger models are not searched, because a search holds the weights twice
+SHARE_OF_ALL = 1 / 3  # no search if int8 in all layers moves log-odds by at most tolerance / 3
+SHARE_OF_ONE = 1 / 40  # a group stays in fp32 if quantizing it alone moves log-odds by more than tolerance / 40
+GROUPS = (  # linear layers of a decoder layer that read the same input
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),
     ("mlp", ("gate_proj", "up_proj")),
     ("mlp", ("down_proj",)),
 )
-LINEARS_PER_LAYER = sum(len(names) for _, names in READERS)
-VARIABLES = (  # those that change what kernels compute
+LINEARS_PER_LAYER = sum(len(names) for _, names in GROUPS)
+ENVIRONMENT = (  # variables that change what kernels compute
     "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
-LANES = 2**15  # int64 numbers folded at a time: they stay in the cache, and torch adds so many in one thread
-FORMAT_VERSION = 1  # of the file; a search that chooses otherwise needs another one too
+LANES = 2**15  # int64 values per checksum step: they fit in the CPU's cache, and torch adds them in one thread
+FORMAT_VERSION = 1  # of the cache file; also increase it when the search changes
 
 Facts = Mapping[str, Any]
-"""Everything that decides the result of a search, as JSON can hold it."""
+"""Everything that affects the result of a search, as JSON values."""
 
 
-class _Group:
-    """Linear layers of one block that read the same input: all are int8, or none is."""
+class LinearGroup:
+    """Linear layers of one block that read the same input: all of them are int8, or none."""
 
     def __init__(self, block: Any, layer_index: int, where: str, names: Sequence[str]) -> None:
         self.layer_index = layer_index
         self.names = [f"layers.{layer_index}.{where}.{name}" for name in names]
         self._block = block
-        self._exact = {name: getattr(block, name) for name in names}
+        self._fp32 = {name: getattr(block, name) for name in names}
         self._int8: dict[str, Int8Linear] = {}
 
     def quantize(self) -> None:
         limit = saturates()
-        self._int8 = self._int8 or {name: Int8Linear(x, limit_pairs=limit) for name, x in self._exact.items()}
+        self._int8 = self._int8 or {name: Int8Linear(x, limit_pairs=limit) for name, x in self._fp32.items()}
         self._use(self._int8)
 
     def restore(self) -> None:
-        self._use(self._exact)
+        self._use(self._fp32)
 
     def _use(self, modules: Mapping[str, Any]) -> None:
         for name, module in modules.items():
             setattr(self._block, name, module)
 
 
-class _ReusedLayer(nn.Module):
-    """A decoder layer that can return its first output again while nothing up to it has changed."""
+class ReusedLayer(nn.Module):
+    """A decoder layer that returns its first output again while `is_unchanged`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -86,6 +86,7 @@ class _ReusedLayer(nn.Module):
         self._output: Tensor | None = None
 
     def forward(self, hidden: Tensor, *arguments: Any) -> Tensor:
+        """(num_tokens, hidden) to (num_tokens, hidden); see `CpuLayer`."""
         if self.is_unchanged:
             assert self._output is not None
             return self._output
@@ -97,51 +98,48 @@ class _ReusedLayer(nn.Module):
 def quantize_layers(
     layers: nn.ModuleList, log_odds: Callable[[], list[float]] | None = None, facts: Facts | None = None
 ) -> list[str]:
-    """Replace the linear layers of the decoder's layers, except those that int8 would spoil; returns these names.
+    """Quantize the linear layers of `layers`, except those that int8 would damage; returns the names of the latter.
 
-    `log_odds` scores known pairs with the model as it is, (num_pairs,); without it every layer is replaced. With
-    `facts`, the result is read from the cache folder, or else searched and written there.
+    `log_odds` scores the known pairs with the model as it is; without it every layer is quantized. With `facts`, the
+    choice is read from the cache folder, or searched and written there.
     """
-    groups = _groups(layers)
-    kept = _fp32_names(layers, groups, log_odds, facts) if log_odds is not None else set[str]()
+    groups = groups_of(layers)
+    fp32 = _fp32_names(layers, groups, log_odds, facts) if log_odds is not None else set[str]()
     names = [name for group in groups for name in group.names]
-    if kept and len(kept) == len(names):
-        logger.warning(
-            "int8 would spoil every linear layer of this model: all stay fp32, and int8 makes nothing faster"
-        )
+    if fp32 and len(fp32) == len(names):
+        logger.warning("int8 would damage every linear layer of this model; all stay in fp32, so int8 is no faster")
     while groups:
         group = groups.pop()  # frees each replaced weight before the next one is quantized
-        if kept.isdisjoint(group.names):
+        if fp32.isdisjoint(group.names):
             group.quantize()
-    return [name for name in names if name in kept]
+    return [name for name in names if name in fp32]
 
 
 def _fp32_names(
-    layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], list[float]], facts: Facts | None
+    layers: nn.ModuleList, groups: list[LinearGroup], log_odds: Callable[[], list[float]], facts: Facts | None
 ) -> set[str]:
-    """Names of the linear layers that stay in fp32; the model is in fp32 before and after."""
-    if facts is not None and (kept := _read(facts, groups)) is not None:
-        return kept
+    """Names of the linear layers that stay in fp32. The model is in fp32 before and after."""
+    if facts is not None and (fp32 := read_choice(facts, groups)) is not None:
+        return fp32
     started = time.perf_counter()
     num_linears = sum(len(group.names) for group in groups)
-    logger.info(
-        "choosing which of %d linear layers int8 multiplies, in at most %d passes; a later start reads the result",
-        num_linears, len(groups) + 3,
-    )  # fmt: skip
-    kept = {name for group in _search(layers, groups, log_odds) for name in group.names}
+    message = "choosing which of %d linear layers become int8, in at most %d passes; later starts read the result"
+    logger.info(message, num_linears, len(groups) + 3)
+    fp32 = {name for group in _search(layers, groups, log_odds) for name in group.names}
     seconds = time.perf_counter() - started
-    logger.info("int8 multiplies %d of %d linear layers (%.1f s)", num_linears - len(kept), num_linears, seconds)
+    logger.info("%d of %d linear layers are int8 (%.1f s)", num_linears - len(fp32), num_linears, seconds)
     if facts is not None:
-        _write(facts, kept)
-    return kept
+        write_choice(facts, fp32)
+    return fp32
 
 
-def _search(layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], list[float]]) -> list[_Group]:
-    """The groups that int8 would spoil.
+def _search(layers: nn.ModuleList, groups: list[LinearGroup], log_odds: Callable[[], list[float]]) -> list[LinearGroup]:
+    """The groups that int8 would damage.
 
-    Where int8 in all layers moves the known pairs by more than a third of what the self-test allows, each group is
-    tried alone, and what moves them by a fortieth by itself is spoiled: int8 has no room for numbers far apart, which
-    few layers have. Where known pairs, relevant and irrelevant ones in turn, are misordered, nothing can be spoiled.
+    If int8 in all layers moves the log-odds of the known pairs by more than tolerance / 3, each group is tried alone.
+    A group that moves them by more than tolerance / 40 stays in fp32. Few do: those whose weights or inputs have
+    outliers, which leave too few int8 steps for the rest. If the model misorders known pairs in fp32, there is nothing
+    to compare with and every layer is quantized.
     """
     if num_misordered(scores := log_odds()) > MAX_MISORDERED:
         return []
@@ -149,7 +147,7 @@ def _search(layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], 
     allowed = TOLERANCE * max(1.0, float(exact.max() - exact.min()))
 
     def is_moved_by(limit: float) -> bool:
-        return not float((torch.tensor(log_odds()) - exact).abs().max()) <= limit  # what is no number is moved
+        return not float((torch.tensor(log_odds()) - exact).abs().max()) <= limit  # NaN counts as moved
 
     for group in groups:
         group.quantize()
@@ -158,24 +156,24 @@ def _search(layers: nn.ModuleList, groups: list[_Group], log_odds: Callable[[], 
         group.restore()
     if not is_searched:
         return []
-    spoiled = []
+    damaged = []
     with _reused_layers(layers) as reused, _progress(len(groups)) as advance:
-        log_odds()  # whose outputs are reused
+        log_odds()  # records the outputs to reuse
         for group in groups:
             if group.layer_index > 0:
                 reused[group.layer_index - 1].is_unchanged = True
             group.quantize()
-            spoiled += [group] if is_moved_by(allowed * SHARE_OF_ONE) else []
+            damaged += [group] if is_moved_by(allowed * SHARE_OF_ONE) else []
             group.restore()
             advance()
-    return spoiled
+    return damaged
 
 
 @contextlib.contextmanager
-def _reused_layers(layers: nn.ModuleList) -> Iterator[list[_ReusedLayer]]:
-    """All layers but the last, wrapped while the block runs: passes before a changed layer are not computed again."""
+def _reused_layers(layers: nn.ModuleList) -> Iterator[list[ReusedLayer]]:
+    """Wrap all layers but the last while the block runs, so that layers before a changed one are not run again."""
     originals = list(layers)[:-1]
-    reused = [_ReusedLayer(layer) for layer in originals]
+    reused = [ReusedLayer(layer) for layer in originals]
     try:
         for index, wrapped in enumerate(reused):
             layers[index] = wrapped
@@ -187,7 +185,7 @@ def _reused_layers(layers: nn.ModuleList) -> Iterator[list[_ReusedLayer]]:
 
 @contextlib.contextmanager
 def _progress(num_groups: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error where a command runs in a terminal; yields what advances it by one."""
+    """A progress bar on stderr if one of our commands runs in a terminal; yields a function that advances it by one."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -199,19 +197,19 @@ def _progress(num_groups: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def _groups(layers: nn.ModuleList) -> list[_Group]:
+def groups_of(layers: nn.ModuleList) -> list[LinearGroup]:
     return [
-        _Group(getattr(layer, where), index, where, names)
+        LinearGroup(getattr(layer, where), index, where, names)
         for index, layer in enumerate(list[Any](layers))
-        for where, names in READERS
+        for where, names in GROUPS
     ]
 
 
 def facts_of(weights: Mapping[str, Tensor], pairs: Sequence[Pair], **more: Any) -> Facts:
-    """What decides the result of a search; `more`: what else the caller decided, named, as JSON can hold it.
+    """Everything that affects the result of a search; `more`: the caller's choices, as JSON values.
 
-    The number of threads is left out: it moves log-odds by rounding alone. Whoever changes a constant or the package's
-    version gets a new search.
+    The number of threads is left out, because it changes log-odds by rounding only. A new package version or another
+    value of a constant leads to a new search.
     """
     cpu = {name: value for name, value in getattr(torch.cpu, "get_capabilities", dict)().items() if value is not False}
     facts = {
@@ -221,23 +219,23 @@ def facts_of(weights: Mapping[str, Tensor], pairs: Sequence[Pair], **more: Any) 
         "machine": platform.machine(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cpu": {name: value for name, value in cpu.items() if not name.startswith("num_")},
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "limits_pairs": saturates(),
         "tolerance": [TOLERANCE, SHARE_OF_ALL, SHARE_OF_ONE, MAX_MISORDERED],
         "prompts": hashlib.sha256(repr([(pair.prefix_ids, pair.document_ids) for pair in pairs]).encode()).hexdigest(),
         "weights": checksum(weights),
         **more,
     }
-    plain: Facts = json.loads(json.dumps(facts))  # as it comes back from the file
-    return plain
+    as_read: Facts = json.loads(json.dumps(facts))  # comparable with the file's
+    return as_read
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Tells tensors on the CPU from others by names, dtypes, shapes and values; no protection against forgery.
+    """A checksum of CPU tensors: names, dtypes, shapes and values. It does not protect against forgery.
 
-    Rows of `LANES` numbers are folded into one, total = 3 * total + row modulo 2^64, which every change of one number
-    alters and nearly every exchange of rows; sha256 takes that and the rest. Five times as fast as sha256 of all bytes:
-    .6 and 3.2 s for .88 GB on two busy Zen 3 cores.
+    Rows of `LANES` numbers are folded into one: total = 3 * total + row modulo 2^64. Any changed number changes the
+    total, and so does nearly any swap of rows. sha256 hashes the total and the remainder. This takes 0.6 s for 0.88 GB
+    on two busy Zen 3 cores; sha256 of all bytes takes 3.2 s.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -258,27 +256,27 @@ def _path(facts: Facts) -> Path:
     return cache_folder() / "int8" / f"{key}.json"
 
 
-def _read(facts: Facts, groups: Iterable[_Group]) -> set[str] | None:
-    """The names that `_write` was given for the same facts and groups; None where there is no such file."""
+def read_choice(facts: Facts, groups: Iterable[LinearGroup]) -> set[str] | None:
+    """The layers that stay in fp32, as written by `write_choice` for the same facts; None without a valid file."""
     try:
         path = _path(facts)
         stored = json.loads(path.read_text(encoding="utf-8"))
         names = set(map(str, stored["fp32_layers"]))
         if stored["facts"] != facts:
-            raise ValueError("it holds other facts")
+            raise ValueError("its facts differ")
         if names != {name for group in groups if not names.isdisjoint(group.names) for name in group.names}:
-            raise ValueError("it names other layers than this model's")
+            raise ValueError("its layers are not this model's")
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # RuntimeError: there is no home folder
-        logger.info("the stored choice of int8 layers cannot be used, so it is searched anew: %r", error)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # RuntimeError: no home folder
+        logger.info("cannot use the cached choice of int8 layers, so it is searched again: %r", error)
         return None
-    logger.info("the choice of int8 layers was read from %s: %d linear layers stay in fp32", path, len(names))
+    logger.info("read the choice of int8 layers from %s: %d linear layers stay in fp32", path, len(names))
     return names
 
 
-def _write(facts: Facts, names: Iterable[str]) -> None:
-    """Store the result of a search; a folder that cannot be written only costs the next start its time."""
+def write_choice(facts: Facts, names: Iterable[str]) -> None:
+    """Cache the layers that stay in fp32. If the folder cannot be written, the next start searches again."""
     text = json.dumps({"fp32_layers": sorted(names), "facts": facts}, ensure_ascii=False, indent=2) + "\n"
     try:
         path = _path(facts)
@@ -286,8 +284,8 @@ def _write(facts: Facts, names: Iterable[str]) -> None:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
             partial = Path(folder) / path.name
             partial.write_text(text, encoding="utf-8")
-            partial.replace(path)  # at once, so that another process reads a whole file or none
+            partial.replace(path)  # atomic, so that another process reads a whole file or none
     except (OSError, RuntimeError) as error:
-        logger.info("the choice of int8 layers cannot be kept, so the next start searches it again: %r", error)
+        logger.info("cannot cache the choice of int8 layers, so the next start searches again: %r", error)
     else:
-        logger.info("the choice of int8 layers is kept in %s", path)
+        logger.info("cached the choice of int8 layers in %s", path)

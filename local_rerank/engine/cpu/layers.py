@@ -1,7 +1,7 @@
-"""The decoder for CPUs: transformers' weights and steps, with fewer passes over memory between the matrix products.
+"""The decoder for CPUs: transformers' computation with fewer passes over memory between the matrix products.
 
 transformers allocates a tensor in each of the six steps of an RMSNorm and the seven of a rotary embedding. Here a norm
-is one reduction and two products, and rotation, activation and residual additions are done in place. Norms run in fp32.
+is one reduction and two products, and rotation, activation and residual additions work in place. Norms run in fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CpuLayer(nn.Module):
     """A decoder layer, built from the modules of a Qwen3DecoderLayer."""
 
     def __init__(self, layer: Any, values_dtype: torch.dtype | None = None) -> None:
-        """`values_dtype`: dtype in which attention sums up values, where it is not that of the hidden states."""
+        """`values_dtype`: dtype of values in attention; None means that of the hidden states."""
         super().__init__()
         self.self_attn: Any = layer.self_attn
         self.mlp: Any = layer.mlp
@@ -45,20 +45,20 @@ class CpuLayer(nn.Module):
         layout: Layout,
         query_positions: Tensor | None = None,
     ) -> Tensor:
-        """(num_tokens, hidden) to (num_queries, hidden); without `query_positions` every token is a query."""
+        """(num_tokens, hidden) to (num_queries, hidden). Without `query_positions` every token is a query."""
         mlp, residual = self.mlp, hidden if query_positions is None else hidden[query_positions]
         attended = self._attention(hidden, rotation, attend, layout, query_positions)
         (out,), scales = project(attended, self.self_attn.o_proj)
         x = scaled(out, scales).add_(residual)
         (gate, up), scales = project(rms_norm(x, self.post_attention_layernorm).to(x.dtype), mlp.gate_proj, mlp.up_proj)
-        product = self._activate(scaled(gate, scales)).mul_(up)  # `up` is not scaled yet: down_proj scales the product
+        product = self._activate(scaled(gate, scales)).mul_(up)  # up's scales stay pending until down_proj
         (out,), scales = project(product, mlp.down_proj, scales=scales)
         return scaled(out, scales).add_(x)
 
     def _attention(
         self, hidden: Tensor, rotation: Rotation, attend: Attend, layout: Layout, query_positions: Tensor | None
     ) -> Tensor:
-        """(num_tokens, hidden) to (num_queries, heads x head_dim), before the output projection."""
+        """(num_tokens, hidden) to (num_queries, heads * head_dim), before the output projection."""
         attention = self.self_attn
         x = rms_norm(hidden, self.input_layernorm).to(hidden.dtype)
         if query_positions is None:
@@ -78,10 +78,10 @@ class CpuLayer(nn.Module):
 
 
 class CpuDecoder(nn.Module):
-    """Embedding, layers and final norm of a model that is on the CPU as a whole."""
+    """Embedding, layers and final norm of a model that is entirely on the CPU."""
 
     def __init__(self, backbone: Any, *, values_dtype: torch.dtype | None = None) -> None:
-        """`backbone`: a Qwen3Model, whose modules are used as they are; `values_dtype`: see `CpuLayer`."""
+        """`backbone`: a Qwen3Model, whose modules we share. `values_dtype`: see `CpuLayer`."""
         super().__init__()
         self.embed_tokens = backbone.embed_tokens
         self.rotary_emb = backbone.rotary_emb
@@ -104,14 +104,14 @@ class CpuDecoder(nn.Module):
 
 
 def scaled(x: Tensor, scales: Tensor | None) -> Tensor:
-    """x times its scales, in place; x itself without scales."""
+    """x times its pending scales, in place; x itself if there are none."""
     return x if scales is None else x.mul_(scales)
 
 
 def rms_norm(x: Tensor, norm: Any, scales: Tensor | None = None) -> Tensor:
-    """RMSNorm in fp32 throughout; transformers rounds to x's dtype before it multiplies by the weight.
+    """RMSNorm of (..., width) in fp32; transformers rounds to x's dtype before it multiplies by the weight.
 
-    `scales`: factors by which x has not been multiplied yet. They change nothing but the weight of epsilon.
+    `scales`: pending on x, (..., 1). RMSNorm cancels them, except for the effect of epsilon.
     """
     wide = x.float()
     squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
@@ -121,11 +121,11 @@ def rms_norm(x: Tensor, norm: Any, scales: Tensor | None = None) -> Tensor:
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (tokens, heads, head_dim) by (tokens, 1, head_dim), whose halves are equal; in place."""
+    """Rotary embedding of x (tokens, heads, head_dim), in place; cos and sin: (tokens, 1, head_dim), equal halves."""
     (first, second), (cos, _), (sin, _) = (part.chunk(2, dim=-1) for part in (x, cos, sin))
-    of_first = first * sin
+    first_sin = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(of_first)
+    second.mul_(cos).add_(first_sin)
     return x
 
 

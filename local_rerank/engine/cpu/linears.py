@@ -1,13 +1,13 @@
 """Linear layers for CPUs in fp32 and bf16: weights in oneDNN's layout, and 16-bit weights multiplied in fp32.
 
-`BlockedLinear` keeps the weight as oneDNN multiplies it, so that no product reorders it. On a Zen 5 with weights of
-1,024 x 3,072, compared with `torch.nn.functional.linear`: bf16 is 1.05 times as fast for 2,048 tokens and 2.4 times for
-8; fp32 is 2.2 times as fast for 2,048 tokens, because MKL uses half of that CPU's vector width. torch.compile uses the
-same operators when it freezes a model; torch does not document them.
+`BlockedLinear` stores the weight in oneDNN's layout, so that no product has to reorder it. Compared with
+`torch.nn.functional.linear` on a Zen 5, weights of 1,024 x 3,072: bf16 is 1.05 times as fast for 2,048 tokens and 2.4
+times for 8; fp32 is 2.2 times as fast for 2,048 tokens, because MKL uses half of that CPU's vector width. torch.compile
+uses the same operators when it freezes a model; they are not documented.
 
-`WideLinear` keeps a 16-bit weight and widens it to fp32 for each product. Widening is exact, so a bf16 checkpoint
-scores as in fp32 in half the memory. All layers share one buffer, which stays in the cache: on two cores, widening a
-layer of the 0.6B model takes 2.6 ms, 2 % of the time that the layer takes for 2,048 tokens.
+`WideLinear` keeps a 16-bit weight and converts it to fp32 for each product. The conversion is exact, so a bf16
+checkpoint scores as in fp32 in half the memory. All layers share one buffer, which stays in the CPU's cache: on two
+cores, converting a layer of the 0.6B model takes 2.6 ms, 2 % of the layer's time for 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from local_rerank.engine.decoder import linear_layers
+
 
 class BlockedLinear(nn.Module):
-    """Stands in for an nn.Linear on the CPU, in fp32 or bf16."""
+    """Replaces an nn.Linear in fp32 or bf16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -36,25 +38,22 @@ class BlockedLinear(nn.Module):
 
 
 def can_block() -> bool:
-    """Whether torch has the operators; tried on x86 alone."""
+    """Whether torch has the operators. We have tried them on x86 only."""
     is_x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return is_x86 and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def block_layers(layers: nn.ModuleList) -> None:
-    """Replace the linear layers of the decoder's layers, one after the other."""
-    for layer in list[Any](layers):
-        for block in (layer.self_attn, layer.mlp):
-            for name, child in list(block.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(block, name, BlockedLinear(child))
+    """Replace the linear layers of the decoder's layers, one at a time."""
+    for parent, name in linear_layers(layers):
+        setattr(parent, name, BlockedLinear(getattr(parent, name)))
 
 
 class WideLinear(nn.Module):
-    """Stands in for an nn.Linear with 16-bit weights; takes and gives fp32."""
+    """Replaces an nn.Linear with 16-bit weights; input and output are fp32."""
 
     def __init__(self, linear: nn.Linear, buffer: Tensor) -> None:
-        """`buffer`: fp32, as many numbers as the weight has or more; any forward pass overwrites it."""
+        """`buffer`: fp32, (numel,) with at least the weight's numel; each forward pass overwrites it."""
         super().__init__()
         self.weight = linear.weight  # (outputs, inputs)
         self.bias = linear.bias
@@ -67,7 +66,7 @@ class WideLinear(nn.Module):
 
 
 class WideEmbedding(nn.Module):
-    """Stands in for an nn.Embedding; gives fp32."""
+    """Replaces an nn.Embedding with 16-bit weights; the output is fp32."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -79,17 +78,9 @@ class WideEmbedding(nn.Module):
 
 
 def widen(backbone: Any) -> None:
-    """Let a decoder with 16-bit weights work in fp32; linear layers that were replaced before stay."""
-    linears = [
-        (block, name, child)
-        for layer in backbone.layers
-        for block in (layer.self_attn, layer.mlp)
-        for name, child in block.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    buffer = torch.empty(max((child.weight.numel() for _, _, child in linears), default=0))
-    for block, name, child in linears:
-        setattr(block, name, WideLinear(child, buffer))
+    """Let a decoder with 16-bit weights compute in fp32."""
+    places = linear_layers(backbone.layers)
+    buffer = torch.empty(max(getattr(parent, name).weight.numel() for parent, name in places))
+    for parent, name in places:
+        setattr(parent, name, WideLinear(getattr(parent, name), buffer))
     backbone.embed_tokens = WideEmbedding(backbone.embed_tokens)
-    for norm in (module for name, module in backbone.named_modules() if name.endswith("norm")):
-        norm.float()

@@ -1,4 +1,4 @@
-"""Carry out a load plan on a CPU: linear layers, decoder and int8."""
+"""Carry out a load plan on the CPU: linear layers, decoder and int8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from local_rerank.requests.tokenization import Pair
 
 
 def prepare(model: Any, plan: LoadPlan) -> CpuDecoder:
-    """The CPU's decoder with the model's weights, in the plan's dtypes and kernels. int8 comes later, in `quantize`."""
+    """Make the CPU decoder from a transformers model as planned, except for int8, which `quantize` does later."""
     if plan.weights != plan.arithmetic:
         widen(model.model)
     if plan.linear is not None and plan.linear.startswith("blocked"):

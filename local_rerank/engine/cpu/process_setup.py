@@ -1,8 +1,8 @@
-"""Process-wide settings: OpenMP's waiting, oneDNN's kernel caches, and glibc's malloc.
+"""Process-wide settings: OpenMP's wait policy, oneDNN's kernel caches and glibc's malloc.
 
-glibc's malloc returns blocks of the size of a layer's tensors with munmap and maps them again, which costs 50,000 page
-faults or more while 2,300 tokens pass six layers: a tenth of the time in int8. So malloc is told to keep them. An
-environment that configures malloc (`MALLOC_*`, `GLIBC_TUNABLES`) wins, and other allocators are not touched.
+By default malloc returns blocks as large as a layer's tensors with munmap and maps them again, which costs 50,000 page
+faults or more for 2,300 tokens in six layers, a tenth of the time in int8. So we make malloc keep them. `MALLOC_*` or
+`GLIBC_TUNABLES` in the environment take precedence, and other allocators are not touched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 OPENMP_VARIABLES = {  # libgomp reads them when torch is imported
     "OMP_WAIT_POLICY": "passive",  # active spinning made a request of 32 tokens take 350 ms beside other work
-    "GOMP_SPINCOUNT": "20000",  # spin for microseconds before sleeping: a wake-up costs more than computing a block
+    "GOMP_SPINCOUNT": "20000",  # spin for about 10 µs before sleeping: a wake-up costs more than computing a block
 }
 
 # oneDNN's kernel cache: the default is 1,024 entries of about 0.5 MB; a prompt of 8,192 tokens needs 190
@@ -23,7 +23,7 @@ CACHE_VARIABLES = {
 }
 
 KEPT_BYTES = 2**30  # free memory kept at the top of the heap (M_TRIM_THRESHOLD); a layer's tensors take less
-MAPPED_BYTES = 2**25  # larger blocks are mapped one by one (M_MMAP_THRESHOLD); old versions of glibc allow no more
+MAPPED_BYTES = 2**25  # larger blocks are mapped one by one (M_MMAP_THRESHOLD); the maximum of old glibc versions
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -35,8 +35,8 @@ _is_owned = False
 def configure_process() -> None:
     """Configure a process that we own. Call before importing torch.
 
-    Sets OpenMP's wait policy and oneDNN's kernel-cache size, unless the environment does, and limits malloc to one
-    arena, because a thread that starts later could be given another one.
+    Sets OpenMP's wait policy and oneDNN's kernel-cache size, unless the environment does, and a single malloc arena,
+    before a thread starts that would get another one.
     """
     global _is_owned
     _is_owned = True
@@ -48,17 +48,17 @@ def configure_process() -> None:
 
 
 def owns_process() -> bool:
-    """False where another program uses the library: its process-wide settings are its own."""
+    """Whether this is our own command, so that we may change process-wide settings; False in a program that uses us."""
     return _is_owned
 
 
 def use_one_arena() -> None:
-    """Make threads that start from now on allocate from the main arena; the heaps of others are limited to 64 MiB."""
+    """Make threads that start from now on use malloc's main arena; other arenas have heaps of at most 64 MiB."""
     _set((_M_ARENA_MAX, 1))
 
 
 def keep_freed_memory() -> None:
-    """Make malloc keep freed memory. Call after loading, so that what loading frees is still returned."""
+    """Make malloc keep freed memory. Call after loading, so that memory freed by loading still goes to the kernel."""
     _set((_M_MMAP_THRESHOLD, MAPPED_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 

@@ -1,65 +1,66 @@
-"""How many threads should compute while other processes want the CPUs: measured times in, a number out.
+"""Decide how many threads to use while other processes compete for the CPUs: layer times and load -> thread count.
 
-Pure: time is passed in, and nothing is read or set. As long as the threads do not wait for a CPU nothing is tried. When
-they do, decoder layers of the same batch run with the present number of threads and with a smaller one in turn, and the
-faster stays. While the number is reduced and CPUs are idle, a larger one is tried in the same way.
+Pure: the clock is an argument, and nothing is read or set. If the threads wait for CPUs, a trial starts: decoder layers
+of the same batch alternate between the current thread count and a smaller one, and the faster count wins. While the
+count is reduced and CPUs are idle, a larger one is tried in the same way. Hysteresis: fewer threads must be clearly
+faster, and the time between trials that change nothing grows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LOOK_SECONDS = 0.5  # between two looks at the load
-MAX_WAITED = 0.05  # share of waiting that is not worth a trial; alone on two cores it is .01 to .02
+POLL_SECONDS = 0.5  # between two samples of the load
+MAX_WAITED = 0.05  # no trial up to this share of waiting; alone on two cores it is 0.01 to 0.02
 MIN_PAIRS = 3
-MIN_TRIAL_SECONDS = 0.1  # of layers that count, so that short ones are not judged by a few time slices of the kernel
-CLEAR_RATIO = 1.5  # by which one number is so much faster that two pairs are enough
+MIN_TRIAL_SECONDS = 0.1  # of measured layers, so that a few scheduler time slices do not decide
+CLEAR_RATIO = 1.5  # two pairs are enough if one count is this much faster
 CLEAR_PAIRS = 2
-MAX_RATIO_OF_FEWER = 0.9  # of the times: fewer threads must be clearly faster, more threads only faster
-REST_SECONDS = (1.0, 4.0)  # after a trial that changed nothing: at first, and after several
-REST_RATIO = 10  # of the rest to the time of the trial, whose layers may be slower
-MIN_LAYERS = 4  # of a batch, without which no pair is complete
+MAX_RATIO_OF_FEWER = 0.9  # fewer threads win if their time is below this share; more threads if they are faster at all
+BACKOFF_SECONDS = (1.0, 4.0)  # pause after a trial that changed nothing: initial and maximum
+BACKOFF_RATIO = 10  # minimum ratio of the pause to the trial's duration, because a trial may run slower layers
+MIN_LAYERS = 4  # per batch; fewer complete no pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What happened since the last look."""
+    """The load since the last sample."""
 
-    waited: float  # share of the time in which the threads could have run that they waited for a CPU
-    idle_cpus: float | None  # of those that this process may use; None where it is not known
+    waited: float  # share of the threads' runnable time in which they waited for a CPU
+    idle_cpus: float | None  # idle CPUs among those that this process may use; None if unknown
 
 
 @dataclass(slots=True)
 class _Trial:
-    """Layers with the present number of threads and another, in turn within a batch.
+    """A comparison of two thread counts, which alternate between the layers of a batch.
 
-    The first layer of a batch and the first after a change do not count: oneDNN generates code for each number of
-    threads, and caches are cold.
+    The first layer of a batch and the first after a change are warm-up: oneDNN generates code for each thread count,
+    and caches are cold.
     """
 
-    counts: tuple[int, int]  # present and other
-    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the layers of complete pairs
+    counts: tuple[int, int]  # current and other
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the layers in complete pairs, per count
     num_pairs: int = 0
-    turn: int = 0  # whose layer runs: an index of `counts`
-    is_first: bool = True
-    present: float = 0.0  # seconds of the layer whose partner is still to come
+    turn: int = 0  # index into `counts` of the layer that runs
+    is_warm_up: bool = True
+    unpaired: float = 0.0  # seconds of the current count's layer in the pair that is not complete yet
     spent: float = 0.0  # seconds of all layers
 
     def begin_batch(self) -> None:
-        self.turn, self.is_first = 0, True
+        self.turn, self.is_warm_up = 0, True
 
     def add_layer(self, seconds: float) -> None:
         self.spent += seconds
-        if self.is_first:
-            self.is_first = False
+        if self.is_warm_up:
+            self.is_warm_up = False
             return
         if self.turn == 0:
-            self.present = seconds
+            self.unpaired = seconds
         else:
-            self.seconds[0] += self.present
+            self.seconds[0] += self.unpaired
             self.seconds[1] += seconds
             self.num_pairs += 1
-        self.turn, self.is_first = 1 - self.turn, True
+        self.turn, self.is_warm_up = 1 - self.turn, True
 
     @property
     def is_decided(self) -> bool:
@@ -69,41 +70,41 @@ class _Trial:
 
     @property
     def winner(self) -> int:
-        present, other = self.counts
-        limit = MAX_RATIO_OF_FEWER if other < present else 1.0
-        return other if self.seconds[1] < self.seconds[0] * limit else present
+        current, other = self.counts
+        limit = MAX_RATIO_OF_FEWER if other < current else 1.0
+        return other if self.seconds[1] < self.seconds[0] * limit else current
 
 
 class ThreadPolicy:
-    """Decides after each layer how many threads compute the next; at most `most`."""
+    """Decides after each layer how many threads run the next one."""
 
-    def __init__(self, most: int) -> None:
-        self.settled = most  # the number outside of trials
-        self._most = most
+    def __init__(self, max_threads: int) -> None:
+        self.settled = max_threads  # the count outside of trials
+        self._max_threads = max_threads
         self._trial: _Trial | None = None
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self._next_trial = 0.0
-        self._rest = REST_SECONDS[0]
+        self._backoff = BACKOFF_SECONDS[0]
 
     @property
     def count(self) -> int:
-        """Threads of the next layer."""
+        """The thread count for the next layer."""
         return self.settled if self._trial is None else self._trial.counts[self._trial.turn]
 
     @property
     def is_reduced(self) -> bool:
-        return self.settled < self._most
+        return self.settled < self._max_threads
 
     @property
     def is_trying(self) -> bool:
         return self._trial is not None
 
     def wants_load(self, now: float) -> bool:
-        return self._trial is None and now >= self._next_look
+        return self._trial is None and now >= self._next_poll
 
-    def look(self, load: Load, now: float) -> None:
-        """Start a trial where the load is a reason for one."""
-        self._next_look = now + LOOK_SECONDS
+    def add_load(self, load: Load, now: float) -> None:
+        """Start a trial if the load is a reason for one."""
+        self._next_poll = now + POLL_SECONDS
         if now < self._next_trial:
             return
         other = self._candidate(load)
@@ -111,11 +112,12 @@ class ThreadPolicy:
             self._trial = _Trial((self.settled, other))
 
     def _candidate(self, load: Load) -> int:
+        """The thread count to try; the settled one if there is nothing to try."""
         if load.waited > MAX_WAITED:
-            return min(max(1, self.settled - 1), max(1, int(self.settled * (1 - load.waited))))
+            return max(1, min(self.settled - 1, int(self.settled * (1 - load.waited))))
         if load.idle_cpus is None:
-            return self._most
-        return min(self._most, self.settled + round(load.idle_cpus))
+            return self._max_threads
+        return min(self._max_threads, self.settled + round(load.idle_cpus))
 
     def begin_batch(self) -> None:
         if self._trial is not None:
@@ -130,9 +132,9 @@ class ThreadPolicy:
 
     def _end(self, trial: _Trial, now: float) -> None:
         self._trial = None
-        self._next_look = now + LOOK_SECONDS
+        self._next_poll = now + POLL_SECONDS
         if trial.winner != self.settled:
-            self.settled, self._rest = trial.winner, REST_SECONDS[0]
+            self.settled, self._backoff = trial.winner, BACKOFF_SECONDS[0]
             return
-        self._next_trial = now + max(self._rest, trial.spent * REST_RATIO)
-        self._rest = min(2 * self._rest, REST_SECONDS[1])
+        self._next_trial = now + max(self._backoff, trial.spent * BACKOFF_RATIO)
+        self._backoff = min(2 * self._backoff, BACKOFF_SECONDS[1])

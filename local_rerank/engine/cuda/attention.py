@@ -1,12 +1,12 @@
 """Attention kernels for CUDA in bf16 and fp16. Nothing here blocks on the device.
 
 *Tiles* is our own Triton kernel. A tile holds queries of one group, possibly of several short documents. It reads their
-prefix and then the keys of these documents, of which each query sees its own. Nothing is copied, merged or run twice.
+prefix and then the keys of these documents, of which each query sees its own. No keys are copied, no results merged.
 
-*Merged* and *gathered* call torch's `varlen_attn`, which runs Flash Attention. *Merged* attends to the own document and
-to the prefix in two calls and joins them by log-sum-exp; only the prefixes' keys are copied. *Gathered* is one call
-over keys that are written out as prefix + document for each document. In the last layer there is one query per
-document, so nothing is shared and *merged* gathers too.
+*Merged* and *varlen* call torch's `varlen_attn`, which runs Flash Attention. *Merged* attends to the document itself
+and to the prefix in two calls and merges the results by log-sum-exp; it copies only the prefixes' keys. *Varlen* is one
+call on gathered keys, prefix + document for each document. In the last layer there is one query per document, so there
+is nothing to share, and *merged* gathers keys too.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor
 from local_rerank.engine.packing import PackedBatch, ranges
 
 QUERIES_PER_TILE = 64
-QUERIES_OF_LAST_TOKENS = 16  # each reads a document's keys: fewer queries per tile give more tiles to run in parallel
+QUERIES_OF_LAST_TOKENS = 16  # per tile in the last layer; smaller tiles, because more of them run in parallel
 
 
 @dataclass(frozen=True, slots=True)
 class VarlenLayout:
-    """Segments of queries and the keys that each reads; a prefix is a segment whose keys are itself."""
+    """Segments of queries and the keys that each one reads. A prefix is a segment that reads its own keys."""
 
-    key_index: Tensor  # (num_keys,) int64: tokens whose keys each segment reads, in order
+    key_index: Tensor  # (num_keys,) int64: tokens whose keys the segments read, segment by segment
     cu_seqlens_q: Tensor  # (num_segments + 1,) int32
     cu_seqlens_k: Tensor  # (num_segments + 1,) int32
     max_seqlen_q: int
@@ -40,35 +40,34 @@ class VarlenLayout:
 
 @dataclass(frozen=True, slots=True)
 class MergedLayout:
-    """Own part: every segment against itself. Prefix part: every group against its prefix."""
+    """Two calls. Own part: each segment attends to itself. Prefix part: each group attends to its prefix."""
 
     cu_seqlens: Tensor  # (num_segments + 1,) int32: prefixes and documents, in packed order
     max_seqlen: int
     prefix_index: Tensor  # (num_prefix_tokens,) int64: tokens of all prefixes, group by group
-    cu_seqlens_group: Tensor  # (num_groups + 1,) int32: all tokens of a group, its prefix too
+    cu_seqlens_group: Tensor  # (num_groups + 1,) int32: all tokens of a group, including its prefix
     cu_seqlens_prefix: Tensor  # (num_groups + 1,) int32
     max_seqlen_group: int
     max_seqlen_prefix: int
-    is_document: Tensor  # (num_tokens,) bool: false where the prefix part must not count
+    is_document: Tensor  # (num_tokens,) bool: false for prefix tokens, which ignore the prefix part
 
 
 @dataclass(frozen=True, slots=True)
 class TileLayout:
-    """Tiles of queries that have one prefix; padding is tiles without queries."""
+    """Tiles of queries that share a prefix. Padding is tiles without queries."""
 
-    # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix (0 for tokens of a
-    # prefix), first own key and one past the last
+    # (num_tiles, 6) int32: first query, number of queries, first token and length of the prefix (0, 0 if the queries
+    # are a prefix), first own key and one past the last
     tiles: Tensor
     first_own: Tensor  # (num_queries,) int32: first token of the query's segment
-    last_own: Tensor  # (num_queries,) int32: the query's own token
+    last_own: Tensor  # (num_queries,) int32: the query's token
     queries_per_tile: int
 
 
 def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile: int | None = None) -> TileLayout:
     """Queries in packed order: all tokens, or each document's last."""
     per_tile = queries_per_tile or (QUERIES_OF_LAST_TOKENS if last_tokens_only else QUERIES_PER_TILE)
-    # first query, number of queries, first token and length of their prefix
-    parts: list[tuple[int, int, int, int]] = []
+    parts: list[tuple[int, int, int, int]] = []  # first query, number of queries, first token and length of the prefix
     starts: list[int] = []  # of the segments that have queries
     lengths: list[int] = []
     for group in batch.groups:
@@ -81,7 +80,7 @@ def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile:
             starts.append(group.start)
             lengths.append(group.prefix_length)
         for run in group.runs:
-            starts += range(run.start, run.start + run.count * run.length, run.length)
+            starts += run.starts
             lengths += [run.length] * run.count
     if last_tokens_only:
         first_own, last_own = np.asarray(starts), batch.last_token_index.numpy()
@@ -92,14 +91,16 @@ def tile_layout(batch: PackedBatch, last_tokens_only: bool, *, queries_per_tile:
     offsets = ranges([0] * len(counts), counts).numpy() * per_tile
     first = np.repeat(first, counts) + offsets
     num_queries = np.minimum(np.repeat(num_queries, counts) - offsets, per_tile)
-    of_prefix = (np.repeat(prefix, counts), np.repeat(prefix_length, counts))
-    tiles = np.stack([first, num_queries, *of_prefix, first_own[first], last_own[first + num_queries - 1] + 1], axis=1)
+    prefix, prefix_length = np.repeat(prefix, counts), np.repeat(prefix_length, counts)
+    end_own = last_own[first + num_queries - 1] + 1
+    tiles = np.stack([first, num_queries, prefix, prefix_length, first_own[first], end_own], axis=1)
     on_host = [torch.from_numpy(numbers.astype(np.int32)) for numbers in (tiles, first_own, last_own)]
     return TileLayout(on_host[0], on_host[1], on_host[2], per_tile)
 
 
 def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
-    starts: list[int] = []  # of runs of keys: a segment reads one of its prefix and one of its own
+    """Queries in packed order: all tokens, or each document's last."""
+    starts: list[int] = []  # of ranges of keys: a document reads one range of its prefix and one of its own
     lengths: list[int] = []
     lengths_q: list[int] = []
     lengths_k: list[int] = []
@@ -110,7 +111,7 @@ def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
             lengths_q.append(group.prefix_length)
             lengths_k.append(group.prefix_length)
         for run in group.runs:
-            for start in range(run.start, run.start + run.count * run.length, run.length):
+            for start in run.starts:
                 starts += (group.start, start)
                 lengths += (group.prefix_length, run.length)
             lengths_q += [1 if last_tokens_only else run.length] * run.count
@@ -126,7 +127,7 @@ def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
 
 
 def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | VarlenLayout:
-    """For the last tokens alone the gathered layout: one query per document leaves nothing to share."""
+    """For last tokens it is the varlen layout, because one query per document leaves nothing to share."""
     if last_tokens_only:
         return varlen_layout(batch, last_tokens_only)
     segments: list[int] = []
@@ -152,17 +153,17 @@ def merged_layout(batch: PackedBatch, last_tokens_only: bool) -> MergedLayout | 
 
 
 def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, scale: float) -> Tensor:
-    """One kernel over both parts; see `TileLayout`."""
-    from local_rerank.engine.cuda import triton_kernels  # where a GPU is used
+    """One Triton kernel for prefix and documents. Shapes as in `engine/attention.py`, here and in all `attend_*`."""
+    from local_rerank.engine.cuda import triton_kernels  # needs triton, which CPU builds of torch lack
 
     q, k, v = _by_token(q, k, v)
-    own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile)
+    tiles = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current device
-        return triton_kernels.attend_tiles(q, k, v, *own, scale).unsqueeze(0)
+        return triton_kernels.attend_tiles(q, k, v, *tiles, scale).unsqueeze(0)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
-    """One call over gathered keys. The causal mask of a document behind its prefix is aligned to the last key."""
+    """One call on gathered keys. The causal mask is aligned to the last key, so a document sees its whole prefix."""
     q, k, v = _by_token(q, k, v)
     keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
     cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
@@ -170,7 +171,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: 
 
 
 def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
-    """Two calls of torch's operator, merged by log-sum-exp."""
+    """Two calls, merged by log-sum-exp."""
     if isinstance(layout, VarlenLayout):
         return attend_varlen(q, k, v, layout, scale)
     q, k, v = _by_token(q, k, v)
@@ -180,7 +181,7 @@ def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | Varlen
     cu = (layout.cu_seqlens_group, layout.cu_seqlens_prefix)
     longest = (layout.max_seqlen_group, layout.max_seqlen_prefix)
     shared, shared_lse = torch_varlen(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
-    # softmax over both parts = the parts weighted by their share of the joint normaliser; a prefix has no other
+    # joint softmax = both parts, weighted by their share of the joint normalizer; a prefix has only the own part
     weight = (torch.sigmoid(shared_lse - own_lse) * layout.is_document).T.unsqueeze(-1)  # (num_queries, heads, 1)
     return own.lerp(shared, weight.to(own.dtype)).unsqueeze(0)
 
@@ -190,8 +191,9 @@ def torch_varlen(
 ) -> tuple[Tensor, Tensor]:
     """torch's `varlen_attn`: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
 
-    `cu` and `longest`: cumulative lengths and longest segment of queries and keys. A causal segment's queries are its
-    last tokens. torch's docstring gives the log-sum-exp as (num_queries, heads), its code returns the transpose.
+    q: (num_queries, heads, head_dim); k and v: (num_keys, KV heads, head_dim). `cu` and `longest`: cumulative lengths
+    and longest segment of queries and keys. A causal segment's queries are its last tokens. torch documents the
+    log-sum-exp as (num_queries, heads), but returns the transpose.
     """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
@@ -211,9 +213,9 @@ def gqa_option() -> dict[str, Any]:
 
 
 def _by_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1, heads, tokens, head_dim), as transformers hands them over, seen as (tokens, heads, head_dim).
+    """(1, heads, tokens, head_dim) to (tokens, heads, head_dim).
 
-    Not copied: the operators take any strides as long as the numbers of a head lie side by side.
+    A view if the last dimension is contiguous, which is all that the operators need.
     """
     by_token = [x[0].transpose(0, 1) for x in (q, k, v)]
     queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in by_token)
@@ -221,4 +223,5 @@ def _by_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cumulative(lengths: list[int]) -> Tensor:
+    """(len(lengths) + 1,) int32, starting with 0."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

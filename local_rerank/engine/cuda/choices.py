@@ -1,4 +1,4 @@
-"""What a load plan asks a GPU: its fastest dtype, whether it multiplies fp8, and whether our decoder runs on it."""
+"""What a load plan asks about the GPU: its fastest dtype, whether it multiplies fp8, and whether our decoder runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from local_rerank.engine.cuda.layers import why_not_fused
 
 
 def preferred_dtype() -> tuple[torch.dtype, str]:
-    """bf16 where the GPU multiplies it natively."""
+    """bf16 if the GPU multiplies it natively."""
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU multiplies it natively"
     return torch.float32, "this GPU does not multiply bf16 natively"
@@ -21,7 +21,7 @@ def preferred_dtype() -> tuple[torch.dtype, str]:
 def why_not_fused_here(
     config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """The reason why our decoder cannot run this model here; None if it can."""
+    """Why the GPU decoder cannot run this model; None if it can."""
     if dtype == torch.float32:
         return "the model is in fp32"
     if config.no_compile:

@@ -1,7 +1,7 @@
-"""`--dtype fp8`: the linear layers of the decoder in fp8 (e4m3), for GPUs that multiply it.
+"""`--dtype fp8`: the decoder's linear layers in fp8 (e4m3), for GPUs that multiply it.
 
-Weights have a scale for each output channel, made once; activations one for each token, made as they come. Products
-come out in bf16. Embeddings, norms, attention, the last hidden state and the head stay as they are.
+Weights have a scale per output channel, computed at load; activations have a scale per token, computed in each pass.
+Products are bf16. Embeddings, norms, attention, the last hidden state and the head are not quantized.
 """
 
 from __future__ import annotations
@@ -11,31 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from local_rerank.engine.decoder import linear_layers
 from local_rerank.errors import ConfigError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
-SIZE_MULTIPLE = 16  # of both sides of a weight, for the matrix units
+SIZE_MULTIPLE = 16  # for both dimensions of a weight, required by the tensor cores
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., width) to fp8 and a scale for each row, (..., 1) fp32; a row's largest magnitude becomes 448."""
+    """(..., width) to fp8 and a scale per row, (..., 1) fp32; a row's largest magnitude becomes 448."""
     amax = x.abs().amax(dim=-1, keepdim=True).float()
     scale = amax.clamp(min=1e-12) / FP8_MAX
-    # a conversion to e4m3 makes NaN of what is beyond 448, which rounding of the scale could cause
+    # a rounded scale could put a value beyond 448, which the conversion to e4m3 turns into NaN
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(m, k) fp8 x (n, k) fp8 transposed, scales (m, 1) and (n, 1) fp32: (m, n) bf16. torch has no public name."""
+    """(m, k) fp8 times the transpose of (n, k) fp8, with scales (m, 1) and (n, 1) fp32, and bias (n,): (m, n) bf16.
+
+    torch has no public function for it.
+    """
     return torch._scaled_mm(
         a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is held and multiplied in fp8."""
+    """Replaces an nn.Linear; input and output are bf16."""
 
     weight: Tensor  # (out_features, in_features) fp8
     scale: Tensor  # (out_features, 1) fp32
@@ -59,17 +63,12 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_model(backbone: Any) -> None:
-    """Put every linear layer of the decoder into fp8, one at a time; raises ConfigError where sizes do not allow it."""
-    places = [
-        (module, name)
-        for module in backbone.layers.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    for module, name in places:
-        _check_size(name, getattr(module, name))
-    for module, name in places:  # nothing here holds a weight once it is replaced
-        setattr(module, name, Fp8Linear(getattr(module, name)))
+    """Quantize every linear layer of the decoder, one at a time. Raises ConfigError if a layer's size is unsuitable."""
+    places = linear_layers(backbone.layers)
+    for parent, name in places:
+        _check_size(name, getattr(parent, name))
+    for parent, name in places:
+        setattr(parent, name, Fp8Linear(getattr(parent, name)))
 
 
 def _check_size(name: str, linear: nn.Linear) -> None:
@@ -79,7 +78,7 @@ def _check_size(name: str, linear: nn.Linear) -> None:
 
 
 def require_fp8(device: torch.device) -> None:
-    """Raises ConfigError where `device` does not multiply fp8 with a scale per row, with the reason."""
+    """Raise ConfigError, with the reason, if `device` cannot multiply fp8 with a scale per row."""
     if device.type != "cuda":
         raise ConfigError(f"dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is {device}")
     major, minor = torch.cuda.get_device_capability(device)
@@ -90,6 +89,6 @@ def require_fp8(device: torch.device) -> None:
         ones, scale = quantize(torch.ones(16, 16, dtype=torch.bfloat16, device=device))
         scaled_matmul(ones, scale, ones, scale, None)
         torch.cuda.synchronize(device)
-    except RuntimeError as error:  # some builds have no kernel for scales per row on some cards
+    except RuntimeError as error:  # some torch builds have no kernel for per-row scales on some GPUs
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"dtype is 'fp8', but this torch cannot multiply it on this GPU: {reason}") from error

@@ -1,12 +1,12 @@
-"""Batches as CUDA graphs: the kernels of a forward pass, a few hundred of them, are launched as one.
+"""CUDA graphs: launch the few hundred kernels of a forward pass at once.
 
-A graph replays a forward pass over buffers whose sizes never change. A batch is therefore put into the buffers of its
-`GraphShape`, the next larger bucket in tokens, pairs and groups. What is left over is padding: no tile has queries
-there, every other step treats tokens alone, and no score is read from it.
+A graph replays a forward pass on buffers of fixed sizes. We copy a batch into the buffers of its `GraphShape`, the next
+larger bucket in tokens, pairs and groups. The rest is padding: no tile has queries there, all other steps treat each
+token by itself, and no score is read from it.
 
-A shape is captured when it comes the second time, in one pool of memory: a replay is done before the next one begins,
-so all need room for the largest only. That one is captured first, because a pool whose graphs grow cannot join its
-blocks. Past MAX_GRAPHS a shape takes the place of one that comes less than half as often.
+A shape is captured when it occurs for the second time. All graphs share one memory pool, because a replay ends before
+the next one starts, so the pool only needs room for the largest. The largest is captured first, because a pool cannot
+merge blocks for graphs that grow. Beyond MAX_GRAPHS, a new shape evicts one that occurs less than half as often.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ logger = logging.getLogger(__name__)
 TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, *range(1024, 4096, 512), *range(4096, 16384 + 1, 1024))
 MAX_TOKENS = TOKEN_BUCKETS[-1]
 MAX_GRAPHS = 64
-FORGET_AFTER = 1000  # batches, after which what came before counts for half
-CHANCE = 8  # times that one of two shapes may have come more often though both are as frequent
-CAPTURE_AT = 2  # times a shape has come: a capture takes as long as several passes, and most odd shapes come once
+FORGET_AFTER = 1000  # batches after which all counts are halved
+CHANCE = 8  # difference between the counts of two equally frequent shapes that chance may explain
+CAPTURE_AT = 2  # occurrences: a capture takes as long as several passes, and most rare shapes occur once
 
 Inputs = tuple[PackedBatch, TileLayout, TileLayout]
-"""A batch, the layout of all its tokens and that of each document's last."""
+"""A batch, the layout of all its tokens and that of each document's last token."""
 Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
-"""(num_pairs,) fp32 from a batch and its layouts, all on the device."""
+"""Computes (num_pairs,) fp32 from a batch and its layouts, all on the device."""
 Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
-"""A pass, and whether no graph is held, to the function that replays it and the tensor that then holds its result."""
+"""Takes a pass, and whether no graph is held; returns the function that replays it and the tensor of its result."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """Sizes of a graph's buffers."""
+    """The sizes of a graph's buffers."""
 
     num_tokens: int
     num_pairs: int
@@ -54,7 +54,7 @@ class GraphShape:
 
     @property
     def num_tiles(self) -> int:
-        """At most: a group begins two tiles, one of its prefix and one of its documents."""
+        """Maximum number of tiles: a group has at most two partial ones, of its prefix and of its documents."""
         return self.num_tokens // QUERIES_PER_TILE + 2 * self.num_groups
 
     @property
@@ -64,13 +64,13 @@ class GraphShape:
 
 @dataclass(frozen=True, slots=True)
 class CapturedGraph:
-    inputs: Inputs  # the buffers that a replay reads
+    inputs: Inputs  # buffers that a replay reads
     replay: Callable[[], None]
     output: Tensor  # (num_pairs,) fp32
 
 
 def shape_of(batch: PackedBatch, *, max_tokens: int = MAX_TOKENS) -> GraphShape | None:
-    """The smallest shape that holds a batch; None where it is too large for a graph of `max_tokens`."""
+    """The smallest shape that holds a batch; None if the batch has more than `max_tokens`."""
     if batch.num_tokens > max_tokens:
         return None
     return GraphShape(
@@ -81,7 +81,7 @@ def shape_of(batch: PackedBatch, *, max_tokens: int = MAX_TOKENS) -> GraphShape 
 
 
 def padded(batch: PackedBatch, shape: GraphShape) -> Inputs:
-    """The batch and its layouts in the sizes of `shape`, on the host."""
+    """The batch and its layouts, padded to `shape`, on the host."""
     wide = replace(
         batch,
         input_ids=_zeros_after(batch.input_ids, shape.num_tokens),
@@ -107,12 +107,12 @@ def _padded_layout(layout: TileLayout, num_tiles: int, num_queries: int) -> Tile
 
 
 class GraphRunner:
-    """Runs batches through captured graphs; one thread at a time."""
+    """Runs batches as captured graphs. One thread at a time may use it."""
 
     def __init__(
         self, compute: Compute, device: torch.device, *, max_tokens: int = MAX_TOKENS, capture: Capture | None = None
     ) -> None:
-        """`max_tokens`: of a batch; one that has more is not for a graph."""
+        """`max_tokens`: larger batches do not run as graphs."""
         self._compute = compute
         self._device = device
         self._capture = capture or cuda_capture(device)
@@ -127,7 +127,7 @@ class GraphRunner:
         return [shape.num_tokens for shape in self._graphs]
 
     def run(self, batch: PackedBatch) -> Tensor | None:
-        """(num_pairs,) fp32 in packed order, on the device; None where the batch is not one for a graph."""
+        """(num_pairs,) fp32 in packed order, on the device; None if no graph runs this batch."""
         shape = shape_of(batch, max_tokens=self._max_tokens)
         if shape is None:
             return None
@@ -141,18 +141,18 @@ class GraphRunner:
         return graph.output[: batch.num_pairs]
 
     def capture_largest(self) -> None:
-        """Take the memory that graphs need, so that no batch waits for that."""
+        """Allocate the memory that graphs need, so that no batch waits for it."""
         self._capture_shape(GraphShape(self._max_tokens, QUERIES_OF_LAST_TOKENS, 1))
 
     def forget_all(self) -> bool:
-        """Let go of all graphs and of their memory; whether there were any."""
+        """Evict all graphs and free their memory; returns whether there were any."""
         had_any = bool(self._graphs)
         self._forget(list(self._graphs))
         self._seen.clear()
         return had_any
 
     def halve(self) -> None:
-        """Graphs are half as large from here on: memory is short."""
+        """Halve the maximum size of graphs, because memory is short."""
         self._max_tokens = max((size for size in TOKEN_BUCKETS if size <= self._max_tokens // 2), default=0)
         to = f"have at most {self._max_tokens} tokens" if self._max_tokens else "are off"
         logger.warning("memory is short: CUDA graphs %s from here on", to)
@@ -174,12 +174,12 @@ class GraphRunner:
 
     def _forget(self, shapes: list[GraphShape]) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # one of them may be running
+            torch.cuda.synchronize(self._device)  # a replay may be running
         for shape in shapes:
             del self._graphs[shape]
 
     def _capture_shape(self, shape: GraphShape) -> bool:
-        """Capture a shape, and before the first one the largest there may be; whether it worked."""
+        """Capture a shape, and the largest one before the first; returns whether that succeeded."""
         shapes = [shape] if self._graphs else [replace(shape, num_tokens=self._max_tokens), shape]
         if len(self._graphs) >= MAX_GRAPHS:
             self._forget([self._rarest()])
@@ -189,7 +189,7 @@ class GraphRunner:
             return True
         except Exception as error:  # Triton's errors have no type of their own
             is_too_large, reason = is_out_of_memory(error), str(error)
-        # out here nothing holds the failed pass's tensors any more
+        # outside the except block: there the traceback still refers to the failed pass's tensors
         self.forget_all()
         release_cached()
         if is_too_large:
@@ -200,7 +200,7 @@ class GraphRunner:
         return False
 
     def _captured(self, shape: GraphShape) -> CapturedGraph:
-        wide, *layouts = padded(pack([Pair((0,), (0,))]), shape)  # what is read does not matter until it is replayed
+        wide, *layouts = padded(pack([Pair((0,), (0,))]), shape)  # any values: a replay overwrites them
         batch, (layout, last_layout) = wide.to(self._device), (layout_to(each, self._device) for each in layouts)
         replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout), not self._graphs)
         return CapturedGraph((batch, layout, last_layout), replay, output)
@@ -213,10 +213,10 @@ def _tensors(inputs: Inputs) -> list[Tensor]:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures into a pool of memory that all graphs share, on one stream.
+    """Make a function that captures graphs into a shared memory pool, on one stream.
 
-    A pool ends with its last graph, and torch takes no new one into it then. Each stream keeps a workspace; torch's own
-    for captures would be one of whichever device was first, and stays set where a capture cannot be ended.
+    A pool ends with its last graph and cannot be reused, so the first capture makes a new one. We use our own stream:
+    torch's default capture stream belongs to the device that was used first, and stays current if a capture fails.
     """
     pool: Any = None
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -227,7 +227,7 @@ def cuda_capture(device: torch.device) -> Capture:
         graph = torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            run()  # workspaces and compiled code must exist before a capture
+            run()  # warm-up: workspaces and compiled kernels must exist before a capture
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 output = run()
         torch.cuda.current_stream(device).wait_stream(side)
@@ -241,5 +241,5 @@ def _power_of_two(value: int, *, at_least: int) -> int:
 
 
 def _zeros_after(tensor: Tensor, size: int) -> Tensor:
-    """The last dimension padded with zeros up to `size`."""
+    """(..., n) to (..., size), padded with zeros."""
     return F.pad(tensor, (0, size - tensor.shape[-1]))

@@ -1,7 +1,7 @@
-"""The decoder for a GPU in bf16 or fp16: products that share an input are joined, the rest are our Triton kernels.
+"""The decoder for GPUs in bf16 or fp16: linear layers that share an input are merged, the rest is Triton kernels.
 
-transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors. It
-needs 2 ms of a CPU core to launch a layer's kernels, longer than an H200 needs to run them. Here a layer is four
+transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors.
+Launching a layer's kernels takes 2 ms of CPU time, longer than an H200 takes to run them. Here a layer is four matrix
 products and six launches of our kernels, which also run in a CUDA graph.
 """
 
@@ -24,8 +24,8 @@ from local_rerank.requests.tokenization import Pair
 
 logger = logging.getLogger(__name__)
 
-LARGEST_DIFFERENCE = 0.03  # of a kernel in bf16 to fp32, as a share of the largest number; bf16 rounds by 0.004 of each
-NUM_CHECKED_ROWS = 35  # of kernels that treat rows alone; no multiple of the four that a program of theirs takes
+LARGEST_DIFFERENCE = 0.03  # of a bf16 kernel from fp32, relative to the largest value; bf16 rounds each by 0.004
+NUM_CHECKED_ROWS = 35  # for kernels that work row by row; not a multiple of 4, the rows per program
 EPSILON = 1e-6
 
 
@@ -35,9 +35,9 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: Any, *, is_last: bool) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        joined = [attention.q_proj], [attention.k_proj, attention.v_proj]
-        # in the last layer few tokens have a query
-        self.projections = nn.ModuleList(map(join_linears, joined if is_last else [[*joined[0], *joined[1]]]))
+        q, kv = [attention.q_proj], [attention.k_proj, attention.v_proj]
+        # in the last layer few tokens have a query, so queries have a product of their own
+        self.projections = nn.ModuleList(map(join_linears, [q, kv] if is_last else [q + kv]))
         self.o_proj: Any = attention.o_proj
         self.gate_up_proj: Any = join_linears([mlp.gate_proj, mlp.up_proj])
         self.down_proj: Any = mlp.down_proj
@@ -59,9 +59,10 @@ class FusedLayer(nn.Module):
         attend: Attend,
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:
-        """(num_tokens, hidden) each: `delta` has not been added to `residual` yet, here and in the result.
+        """Takes and returns `delta`, which is still to be added, and `residual`: (num_tokens, hidden) each.
 
-        `rotation`: (num_tokens, head_dim) each; without `query_positions` every token is a query and has a result.
+        `rotation`: cos and sin, (num_tokens, head_dim) each. With `query_positions`, (num_queries,), only these tokens
+        are queries and have a result.
         """
         from local_rerank.engine.cuda.triton_kernels import add_rms_norm_, norm_rotate_, silu_mul
 
@@ -73,10 +74,8 @@ class FusedLayer(nn.Module):
         else:
             q = self.projections[0](x[query_positions]).unflatten(-1, (-1, self.head_dim))
             k, v = self.projections[1](x).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=1)
-            residual, q_rotation = (
-                residual[query_positions],
-                (rotation[0][query_positions], rotation[1][query_positions]),
-            )
+            residual = residual[query_positions]
+            q_rotation = (rotation[0][query_positions], rotation[1][query_positions])
         norm_rotate_(q, self.q_norm.weight, *q_rotation, self.eps)
         norm_rotate_(k, self.k_norm.weight, *rotation, self.eps)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
@@ -87,10 +86,10 @@ class FusedLayer(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """Embedding, layers and final norm of a model in half precision on one GPU."""
+    """Embedding, layers and final norm of a bf16 or fp16 model on one GPU."""
 
     def __init__(self, backbone: Any) -> None:
-        """`backbone`: a Qwen3Model. Its layers are replaced one by one, so only one layer's weights exist twice."""
+        """`backbone`: a Qwen3Model. We replace its layers one by one, so only one layer's weights exist twice."""
         super().__init__()
         self.embed_tokens: Any = backbone.embed_tokens
         self.rotary_emb: Any = backbone.rotary_emb
@@ -118,10 +117,10 @@ class FusedDecoder(nn.Module):
 
 
 def why_not_fused(config: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> str | None:
-    """The reason for which a model stays as transformers has it; None where it can be fused.
+    """Why our decoder cannot run a model here; None if it can.
 
-    Every kernel runs once, in the widths of the model, beside torch's own operators: whatever the compiler, its back
-    end and the card make of it, a wrong score is worse than a slow one.
+    Runs each kernel once, in the model's widths, and compares it with torch's operators, because the compiler, its
+    back end or the GPU may be faulty, and a wrong score is worse than a slow one.
     """
     if config.hidden_act != "silu":
         return f"the activation is {config.hidden_act}"
@@ -140,9 +139,9 @@ def why_not_fused(config: Any, device: torch.device, dtype: torch.dtype, *, fp8:
 
 
 def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> dict[str, float]:
-    """For each kernel the largest difference to torch's operators in fp32, as a share of the largest number.
+    """The largest difference of each kernel from torch's operators in fp32, relative to the largest value.
 
-    `fp8`: that which quantizes too, which compiles only where a GPU has fp8.
+    `fp8`: include the quantization kernel, which compiles only on GPUs with fp8.
     """
     from local_rerank.engine.cuda import triton_kernels
 
@@ -152,7 +151,7 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
     batch = pack([Pair((1,) * (70 + number % 2), (2,) * length) for number, length in enumerate(lengths)])
     generator = torch.Generator().manual_seed(0)
 
-    def numbers(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     differences: dict[str, float] = {}
@@ -162,7 +161,7 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
         before = differences.get(name, 0.0)
         differences[name] = before if before >= difference or math.isnan(before) else difference  # NaN stays
 
-    delta, residual, weight = numbers(NUM_CHECKED_ROWS, width), numbers(NUM_CHECKED_ROWS, width), numbers(width)
+    delta, residual, weight = random(NUM_CHECKED_ROWS, width), random(NUM_CHECKED_ROWS, width), random(width)
     total = (delta + residual).float()
     normed = triton_kernels.add_rms_norm_(delta, residual, weight, EPSILON)
     compare("add_rms_norm", normed, F.rms_norm(total, (width,), weight.float(), EPSILON))
@@ -171,25 +170,25 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
     compare("add_rms_norm", normed, F.rms_norm(residual.float(), (width,), weight.float(), EPSILON))
 
     def heads_of(num_tokens: int) -> tuple[Tensor, ...]:
-        """Queries, keys and values as a layer's product gives them, side by side."""
-        joined = numbers(num_tokens, heads + 2 * key_heads, head_dim)
-        return joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+        """Queries, keys and values, (num_tokens, heads, head_dim), as views of one tensor as in a layer."""
+        merged = random(num_tokens, heads + 2 * key_heads, head_dim)
+        return merged.tensor_split((-2 * key_heads, -key_heads), dim=1)
 
-    weight, angles = numbers(head_dim), numbers(NUM_CHECKED_ROWS, head_dim // 2).repeat(1, 2)
+    weight, angles = random(head_dim), random(NUM_CHECKED_ROWS, head_dim // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     for part in heads_of(NUM_CHECKED_ROWS)[:2]:
         first, second = F.rms_norm(part.float(), (head_dim,), weight.float(), EPSILON).chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        exact = torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+        swapped = torch.cat([-second, first], dim=-1)
+        exact = torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
         triton_kernels.norm_rotate_(part, weight, cos, sin, EPSILON)
         compare("norm_rotate", part, exact)
 
-    gate_up = numbers(NUM_CHECKED_ROWS, 2 * inner)
+    gate_up = random(NUM_CHECKED_ROWS, 2 * inner)
     gate, up = gate_up.float().chunk(2, dim=-1)
     compare("silu_mul", triton_kernels.silu_mul(gate_up), F.silu(gate) * up)
     if fp8:
-        for rows in (residual, up):  # of either width
-            steps, _ = quantize(rows)  # numbers that fp8 has, so that nothing is left to rounding
+        for rows in (residual, up):  # both widths
+            steps, _ = quantize(rows)  # values that fp8 represents exactly, so that rounding does not matter
             exact = steps.float() / 2.0 ** (torch.arange(len(rows), device=device) % 9).unsqueeze(1)
             values, scale = triton_kernels.quantize_rows(exact.to(dtype), FP8)
             compare("quantize_rows", values.float() * scale, exact)
@@ -208,12 +207,12 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
 
 
 def join_linears(layers: list[Any]) -> nn.Module:
-    """One linear layer whose output is that of `layers`, side by side."""
+    """One linear layer that returns the concatenated outputs of `layers`."""
     if len(layers) == 1:
         return layers[0]  # type: ignore[no-any-return]  # transformers is untyped
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
+    merged.weight = nn.Parameter(weight, requires_grad=False)
     if layers[0].bias is not None:
-        joined.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
-    return joined
+        merged.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
+    return merged

@@ -1,4 +1,4 @@
-"""Carry out a load plan on a GPU: our decoder, fp8, and the token budget that fits into free memory."""
+"""Carry out a load plan on a GPU: our decoder, fp8, and the token budget that fits in free memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(model: Any, plan: LoadPlan) -> FusedDecoder:
-    """The GPU decoder in place of the model's own, quantized if the plan says fp8."""
+    """Make the GPU decoder from a transformers model, quantized if the plan says fp8."""
     decoder = FusedDecoder(model.model)
     if plan.quantization == "fp8":
         fp8.quantize_model(decoder)
@@ -26,11 +26,11 @@ def prepare(model: Any, plan: LoadPlan) -> FusedDecoder:
 def token_budget(model: Any, device: torch.device, *, at_most: int, graphs: bool = False) -> int:
     """Tokens per batch that fit beside the weights, on the fullest of the model's GPUs.
 
-    `graphs`: CUDA graphs keep a memory pool that holds a batch of its own.
+    `graphs`: leave room for the memory pool of CUDA graphs, which is as large as a batch.
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     per_token = bytes_per_token(LayerShape.of(model.config), model.dtype.itemsize) * (2 if graphs else 1)
-    free = free_bytes(devices or {device})  # empty where accelerate keeps all weights on the host
+    free = free_bytes(devices or {device})  # `devices` is empty if accelerate keeps all weights on the host
     budget = fitted_budget(free, per_token, at_most=at_most)
     logger.info("%d tokens per batch: %.1f GB free, about %d bytes per token", budget, free / 1e9, per_token)
     return budget

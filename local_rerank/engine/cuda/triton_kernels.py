@@ -1,10 +1,10 @@
-"""Kernels for NVIDIA GPUs in Triton, which torch's builds for CUDA bring along: what runs between a layer's products.
+"""Triton kernels for NVIDIA GPUs: everything between a layer's matrix products. torch's CUDA builds include Triton.
 
 transformers runs each norm, rotary embedding and activation as several kernels that read and write whole tensors, and
-torch's variable-length attention takes two calls and a merge where documents share a prefix. Each function here is one
-kernel that reads its input once and writes its output once. Sums are kept in fp32.
+torch's variable-length attention needs two calls and a merge if documents share a prefix. Each function here is one
+kernel that reads its input once and writes its output once. Sums are in fp32.
 
-Imported only where a GPU is used, or in tests under Triton's interpreter (`TRITON_INTERPRET=1`).
+Import this only if a GPU is used, or in tests under Triton's interpreter (`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_FIELDS = tl.constexpr(6)  # as cuda_attention.TileLayout has them
-MASKED = tl.constexpr(-1.0e6)  # instead of minus infinity, which would make NaN of a block in which a row sees no key
+TILE_FIELDS = tl.constexpr(6)  # columns of TileLayout.tiles
+MASKED = tl.constexpr(-1.0e6)  # not -inf, which gives NaN if a row sees no key of a block
 LOG2_E = 1.4426950408889634
 
 
@@ -58,8 +58,7 @@ def _norm_rotate(
     in_half = columns < HALF
     first *= scale * tl.load(weight + columns, mask=in_half, other=0.0).to(tl.float32)[None, :]
     second *= scale * tl.load(weight + HALF + columns, mask=in_half, other=0.0).to(tl.float32)[None, :]
-    # both halves of a rotation have the same angles
-    angles = token.to(tl.int64)[:, None]
+    angles = token.to(tl.int64)[:, None]  # both halves of a head have the same angles
     cosine = tl.load(cos + angles * cos_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     sine = tl.load(sin + angles * sin_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(places, (first * cosine - second * sine).to(x.dtype.element_ty), mask=mask)
@@ -85,7 +84,7 @@ def _quantize_rows(x, out, scales, width, LARGEST: tl.constexpr, BLOCK: tl.const
     scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12) / LARGEST
     steps = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
     tl.store(out + row * width + columns, steps.to(out.dtype.element_ty), mask=mask)
-    # minimum and maximum drop NaN, of which no score must be made
+    # minimum and maximum drop NaN, which must not turn into a score
     is_number = tl.sum((values != values).to(tl.int32), axis=0) == 0
     tl.store(scales + row, tl.where(is_number, scale, float("nan")))
 
@@ -95,7 +94,7 @@ def _attend_keys(
     acc, total, largest, q, k, v, k_stride, v_stride, first, end, first_seen, last_seen, scale,
     MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax pass over keys `first` to `end`; with MASK a row sees keys first_seen..last_seen only."""
+    """One pass of online softmax over keys `first` to `end`; with MASK a row sees only keys first_seen..last_seen."""
     dims = tl.arange(0, BLOCK_D)
     for start in range(first, end, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
@@ -132,7 +131,7 @@ def _attend_tiles(
         first_key, end_key = tl.load(tile + 4), tl.load(tile + 5)
         first_head = tl.program_id(0) * HEADS
         key_head = first_head // HEADS_PER_KEY_HEAD
-        rows = tl.arange(0, QUERIES * HEADS)  # all heads of a query side by side: they read the same keys
+        rows = tl.arange(0, QUERIES * HEADS)  # the heads of a query are adjacent, because they read the same keys
         number, head = rows // HEADS, first_head + rows % HEADS
         dims = tl.arange(0, BLOCK_D)
         here = number < num_queries
@@ -161,7 +160,7 @@ def _attend_tiles(
 
 
 def add_rms_norm_(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Adds `delta` to `residual`, in place, and returns the RMSNorm of the sum: all (tokens, hidden), contiguous."""
+    """Add `delta` to `residual` in place and return the RMSNorm of the sum: all (tokens, hidden), contiguous."""
     num_tokens, width = residual.shape
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(width)
@@ -175,7 +174,7 @@ def add_rms_norm_(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: f
 def norm_rotate_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     """RMSNorm and rotary embedding of each head, in place: x (tokens, heads, head_dim), cos and sin (tokens, head_dim).
 
-    Heads of x lie side by side; the halves of cos and sin are equal.
+    A token's heads are contiguous in x; the halves of cos and sin are equal.
     """
     num_tokens, num_heads, head_dim = x.shape
     heads, tokens = min(8, triton.next_power_of_2(num_heads)), 4
@@ -186,7 +185,7 @@ def norm_rotate_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """(tokens, 2 * intermediate), gate first: silu(gate) * up, (tokens, intermediate)."""
+    """silu(gate) * up: (tokens, 2 * intermediate), gate first, to (tokens, intermediate)."""
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, width)
     _silu_mul[(num_tokens, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
@@ -194,7 +193,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows, width) to `dtype`, an fp8, and a scale for each row, (rows, 1) fp32."""
+    """(rows, width) to the fp8 `dtype`, and a scale per row, (rows, 1) fp32."""
     num_rows, width = x.shape
     out, scales = torch.empty_like(x, dtype=dtype), x.new_empty(num_rows, 1, dtype=torch.float32)
     block = triton.next_power_of_2(width)
@@ -208,9 +207,9 @@ def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, first_own: Tensor, last_own: Tensor, queries_per_tile: int,
     scale: float, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """(queries, heads, head_dim) over keys and values (tokens, key heads, head_dim): (queries, heads, head_dim).
+    """q (queries, heads, head_dim), k and v (tokens, KV heads, head_dim): (queries, heads, head_dim).
 
-    The numbers of a head lie side by side. The rest is in `TileLayout`; `options` go to the compiler.
+    The last dimensions are contiguous. See `TileLayout` for the layout; `options` go to Triton's compiler.
     """
     num_queries, num_heads, head_dim = q.shape
     shared_by = num_heads // k.shape[1]

@@ -1,7 +1,8 @@
-"""The CPU's tiles against the dense definition, on batches with every kind of tile."""
+"""The CPU's attention tiles compared with the dense kernel, on batches with every kind of tile."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from local_rerank.engine.cpu.attention import (
     KEYS_OF_LAST_TOKENS,
     QUERIES_PER_TILE,
     TOKENS_PER_TILE,
+    Tile,
     cpu_tiles_layout,
 )
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
@@ -21,9 +23,9 @@ from local_rerank.requests.tokenization import Pair
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = (
-    *(1, 1, 2, 3, 5),  # several in a tile
+    *(1, 1, 2, 3, 5),  # several documents per tile
     *(TOKENS_PER_TILE - 1, TOKENS_PER_TILE, TOKENS_PER_TILE + 1),
-    *(QUERIES_PER_TILE, QUERIES_PER_TILE + 1, 3 * QUERIES_PER_TILE - 1),  # in pieces
+    *(QUERIES_PER_TILE, QUERIES_PER_TILE + 1, 3 * QUERIES_PER_TILE - 1),  # several tiles per document
     KEYS_OF_LAST_TOKENS + 1,
 )
 
@@ -45,13 +47,24 @@ def attended(
     return row.attend(q, k, v.to(dtype), layout(batch, last_tokens_only), 0.7)
 
 
+def tiles_of(batch: PackedBatch, last_tokens_only: bool = False) -> list[Tile]:
+    layout = cpu_tiles_layout(batch, last_tokens_only)
+    return [tile for group in layout.groups for part in group.parts for tile in part.tiles]
+
+
+def padded_shape(tile: Tile) -> tuple[int, int]:
+    """Queries and keys of a tile with padding."""
+    step = cpu_attention.QUERY_STEP
+    return -(-(tile.queries[1] - tile.queries[0]) // step) * step, cpu_attention.padded_keys(tile.num_keys)
+
+
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("logits", [pytest.param(cpu_attention.LOGITS_PER_HEAD, marks=pytest.mark.numeric), 1000, 1])
 @pytest.mark.parametrize("pads", [False, True])
-def test_tiles_of_every_kind_attend_as_the_dense_definition(
+def test_every_kind_of_tile_agrees_with_the_dense_kernel(
     pads: bool, logits: int, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`logits`: the fewer a tile may have, the smaller the pieces of a long document."""
+    """`logits`: the maximum per tile; a lower one splits documents into more tiles."""
     monkeypatch.setattr(cpu_attention, "LOGITS_PER_HEAD", logits)
     batch, dtype = a_batch(), torch.float32
     tiles = attended(batch, "cpu-tiles", last_tokens_only, dtype=dtype, pads=pads)
@@ -70,30 +83,23 @@ def test_padded_tiles_have_recurring_shapes(pads: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "bmm", recorded)
     for last_tokens_only in (False, True):
         attended(a_batch(), "cpu-tiles", last_tokens_only, dtype=torch.float32, pads=pads)
-    logits = products[::2]  # (kv_heads, heads of each x queries, head_dim, keys); every other one sums up values
+    logits = products[::2]  # (kv_heads, heads per KV head * queries, head_dim, keys); the others are weighted sums
     pads_queries = {rows // (HEADS // KV_HEADS) % cpu_attention.QUERY_STEP == 0 for _, rows, _, _ in logits}
     pads_keys = {keys == cpu_attention.padded_keys(keys) for *_, keys in logits}
     assert pads_queries == pads_keys == ({True} if pads else {True, False})
 
 
 @pytest.mark.parametrize("num_tokens", [2560, 5000, 8192])
-def test_a_pass_has_fewer_shapes_than_onednn_keeps(num_tokens: int) -> None:
+def test_the_shapes_of_a_pass_fit_in_onednns_kernel_cache(num_tokens: int) -> None:
     """Otherwise oneDNN would generate their code again in each layer."""
-    batch = pack([Pair(tuple(range(60)), tuple(range(num_tokens)))])
-    layout = KERNELS["cpu-tiles"].layout(batch, False)
-    shapes = {
-        (-(-(tile.queries[1] - tile.queries[0]) // cpu_attention.QUERY_STEP), cpu_attention.padded_keys(tile.num_keys))
-        for group in layout.groups
-        for part in group.parts
-        for tile in part.tiles
-    }
+    shapes = {padded_shape(tile) for tile in tiles_of(pack([Pair(tuple(range(60)), tuple(range(num_tokens)))]))}
     num_linear = 40  # entries for linear layers
     assert 2 * len(shapes) + num_linear < int(CACHE_VARIABLES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 
 
 @pytest.mark.parametrize("last_tokens_only", [False, True])
 @pytest.mark.parametrize("kernel", ["cpu-tiles", "sdpa", "dense"])
-def test_values_in_bf16_give_bf16_from_queries_and_keys_in_fp32(kernel: str, last_tokens_only: bool) -> None:
+def test_bf16_values_give_a_bf16_result_from_fp32_queries_and_keys(kernel: str, last_tokens_only: bool) -> None:
     batch = a_batch()
     exact = attended(batch, "dense", last_tokens_only, dtype=torch.float32)
     rounded = attended(batch, kernel, last_tokens_only, dtype=torch.bfloat16)
@@ -105,17 +111,11 @@ def test_values_in_bf16_give_bf16_from_queries_and_keys_in_fp32(kernel: str, las
 @pytest.mark.parametrize(
     ("prefix_length", "lengths"), [(100, [4000]), (60, [5400]), (4000, [60] * 40), (4000, [5] * 100), (10, [700, 3])]
 )
-def test_no_tile_of_several_queries_has_more_logits_than_it_may(
+def test_no_tile_exceeds_the_maximum_number_of_logits(
     prefix_length: int, lengths: list[int], last_tokens_only: bool
 ) -> None:
     batch = pack([Pair(tuple(range(prefix_length)), tuple(range(length))) for length in lengths])
-    layout = KERNELS["cpu-tiles"].layout(batch, last_tokens_only)
-    tiles = [tile for group in layout.groups for part in group.parts for tile in part.tiles]
-    step = cpu_attention.QUERY_STEP
-    sizes = [
-        -(-(tile.queries[1] - tile.queries[0]) // step) * step * cpu_attention.padded_keys(tile.num_keys)
-        for tile in tiles
-    ]
-    assert max(sizes) <= cpu_attention.LOGITS_PER_HEAD
+    tiles = tiles_of(batch, last_tokens_only)
+    assert max(math.prod(padded_shape(tile)) for tile in tiles) <= cpu_attention.LOGITS_PER_HEAD
     num_queries = batch.num_pairs if last_tokens_only else batch.num_tokens
     assert sorted(query for tile in tiles for query in range(*tile.queries)) == list(range(num_queries))

@@ -1,4 +1,4 @@
-"""All that is computed on a CPU is computed by one thread, so that libgomp keeps one pool of threads."""
+"""One thread runs all CPU operators, so that libgomp keeps a single thread pool."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
 pack([Pair(prefix_ids=(1, 2, 3), document_ids=tuple(range(2000)))] * 100)
 between = threads()
-torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts threads for whoever calls it
+torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts a pool for its caller
 print(between - before, threads() - between)
 """
 
 
 @contextmanager
-def _running(code: str) -> Iterator[Any]:
-    """A Python program that runs `code`; it is ended, and its pipes closed, whatever a test finds.
+def running(code: str) -> Iterator[Any]:
+    """A Python process that runs `code` and is killed at the end.
 
-    Interrupts reach it where the tests' own process ignores them, as a shell's background jobs do.
+    It handles SIGINT even if the test process ignores it, as background jobs of a shell do.
     """
     program = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -60,19 +60,22 @@ def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
     assert set(seen) == {compute(threading.get_ident)}
 
 
-def test_what_a_call_raises_reaches_its_caller() -> None:
+def test_an_error_of_a_call_reaches_its_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         compute(lambda: 1 / 0)
-    assert compute(lambda: compute(lambda: 3)) == 3  # one that computes already does not wait for itself
 
 
-def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
-    """Without waiting for the operator that runs, the process is aborted on its way out."""
+def test_a_nested_call_does_not_wait_for_itself() -> None:
+    assert compute(lambda: compute(lambda: 3)) == 3
+
+
+def test_an_interrupted_program_exits_soon_and_cleanly() -> None:
+    """It must wait for the running operator, because a process that exits inside one is aborted."""
     code = (
         "import torch; from local_rerank.engine.cpu.compute_thread import compute; x = torch.ones(200, 200)\n"
         "compute(lambda: [print('computing', flush=True), [x @ x for _ in range(10**7)]])"  # a quarter of an hour
     )
-    with _running(code) as process:
+    with running(code) as process:
         assert process.stdout.readline() == "computing\n"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
@@ -80,7 +83,7 @@ def test_a_program_that_is_interrupted_ends_soon_and_in_order() -> None:
     assert "KeyboardInterrupt" in said
 
 
-def test_an_interrupt_leaves_alone_what_another_thread_waits_for() -> None:
+def test_an_interrupt_does_not_affect_the_call_of_another_thread() -> None:
     code = """
 import threading, time
 from local_rerank.engine.cpu.compute_thread import compute
@@ -98,15 +101,15 @@ except KeyboardInterrupt:
 other.join()
 print(answers, compute(lambda: 3))
 """
-    with _running(code) as process:
+    with running(code) as process:
         assert process.stdout.readline() == "waiting\n"
-        time.sleep(0.5)  # by now it waits
+        time.sleep(0.5)  # until it waits
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=60)
     assert said == "['interrupted', 'done'] 3\n", errors
 
 
-def test_an_interrupt_as_a_call_begins_or_ends_reaches_no_other_call() -> None:
+def test_an_interrupt_as_a_call_begins_or_ends_does_not_hit_another_call() -> None:
     code = """
 import random, threading, time
 from local_rerank.engine.cpu.compute_thread import compute
@@ -114,11 +117,11 @@ from local_rerank.engine.cpu.compute_thread import compute
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 answers, interrupts = [], 0
 
-def ask():
+def call_often():
     for number in range(5000):
         answers.append(compute(lambda: number) == number)
 
-others = [threading.Thread(target=ask, daemon=True) for _ in range(2)]
+others = [threading.Thread(target=call_often, daemon=True) for _ in range(2)]
 for other in others:
     other.start()
 while any(other.is_alive() for other in others) and len(answers) < 10000:
@@ -130,7 +133,7 @@ while any(other.is_alive() for other in others) and len(answers) < 10000:
         interrupts += 1
 print(sum(answers), interrupts > 25)
 """
-    with _running(code) as process:
+    with running(code) as process:
         said, errors = process.communicate(timeout=120)
     assert said == "10000 True\n", errors
 
@@ -139,5 +142,5 @@ print(sum(answers), interrupts > 25)
 def test_packing_starts_no_threads() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True)
     by_packing, by_torch = map(int, done.stdout.split())
-    assert by_torch > 0  # else the count would show nothing
+    assert by_torch > 0  # otherwise the count proves nothing
     assert by_packing == 0

@@ -1,4 +1,4 @@
-"""Affinity and cgroup quotas, read from trees of files laid out as Linux does."""
+"""CPU affinity and cgroup quotas, read from file trees like those of Linux."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def v1(path: str, *, root: str = "/", point: str = f"{POINT}/cpu,cpuacct") -> Fi
 
 
 def hybrid(path: str, path_v2: str) -> Files:
-    """The `cpu` controller in v1, beside a v2 hierarchy."""
+    """The `cpu` controller in v1 and a v2 hierarchy."""
     mounts = (V1.format(root="/", point=f"{POINT}/cpu"), V2.format(root="/", point=f"{POINT}/unified"))
     return _proc(f"9:name=systemd:/\n1:cpu:{path}\n0::{path_v2}", *mounts)
 
@@ -42,7 +42,7 @@ def quota_v1(folder: str, quota: str, period: str = "100000\n") -> Files:
 
 
 def quotas_of(root: Path, *trees: Files) -> dict[str, float]:
-    """Quotas that are read, by the cgroup's folder."""
+    """Write the files, and return the quotas read from them by cgroup folder."""
     for name, content in (item for tree in trees for item in tree.items()):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def test_a_v1_quota_and_those_of_all_ancestors_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_a_hybrid_host_is_read_in_both_versions(tmp_path: Path) -> None:
+def test_both_versions_are_read_on_a_hybrid_host(tmp_path: Path) -> None:
     files = quota_v1("sys/fs/cgroup/cpu/a", "250000\n") | {"sys/fs/cgroup/unified/b/cpu.max": "50000 100000\n"}
     assert quotas_of(tmp_path, hybrid("/a", "/b"), files) == {f"{POINT}/cpu/a": 2.5, f"{POINT}/unified/b": 0.5}
 
@@ -79,17 +79,17 @@ def test_a_hybrid_host_is_read_in_both_versions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "root", "folder"),
     [
-        ("/docker/id", "/docker/id", POINT),  # the host's paths, of which the mount shows the container's
+        ("/docker/id", "/docker/id", POINT),  # the host's paths; the mount shows only the container's cgroup
         ("/docker/id/worker", "/docker/id", f"{POINT}/worker"),
-        ("/", "/", POINT),  # a namespace of its own
-        ("/docker/id", "/docker/other", POINT),  # shown nowhere: what is mounted is read
+        ("/", "/", POINT),  # a cgroup namespace
+        ("/docker/id", "/docker/other", POINT),  # no mount shows the cgroup: the mount's root is read
         ("/docker/identical", "/docker/id", POINT),
-        ("/../other", "/", POINT),  # outside of the namespace's root, which hides it
+        ("/../other", "/", POINT),  # outside the namespace's root, so not visible
         ("/../other/worker", "/../other", f"{POINT}/worker"),
     ],
 )
 @pytest.mark.parametrize("version", [1, 2])
-def test_in_a_container_paths_begin_at_the_root_of_the_mount(
+def test_in_a_container_paths_are_relative_to_the_root_of_the_mount(
     tmp_path: Path, path: str, root: str, folder: str, version: int
 ) -> None:
     for index, place in enumerate(("", "/worker", "/../other", "/docker/id")):
@@ -108,21 +108,19 @@ def test_a_mount_point_may_have_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "max\n", "100000\n", "x 100000\n", "100000 0\n", "0 100000\n", "-1 100000\n"])
-def test_a_malformed_quota_is_none(tmp_path: Path, text: str) -> None:
+def test_a_malformed_quota_is_ignored(tmp_path: Path, text: str) -> None:
     assert quotas_of(tmp_path, v2("/"), {"sys/fs/cgroup/cpu.max": text}) == {}
     quota, _, period = text.partition(" ")
     assert quotas_of(tmp_path, v1("/"), quota_v1("sys/fs/cgroup/cpu,cpuacct", quota, period)) == {}
 
 
 @pytest.mark.parametrize("name", ["cgroup", "mountinfo"])
-def test_files_of_another_form_limit_nothing(tmp_path: Path, name: str) -> None:
+def test_files_in_another_format_are_ignored(tmp_path: Path, name: str) -> None:
     files = {f"proc/self/{name}": "something else - entirely\n", "sys/fs/cgroup/cpu.max": "100000 100000\n"}
     assert quotas_of(tmp_path, v2("/") | files) == {}
 
 
-def test_without_proc_there_are_no_quotas_and_the_machine_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_proc_the_number_of_cores_is_the_only_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS and Windows
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: None)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -135,7 +133,7 @@ def test_without_proc_there_are_no_quotas_and_the_machine_decides(
 def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5, 6})
-    for cpu in range(8):  # 0 and 4 are of one core, as are 1 and 5
+    for cpu in range(8):  # CPUs n and n + 4 share a core
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
         (topology / "core_id").write_text(f"{cpu % 4}\n")
@@ -157,7 +155,7 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: py
         (4, 4, [0.1], 1, "cgroup quota of 0.1 CPUs (/sys/fs/cgroup/0/cpu.max)"),
     ],
 )
-def test_the_smallest_limit_decides_and_is_named(
+def test_the_lowest_limit_decides_and_is_named(
     num_cores: int, num_allowed: int | None, cpus: list[float], num_threads: int, reason: str
 ) -> None:
     quotas = tuple(Quota(cpus=n, folder=f"{POINT}/{i}", is_v2=True) for i, n in enumerate(cpus))
@@ -165,7 +163,7 @@ def test_the_smallest_limit_decides_and_is_named(
     assert (limits.num_threads, limits.reason) == (num_threads, reason)
 
 
-def test_a_quota_of_v1_is_named_by_its_file() -> None:
+def test_a_v1_quota_is_named_by_its_file() -> None:
     assert str(Quota(cpus=1, folder="/x", is_v2=False)) == "cgroup quota of 1 CPUs (/x/cpu.cfs_quota_us)"
 
 

@@ -1,4 +1,4 @@
-"""The CPU's decoder layer in int8 against the plain steps of transformers' own, on the same int8 linear layers."""
+"""The CPU's decoder layer compared with transformers' layer, both on the same int8 linear layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 from local_rerank.engine.cpu.int8 import Int8Linear
 from local_rerank.engine.cpu.layers import CpuLayer
 from local_rerank.engine.cpu.products import saturates
+from local_rerank.engine.decoder import linear_layers
 
 pytestmark = pytest.mark.numeric
 
 NUM_TOKENS = 24
-GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
-def _attend(q: Any, k: Any, v: Any, layout: None, scale: float) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: None, scale: float) -> torch.Tensor:
+    """Causal attention over one sequence; shapes as in `engine/attention.py`."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
@@ -28,10 +29,10 @@ def _attend(q: Any, k: Any, v: Any, layout: None, scale: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     "exact", [(), ("down_proj",), ("o_proj",), ("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]
 )
-@pytest.mark.parametrize("size", [1.0, 1e-4])  # of q and k: where they are small, the epsilon of their norms shows
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # of q and k: epsilon matters in the norms of small ones
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("values", "largest", "median"), [(None, 2e-2, 1e-3), (torch.bfloat16, 5e-2, 1e-2)])
-def test_tokens_scales_are_applied_once_wherever_they_are_left_out(
+def test_pending_scales_are_applied_exactly_once(
     exact: tuple[str, ...], size: float, bias: bool, values: torch.dtype | None, largest: float, median: float
 ) -> None:
     torch.manual_seed(0)
@@ -44,14 +45,9 @@ def test_tokens_scales_are_applied_once_wherever_they_are_left_out(
     with torch.no_grad():
         layer.self_attn.q_proj.weight.mul_(size)
         layer.self_attn.k_proj.weight.mul_(size)
-    for block, names in GROUPS.items():
-        for name in names:
-            if name not in exact:
-                setattr(
-                    getattr(layer, block),
-                    name,
-                    Int8Linear(getattr(getattr(layer, block), name), limit_pairs=saturates()),
-                )
+    for parent, name in linear_layers(layer):
+        if name not in exact:
+            setattr(parent, name, Int8Linear(getattr(parent, name), limit_pairs=saturates()))
     hidden = torch.randn(1, NUM_TOKENS, 64) * torch.logspace(-3, 2, NUM_TOKENS).unsqueeze(1)
     hidden[:, 0] = 0
     rotation = Qwen3RotaryEmbedding(config)(hidden, torch.arange(NUM_TOKENS).unsqueeze(0))
@@ -59,7 +55,7 @@ def test_tokens_scales_are_applied_once_wherever_they_are_left_out(
     with torch.inference_mode():
         expected = layer(hidden.clone(), position_embeddings=rotation, attention_mask=mask)
         by_token = (rotation[0][0].unsqueeze(1), rotation[1][0].unsqueeze(1))
-        actual = CpuLayer(layer, values)(hidden[0].clone(), by_token, _attend, None)
-    moved = (actual - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-9)
-    assert moved.max() < largest  # a value that falls on the edge of a step may be rounded the other way
-    assert moved.median() < median
+        actual = CpuLayer(layer, values)(hidden[0].clone(), by_token, attend, None)
+    error = (actual - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1e-9)
+    assert error.max() < largest  # a value between two steps may be rounded either way
+    assert error.median() < median

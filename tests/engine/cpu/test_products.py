@@ -1,4 +1,4 @@
-"""The check of kernels: it finds products that saturate or round, and what is used then."""
+"""The check of kernels finds products that saturate or round, and a right kernel is used instead."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ pytestmark = pytest.mark.numeric
 HERE = [name for name, product in PRODUCTS.items() if product.runs_here()]
 PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
 Break = Callable[..., None]
+Multiplier = Callable[[Tensor], Multiply]
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
-    """Makes kernels wrong: `spoil` is done to each of their results."""
+    """Makes kernels wrong: applies `spoil` to their results, or replaces them by `multiplier`."""
 
-    def break_kernels(*names: str, spoil: Callable[[Tensor], Tensor] = saturated) -> None:
+    def break_kernels(
+        *names: str, spoil: Callable[[Tensor], Tensor] = saturated, multiplier: Multiplier | None = None
+    ) -> None:
         for name in names:
             product = PRODUCTS[name]
-            monkeypatch.setitem(PRODUCTS, name, dataclasses.replace(product, multiplier=_spoiled(product, spoil)))
+            wrong = dataclasses.replace(product, multiplier=multiplier or spoiled(product, spoil))
+            monkeypatch.setitem(PRODUCTS, name, wrong)
         check.cache_clear()
 
     check.cache_clear()
@@ -45,7 +49,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Break]:
     check.cache_clear()
 
 
-def _spoiled(product: products.Product, spoil: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Multiply]:
+def spoiled(product: products.Product, spoil: Callable[[Tensor], Tensor]) -> Multiplier:
     def multiplier(weight: Tensor) -> Multiply:
         multiply = product.multiplier(weight)
         return lambda x: spoil(multiply(x))
@@ -54,11 +58,11 @@ def _spoiled(product: products.Product, spoil: Callable[[Tensor], Tensor]) -> Ca
 
 
 def saturated(out: Tensor) -> Tensor:
-    """At 16 bits."""
+    """Saturates at 16 bits."""
     return out.clamp(-(2.0**15), 2.0**15 - 1)
 
 
-def rows_exchanged(out: Tensor) -> Tensor:
+def reordered(out: Tensor) -> Tensor:
     return out.flip(-1)
 
 
@@ -66,7 +70,7 @@ def undefined(out: Tensor) -> Tensor:
     return out * torch.nan
 
 
-def refused(out: Tensor) -> Tensor:
+def failing(out: Tensor) -> Tensor:
     raise RuntimeError("no such instruction")
 
 
@@ -75,9 +79,9 @@ def test_every_kernel_of_this_cpu_is_right(name: str) -> None:
     assert is_right(name), check(name)
 
 
-@pytest.mark.parametrize("spoil", [saturated, rows_exchanged, undefined, refused])
+@pytest.mark.parametrize("spoil", [saturated, reordered, undefined, failing])
 @pytest.mark.parametrize("name", HERE)
-def test_a_kernel_that_saturates_mixes_rows_or_fails_is_wrong(
+def test_a_kernel_that_saturates_reorders_or_fails_is_wrong(
     name: str, spoil: Callable[[Tensor], Tensor], broken: Break
 ) -> None:
     broken(name, spoil=spoil)
@@ -85,15 +89,12 @@ def test_a_kernel_that_saturates_mixes_rows_or_fails_is_wrong(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_fp32_kernel_that_rounds_its_factors_is_wrong(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounding(weight: Tensor) -> Multiply:
-        return lambda x: x.to(dtype).float() @ weight.to(dtype).float().T
-
-    product = dataclasses.replace(PRODUCTS["fp32"], multiplier=rounding)
-    assert not products._compare(product).is_right
+def test_an_fp32_kernel_that_rounds_its_factors_is_wrong(dtype: torch.dtype, broken: Break) -> None:
+    broken("fp32", multiplier=lambda weight: lambda x: x.to(dtype).float() @ weight.to(dtype).float().T)
+    assert not is_right("fp32")
 
 
-def test_a_bf16_kernel_that_sums_in_bf16_is_wrong() -> None:
+def test_a_bf16_kernel_that_sums_in_bf16_is_wrong(broken: Break) -> None:
     def summing(weight: Tensor) -> Multiply:
         def multiply(x: Tensor) -> Tensor:
             total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
@@ -103,31 +104,34 @@ def test_a_bf16_kernel_that_sums_in_bf16_is_wrong() -> None:
 
         return multiply
 
-    assert not products._compare(dataclasses.replace(PRODUCTS["bf16"], multiplier=summing)).is_right
+    broken("bf16", multiplier=summing)
+    assert not is_right("bf16")
 
 
-def test_products_at_full_range_show_what_random_numbers_hide(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_range_products_reveal_what_random_ones_hide(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
     broken("fp32", spoil=lambda out: out.clamp(-1e8, 1e8))  # the largest is 2.8e8
     assert not is_right("fp32")
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(products, "_patterns", lambda rows: torch.randn(rows, 266, generator=generator))
+    monkeypatch.setattr(products, "full_range_rows", lambda rows: torch.randn(rows, 266, generator=generator))
     check.cache_clear()
     assert is_right("fp32")
 
 
-def test_int8_that_saturates_as_without_vnni_gets_limited_pairs(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two neighbouring products are added in 16 bits."""
+def test_int8_that_saturates_as_without_vnni_needs_limited_pairs(
+    broken: Break, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without VNNI, two adjacent products are added in 16 bits."""
 
     def multiply(self: Any, quantized: Tensor, scales: Tensor) -> Tensor:
         pairs = quantized.float().unsqueeze(-2) * self.steps  # (tokens, outputs, inputs)
         sums = saturated(pairs.unflatten(-1, (-1, 2)).sum(-1)).sum(-1)
-        return (sums - 128 * self.steps.sum(-1)) * self._scales
+        return (sums - 128 * self.steps.sum(-1)) * self.scales
 
     init = Int8Linear.__init__
 
     def keep_steps(self: Any, linear: nn.Linear, *, limit_pairs: bool) -> None:
         init(self, linear, limit_pairs=limit_pairs)
-        self.steps = (linear.weight / self._scales.unsqueeze(1)).round()
+        self.steps = (linear.weight / self.scales.unsqueeze(1)).round()
 
     monkeypatch.setattr(Int8Linear, "__init__", keep_steps)
     monkeypatch.setattr(Int8Linear, "multiply", multiply)
@@ -135,14 +139,14 @@ def test_int8_that_saturates_as_without_vnni_gets_limited_pairs(broken: Break, m
     assert is_right("int8, limited pairs")
 
 
-@pytest.mark.skipif(not can_block(), reason="this torch has no such operators for this processor")
-def test_a_wrong_blocked_kernel_is_reported_once_and_the_next_one_scores_right(
+@pytest.mark.skipif(not can_block(), reason="torch does not have the operators on this CPU")
+def test_a_wrong_blocked_kernel_is_reported_once_and_its_fallback_scores_right(
     broken: Break, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seconds = {"fp32": 1.0, "blocked fp32": 0.5, "bf16": 2.0}
     monkeypatch.setattr(choices, "seconds_of_products", lambda: seconds)
     forward = BlockedLinear.forward
-    monkeypatch.setattr(BlockedLinear, "forward", lambda *given: saturated(forward(*given)))
+    monkeypatch.setattr(BlockedLinear, "forward", lambda *args: saturated(forward(*args)))
     folder = make_checkpoint(tmp_path / "model", seed=12)
     for _ in range(2):
         with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
@@ -152,7 +156,7 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_the_next_one_scores_right(
     assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], abs=1e-5)
     (record,) = [record for record in caplog.records if record.name == products.__name__]
     assert record.levelno == logging.WARNING
-    assert "'blocked fp32' multiplies wrongly" in record.message
+    assert "'blocked fp32' gives wrong products" in record.message
     assert "(error 2.8e+08, bound 8.8e+03); 'fp32' is used instead" in record.message
     row = describe(reranker.info, reranker.checkpoint).products
     assert row.value.startswith("in use: fp32, attention fp32; also correct: ")
@@ -168,7 +172,7 @@ def test_a_wrong_kernel_is_not_timed(broken: Break, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("wrong", [("bf16", "blocked bf16"), ("attention bf16",)])
-def test_16_bit_weights_are_multiplied_in_fp32_where_bf16_is_wrong(
+def test_16_bit_weights_are_multiplied_in_fp32_if_bf16_is_wrong(
     wrong: tuple[str, ...], broken: Break, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "seconds_of_products", lambda: {"fp32": 2.0, "blocked fp32": 2.0, "bf16": 1.0})
@@ -188,13 +192,13 @@ def test_16_bit_weights_are_multiplied_in_fp32_where_bf16_is_wrong(
         ("fp32", "fp32", {}),
         ("fp32", "attention fp32", {}),
         ("int8", "int8, limited pairs", {}),
-        ("bf16", "bf16", {"device_map": "auto"}),  # whose layers stay as they are
+        ("bf16", "bf16", {"device_map": "auto"}),  # no fp32 fallback for a model spread over devices
         ("bf16", "attention bf16", {"device_map": "auto"}),
         ("fp16", "fp16", {"device_map": "auto"}),
         ("fp16", "attention fp16", {"device_map": "auto"}),
     ],
 )
-def test_a_dtype_without_a_right_kernel_is_refused(
+def test_a_dtype_without_a_right_kernel_is_rejected(
     dtype: Any, wrong: str, options: dict[str, Any], broken: Break, tiny_checkpoint: Path
 ) -> None:
     broken(wrong, "int8")
@@ -202,7 +206,7 @@ def test_a_dtype_without_a_right_kernel_is_refused(
         Reranker(str(tiny_checkpoint), device="cpu", dtype=dtype, **options)
 
 
-def test_a_kernel_is_checked_once_and_only_where_it_is_about_to_be_used(broken: Break, tiny_checkpoint: Path) -> None:
+def test_only_kernels_in_use_are_checked_and_only_once(broken: Break, tiny_checkpoint: Path) -> None:
     for _ in range(2):
         Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", deterministic=True).close()
-        assert check.cache_info().misses <= 4  # fp32, its attention, and what `auto` measures
+        assert check.cache_info().misses <= 4  # fp32, attention fp32, and those that `auto` measures

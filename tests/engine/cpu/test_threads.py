@@ -1,4 +1,4 @@
-"""Threads of an engine: fixed ones stay, others follow quotas and load."""
+"""The thread count of an engine: fixed, or following quotas and load."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ STAT = "cpu  999 0 0 999 0 0 0 0 0 0\n"
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "cpu_limits", lambda: CpuLimits(num_cores=2, num_allowed_cores=2, quotas=()))
-    monkeypatch.setattr(threads, "_default_count", lambda: 8)
+    monkeypatch.setattr(threads, "default_count", lambda: 8)
 
 
 class BusySensor:
-    """Says that half of the time goes into waiting, and that no CPU is idle."""
+    """Reports that the threads wait half of the time and that no CPU is idle."""
 
     def read(self, **_: bool) -> Load:
         return Load(waited=0.5, idle_cpus=0.0)
 
 
 def slow_with_two(reranker: Reranker, counts: list[int]) -> None:
-    """Each layer of the model takes 60 ms with two threads and 20 with one; counts are those of layers."""
+    """Make each layer take 60 ms with two threads and 20 ms with one, and record its thread count."""
 
     def sleep(*_: Any) -> None:
         counts.append(torch.get_num_threads())
@@ -51,9 +51,7 @@ def slow_with_two(reranker: Reranker, counts: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_a_number_that_nobody_set_follows_the_load_and_a_fixed_one_does_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_only_a_count_that_is_not_fixed_follows_the_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(threads, "LoadSensor", BusySensor)
     checkpoint = make_checkpoint(tmp_path, num_hidden_layers=6)
     seen = dict[str, list[int]]()
@@ -70,7 +68,7 @@ def test_a_number_that_nobody_set_follows_the_load_and_a_fixed_one_does_not(
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_two_engines_of_one_process_keep_their_numbers(tiny_checkpoint: Path) -> None:
+def test_two_engines_in_one_process_keep_their_own_counts(tiny_checkpoint: Path) -> None:
     counts: list[int] = []
     model = str(tiny_checkpoint)
     with Reranker(model, device="cpu", threads=1) as one, Reranker(model, device="cpu", threads=2) as two:
@@ -83,40 +81,45 @@ def test_two_engines_of_one_process_keep_their_numbers(tiny_checkpoint: Path) ->
     assert counts == [1, 2, 1]
 
 
-def test_the_smallest_of_limits_and_torchs_default_is_taken(
+def test_the_count_is_the_minimum_of_the_limits_and_torchs_default(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     quota = Quota(cpus=3, folder="/sys/fs/cgroup/pod", is_v2=True)
     limits = CpuLimits(num_cores=8, num_allowed_cores=8, quotas=(quota,))
     monkeypatch.setattr(threads, "cpu_limits", lambda: limits)
-    monkeypatch.setattr(threads, "_default_count", lambda: 8)
+    monkeypatch.setattr(threads, "default_count", lambda: 8)
     caplog.set_level("INFO")
     assert Threads.choose(None, is_fixed=False).count == 3
     assert "Using 3 threads: cgroup quota of 3 CPUs (/sys/fs/cgroup/pod/cpu.max)" in caplog.messages
     assert Threads.choose(5, is_fixed=False).count == 5
-    monkeypatch.setattr(threads, "_default_count", lambda: 1)
+    monkeypatch.setattr(threads, "default_count", lambda: 1)
     assert Threads.choose(None, is_fixed=False).count == 1
     assert "Using 1 thread: torch's default (OMP_NUM_THREADS or set by the program)" in caplog.messages
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_another_thread_than_the_first_has_a_governor_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a fork, where the thread that computes is a new one."""
-    monkeypatch.setattr(threads, "LoadSensor", BusySensor)
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the scheduler statistics of Linux")
+def test_each_compute_thread_has_its_own_sensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fork, the compute thread is a new one."""
+    sensors: list[BusySensor] = []
+
+    def new_sensor() -> BusySensor:
+        sensors.append(BusySensor())
+        return sensors[-1]
+
+    monkeypatch.setattr(threads, "LoadSensor", new_sensor)
     chosen = Threads.choose(None, is_fixed=False)
     before = torch.get_num_threads()
-    governors = []
-    for call in (chosen.begin_batch, chosen.begin_batch):
-        thread = threading.Thread(target=call)
+    for expected in (1, 2):
+        thread = threading.Thread(target=lambda: (chosen.begin_batch(), chosen.begin_batch()))
         thread.start()
         thread.join()
-        governors.append(chosen._governor)
-    assert governors[0] is not governors[1]
+        assert len(sensors) == expected
     compute(lambda: torch.set_num_threads(before))
 
 
 @pytest.mark.usefixtures("two_cores")
-def test_where_the_load_cannot_be_read_the_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_is_fixed_if_the_load_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise PermissionError("comm is read-only")
 
@@ -127,7 +130,7 @@ def test_where_the_load_cannot_be_read_the_number_stays(monkeypatch: pytest.Monk
 
 
 def fake_proc(root: Path, schedstats: dict[str, tuple[str, int, int]], ticks: dict[str, tuple[int, int]]) -> None:
-    """`schedstats`: name, ns run and ns waited by thread; `ticks`: idle ones and others by CPU."""
+    """`schedstats`: name, nanoseconds run and waited, by thread id. `ticks`: idle and busy ticks by CPU."""
     for thread, (name, ran, waited) in schedstats.items():
         task = root / "self/task" / thread
         task.mkdir(parents=True, exist_ok=True)
@@ -138,9 +141,7 @@ def fake_proc(root: Path, schedstats: dict[str, tuple[str, int, int]], ticks: di
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
-def test_the_load_is_that_of_the_pools_threads_and_of_the_cpus_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_pools_threads_and_the_allowed_cpus_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2})
     own, second = str(threading.get_native_id()), "7000001"
     ms = 10**6
@@ -151,16 +152,16 @@ def test_the_load_is_that_of_the_pools_threads_and_of_the_cpus_allowed(
     fake_proc(tmp_path, {
         own: (POOL_NAME, 300 * ms, 20 * ms),
         second: (POOL_NAME, 160 * ms, 120 * ms),
-        "7000002": ("python", 0, 900 * ms),  # another thread of the process
+        "7000002": ("python", 0, 900 * ms),  # not a thread of the pool
     }, {"cpu0": (125, 175), "cpu1": (200, 100), "cpu2": (150, 150)})  # fmt: skip
     load = sensor.read()
     assert load.waited == pytest.approx(40 / 400)
     assert load.idle_cpus == pytest.approx(25 / 100 + 50 / 100)
-    assert sensor.read() == Load(waited=0.0, idle_cpus=None)  # nothing has changed: no tick, no time
+    assert sensor.read() == Load(waited=0.0, idle_cpus=None)  # the counters have not changed
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system counts no waiting")
-def test_the_threads_of_the_pool_are_recognized() -> None:
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the scheduler statistics of Linux")
+def test_the_threads_of_openmps_pool_inherit_the_name() -> None:
     code = """
 import threading, torch
 from local_rerank.engine.cpu.threads import LoadSensor
@@ -169,7 +170,7 @@ threading.Thread(target=threading.Event().wait, daemon=True).start()
 sensor = LoadSensor()
 x = torch.ones(3000, 3000)
 for _ in range(3): x.add_(1)
-print(len(dict(sensor._read_times())))
+print(len(dict(sensor.pool_times())))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
@@ -177,18 +178,18 @@ print(len(dict(sensor._read_times())))
 
 @pytest.fixture
 def quota_of_one_cpu() -> Iterator[Path]:
-    """A cgroup to put a process into."""
+    """A cgroup with a quota of one CPU, for a child process."""
     group = QUOTAS / f"local-rerank-test-{os.getpid()}"
     try:
         group.mkdir()
         (group / "cpu.cfs_quota_us").write_text("100000")
     except OSError as error:
-        pytest.skip(f"no cgroup with a quota can be made here: {error}")
+        pytest.skip(f"cannot create a cgroup with a quota: {error}")
     yield group
     group.rmdir()
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) == 1, reason="one CPU: a quota decides nothing")
+@pytest.mark.skipif((os.cpu_count() or 1) == 1, reason="a quota of one CPU needs a machine with more")
 def test_a_quota_of_one_cpu_gives_one_thread(quota_of_one_cpu: Path) -> None:
     code = f"""
 import os, pathlib

@@ -28,7 +28,11 @@ from tests.varlen_reference import slow_varlen
 
 # prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16
 LONG_PAIRS = [Pair((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair((3,) * 64, (4,) * 65)]
-CUDA_KERNELS = [name for name, row in KERNELS.items() if row.device_types == ("cuda",)]
+CUDA_KERNELS = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "cuda-tiles" else name  # in Triton's interpreter
+    for name, row in KERNELS.items()
+    if row.device_types == ("cuda",)
+]
 
 
 @pytest.fixture(scope="class")  # per test; hypothesis refuses function scope

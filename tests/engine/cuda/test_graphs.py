@@ -102,6 +102,7 @@ def test_a_shape_is_captured_when_it_comes_again_with_the_same_scores(engine: En
     assert near(scores, engine.score(batch))
 
 
+@pytest.mark.slow
 def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine) -> None:
     engine = loaded.with_kernel(loaded.kernel)
     batch = [*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))]
@@ -230,6 +231,7 @@ def test_a_shape_replaces_one_that_has_become_rare(engine: Engine, monkeypatch: 
     assert len(graphs.sizes) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_before", [0, 300])
 def test_equally_frequent_shapes_do_not_evict_each_other(
     num_before: int, engine: Engine, monkeypatch: pytest.MonkeyPatch

@@ -47,12 +47,14 @@ def near(ours: list[float], expected: list[float]) -> bool:
     return ours == pytest.approx(expected, abs=FP32_TOLERANCE * max(1.0, *map(abs, expected)))
 
 
-INTERPRETED = "one key head"  # the shape that runs through Triton's interpreter, which is slow
+INTERPRETED = "one key head"  # the shape that runs in Triton's interpreter
 FUSED_SHAPES = SHAPES | {"deep and narrow": SHAPES["deep and narrow"] | {"num_hidden_layers": 3}}
 del FUSED_SHAPES["untied"]  # the head is not the decoder's
 
 
-@pytest.mark.parametrize("shape", FUSED_SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=pytest.mark.slow) if name == INTERPRETED else name for name in FUSED_SHAPES]
+)
 def test_the_fused_decoder_scores_as_transformers_own_layers(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_model_with_another_activation_is_not_fused() -> None:
     assert cuda_layers.why_not_fused(config, CPU, torch.float32) == "the activation is gelu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "fp8"), [(torch.float32, False), (torch.float16, True)])
 def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch.dtype, fp8: bool) -> None:
     differences = cuda_layers.kernel_differences(CONFIG, CPU, dtype, fp8=fp8)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.client_servers import DOCUMENTED_KEY
 from tests.playground.conftest import Watched
 
 
 @contextmanager
-def opened_docs(chromium: Browser, url: str, key: str = "") -> Iterator[Page]:
-    """The page; with `key`, its own files are requested with the key, as a proxy with a login would do."""
-
-    def add_key(route: Route) -> None:
-        route.continue_(headers=route.request.headers | {"authorization": f"Bearer {key}"})
-
+def opened_docs(chromium: Browser, url: str) -> Iterator[Page]:
     context = chromium.new_context()
     watched = Watched(context, url)
-    if key:
-        context.route(re.compile("/docs|/openapi.json"), add_key)
     page = context.new_page()
     page.goto(f"{url}/docs")
     yield page
@@ -55,7 +47,7 @@ def test_each_example_of_a_shared_path_can_be_sent(chromium: Browser, base_url: 
 
 
 def test_a_key_entered_through_authorize_is_sent(chromium: Browser, locked_url: str) -> None:
-    with opened_docs(chromium, locked_url, DOCUMENTED_KEY) as page:
+    with opened_docs(chromium, locked_url) as page:
         section = operation(page, "/v2/rerank")
         assert status_after_sending(section) == "401"
         page.get_by_role("button", name="Authorize").first.click()

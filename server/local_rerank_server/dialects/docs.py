@@ -28,7 +28,12 @@ FILES = {"/docs": FOLDER / "index.html", "/docs/start.js": FOLDER / "start.js"} 
     f"/docs/{name}": SWAGGER_FOLDER / name for name in SWAGGER_NAMES
 }
 
-dialect = Dialect(name="Documentation", render_error=render_generic_error, error_model=GenericError)
+dialect = Dialect(
+    name="Documentation",
+    render_error=render_generic_error,
+    error_model=GenericError,
+    open_paths=(*FILES, "/openapi.json"),  # a browser sends no key; the page asks for one before it sends a request
+)
 router = dialect.router()
 
 

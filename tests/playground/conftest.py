@@ -18,8 +18,8 @@ from tests.client_servers import TYPED_KEY as KEY
 
 __all__ = ["KEY"]
 
-PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-MISSING = "the tests of the page need Chromium: apt-get install --no-install-recommends chromium-headless-shell"
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MISSING = "the tests of the page need Chromium: apt-get install --no-install-recommends chromium"
 QUIET = [  # no requests other than the page's
     "--no-sandbox",  # root has no sandbox
     "--disable-gpu",

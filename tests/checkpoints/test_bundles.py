@@ -143,7 +143,7 @@ def test_verify_accepts_an_intact_bundle(packed: dict[str, Path]) -> None:
     for bundle in packed.values():
         done = command("verify", str(bundle), *EXACT)
         assert done.returncode == 0, done.stderr
-        assert "have the checksums of the manifest" in done.stdout
+        assert "match the checksums of the manifest" in done.stdout
         assert "pass: the scores are those stored with the model" in done.stdout
 
 
@@ -323,7 +323,7 @@ def test_pack_overwrites_nothing(packed: dict[str, Path], checkpoint: Path) -> N
     for bundle in packed.values():
         done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
         assert done.returncode == 1
-        assert "exists already" in done.stderr
+        assert "which exists" in done.stderr
 
 
 def test_too_little_disk_space_raises_before_anything_is_written(

@@ -153,7 +153,7 @@ def test_gunicorn_without_preload(
     ("variables", "named"),
     [
         ({}, "no LOCAL_RERANK_API_KEY and no LOCAL_RERANK_API_KEY_FILE is set"),
-        ({"MAX_DOCUMENT": "3"}, "LOCAL_RERANK_MAX_DOCUMENT is no option's variable"),
+        ({"MAX_DOCUMENT": "3"}, "LOCAL_RERANK_MAX_DOCUMENT is not a known variable"),
         ({"MAX_DOCUMENTS": "many"}, "MAX_DOCUMENTS"),
         ({"MAX_DOCUMENTS": "0", "INSECURE": "true"}, "max_documents is 0"),
         ({"RAY": "true", "INSECURE": "true"}, "ray is not supported here"),

@@ -7,8 +7,10 @@ import json
 import math
 import re
 import socket
+import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,7 +182,9 @@ def test_a_short_body_cannot_ask_for_any_amount_of_text(client: Client) -> None:
     check(client.post("/v1/rerank", json=body | {"rank_fields": ["a"] * 101}), None, statuses=(400,))
 
 
-def test_no_depth_of_nesting_is_an_internal_error(client: Client) -> None:
+def test_no_depth_of_nesting_is_an_internal_error(client: Client, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(3000)  # of this process, which reads the answers below pytest's frames
     for depth in range(700, 1000, 8):
         value = "[" * depth + "]" * depth
         body = f'{{"query": "q", "documents": [{{"a": {value}}}], "rank_fields": ["a"], "return_documents": true}}'

@@ -41,7 +41,7 @@ def test_a_model_that_our_decoder_cannot_run_gets_transformers(
     assert (planned.decoder, planned.cuda_graphs) == ("transformers", False)
     assert planned.reasons["decoder"] == reason
     assert planned.kernel != "cuda-tiles"
-    with pytest.raises(ConfigError, match=f"needs the GPU decoder; it cannot be used: {reason}"):
+    with pytest.raises(
         ConfigError, match=f"attention is 'cuda-tiles', which needs the GPU decoder; it cannot be used: {reason}"
     ):
         plan(tiny_checkpoint, attention="cuda-tiles", **options)
@@ -51,7 +51,7 @@ def test_a_wrong_kernel_keeps_the_model_out_of_our_decoder(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: "the kernels are wrong")
-    with pytest.raises(ConfigError, match=r"dtype is 'fp8', .* it cannot be used: the kernels are wrong"):
+    planned = plan(tiny_checkpoint)
     assert (planned.decoder, planned.kernel) == ("transformers", "cuda-merged")
     with pytest.raises(
         ConfigError, match=r"dtype is 'fp8', which needs the GPU decoder; it cannot be used: the kernels are wrong"

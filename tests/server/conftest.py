@@ -19,7 +19,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 from tests.reference import ModelCard
-from tests.server.test_process import Server, options, started
+from tests.serving import Server, options, serving
 from tests.tiny_checkpoints import make_checkpoint, qwen_tokenizer_json
 
 
@@ -91,9 +91,7 @@ def serve() -> Serve:
         if reranker is not None:
             state.serve(reranker)  # type: ignore[arg-type]
         app = create_app(state, ApiKeys.from_config(config))
-        async with AsyncClient(
-            transport=ASGITransport(app, root_path=config.root_path), base_url="http://test"
-        ) as made:
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as made:
             made.state = state  # type: ignore[attr-defined]
             yield made
 
@@ -115,12 +113,8 @@ def qwen_card(qwen_checkpoint: Path) -> ModelCard:
 def hostile_server(qwen_checkpoint: Path) -> Iterator[Server]:
     """The server that test_hostile.py and test_fuzz.py share; in the end it has logged no error."""
     log = qwen_checkpoint.parent / "log"
-    arguments = ["local_rerank", "serve", *options(qwen_checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
-    with started(log, *arguments) as running:
-        running.wait_for("ready: ")
+    with serving(log, *options(qwen_checkpoint), "--client-timeout-seconds", "2") as running:
         yield running
-        assert running.stop() == 0
-        assert "Traceback" not in running.output
         assert " ERROR " not in running.output
 
 

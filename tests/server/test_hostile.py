@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
-import socket
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +15,10 @@ from tokenizers import Tokenizer, models
 
 from tests.reference import INSTRUCTION, PREFIX, SUFFIX, ModelCard, prompt_ids
 from tests.server.conftest import message_of
-from tests.server.test_process import WAIT_SECONDS, Server, status_of
+from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, status_of
 
-NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 COMPATIBLE = "/compatible-api/v1/reranks"
 LOCAL = "/v1/local/rank"
-LENGTH = re.compile(rb"content-length: (\d+)\r\n.*?\r\n\r\n", re.DOTALL)
 JSON = {"Content-Type": "application/json"}
 GOOD = {"query": "capital of France", "documents": ["Paris is the capital of France", "Rome is in Italy"]}
 
@@ -278,20 +274,8 @@ def spelled_ids(whole: Tokenizer, query: str, document: str, instruction: str) -
 
 
 def talk(server: Server, request: bytes) -> bytes:
-    """What the server answers to raw bytes until the answer ends or the connection closes."""
-    host, port = server.address.removeprefix("http://").split(":")
-    answer = b""
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
-        connection.sendall(request)
-        while (found := LENGTH.search(answer)) is None or len(answer) < found.end() + int(found[1]):
-            try:
-                received = connection.recv(65536)
-            except ConnectionResetError:  # the server did not read all of the request
-                break
-            if not received:
-                break
-            answer += received
-    return answer
+    with server.connect() as connection:
+        return exchange(connection, request)
 
 
 def send(client: Client, dialect: str, query: str, documents: list[Any], instruction: str) -> Response:

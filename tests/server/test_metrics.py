@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from local_rerank import Reranker
 from local_rerank_server.metrics import GPU_MEMORY
 from tests.server.conftest import Serve
-from tests.server.test_process import NATIVE
+from tests.serving import NATIVE
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"

@@ -166,26 +166,6 @@ def test_an_invalid_variable_is_named(variables: dict[str, str], named: str, mon
         asgi.create()
 
 
-def test_the_documents_name_existing_functions() -> None:
-    root = Path(__file__).parents[2]
-    pages = [(root / name).read_text(encoding="utf-8") for name in ("docs/operations.md", "CHANGELOG.md")]
-    for page in (*pages, asgi.__doc__ or ""):
-        assert set(re.findall(r"(?:local_rerank_server\.asgi|and `):(\w+)", page)) == {"app", "create"}
-    assert callable(asgi.create)
-    with pytest.raises(ConfigError, match="no LOCAL_RERANK_API_KEY"):
-        _ = asgi.app  # created on first access
-
-
-@pytest.mark.parametrize("path", ["/health", "/behind/health"])
-def test_the_root_path_is_optional_in_requests(path: str) -> None:
-    async def get() -> int:
-        app = create_app(ServerState(ServerConfig(root_path="/behind")), ApiKeys({}))
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
-            return (await client.get(path)).status_code
-
-    assert asyncio.run(get()) == 200
-
-
 def _post(state: ServerState) -> tuple[int, Any, int]:
     """Status, body, and the number of requests in the metrics."""
 

@@ -96,9 +96,3 @@ def family(name: str) -> str:
 def panels() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     return [panel for panel in found if panel["type"] != "row"]
-
-
-def test_dashboard_panels_have_a_title_a_unit_and_distinct_positions() -> None:
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels()]
-    assert len(set(places)) == len(places)
-    assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels())

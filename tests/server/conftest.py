@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -54,7 +55,6 @@ class HeldRanker:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.futures: list[Future[RerankResult]] = []
-        self.closed = False
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         if self.error is not None:
@@ -67,9 +67,6 @@ class HeldRanker:
 
     def retry_after(self) -> float:
         return 2.5
-
-    def close(self) -> None:
-        self.closed = True
 
 
 Serve = Callable[..., AbstractAsyncContextManager[AsyncClient]]
@@ -116,6 +113,12 @@ def hostile_server(qwen_checkpoint: Path) -> Iterator[Server]:
     with serving(log, *options(qwen_checkpoint), "--client-timeout-seconds", "2") as running:
         yield running
         assert " ERROR " not in running.output
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def message_of(body: dict[str, Any]) -> str:

@@ -5,26 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from httpx2 import AsyncClient, Response
 
 from local_rerank import Reranker
 from local_rerank_server import config
-from tests.server.conftest import HeldRanker, Serve
+from tests.server.conftest import HeldRanker, Serve, until
 
 pytestmark = pytest.mark.anyio
 NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 LOCAL = "/v1/local/rank"
 BODY = {"model": "qwen3-rerank", "query": "q", "documents": ["a", "b"]}
 JSON = {"Content-Type": "application/json"}
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_requests_over_the_limit_get_429_with_the_estimated_retry_time(serve: Serve) -> None:

@@ -94,9 +94,7 @@ def test_check_returns_the_name_of_a_key_or_refuses(tmp_path: Path) -> None:
     keys = ApiKeys.from_config(ServerConfig(api_key=("open", "bert:door"), api_key_file=file))
     sent = {"sesame": "anna", "schlüssel": "karl", "open": "key-1", "door": "bert"}
     for scheme in ("Bearer", "bearer"):
-        assert {keys.check(f"{scheme} {key}".encode()): key for key in sent} == {
-            name: key for key, name in sent.items()
-        }
+        assert [keys.check(f"{scheme} {key}".encode()) for key in sent] == list(sent.values())
     for missing in (None, b"Bearer ", b"Basic c2VjcmV0"):
         with pytest.raises(MissingApiKey):
             keys.check(missing)

@@ -15,7 +15,7 @@ from local_rerank.errors import DeadlineExceeded
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import InvalidField, UnknownModel
 from local_rerank_server.state import LONG_CHARS, TOKENIZER_THREADS, ServerState
-from tests.server.conftest import HeldRanker
+from tests.server.conftest import HeldRanker, until
 
 pytestmark = pytest.mark.anyio
 REQUEST = RerankRequest(query="q", documents=("d",))
@@ -36,12 +36,6 @@ def http_request(**headers: str) -> Request:
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "headers": raw, "state": {"request_id": "the-id"}}, receive)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_the_header_lowers_the_deadline_and_cannot_raise_it() -> None:

@@ -146,9 +146,7 @@ def is_uuid(text: str) -> bool:
     return str(uuid.UUID(text)) == text
 
 
-def test_a_client_gets_the_librarys_ranking_and_its_texts_unchanged(
-    called: Called, nano: Reranker
-) -> None:
+def test_a_client_gets_the_librarys_ranking_and_its_texts_unchanged(called: Called, nano: Reranker) -> None:
     check(called.english, called.client, ENGLISH, nano)
     check(called.chinese, called.client, CHINESE, nano)
 

@@ -76,7 +76,8 @@ async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, ti
     assert GPU_MEMORY
     for name, pairs in found:
         labels.setdefault(name, set()).update(label for label, _ in pairs)
-    expressions = [target["expr"] for panel in panels() for target in panel["targets"]]
+    panels = [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if panel["type"] != "row"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
     assert len(expressions) >= 12
     for expression in expressions:
         used = re.findall(r"\b((?:local_rerank|process)_\w+)", expression)
@@ -91,8 +92,3 @@ async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, ti
 
 def family(name: str) -> str:
     return re.sub(r"_(bucket|sum|count)$", "", name)
-
-
-def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    return [panel for panel in found if panel["type"] != "row"]

@@ -27,7 +27,7 @@ from httpx2 import AsyncClient, HTTPError
 
 from local_rerank import Reranker
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, make_cases, make_client, offer, text
-from tests.server.test_process import Server, options, started, until
+from tests.serving import Server, options, started, until
 from tests.tiny_checkpoints import make_checkpoint
 
 WARM_UP_SECONDS = 300  # during which memory is not counted

@@ -30,14 +30,14 @@ def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
     """Base URLs of the keyed server and of the open one, which start in parallel."""
     keys = folder / "keys"
     keys.write_text(f"documented:{DOCUMENTED_KEY}\ntyped:{TYPED_KEY}\n", encoding="utf-8")
-    keyed = ("--api-key-file", str(keys), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS))
+    requires_key = ("--api-key-file", str(keys), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS))
     with ExitStack() as stack, ThreadPoolExecutor() as starters:
         starting = (
-            serving(folder / "keyed.log", *OPTIONS, *keyed),
+            serving(folder / "keyed.log", *OPTIONS, *requires_key),
             serving(folder / "open.log", *OPTIONS, "--document-echo", "string"),
         )
-        keyed_url, open_url = starters.map(stack.enter_context, starting)
-        yield keyed_url, open_url
+        keyed, open_ = starters.map(stack.enter_context, starting)
+        yield keyed.address, open_.address
 
 
 @contextmanager

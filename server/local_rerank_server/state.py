@@ -154,16 +154,12 @@ class ServerState:
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue."""
-        threads = self._long_tokenizers if num_chars(request) > LONG_CHARS else self._tokenizers
+        num_chars = len(request.query) + sum(map(len, request.documents))
+        threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
         return await asyncio.wrap_future(await queued(threads, self.reranker.submit, request, name=request_id))
 
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
-
-
-def num_chars(request: RerankRequest) -> int:
-    """Characters of the query and the documents."""
-    return len(request.query) + sum(map(len, request.documents))
 
 
 async def _until_disconnected(http: Request) -> None:

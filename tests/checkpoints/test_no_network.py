@@ -15,7 +15,7 @@ import pytest
 
 from local_rerank.commands.app import app
 from tests.no_network import STATUS, THEN, forbid_in_children
-from tests.server.test_process import WAIT_SECONDS, started
+from tests.serving import WAIT_SECONDS, started
 
 NEEDS_A_NETWORK = {"pull"}
 SERVED = {"serve"}  # tested separately

@@ -25,9 +25,8 @@ def test_a_pipeline_keeps_the_best_retrieved_documents(
     texts = [text for text in sources(script) if words & set(text.lower().strip(".").split())]
     expected = nano.rank(QUERY, texts, top_n=2)
     assert [text for _, text in printed] == [item.document for item in expected]
-    assert [float(score) for score, _ in printed] == pytest.approx(
-        [item.relevance_score for item in expected], abs=max(SAME, 1e-6)
-    )
+    scores = [float(score) for score, _ in printed]
+    assert scores == pytest.approx([item.relevance_score for item in expected], abs=SAME)
 
 
 def sources(script: Path) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -23,34 +21,19 @@ DOCUMENTS = [
     "${costs} %s {0}",
 ]
 INSTRUCTION = 'Don\'t "retrieve" {anything}'
-PACKAGES = {  # the package of each client's code; the environment with its newest version runs the code
-    "DashScope": "dashscope",
-    "OpenAI": "openai",
-    "Cohere": "cohere",
-    "LiteLLM": "litellm",
-    "Voyage AI": "voyageai",
-    "LangChain": "langchain-community",
-    "LlamaIndex": "llama-index-postprocessor-dashscope-rerank",
+ENVIRONMENTS = {  # of tests/clients, each with the newest version of the client's package
+    "DashScope": "frameworks",
+    "OpenAI": "frameworks",
+    "Cohere": "sdks",
+    "LiteLLM": "sdks",
+    "Voyage AI": "sdks",
+    "LangChain": "frameworks",
+    "LlamaIndex": "frameworks",
 }
 CARD_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 HOSTED_ROUTES = {"LiteLLM", "LangChain", "LlamaIndex"}  # they send none, to routes that have their own
 WITHOUT_INSTRUCTION = {*HOSTED_ROUTES, "Voyage AI"}  # their code says so
 CLIPBOARD = ["clipboard-read", "clipboard-write"]
-
-
-def environments() -> dict[str, str]:
-    """The environment of each client that tests/clients pins."""
-    found: dict[str, tuple[list[int], str]] = {}
-    for path in sorted((Path(__file__).parents[1] / "clients").glob("*.txt")):
-        pinned = dict(line.split("==") for line in path.read_text().splitlines() if "==" in line)
-        for client, package in PACKAGES.items():
-            if package in pinned:
-                version = [int(part) for part in pinned[package].split(".")]
-                found[client] = max(found.get(client, ([], "")), (version, path.stem))
-    return {client: environment for client, (_, environment) in found.items()}
-
-
-ENVIRONMENTS = environments()
 
 
 def copied(page: Page, client: str) -> str:
@@ -97,15 +80,13 @@ def test_the_copied_code_of_each_sdk_gives_the_same_ranking(
     page = open_page(base_url, permissions=CLIPBOARD)
     fill(page, INSTRUCTION)
     codes = {client: copied(page, client) for client in ENVIRONMENTS}
-    assert {"DashScope", "OpenAI", "LangChain", "LlamaIndex"} <= codes.keys()
+    assert page.get_by_role("radio").count() == len(codes) + 1, "all but curl"
     printed = {client: indexes_and_scores(run_python(ENVIRONMENTS[client], code)) for client, code in codes.items()}
-    assert {client for client, code in codes.items() if "cannot send an instruction" in code} == (
-        WITHOUT_INSTRUCTION & codes.keys()
-    )
+    assert {client for client, code in codes.items() if "cannot send an instruction" in code} == WITHOUT_INSTRUCTION
     for instruction, clients in (
         (INSTRUCTION, codes.keys() - WITHOUT_INSTRUCTION),
-        (HOSTED_INSTRUCTION, HOSTED_ROUTES & codes.keys()),
-        (CARD_INSTRUCTION, codes.keys() & WITHOUT_INSTRUCTION - HOSTED_ROUTES),
+        (HOSTED_INSTRUCTION, HOSTED_ROUTES),
+        (CARD_INSTRUCTION, WITHOUT_INSTRUCTION - HOSTED_ROUTES),
     ):
         with page.expect_response("**/v1/local/rank"):
             fill(page, instruction)
@@ -113,19 +94,6 @@ def test_the_copied_code_of_each_sdk_gives_the_same_ranking(
         assert len(expected) == 3
         for client in clients:
             assert printed[client] == [(index, pytest.approx(score, abs=1e-5)) for index, score in expected], client
-
-
-def test_the_code_of_every_client_parses_and_names_this_server(open_page: Open, base_url: str) -> None:
-    page = open_page(base_url)
-    fill(page, INSTRUCTION)
-    clients = page.get_by_role("radio").all()
-    assert len(clients) == len(PACKAGES) + 1
-    for number, client in enumerate(clients):
-        client.check(force=True)
-        code = page.locator("#snippet").inner_text()
-        assert base_url in code
-        if number:
-            ast.parse(code)
 
 
 def test_the_code_follows_the_fields(page: Page) -> None:

@@ -1,4 +1,4 @@
-"""The README's screenshot: `make screenshot` retakes it; otherwise the test checks the size of one."""
+"""The README's screenshot: `make screenshot` retakes it; otherwise the test shows that one can be taken."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from playwright.sync_api import expect
 
 from tests.playground.conftest import Open, shown
 
-KEPT = Path(__file__).parents[2] / "docs" / "playground.png"
-MAX_BYTES = 300_000
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
 
 def test_the_screenshot_of_the_readme(open_page: Open, base_url: str, tmp_path: Path) -> None:
     target = Path(os.environ.get("SCREENSHOT", tmp_path / "playground.png"))
@@ -21,7 +17,4 @@ def test_the_screenshot_of_the_readme(open_page: Open, base_url: str, tmp_path: 
     shown(page)
     expect(page.locator("li")).to_have_count(5)
     page.screenshot(path=target)
-    for picture in (target, KEPT):
-        content = picture.read_bytes()
-        assert content.startswith(SIGNATURE)
-        assert len(content) < MAX_BYTES
+    assert target.stat().st_size < 300_000

@@ -28,7 +28,7 @@ from local_rerank.selftest.machine_report import MachineProperty, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
 from tests.reference import ModelCard
-from tests.server.test_process import WAIT_SECONDS, started
+from tests.serving import WAIT_SECONDS, started
 from tests.tiny_checkpoints import make_checkpoint
 
 NANO = Path(__file__).parents[2] / "local_rerank" / "nano"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -19,7 +20,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 from tests.reference import ModelCard
-from tests.server.test_process import Server, options, started
+from tests.serving import Server, options, serving
 from tests.tiny_checkpoints import make_checkpoint, qwen_tokenizer_json
 
 
@@ -54,7 +55,6 @@ class HeldRanker:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.futures: list[Future[RerankResult]] = []
-        self.closed = False
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         if self.error is not None:
@@ -67,9 +67,6 @@ class HeldRanker:
 
     def retry_after(self) -> float:
         return 2.5
-
-    def close(self) -> None:
-        self.closed = True
 
 
 Serve = Callable[..., AbstractAsyncContextManager[AsyncClient]]
@@ -91,9 +88,7 @@ def serve() -> Serve:
         if reranker is not None:
             state.serve(reranker)  # type: ignore[arg-type]
         app = create_app(state, ApiKeys.from_config(config))
-        async with AsyncClient(
-            transport=ASGITransport(app, root_path=config.root_path), base_url="http://test"
-        ) as made:
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as made:
             made.state = state  # type: ignore[attr-defined]
             yield made
 
@@ -115,13 +110,15 @@ def qwen_card(qwen_checkpoint: Path) -> ModelCard:
 def hostile_server(qwen_checkpoint: Path) -> Iterator[Server]:
     """The server that test_hostile.py and test_fuzz.py share; in the end it has logged no error."""
     log = qwen_checkpoint.parent / "log"
-    arguments = ["local_rerank", "serve", *options(qwen_checkpoint), "--port", "0", "--client-timeout-seconds", "2"]
-    with started(log, *arguments) as running:
-        running.wait_for("ready: ")
+    with serving(log, *options(qwen_checkpoint), "--client-timeout-seconds", "2") as running:
         yield running
-        assert running.stop() == 0
-        assert "Traceback" not in running.output
         assert " ERROR " not in running.output
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def message_of(body: dict[str, Any]) -> str:

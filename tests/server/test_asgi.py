@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,8 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 from tests.forked import in_child
+from tests.serving import WAIT_SECONDS, Server, started, until
 
-START_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
-STOP_SECONDS = 40
 DOCUMENTS = ["Rome is in Italy", "Paris is the capital of France"]
 BODY = {"model": "any", "query": "capital of France", "documents": DOCUMENTS}
 CLOSE = 1e-5  # of scores
@@ -46,54 +42,42 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     asgi.create.cache_clear()
 
 
-class Gunicorn:
-    """A running gunicorn."""
+@contextmanager
+def gunicorn(log: Path, num_workers: int, *options: str) -> Iterator[Server]:
+    command = ["gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", str(num_workers), "-b", "127.0.0.1:0"]
+    command += ["--timeout", str(WAIT_SECONDS), "--no-control-socket", *options, "local_rerank_server.asgi:app"]
+    with started(log, *command) as server:
+        server.wait_for("Listening at: ")
+        yield server
 
-    def __init__(self, log: Path, num_workers: int, *options: str) -> None:
-        self.log, self.num_workers = log, num_workers
-        command = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", str(num_workers)]
-        command += ["-b", "127.0.0.1:0", "--timeout", str(START_SECONDS), "--no-control-socket", *options]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, "local_rerank_server.asgi:app"], stdout=output, stderr=subprocess.STDOUT
-            )
 
-    @property
-    def output(self) -> str:
-        return self.log.read_text(encoding="utf-8")
+def workers_of(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children()
 
-    def answers(self) -> dict[int, list[float]]:
-        """The scores of each worker by its pid; sends requests until all have answered."""
-        answers: dict[int, list[float]] = {}
-        end = time.monotonic() + START_SECONDS
-        while len(answers) < self.num_workers:
-            assert time.monotonic() < end, self.output
-            assert self.process.poll() is None, self.output
-            if (found := re.search(r"Listening at: (\S+)", self.output)) is None:
-                time.sleep(0.1)
-                continue
-            try:
-                pid, scores = self._ask(found[1])
-                answers[pid] = scores
-            except ConnectError:
-                time.sleep(0.1)
-        return answers
 
-    def _ask(self, address: str) -> tuple[int, list[float]]:
-        with Client(base_url=address, timeout=START_SECONDS) as client:
-            with client.stream("POST", "/v1/rerank", json=BODY) as response:
-                host_and_port = response.extensions["network_stream"].get_extra_info("client_addr")
-                (pid,) = (worker.pid for worker in self.workers() if _serves(worker, host_and_port))
-                response.read()
-            assert response.status_code == 200, response.text
-            return pid, scores_of(response.json())
+def answers(server: Server, num_workers: int) -> dict[int, list[float]]:
+    """The scores of each worker by its pid; sends requests until all have answered."""
+    found: dict[int, list[float]] = {}
+    address = server.output.partition("Listening at: ")[2].split()[0]
 
-    def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+    def all_have_answered() -> bool:
+        assert server.process.poll() is None, server.output
+        with suppress(ConnectError):
+            found.update([_ask(server, address)])
+        return len(found) == num_workers
 
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_SECONDS)
+    until(all_have_answered)
+    return found
+
+
+def _ask(server: Server, address: str) -> tuple[int, list[float]]:
+    with Client(base_url=address, timeout=WAIT_SECONDS) as client:
+        with client.stream("POST", "/v1/rerank", json=BODY) as response:
+            host_and_port = response.extensions["network_stream"].get_extra_info("client_addr")
+            (pid,) = (worker.pid for worker in workers_of(server) if _serves(worker, host_and_port))
+            response.read()
+        assert response.status_code == 200, response.text
+        return pid, scores_of(response.json())
 
 
 def _serves(worker: psutil.Process, client: tuple[str, int]) -> bool:
@@ -105,26 +89,15 @@ def scores_of(answer: Any) -> list[float]:
     return [item["relevance_score"] for item in items]
 
 
-@contextmanager
-def gunicorn(log: Path, num_workers: int, *options: str) -> Iterator[Gunicorn]:
-    server = Gunicorn(log, num_workers, *options)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
-
-
 def expected_of(reranker: Reranker) -> list[float]:
     result = reranker.rank("capital of France", DOCUMENTS)
     return [item.relevance_score for item in sorted(result, key=lambda item: item.index)]
 
 
-def check(server: Gunicorn, reranker: Reranker) -> None:
-    for scores in server.answers().values():
+def check(server: Server, reranker: Reranker, *, num_workers: int) -> None:
+    for scores in answers(server, num_workers).values():
         assert scores == pytest.approx(expected_of(reranker), abs=CLOSE)
-    workers = [worker.pid for worker in server.workers()]
+    workers = [worker.pid for worker in workers_of(server)]
     assert server.stop() == 0
     assert not any(psutil.pid_exists(pid) for pid in workers)
     assert "Traceback" not in server.output
@@ -135,7 +108,7 @@ def test_gunicorn_with_preload(tmp_path: Path, nano: Reranker, monkeypatch: pyte
     """Workers share the weights of the built-in model."""
     monkeypatch.setenv("LOCAL_RERANK_INSECURE", "true")
     with gunicorn(tmp_path / "log", 2, "--preload") as server:
-        check(server, nano)
+        check(server, nano, num_workers=2)
 
 
 def test_gunicorn_without_preload(
@@ -146,7 +119,7 @@ def test_gunicorn_without_preload(
     for name, value in options.items():
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
     with gunicorn(tmp_path / "log", 1) as server:
-        check(server, tiny_reranker)
+        check(server, tiny_reranker, num_workers=1)
 
 
 @pytest.mark.parametrize(
@@ -164,26 +137,6 @@ def test_an_invalid_variable_is_named(variables: dict[str, str], named: str, mon
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
     with pytest.raises(ConfigError, match=named):
         asgi.create()
-
-
-def test_the_documents_name_existing_functions() -> None:
-    root = Path(__file__).parents[2]
-    pages = [(root / name).read_text(encoding="utf-8") for name in ("docs/operations.md", "CHANGELOG.md")]
-    for page in (*pages, asgi.__doc__ or ""):
-        assert set(re.findall(r"(?:local_rerank_server\.asgi|and `):(\w+)", page)) == {"app", "create"}
-    assert callable(asgi.create)
-    with pytest.raises(ConfigError, match="no LOCAL_RERANK_API_KEY"):
-        _ = asgi.app  # created on first access
-
-
-@pytest.mark.parametrize("path", ["/health", "/behind/health"])
-def test_the_root_path_is_optional_in_requests(path: str) -> None:
-    async def get() -> int:
-        app = create_app(ServerState(ServerConfig(root_path="/behind")), ApiKeys({}))
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
-            return (await client.get(path)).status_code
-
-    assert asyncio.run(get()) == 200
 
 
 def _post(state: ServerState) -> tuple[int, Any, int]:

@@ -11,17 +11,16 @@ import pytest
 from local_rerank.errors import ConfigError
 from local_rerank.types import Limits
 from local_rerank_server.config import ServerConfig
+from local_rerank_server.errors import InvalidApiKey, MissingApiKey
 from local_rerank_server.keys import ApiKeys
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"port": -1}, "port is -1"),
         ({"port": 65536}, "port is 65536"),
         ({"max_body_bytes": 0}, "max_body_bytes is 0"),
         ({"request_timeout_ms": 0}, "request_timeout_ms is 0"),
-        ({"drain_seconds": -1}, "drain_seconds is -1"),
         ({"max_documents": 0}, "max_documents is 0"),
         ({"max_documents": 100_001}, "max_documents is 100001; it must be at most 100000"),
         ({"max_request_tokens": 0}, "max_request_tokens is 0"),
@@ -81,25 +80,27 @@ def test_every_numeric_option_has_a_minimum() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "no colon\n", ":key\n", "name:\n", "a:x\na:y\n"])
-def test_a_malformed_key_file_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_malformed_or_unreadable_key_file_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match="api_key_file"):
-        ApiKeys.from_config(ServerConfig(api_key_file=file))
+    for path in (file, tmp_path / "nothing"):
+        with pytest.raises(ConfigError, match="api_key_file"):
+            ApiKeys.from_config(ServerConfig(api_key_file=path))
 
 
-def test_an_unreadable_key_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
-        ApiKeys.from_config(ServerConfig(api_key_file=tmp_path / "nothing"))
-
-
-def test_check_returns_the_name_of_a_key(tmp_path: Path) -> None:
+def test_check_returns_the_name_of_a_key_or_refuses(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("anna: sesame\n", encoding="utf-8")
+    file.write_text("# who: what\n\nanna: sesame\nkarl:schlüssel\n", encoding="utf-8")
     keys = ApiKeys.from_config(ServerConfig(api_key=("open", "bert:door"), api_key_file=file))
-    assert keys.check(b"Bearer sesame") == "anna"
-    assert keys.check(b"Bearer open") == "key-1"
-    assert keys.check(b"Bearer door") == "bert"
+    sent = {"sesame": "anna", "schlüssel": "karl", "open": "key-1", "door": "bert"}
+    for scheme in ("Bearer", "bearer"):
+        assert [keys.check(f"{scheme} {key}".encode()) for key in sent] == list(sent.values())
+    for missing in (None, b"Bearer ", b"Basic c2VjcmV0"):
+        with pytest.raises(MissingApiKey):
+            keys.check(missing)
+    for wrong in (b"Bearer wrong", b"Bearer sesam", b"Bearer sesame and more", b"Bearer anna"):
+        with pytest.raises(InvalidApiKey):
+            keys.check(wrong)
     assert ApiKeys({}).check(None) is None
 
 

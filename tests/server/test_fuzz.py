@@ -18,7 +18,7 @@ from httpx2 import Client
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.server.test_process import WAIT_SECONDS, Server
+from tests.serving import WAIT_SECONDS, Server
 
 ROOT = Path(__file__).parents[2]
 SCHEMATHESIS = ROOT / ".venv-clients" / "schemathesis" / "bin" / "schemathesis"

@@ -5,10 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
-import socket
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,12 +16,10 @@ from tokenizers import Tokenizer, models
 
 from tests.reference import INSTRUCTION, PREFIX, SUFFIX, ModelCard, prompt_ids
 from tests.server.conftest import message_of
-from tests.server.test_process import WAIT_SECONDS, Server, status_of
+from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, status_of
 
-NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 COMPATIBLE = "/compatible-api/v1/reranks"
 LOCAL = "/v1/local/rank"
-LENGTH = re.compile(rb"content-length: (\d+)\r\n.*?\r\n\r\n", re.DOTALL)
 JSON = {"Content-Type": "application/json"}
 GOOD = {"query": "capital of France", "documents": ["Paris is the capital of France", "Rome is in Italy"]}
 
@@ -154,7 +149,8 @@ def test_odd_json_is_read_as_it_is_meant_or_refused(dialect: str, client: Client
     for number in ("1" + "0" * 5000, "1e999", "-0", "1E400", "0.1e-9999"):
         check(post(client, path, f'{usual[:-1]}, "top_n": {number}}}'), None)
         check(post(client, path, usual.replace('"b"', f'{{"text": "b", "more": {number}}}')), None)
-    for wrong in ("", "[]", "null", "1", '"x"', usual[:-1], usual + usual, usual.replace(":", "="), "\x00" + usual):
+    wrongs = ["", "[]", "null", "1", '"x"', usual[:-1], usual + usual, usual.replace(":", "="), "\x00" + usual]
+    for wrong in (*wrongs, "[" * 100_000, '{"a":' * 100_000):
         check(post(client, path, wrong), None, statuses=(400,))
 
 
@@ -198,20 +194,13 @@ def test_the_last_one_of_duplicate_keys_counts(client: Client) -> None:
     assert post(client, LOCAL, twice).json()["results"] == post(client, LOCAL, once).json()["results"]
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, gzip", "x-gzip", "GZIP"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br"])
 def test_a_compressed_body_is_refused_and_not_unpacked(encoding: str, client: Client) -> None:
-    bomb = (zlib.compress if encoding == "deflate" else gzip.compress)(b" " * 2_000_000)
-    assert len(bomb) < 4_000
+    bomb = gzip.compress(b" " * 2_000_000)
     for dialect, (path, _) in FORMS.items():
         answer = client.post(path, content=bomb, headers=JSON | {"Content-Encoding": encoding})
         assert answer.status_code == 415, dialect
         assert "Content-Encoding" in message_of(answer.json())
-
-
-def test_a_compressed_body_without_a_content_encoding_is_refused_as_no_json(client: Client) -> None:
-    for path, form in FORMS.values():
-        packed = gzip.compress(json.dumps(form("q", ["a"], "i")).encode())
-        check(client.post(path, content=packed, headers=JSON), None, statuses=(400,))
 
 
 @pytest.mark.parametrize(
@@ -282,20 +271,8 @@ def spelled_ids(whole: Tokenizer, query: str, document: str, instruction: str) -
 
 
 def talk(server: Server, request: bytes) -> bytes:
-    """What the server answers to raw bytes until the answer ends or the connection closes."""
-    host, port = server.address.removeprefix("http://").split(":")
-    answer = b""
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
-        connection.sendall(request)
-        while (found := LENGTH.search(answer)) is None or len(answer) < found.end() + int(found[1]):
-            try:
-                received = connection.recv(65536)
-            except ConnectionResetError:  # the server did not read all of the request
-                break
-            if not received:
-                break
-            answer += received
-    return answer
+    with server.connect() as connection:
+        return exchange(connection, request)
 
 
 def send(client: Client, dialect: str, query: str, documents: list[Any], instruction: str) -> Response:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_any_model_name_exists_unless_strict_models_is_set(serve: Serve, tiny_reranker: Reranker) -> None:
-    async with serve(tiny_reranker, model_aliases=("Qwen/Qwen3-Reranker-0.6B",)) as client:
+    async with serve(tiny_reranker, model_aliases=("Qwen/Qwen3-Reranker-0.6B", tiny_reranker.model_id)) as client:
         listed: list[dict[str, Any]] = (await client.get("/v1/models")).json()["data"]
         assert [model["id"] for model in listed] == [tiny_reranker.model_id, "Qwen/Qwen3-Reranker-0.6B"]
         assert (await client.get("/compatible-mode/v1/models")).json()["data"] == listed

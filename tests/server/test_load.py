@@ -18,7 +18,7 @@ from httpx2 import Client
 from local_rerank import Reranker
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from tests.server.load import PATH, Case, Tally, all_at_once, ask, fault_of, make_cases, make_client, offer
-from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
+from tests.serving import WAIT_SECONDS, Server, options, serving, started, until
 
 MILLISECONDS_PER_1000_TOKENS = 220  # about 10 requests a second
 MEMORY_MIB = 8  # growth that 300 requests may cause: buffers, not the requests themselves
@@ -36,12 +36,8 @@ def cases(tiny_reranker: Reranker) -> list[Case]:
 def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with short timeouts."""
     log = tmp_path_factory.mktemp("load") / "log"
-    timeout = ["--client-timeout-seconds", str(TIMEOUT_SECONDS)]
-    with started(log, "local_rerank", "serve", *options(tiny_checkpoint), "--port", "0", *timeout) as running:
-        running.wait_for("ready: ")
+    with serving(log, *options(tiny_checkpoint), "--client-timeout-seconds", str(TIMEOUT_SECONDS)) as running:
         yield running
-        assert "Traceback" not in running.output
-        assert running.stop() == 0
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +50,6 @@ def slow_server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         running.wait_for("ready: ")
         yield running
         assert "Traceback" not in running.output
-
-
-def connect(server: Server) -> socket.socket:
-    host, port = server.address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
 
 
 def read_to_end(connection: socket.socket) -> bytes:
@@ -138,7 +129,7 @@ def test_a_head_that_does_not_come_is_answered_408(server: Server) -> None:
     """The first one of a connection and the second one."""
     beginnings = [b"", b"POST ", f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-Slow".encode()]
     with ExitStack() as stack:
-        connections = [stack.enter_context(connect(server)) for _ in (*beginnings, "second")]
+        connections = [stack.enter_context(server.connect()) for _ in (*beginnings, "second")]
         connections[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connections[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
         for connection, sent in zip(connections, (*beginnings, b"GET /hea"), strict=True):
@@ -150,7 +141,7 @@ def test_a_head_that_does_not_come_is_answered_408(server: Server) -> None:
 
 
 def test_a_body_that_trickles_is_answered_408_and_its_connection_closed(server: Server) -> None:
-    with connect(server) as connection:
+    with server.connect() as connection:
         connection.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
         connection.settimeout(0.1)
         answer = b""
@@ -169,7 +160,7 @@ def test_the_connection_of_an_answer_that_nobody_reads_is_closed(server: Server)
     process = psutil.Process(server.process.pid)
     before = len(process.net_connections())
     body = {"query": "q", "documents": ["x" * 1_000_000 + str(number) for number in range(UNREAD_BYTES >> 20)]}
-    with connect(server) as connection:
+    with server.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(raw_request(body))
         until(lambda: f"POST {PATH} 200 " in server.output.rsplit("not received", 1)[-1])
@@ -181,10 +172,10 @@ def test_connections_cut_at_every_stage_leave_nothing_behind(server: Server, cas
     request = raw_request(cases[0].body)
     before = process.num_fds()
     for length in range(0, len(request) + 1, 29):
-        with connect(server) as connection:
+        with server.connect() as connection:
             connection.sendall(request[:length])
     for _ in range(5):  # cut while the answer is computed or sent
-        with connect(server) as connection:
+        with server.connect() as connection:
             connection.sendall(request)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
     until(lambda: process.num_fds() <= before)

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from local_rerank import Reranker
 from local_rerank_server.metrics import GPU_MEMORY
 from tests.server.conftest import Serve
-from tests.server.test_process import NATIVE
+from tests.serving import NATIVE
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
@@ -76,7 +76,8 @@ async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, ti
     assert GPU_MEMORY
     for name, pairs in found:
         labels.setdefault(name, set()).update(label for label, _ in pairs)
-    expressions = [target["expr"] for panel in panels() for target in panel["targets"]]
+    panels = [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if panel["type"] != "row"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
     assert len(expressions) >= 12
     for expression in expressions:
         used = re.findall(r"\b((?:local_rerank|process)_\w+)", expression)
@@ -91,14 +92,3 @@ async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, ti
 
 def family(name: str) -> str:
     return re.sub(r"_(bucket|sum|count)$", "", name)
-
-
-def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    return [panel for panel in found if panel["type"] != "row"]
-
-
-def test_dashboard_panels_have_a_title_a_unit_and_distinct_positions() -> None:
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels()]
-    assert len(set(places)) == len(places)
-    assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -10,7 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,64 +20,7 @@ import pytest
 from httpx2 import Client, HTTPTransport
 
 from tests.command_line import Done, command
-
-NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
-WAIT_SECONDS = 120  # torch alone takes ten on a busy machine with a cold disk
-
-
-class Server:
-    """A running server and its output."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process = process
-        self.log = log
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(encoding="utf-8")
-
-    @property
-    def address(self) -> str:
-        found = re.search(r"listening on (\S+),", self.output)
-        assert found, self.output
-        return found[1]
-
-    def wait_for(self, text: str) -> None:
-        until(lambda: text in self.output or self.process.poll() is not None)
-        assert text in self.output, self.output
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(WAIT_SECONDS)
-
-
-def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-@contextmanager
-def started(log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """`python -m ARGUMENTS`, killed when the block ends."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
-        )
-    try:
-        yield Server(process, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def options(checkpoint: Path) -> list[str]:
-    """Without the self-test, which random weights fail."""
-    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--no-self-test"]
+from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, options, serving, started, status_of, until
 
 
 @contextmanager
@@ -125,15 +67,6 @@ def test_the_console_shows_the_model_and_a_working_curl_command(server: Server) 
     assert b'"relevance_score"' in answer.stdout
 
 
-def test_a_content_length_over_the_limit_is_refused_before_the_body_is_sent(server: Server) -> None:
-    host, port = server.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
-        head = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
-        answer = exchange(connection, head.encode())
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b'"request_id"' in answer
-
-
 def test_a_client_that_sends_too_large_a_body_can_read_the_error(server: Server) -> None:
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
         for content in (b"[" * 5_000_000, iter([b"[" * 50_000] * 100)):
@@ -144,20 +77,18 @@ def test_a_client_that_sends_too_large_a_body_can_read_the_error(server: Server)
 
 def test_one_connection_serves_many_requests_including_errors(server: Server) -> None:
     server.wait_for("ready: ")
-    host, port = server.address.removeprefix("http://").split(":")
     requests = [
         f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
         for content in ('{"model":"qwen3-rerank","query":"q","documents":["d"]}', "{", '{"model":"x"}') * 3
     ]
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+    with server.connect() as connection:
         statuses = [status_of(exchange(connection, request)) for request in requests]
     assert statuses == [200, 400, 400] * 3
 
 
 def test_an_incomplete_body_does_not_affect_other_requests(server: Server) -> None:
     server.wait_for("ready: ")
-    host, port = server.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+    with server.connect() as connection:
         connection.sendall(f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
     until(lambda: f"POST {NATIVE} 499" in server.output)
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
@@ -167,11 +98,10 @@ def test_an_incomplete_body_does_not_affect_other_requests(server: Server) -> No
 def test_an_upgrade_to_http_2_is_ignored_and_the_body_is_read(server: Server) -> None:
     """Java's HttpClient sends `Upgrade: h2c`; some parsers lose the body then."""
     server.wait_for("ready: ")
-    host, port = server.address.removeprefix("http://").split(":")
     content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}'
     offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
     request = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\n{offer}Content-Length: {len(content)}\r\n\r\n{content}"
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+    with server.connect() as connection:
         assert status_of(exchange(connection, request.encode())) == 200
 
 
@@ -253,8 +183,7 @@ def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path
     abandoned.bind(str(path))
     abandoned.close()
     arguments = ["--uds", str(path), "--root-path", "/rerank", "--api-key", "secret"]
-    with started(tmp_path / "log", "local_rerank", "serve", *options(tiny_checkpoint), *arguments) as server:
-        server.wait_for("ready: ")
+    with serving(tmp_path / "log", *options(tiny_checkpoint), *arguments):
         with Client(transport=HTTPTransport(uds=str(path)), base_url="http://local", timeout=WAIT_SECONDS) as client:
             assert client.post(NATIVE, json=body()).status_code == 401
             allowed = client.post(NATIVE, json=body(), headers={"Authorization": "Bearer secret"})
@@ -262,7 +191,6 @@ def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path
             document = client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
             assert document["servers"] == [{"url": "/rerank"}]
         assert_one_line("serve", "--uds", str(path), says="Address already in use")
-        assert server.stop() == 0
     assert not path.exists()
 
 
@@ -300,19 +228,3 @@ def check_one_line(ended: Done | subprocess.CompletedProcess[str], says: str) ->
     assert len(lines) == 1, ended.stderr
     assert lines[0].startswith("local-rerank: ")
     assert says in lines[0]
-
-
-def exchange(connection: socket.socket, request: bytes) -> bytes:
-    connection.sendall(request)
-    answer = b""
-    while (found := re.search(rb"content-length: (\d+)\r\n.*?\r\n\r\n", answer, re.DOTALL)) is None or len(
-        answer
-    ) < found.end() + int(found[1]):
-        received = connection.recv(65536)
-        assert received, "the server closed the connection"
-        answer += received
-    return answer
-
-
-def status_of(answer: bytes) -> int:
-    return int(answer.split()[1])

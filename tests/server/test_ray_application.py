@@ -16,13 +16,12 @@ from local_rerank.batch.ray_cluster import ReplicaResources, connect, require_ra
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank_server.config import ServerConfig
-from tests.server.test_process import WAIT_SECONDS, until
+from tests.serving import NATIVE, WAIT_SECONDS, until
 
 pytestmark = pytest.mark.filterwarnings(  # of Ray
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
 )
 BODY = {"query": "Which river?", "documents": ["a river", "a mountain"]}
-NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 import signal
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +17,9 @@ from httpx2 import Client
 from local_rerank import Reranker
 from tests.command_line import command
 from tests.server.conftest import Serve
-from tests.server.test_process import WAIT_SECONDS, Server, options, started, until
+from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, options, started, until
 
 LOCAL = "/v1/local/rank"
-NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
 TOLERANCE = 1e-4  # log-odds in fp32, over batches and numbers of threads
 WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
 
@@ -164,35 +161,22 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
 def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Server) -> None:
     server.wait_for("ready: ")
     processes = descendants(server)
-    host, port = server.address.removeprefix("http://").split(":")
     body = json.dumps(request(1, num_documents=40)).encode()
     head = f"POST {LOCAL} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=WAIT_SECONDS) as connection:
+    with server.connect() as connection:
         connection.sendall(head.encode())
         assert b" 100 " in connection.recv(1000)  # the handler asks for the body: the request was accepted
         connection.sendall(body[:-1])
         server.process.send_signal(signal.SIGTERM)
         with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
             until(lambda: client.get("/ready").json() == {"status": "draining"})
-        connection.sendall(body[-1:])
-        answer = read_answer(connection)
+        answer = exchange(connection, body[-1:])
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert server.process.wait(WAIT_SECONDS) == 0
     _, left = psutil.wait_procs(processes, timeout=WAIT_SECONDS)
     assert not left
     assert "Traceback" not in server.output
     assert "***" not in server.output  # Ray's own signal handler, which would end the process early
-
-
-def read_answer(connection: socket.socket) -> bytes:
-    answer = b""
-    while received := connection.recv(65536):
-        answer += received
-        if (found := re.search(rb"content-length: (\d+)\r\n.*?\r\n\r\n", answer, re.DOTALL)) and len(
-            answer
-        ) >= found.end() + int(found[1]):
-            return answer
-    raise AssertionError("the server closed the connection")
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,7 @@ def call(job):
     request = job["request"]
     documents = [Document(text, metadata={"index": index}) for index, text in enumerate(request["documents"])]
     ranked = ENTRIES[job["entry"]](job, request).compress_documents(documents, request["query"])
-    return answered(
-        {
-            "index": document.metadata["index"],
-            "relevance_score": document.metadata["relevance_score"],
-            "text": document.page_content,
-        }
-        for document in ranked
-    )
+    return answered({**document.metadata, "text": document.page_content} for document in ranked)
 
 
 def cohere(job, request):

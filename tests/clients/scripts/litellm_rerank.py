@@ -1,7 +1,7 @@
 """LiteLLM's rerank, by provider; an entry is `provider path`, the path being what its base URL ends in."""
 
 import litellm
-from answering import answered, run
+from answering import answered, ranked, run
 
 litellm.suppress_debug_info = True
 litellm.telemetry = False
@@ -18,15 +18,7 @@ def call(job):
         return_documents=request.pop("return_documents", False),
         **request,
     )
-    results = [
-        {
-            "index": result["index"],
-            "relevance_score": result["relevance_score"],
-            "text": (result.get("document") or {}).get("text"),
-        }
-        for result in response.results
-    ]
-    return answered(results)
+    return answered(ranked(response.results))
 
 
 run(call)

@@ -14,7 +14,7 @@ import pytest
 
 from local_rerank import Reranker
 from local_rerank.checkpoints.bundles import MANIFEST, damaged_files, open_bundle, read_manifest
-from local_rerank.checkpoints.free_space import cache_folder, require_free_space
+from local_rerank.checkpoints.free_space import require_free_space
 from local_rerank.checkpoints.known_scores import STORED
 from local_rerank.errors import CheckpointError
 from local_rerank.selftest.self_test import self_test
@@ -336,8 +336,3 @@ def test_too_little_disk_space_raises_before_anything_is_written(
     with pytest.raises(CheckpointError, match="1000 bytes are free"):
         open_bundle(packed["file"])
     assert not cache.exists()
-
-
-def test_the_default_cache_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "local-rerank"

@@ -20,7 +20,7 @@ from local_rerank.checkpoints.find import EMBEDDED_MODEL, hub_id, open_checkpoin
 from local_rerank.errors import CheckpointError
 from tests.command_line import command
 from tests.fake_hub import COMMIT, FakeHub, fake_hub
-from tests.tiny_checkpoints import byte_tokenizer_json, make_checkpoint
+from tests.tiny_checkpoints import make_checkpoint
 
 OPEN = (
     "import dataclasses, json, sys\n"
@@ -136,12 +136,6 @@ def test_hub_id_resolves_an_alias_and_keeps_a_hub_id(name: str, expected: str) -
 def test_a_name_of_nothing_raises_and_says_what_is_allowed(name: str) -> None:
     with pytest.raises(CheckpointError, match="no folder or bundle on this machine, no hub id"):
         hub_id(name)
-
-
-def test_a_folder_gives_the_model_its_name_and_needs_no_network(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
-    found = opened(tmp_path, str(checkpoint), HF_ENDPOINT=hub.url)
-    assert found == ["tiny-reranker", "folder", str(checkpoint)]
-    assert hub.requests == []
 
 
 def test_a_revision_without_a_hub_model_is_ignored_with_a_warning(
@@ -305,17 +299,6 @@ def ask_for_a_layer_more(folder: Path) -> None:
 def break_the_weights(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def forget_control_tokens(folder: Path) -> None:
-    tokenizer = json.loads(byte_tokenizer_json())
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": []}), encoding="utf-8")
-
-
-def split_the_answers(folder: Path) -> None:
-    tokenizer = json.loads(byte_tokenizer_json())
-    tokenizer["model"]["merges"] = []
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

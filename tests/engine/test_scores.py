@@ -13,12 +13,10 @@ import torch
 from local_rerank import Reranker
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cpu import choices
-from local_rerank.engine.cpu.layers import CpuDecoder
-from local_rerank.engine.decoder import PackedAttention, TransformersDecoder
+from local_rerank.engine.decoder import TransformersDecoder
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.load import entry_device, head_rows, load_model
-from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from local_rerank.types import RerankRequest
 from tests.reference import ModelCard, classifier_log_odds, prompt_ids
@@ -189,27 +187,6 @@ def test_weights_that_accelerate_offloads_to_disk_score_the_same(tied: bool, tmp
     decoder = TransformersDecoder(model.model)
     engine = Engine(decoder, head, kernel=KERNELS["cpu-tiles"], device=entry_device(model))
     assert engine.score(pairs) == pytest.approx(expected, abs=FP32_TOLERANCE)
-
-
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("decoder", [TransformersDecoder, CpuDecoder])
-def test_each_decoder_scores_as_the_model_without_pruning(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
-    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
-    checkpoint = open_checkpoint(str(tiny_checkpoint))
-    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
-    head, row, batch = head_rows(model, checkpoint, yes_id=5, no_id=6), KERNELS[kernel], pack(pairs)
-    with torch.inference_mode():
-        hidden = model.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            packed_attention=PackedAttention(row, row.layout(batch, False)),
-        ).last_hidden_state
-    logits = hidden[0, batch.last_token_index] @ head.T
-    unpruned = torch.empty(len(pairs)).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
-    engine = Engine(decoder(model.model), head, kernel=row, device=torch.device("cpu"))
-    assert engine.score(pairs) == pytest.approx(unpruned.tolist(), abs=FP32_TOLERANCE)
 
 
 def test_truncation_removes_only_the_end_of_the_document(tmp_path: Path) -> None:

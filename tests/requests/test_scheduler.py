@@ -74,12 +74,6 @@ def test_a_prefix_shared_by_requests_counts_once() -> None:
     assert drain(scheduler) == [[(0, 0), (1, 0), (2, 0)]]
 
 
-def test_a_pair_larger_than_the_budget_is_a_batch_of_its_own() -> None:
-    scheduler = Scheduler(100)
-    scheduler.add(0, pairs(0, [500, 20]))
-    assert drain(scheduler) == [[(0, 1)], [(0, 0)]]
-
-
 def test_a_discarded_request_leaves_the_queue() -> None:
     scheduler = Scheduler(100)
     scheduler.add(0, pairs(0, [50, 60, 70]))

@@ -147,20 +147,6 @@ def test_a_small_request_behind_a_large_one_waits_for_one_batch(start: Start) ->
     assert len(engine.num_tokens) > 70
 
 
-def test_a_large_request_advances_while_small_ones_keep_coming(start: Start) -> None:
-    worker, engine = start()
-    engine.gate.clear()
-    large = pending(1, *range(10, 40), length=300)
-    submit(worker, pending(9, 5), large)  # the first holds the engine while the others queue
-    small = [pending(100 + number, *range(10, 18)) for number in range(60)]
-    submit(worker, *small)
-    engine.gate.set()
-    assert len(log_odds(large)) == 30
-    assert all(len(log_odds(request)) == 8 for request in small)
-    assert max(engine.num_tokens) <= BUDGET
-    assert len(engine.num_tokens) <= 1 + -(-(60 * 570 + 30 * 300) // (BUDGET - 570)) + 1, "batches are full"
-
-
 def test_only_the_failing_request_of_a_batch_gets_the_error_and_it_is_logged_once(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import psutil
@@ -165,9 +164,3 @@ def test_the_lowest_limit_decides_and_is_named(
 
 def test_a_v1_quota_is_named_by_its_file() -> None:
     assert str(Quota(cpus=1, folder="/x", is_v2=False)) == "cgroup quota of 1 CPUs (/x/cpu.cfs_quota_us)"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
-def test_this_process_has_limits() -> None:
-    limits = cpu_limits()
-    assert 1 <= limits.num_threads <= len(os.sched_getaffinity(0))

@@ -264,20 +264,6 @@ def test_without_facts_nothing_is_written(tiny_checkpoint: Path, cache: Path) ->
     assert not cache.exists()
 
 
-def test_the_log_says_what_a_search_does_and_finds(
-    tiny_checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    Model(tiny_checkpoint).choose()
-    begin, end, cached = (record.message for record in caplog.records)
-    assert begin.startswith("choosing which of 14 linear layers become int8, in at most 11 passes")
-    assert end.startswith("11 of 14 linear layers are int8 (")
-    assert cached == f"cached the choice of int8 layers in {only_file(cache)}"
-    caplog.clear()
-    Model(tiny_checkpoint).choose()
-    (read,) = caplog.records
-    assert read.message.endswith(f"from {only_file(cache)}: 3 linear layers stay in fp32")
-
-
 def test_every_start_warns_if_all_layers_stay_in_fp32(tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     every = [name for name, _ in Model(tiny_checkpoint).model.model.named_modules() if name.endswith("_proj")]
     for _ in range(2):

@@ -267,20 +267,6 @@ def test_a_failed_capture_turns_graphs_off_and_the_batch_is_scored(
     assert graphs.sizes == []
 
 
-def test_a_later_capture_that_fails_releases_the_earlier_graphs(engine: Engine) -> None:
-    class TritonError(Exception):
-        """Like Triton's errors, no RuntimeError."""
-
-    def fails_later(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
-        if is_first:
-            return rerun(run, is_first)
-        raise TritonError("out of resource: shared memory")
-
-    graphs = runner(engine, fails_later)
-    assert [run(graphs, pairs_of(3)) for _ in range(5)] == [None] * 5
-    assert graphs.sizes == []
-
-
 def test_when_memory_runs_out_the_engine_releases_its_graphs_and_retries(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,16 +330,6 @@ def test_a_batch_launched_ahead_does_not_change_the_scores_of_the_previous_one(e
     assert engine.graphs.sizes == [512, 64]
     assert all(near(wait(), scores) for wait, scores in zip(waits, expected, strict=True))
     assert not near(*expected)
-
-
-def test_the_engine_uses_a_graph_where_there_is_one(engine: Engine) -> None:
-    batch = pairs_of(4, 4, 11)
-    expected = engine.score(batch)
-    engine.graphs = runner(engine)
-    for _ in range(3):
-        scores = engine.score(batch)
-        assert near(scores, expected)
-    assert len(engine.graphs.sizes) == 2
 
 
 @needs_gpu

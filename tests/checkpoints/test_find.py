@@ -119,17 +119,9 @@ def test_the_default_is_the_built_in_model() -> None:
         assert (found.model_id, found.source) == (EMBEDDED_MODEL, "embedded")
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("qwen3-reranker-0.6b", "Qwen/Qwen3-Reranker-0.6B"),
-        ("Qwen3-Reranker-4B", "Qwen/Qwen3-Reranker-4B"),
-        ("qwen3-reranker-8b", "Qwen/Qwen3-Reranker-8B"),
-        ("owner/name.v2", "owner/name.v2"),
-    ],
-)
-def test_hub_id_resolves_an_alias_and_keeps_a_hub_id(name: str, expected: str) -> None:
-    assert hub_id(name) == expected
+def test_hub_id_resolves_an_alias_and_keeps_a_hub_id() -> None:
+    assert hub_id("Qwen3-Reranker-4B") == "Qwen/Qwen3-Reranker-4B"
+    assert hub_id("owner/name.v2") == "owner/name.v2"
 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "../x", "https://huggingface.co/a/b", "", "a/"])
@@ -316,8 +308,6 @@ def break_the_weights(folder: Path) -> None:
         (ask_for_a_layer_more, r"lacks weights: model\.layers\.2"),
         (break_the_weights, "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is required"),
-        (forget_control_tokens, "does not know the control token"),
-        (split_the_answers, "splits the answer 'yes' into 3 tokens"),
     ],
 )
 def test_a_folder_that_is_not_a_reranker_raises_with_the_reason(

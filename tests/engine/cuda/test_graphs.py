@@ -254,11 +254,17 @@ def test_equally_frequent_shapes_do_not_evict_each_other(
     assert len(captures) <= 10
 
 
-def test_a_failed_capture_turns_graphs_off_and_the_batch_is_scored(
-    engine: Engine, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fails_first", [True, False])
+def test_a_failed_capture_turns_graphs_off_and_releases_the_earlier_ones(
+    fails_first: bool, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class TritonError(Exception):
+        """Like Triton's errors, no RuntimeError."""
+
     def fails(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if is_first and not fails_first:
+            return rerun(run, is_first)
+        raise TritonError("out of resource: shared memory")
 
     graphs = runner(engine, fails)
     with caplog.at_level(logging.WARNING):

@@ -266,17 +266,9 @@ def test_pull_from_modelscope_uses_its_package(
         assert message in done.stdout + done.stderr
 
 
-def remove_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-
-
-def leave_only_a_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 def lose_a_shard(folder: Path) -> None:
@@ -284,29 +276,26 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}), encoding="utf-8")
 
 
-def ask_for_a_layer_more(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-
-
-def break_the_weights(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_config, "no config.json: not a model folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json: not a model folder"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON object, not a list"),
         (lambda folder: edit_config(folder, architectures=["BertModel"]), "has architecture BertModel; supported are"),
         (lambda folder: edit_config(folder, architectures=[]), "has architecture none"),
         (lambda folder: edit_config(folder, use_sliding_window=True), "sliding-window attention"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no safetensors weights$"),
-        (leave_only_a_pickle, r"no safetensors weights; pytorch_model\.bin is a pickle"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"no safetensors weights; pytorch_model\.bin is a pickle",
+        ),
         (lose_a_shard, r"incomplete: model-00002-of-00002\.safetensors missing"),
-        (ask_for_a_layer_more, r"lacks weights: model\.layers\.2"),
-        (break_the_weights, "cannot be loaded"),
+        (
+            lambda folder: edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+            r"lacks weights: model\.layers\.2",
+        ),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is required"),
     ],
 )

@@ -149,17 +149,6 @@ def test_a_classifier_made_from_the_head_rows_scores_as_the_original(tmp_path: P
             assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
 
 
-def test_sharded_weights_score_as_a_single_file(tmp_path: Path) -> None:
-    whole = make_checkpoint(tmp_path / "whole", seed=9)
-    shards = make_checkpoint(tmp_path / "shards", seed=9, max_shard_size="40KB")
-    assert len(list(shards.glob("*.safetensors"))) > 1
-    scores = []
-    for folder in (whole, shards):
-        with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-            scores.append(reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True))
-    assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # timing decides how batches form
-
-
 def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
     with Reranker(str(tiny_checkpoint), device_map="auto", dtype="fp32") as spread:
         ours, expected = (reranker.rank("q", ["a", "bb", "ccc"]) for reranker in (spread, tiny_reranker))

@@ -280,29 +280,21 @@ def test_retry_after_is_the_measured_time_until_the_queue_has_room(start: Start)
     assert worker.retry_after() == pytest.approx(850 / rate)
 
 
-def test_one_pair_at_a_time_runs_each_pair_in_its_own_pass(start: Start) -> None:
-    worker, engine = start(one_pair_at_a_time=True)
+@pytest.mark.parametrize(("one_pair_at_a_time", "passes"), [(False, [220]), (True, [80, 80, 80])])
+def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(
+    one_pair_at_a_time: bool, passes: list[int], start: Start
+) -> None:
+    worker, engine = start(one_pair_at_a_time=one_pair_at_a_time)
     reports: list[BatchReport] = []
     worker.on_batch = reports.append
     submit(worker, request := pending(1, 10, 11, 12))
     assert log_odds(request) == {0: 10.0, 1: 11.0, 2: 12.0}
-    assert engine.num_tokens == [80, 80, 80]
-    while not reports:
-        time.sleep(0.001)
-    assert (reports[0].num_tokens, reports[0].num_prefix_tokens_saved) == (240, 0)
-
-
-def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(start: Start) -> None:
-    worker, _ = start()
-    reports: list[BatchReport] = []
-    worker.on_batch = reports.append
-    submit(worker, request := pending(1, 10, 11, 12))
-    log_odds(request)
+    assert engine.num_tokens == passes
     while not reports:
         time.sleep(0.001)
     (report,) = reports
-    assert (report.num_requests, report.num_pairs, report.num_tokens) == (1, 3, 10 + 3 * 70)
-    assert report.num_prefix_tokens_saved == 2 * 10
+    assert (report.num_requests, report.num_pairs, report.num_tokens) == (1, 3, sum(passes))
+    assert report.num_prefix_tokens_saved == 240 - sum(passes)
     assert report.seconds > 0
 
 

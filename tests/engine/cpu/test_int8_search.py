@@ -115,49 +115,40 @@ def test_options_that_affect_the_result_need_a_new_search(tmp_path: Path, tiny_c
             assert len(list(cache.iterdir())) == num_files, options
 
 
-def facts_with(change: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Facts with one change; "" for none, the name of an environment variable to set that."""
-    weights, prompts, more = {"w": torch.arange(8.0)}, [Pair((1,), (2,))], {"values": "None"}
-    match change:
-        case "weights":
-            weights["w"][3] += 1e-6
-        case "prompts":
-            prompts = [Pair((1,), (3,))]
-        case "what the loader decided":
-            more["values"] = "torch.bfloat16"
-        case "limited pairs":
-            limits = int8_search.saturates()
-            monkeypatch.setattr(int8_search, "saturates", lambda: not limits)
-        case "version":
-            monkeypatch.setattr(int8_search, "__version__", "0.0.0")
-        case "tolerance":
-            monkeypatch.setattr(int8_search, "TOLERANCE", 0.2)
-        case "a CPU":
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-        case _ if change:
-            monkeypatch.setenv(change, "AVX2")
-    return dict(facts_of(weights, prompts, **more))
+def some_facts(*, last_weight: float = 7.0, token: int = 2, values: str = "None") -> dict[str, Any]:
+    weights = torch.tensor([0, 1, 2, last_weight])
+    return dict(facts_of({"w": weights}, [Pair((1,), (token,))], values=values))
+
+
+@pytest.mark.parametrize("change", [{"last_weight": 7.0 + 1e-6}, {"token": 3}, {"values": "torch.bfloat16"}])
+def test_facts_differ_with_weights_prompts_and_options(change: dict[str, Any]) -> None:
+    assert some_facts(**change) != some_facts() == some_facts()
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        "weights", "prompts", "what the loader decided", "limited pairs", "version", "tolerance", "a CPU",
-        "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
+        lambda patch: patch.setattr(int8_search, "saturates", lambda: "another CPU"),
+        lambda patch: patch.setattr(int8_search, "__version__", "0.0.0"),
+        lambda patch: patch.setattr(int8_search, "TOLERANCE", 0.2),
+        lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
+        lambda patch: patch.setenv("ATEN_CPU_CAPABILITY", "avx2"),
     ],
-)  # fmt: skip
-def test_facts_differ_with(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = facts_with("", monkeypatch)
-    assert facts_with("", monkeypatch) == before
-    assert facts_with(change, monkeypatch) != before
+)
+def test_facts_differ_with_what_kernels_and_search_depend_on(
+    change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = some_facts()
+    change(monkeypatch)
+    assert some_facts() != before
 
 
-def test_facts_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    before = facts_with("", monkeypatch)
-    more_cores = {**capabilities, "num_physical_cores": 64, "num_logical_cores": 128}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: more_cores, raising=False)
-    assert facts_with("", monkeypatch) == before
+def test_facts_have_the_features_of_the_cpu_without_its_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts(capabilities: dict[str, Any]) -> dict[str, Any]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        return some_facts()
+
+    assert facts({"avx2": True}) == facts({"avx2": True, "num_physical_cores": 64}) != facts({"avx2": False})
 
 
 def numbers() -> Tensor:

@@ -251,13 +251,10 @@ def test_sizes_that_fp8_cannot_multiply_are_named() -> None:
         fp8.quantize_model(backbone)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 6)])
-def test_an_older_gpu_is_named_with_its_capability(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
-    with pytest.raises(ConfigError, match=rf"an older GPU has {capability[0]}\.{capability[1]}"):
+    with pytest.raises(ConfigError, match=r"an older GPU has 8\.6"):
         fp8.require_fp8(torch.device("cuda"))
 
 

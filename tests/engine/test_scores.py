@@ -133,22 +133,6 @@ def test_sequence_classifiers_score_as_in_plain_transformers(labels: int, tmp_pa
             assert prompt.startswith("<|im_start|>system\n")
 
 
-def test_a_classifier_made_from_the_head_rows_scores_as_the_original(tmp_path: Path) -> None:
-    original = make_checkpoint(tmp_path / "original", tied=False, seed=8)
-    converted = make_checkpoint(tmp_path / "converted", num_labels=1, seed=8)
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(original / "model.safetensors")
-    card = ModelCard(original)
-    head = weights.pop("lm_head.weight")
-    weights["score.weight"] = (head[card.yes] - head[card.no]).unsqueeze(0)
-    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
-    with Reranker(str(converted), device="cpu", dtype="fp32") as reranker:
-        for item in reranker.rank("which one", ["this", "that one", ""]):
-            alone = card.pair("which one", item.document)
-            assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
-
-
 def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
     with Reranker(str(tiny_checkpoint), device_map="auto", dtype="fp32") as spread:
         ours, expected = (reranker.rank("q", ["a", "bb", "ccc"]) for reranker in (spread, tiny_reranker))

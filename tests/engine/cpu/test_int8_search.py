@@ -86,21 +86,6 @@ def test_an_empty_choice_is_cached_too(tiny_checkpoint: Path) -> None:
     assert len(second.int8_names()) == 2 * LINEARS_PER_LAYER
 
 
-def test_the_built_in_model_restarts_with_equal_scores_and_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = []
-    score = Engine.score
-    monkeypatch.setattr(Engine, "score", lambda *args: passes.append(1) or score(*args))  # type: ignore[func-returns-value]
-    chosen, scores = [], []
-    for _ in range(2):
-        with Reranker(device="cpu", dtype="int8") as reranker:
-            chosen.append((reranker.info.unquantized, len(passes)))
-            scores.append([item.log_odds for item in reranker.rank("capital of France", ["Paris", "Rome", ""])])
-        passes.clear()
-    (first, num_first), (second, num_second) = chosen
-    assert (first, scores[0]) == (second, scores[1])
-    assert (num_first > 20, num_second) == (True, 0)
-
-
 def test_options_that_affect_the_result_need_a_new_search(tmp_path: Path, tiny_checkpoint: Path, cache: Path) -> None:
     other = make_checkpoint(tmp_path / "other", seed=1)
     for folder, options, num_files in (
@@ -209,11 +194,7 @@ def test_a_corrupt_or_foreign_file_is_replaced(
 
 
 def test_a_cache_folder_that_cannot_be_written_is_not_an_error(
-    tiny_checkpoint: Path,
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    tiny_checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def is_full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, "no space left on device")
@@ -223,11 +204,7 @@ def test_a_cache_folder_that_cannot_be_written_is_not_an_error(
         assert Model(tiny_checkpoint).choose() == DAMAGED
     assert list(cache.iterdir()) == []
     assert "cannot cache the choice" in caplog.text
-    (tmp_path / "a file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     caplog.clear()
-    assert Model(tiny_checkpoint).choose() == DAMAGED
-    assert "cannot cache the choice" in caplog.text
 
     def no_home() -> Path:
         raise RuntimeError("could not determine home directory")
@@ -235,6 +212,7 @@ def test_a_cache_folder_that_cannot_be_written_is_not_an_error(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
     assert Model(tiny_checkpoint).choose() == DAMAGED
+    assert "cannot cache the choice" in caplog.text
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 

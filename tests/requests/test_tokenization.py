@@ -73,10 +73,6 @@ def test_the_rebuilt_tokenizer_gives_the_published_ids(whole: Tokenizer, qwen: P
     assert [whole.encode(label).ids for label in labels] == [[27, 641, 1235, 26818], [27, 2859, 26818], [75692, 26818]]
 
 
-def test_the_prompt_of_the_model_cards_first_pair_has_85_tokens(qwen: PairTokenizer) -> None:
-    assert len(ids_of(qwen, "What is the capital of China?", "The capital of China is Beijing.")) == 85
-
-
 @pytest.mark.parametrize("document", NASTY_TEXTS)
 def test_any_document_encodes_as_in_the_whole_prompt(qwen: PairTokenizer, whole: Tokenizer, document: str) -> None:
     assert ids_of(qwen, "which?", document) == prompt_ids(whole, "which?", document)

@@ -361,3 +361,8 @@ def test_pickle_and_copy_raise_and_say_what_to_do(
     with pytest.raises(TypeError, match=r"create an? AsyncReranker in each process"):
         copied(reranker)
     asyncio.run(reranker.close())
+
+
+def test_spawning_a_process_with_a_reranker_raises_and_says_what_to_do(fresh: Reranker) -> None:
+    with pytest.raises(TypeError, match="Pass the model's name"):
+        multiprocessing.get_context("spawn").Process(target=log_odds, args=(fresh,)).start()

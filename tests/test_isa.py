@@ -11,7 +11,7 @@ import torch
 from local_rerank import Reranker
 from local_rerank.engine.cpu import choices, products
 from local_rerank.engine.cpu.linears import can_block
-from tests.isa import LEVELS, levels_of, older_levels_of
+from tests.isa import LEVELS, levels_of, main, older_levels_of
 from tests.reference import ModelCard
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -29,6 +29,11 @@ from tests.tiny_checkpoints import make_checkpoint
 def test_levels_follow_the_flags_of_the_cpu(cpuinfo: str, names: list[str], older: list[str]) -> None:
     assert levels_of(cpuinfo) == names
     assert older_levels_of(cpuinfo) == older
+
+
+def test_an_unknown_level_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["avx3"]) == 2
+    assert "ISA is 'avx3'" in capsys.readouterr().err
 
 
 def test_an_arm_cpu_computes_in_fp32_with_correct_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ import torch
 from local_rerank import Reranker
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cpu import choices
-from local_rerank.engine.decoder import TransformersDecoder
+from local_rerank.engine.cpu.layers import CpuDecoder
+from local_rerank.engine.decoder import PackedAttention, TransformersDecoder
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.load import entry_device, head_rows, load_model
+from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from local_rerank.types import RerankRequest
 from tests.reference import ModelCard, classifier_log_odds, prompt_ids
@@ -133,6 +135,33 @@ def test_sequence_classifiers_score_as_in_plain_transformers(labels: int, tmp_pa
             assert prompt.startswith("<|im_start|>system\n")
 
 
+def test_a_classifier_made_from_the_head_rows_scores_as_the_original(tmp_path: Path) -> None:
+    original = make_checkpoint(tmp_path / "original", tied=False, seed=8)
+    converted = make_checkpoint(tmp_path / "converted", num_labels=1, seed=8)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(original / "model.safetensors")
+    card = ModelCard(original)
+    head = weights.pop("lm_head.weight")
+    weights["score.weight"] = (head[card.yes] - head[card.no]).unsqueeze(0)
+    save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    with Reranker(str(converted), device="cpu", dtype="fp32") as reranker:
+        for item in reranker.rank("which one", ["this", "that one", ""]):
+            alone = card.pair("which one", item.document)
+            assert item.log_odds == pytest.approx(alone, abs=FP32_TOLERANCE * max(1.0, abs(alone)))
+
+
+def test_sharded_weights_score_as_a_single_file(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "whole", seed=9)
+    shards = make_checkpoint(tmp_path / "shards", seed=9, max_shard_size="40KB")
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    scores = []
+    for folder in (whole, shards):
+        with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+            scores.append(reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True))
+    assert scores[0] == pytest.approx(scores[1], abs=FP32_TOLERANCE)  # timing decides how batches form
+
+
 def test_a_model_spread_by_accelerate_scores_the_same(tiny_checkpoint: Path, tiny_reranker: Reranker) -> None:
     with Reranker(str(tiny_checkpoint), device_map="auto", dtype="fp32") as spread:
         ours, expected = (reranker.rank("q", ["a", "bb", "ccc"]) for reranker in (spread, tiny_reranker))
@@ -160,6 +189,27 @@ def test_weights_that_accelerate_offloads_to_disk_score_the_same(tied: bool, tmp
     decoder = TransformersDecoder(model.model)
     engine = Engine(decoder, head, kernel=KERNELS["cpu-tiles"], device=entry_device(model))
     assert engine.score(pairs) == pytest.approx(expected, abs=FP32_TOLERANCE)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize("decoder", [TransformersDecoder, CpuDecoder])
+def test_each_decoder_scores_as_the_model_without_pruning(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
+    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    head, row, batch = head_rows(model, checkpoint, yes_id=5, no_id=6), KERNELS[kernel], pack(pairs)
+    with torch.inference_mode():
+        hidden = model.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask={"full_attention": None},
+            use_cache=False,
+            packed_attention=PackedAttention(row, row.layout(batch, False)),
+        ).last_hidden_state
+    logits = hidden[0, batch.last_token_index] @ head.T
+    unpruned = torch.empty(len(pairs)).scatter_(0, batch.pair_order, logits[:, 1] - logits[:, 0])
+    engine = Engine(decoder(model.model), head, kernel=row, device=torch.device("cpu"))
+    assert engine.score(pairs) == pytest.approx(unpruned.tolist(), abs=FP32_TOLERANCE)
 
 
 def test_truncation_removes_only_the_end_of_the_document(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from local_rerank import Reranker
 from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda import attention as cuda_attention
 from local_rerank.engine.decoder import PackedAttention
@@ -20,7 +21,9 @@ from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from tests.engine.test_packing import agrees_with_dense, some_pairs
+from tests.engine.test_scores import FP32_TOLERANCE, texts
 from tests.gpu import needs_gpu
+from tests.reference import ModelCard
 from tests.varlen_reference import slow_varlen
 
 # prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16
@@ -50,6 +53,20 @@ def test_each_kernel_attends_as_the_dense_definition(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
 ) -> None:
     assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, seed=seed)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+def test_each_kernel_scores_as_the_model_card(kernel: str, tiny_reranker: Reranker, card: ModelCard) -> None:
+    engine = tiny_reranker.engine
+    before, engine.kernel = engine.kernel, KERNELS[kernel]
+    try:
+        result = tiny_reranker.rank("which one", [text[:30] for text in texts(5, 12)])
+    finally:
+        engine.kernel = before
+    alone = [card.pair("which one", item.document) for item in result]
+    tolerance = FP32_TOLERANCE * max(1.0, *map(abs, alone))  # rounding errors grow with the logits
+    assert [item.log_odds for item in result] == pytest.approx(alone, abs=tolerance)
 
 
 @pytest.mark.parametrize("hasgqa_option", [False, True], ids=["torch 2.11", "torch 2.12 and later"])

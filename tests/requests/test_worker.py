@@ -202,10 +202,11 @@ def test_a_missing_score_fails_the_requests_of_the_batch_and_no_later_one(start:
     assert log_odds(after) == {0: 10.0}
 
 
+@pytest.mark.parametrize("gpu_options", [None, {}, {"computes_at_launch": True}], ids=["cpu", "gpu", "at launch"])
 def test_out_of_memory_makes_batches_smaller_and_every_request_succeeds(
-    start: Start, caplog: pytest.LogCaptureFixture
+    gpu_options: dict[str, bool] | None, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker, engine = start()
+    worker, engine = start(None if gpu_options is None else Gpu(**gpu_options))
     engine.memory = 600
     requests = [pending(number, *range(10, 30)) for number in range(5)]
     submit(worker, *requests)
@@ -324,17 +325,6 @@ def test_a_failing_batch_on_a_gpu_fails_no_other(
         requests.pop(3).future.result(10)
     assert all(log_odds(request)[1] == 20.0 for request in requests)
     assert logged_requests(caplog) == [["3"]]
-
-
-@pytest.mark.parametrize("computes_at_launch", [False, True])
-def test_a_gpu_that_runs_out_of_memory_gets_smaller_batches(start: Start, computes_at_launch: bool) -> None:
-    gpu = Gpu(computes_at_launch=computes_at_launch)
-    gpu.memory = 600
-    worker, _ = start(gpu)
-    requests = [pending(number, *range(10, 30)) for number in range(5)]
-    submit(worker, *requests)
-    assert all(log_odds(request) == {index: 10.0 + index for index in range(20)} for request in requests)
-    assert worker.max_batch_tokens <= 600
 
 
 def test_closing_finishes_the_running_batch_and_fails_queued_requests(start: Start) -> None:

@@ -54,15 +54,8 @@ class Reranker:
             default_instruction=self.config.instruction,
         )
         self.engine, self.info = compute(self._load)
-        self._worker = self._new_worker(self.info.device)
-
-    def _load(self) -> tuple[Engine, ModelInfo]:
-        plan = make_plan(self.config, self.checkpoint)
-        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
-        return load(plan, **ids, known=lambda: known_pairs(self.checkpoint))
-
-    def _new_worker(self, device: str) -> Worker:
-        return Worker(
+        device = self.info.device
+        self._worker = Worker(
             lambda pairs: self.engine.score(pairs),
             max_batch_tokens=self.info.max_batch_tokens,
             max_queued_tokens=self.config.max_queued_tokens,
@@ -70,6 +63,11 @@ class Reranker:
             launch=(lambda pairs: self.engine.launch(pairs)) if device.startswith("cuda") else None,
             device=device if self.config.device_map is None else f"device_map {self.config.device_map!r}",
         )
+
+    def _load(self) -> tuple[Engine, ModelInfo]:
+        plan = make_plan(self.config, self.checkpoint)
+        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
+        return load(plan, **ids, known=lambda: known_pairs(self.checkpoint))
 
     @property
     def model_id(self) -> str:

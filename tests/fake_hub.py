@@ -43,16 +43,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def log_message(self, *arguments: object) -> None:
         pass
 
-    def _answer(self) -> None:
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
         self.server.tokens[path] = self.headers.get("Authorization")
@@ -65,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(self.server.folder / path.removeprefix(files))
         else:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
 
     def _entry(self, file: Path) -> dict[str, object]:
         return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _digest(file)}

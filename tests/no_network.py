@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +47,11 @@ def forbid_in_children(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}
 
 
-def split(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """The command lines between `--then`."""
-    line: list[str] = []
-    for argument in arguments:
-        if argument == THEN:
-            yield line
-            line = []
-        else:
-            line.append(argument)
-    yield line
-
-
 if __name__ == "__main__":
     sys.addaudithook(forbid)
     from local_rerank.commands.app import main
 
-    for line in split(sys.argv[1:]):
+    for line in [list(group) for is_then, group in groupby(sys.argv[1:], THEN.__eq__) if not is_then]:
         try:
             main(line)
         except SystemExit as exit:

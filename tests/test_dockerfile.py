@@ -15,7 +15,6 @@ import huggingface_hub.constants
 import pytest
 import triton
 
-from local_rerank.checkpoints.find import EMBEDDED_MODEL
 from local_rerank.commands.app import ENV_PREFIX, app, option_names
 from local_rerank.errors import ConfigError
 from local_rerank_server.config import ServerConfig
@@ -78,16 +77,6 @@ def test_the_image_needs_a_key_or_insecure(monkeypatch: pytest.MonkeyPatch) -> N
     assert config_in_the_image(monkeypatch, LOCAL_RERANK_INSECURE="true").insecure
 
 
-@pytest.mark.parametrize("file", ["README.md", "Dockerfile.gpu"])
-def test_the_documents_name_the_key_and_insecure(file: str) -> None:
-    text = " ".join((ROOT / file).read_text(encoding="utf-8").replace("\n#", "\n").split())
-    assert re.search(r"key.{0,40}-e LOCAL_RERANK_INSECURE=true", text)
-
-
-def test_a_revision_is_set_only_with_a_hub_model_in_the_image() -> None:
-    assert environment()["LOCAL_RERANK_REVISION"] == "${MODEL:+${REVISION}}"
-
-
 def test_the_entry_point_is_a_command() -> None:
     (entry,), (command,) = (json.loads(all_of(keyword)[0]) for keyword in ("ENTRYPOINT", "CMD"))
     assert (PROGRAMS / entry).exists()
@@ -119,11 +108,6 @@ def test_the_image_is_offline_after_the_download() -> None:
     values = environment()
     assert (values["HF_HUB_OFFLINE"], values["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
     assert position("HF_HUB_OFFLINE=1") > position("hf download")
-
-
-def test_without_a_build_argument_the_image_serves_the_built_in_model() -> None:
-    assert 'MODEL=""' in all_of("ARG")
-    assert environment()["LOCAL_RERANK_MODEL"] == f"${{MODEL:-{EMBEDDED_MODEL}}}"
 
 
 def test_the_health_check_uses_the_exposed_port() -> None:

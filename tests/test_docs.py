@@ -37,11 +37,6 @@ def test_the_options_page_is_what_the_definitions_say() -> None:
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == render(), "run `make docs`"
 
 
-def test_the_readme_begins_with_make_serve_and_make_test() -> None:
-    first = [line for block in FENCE.findall(README) for line in block[1].splitlines()][:2]
-    assert [line.split("#")[0].strip() for line in first] == ["make serve", "make test"]
-
-
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {word for page in PAGES for word in re.findall(r"`make (\w+)", page.read_text(encoding="utf-8"))}

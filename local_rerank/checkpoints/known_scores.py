@@ -111,8 +111,10 @@ def known_scores(checkpoint: Checkpoint) -> KnownScores:
         return from_json(read_manifest(checkpoint.folder).expected, MANIFEST)
     if (checkpoint.folder / GOLDEN).is_file():
         return from_json({"scores": _read(checkpoint.folder / GOLDEN)}, GOLDEN)
+    name = checkpoint.model_id.rpartition("/")[2].lower()
+    shape = (checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers"))
     for row in PUBLISHED:
-        if _is_row(checkpoint, row):
+        if name in row.names and shape == (row.hidden_size, row.num_layers):
             return KnownScores(basis="published", dtype="fp32", pairs=row.pairs)
     return KnownScores(basis="properties", dtype="fp32", pairs=ORDERED)
 
@@ -140,12 +142,6 @@ def from_json(stored: dict[str, Any], where: str) -> KnownScores:
     if not pairs:
         raise CheckpointError(f"{where} contains no known scores")
     return KnownScores(basis="stored", dtype=str(stored.get("dtype", "fp32")), pairs=pairs)
-
-
-def _is_row(checkpoint: Checkpoint, row: _Published) -> bool:
-    name = checkpoint.model_id.rpartition("/")[2].lower()
-    shape = (checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers"))
-    return name in row.names and shape == (row.hidden_size, row.num_layers)
 
 
 def _read(path: Path) -> Any:

@@ -56,7 +56,7 @@ def pack(
     engine: PackEngineConfig | None = None,
 ) -> None:
     """Pack MODEL into one bundle: weights, tokenizer, prompt template, licence, checksums and expected scores."""
-    from local_rerank.checkpoints.bundles import write_bundle
+    from local_rerank.checkpoints.bundles import Manifest, write_bundle
     from local_rerank.checkpoints.free_space import gigabytes
     from local_rerank.checkpoints.known_scores import STORED, to_json
     from local_rerank.reranker import Reranker
@@ -70,10 +70,7 @@ def pack(
         expected = to_json(STORED, log_odds_of(reranker, STORED), reranker.info.dtype)
         checkpoint = reranker.checkpoint
     with status(f"writing {output}"):
-        manifest = write_bundle(
-            output,
-            checkpoint.folder,
-            _names(checkpoint),
+        manifest = Manifest(
             model_id=checkpoint.model_id,
             revision=checkpoint.folder.name if checkpoint.source == "hub" else checkpoint.revision,
             licence=_licence(checkpoint.folder),
@@ -81,6 +78,7 @@ def pack(
             recipe=asdict(checkpoint.template),
             expected=expected,
         )
+        manifest = write_bundle(output, checkpoint.folder, _names(checkpoint), manifest)
     num_bytes = sum(entry.size for entry in manifest.files.values())
     say(
         f"{output}: {manifest.model_id}, {len(manifest.files)} files, {gigabytes(num_bytes)}, "

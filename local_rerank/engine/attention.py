@@ -53,7 +53,13 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
     """The mask that defines attention, (num_queries, num_tokens) bool: true where a query sees a key."""
     mask = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
     for group in batch.groups:
-        _mask_group(mask, group)
+        prefix = slice(group.start, group.start + group.prefix_length)
+        mask[prefix, prefix] = torch.ones_like(mask[prefix, prefix]).tril()
+        for run in group.runs:
+            for start in run.starts:
+                own = slice(start, start + run.length)
+                mask[own, prefix] = True
+                mask[own, own] = torch.ones_like(mask[own, own]).tril()
     return mask[batch.last_token_index] if last_tokens_only else mask
 
 
@@ -105,14 +111,3 @@ def _store(out: Tensor, start: int, segments: Tensor) -> None:
 def _prefix_causal_mask(prefix_length: int, length: int, device: torch.device) -> Tensor:
     """(length, prefix_length + length) bool: the whole prefix, causal over the document."""
     return torch.ones(length, prefix_length + length, dtype=torch.bool, device=device).tril(prefix_length)
-
-
-def _mask_group(mask: Tensor, group: Group) -> None:
-    """Set a group's entries of the mask (num_tokens, num_tokens)."""
-    prefix = slice(group.start, group.start + group.prefix_length)
-    mask[prefix, prefix] = torch.ones_like(mask[prefix, prefix]).tril()
-    for run in group.runs:
-        for start in run.starts:
-            own = slice(start, start + run.length)
-            mask[own, prefix] = True
-            mask[own, own] = torch.ones_like(mask[own, own]).tril()

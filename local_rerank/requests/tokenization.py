@@ -166,8 +166,9 @@ class PairTokenizer:
             if limit < num_tokens and request.truncation == "error":
                 raise TextTooLong(field="query", limit=limit, value=num_tokens)
             used = _cut_text(query, encoding, limit, request.truncation == "start")
-            body_ids = self._body_ids(instruction, used)
-            over = self._num_around_documents(body_ids) - max_length
+            body_ids = self._encode(self.template.shared_body(instruction, used)).ids
+            # an empty document is one token: its space
+            over = len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids) - max_length
             if over <= 0:
                 return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
             limit -= over
@@ -179,13 +180,6 @@ class PairTokenizer:
 
     def _max_prompt_tokens(self, request: RerankRequest) -> int:
         return min(self._limits.max_length, request.max_prompt_tokens or self._limits.max_length)
-
-    def _num_around_documents(self, body_ids: list[int]) -> int:
-        """Tokens of the prompt with an empty document, which is one token: its space."""
-        return len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids)
-
-    def _body_ids(self, instruction: str, query: str) -> list[int]:
-        return self._encode(self.template.shared_body(instruction, query)).ids
 
     def _cut_document(
         self, ids: list[int], prefix_ids: tuple[int, ...], request: RerankRequest, index: int

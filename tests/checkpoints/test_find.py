@@ -20,7 +20,7 @@ from local_rerank.checkpoints.find import EMBEDDED_MODEL, hub_id, open_checkpoin
 from local_rerank.errors import CheckpointError
 from tests.command_line import command
 from tests.fake_hub import COMMIT, FakeHub, fake_hub
-from tests.tiny_checkpoints import byte_tokenizer_json, make_checkpoint
+from tests.tiny_checkpoints import make_checkpoint
 
 OPEN = (
     "import dataclasses, json, sys\n"
@@ -119,29 +119,15 @@ def test_the_default_is_the_built_in_model() -> None:
         assert (found.model_id, found.source) == (EMBEDDED_MODEL, "embedded")
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("qwen3-reranker-0.6b", "Qwen/Qwen3-Reranker-0.6B"),
-        ("Qwen3-Reranker-4B", "Qwen/Qwen3-Reranker-4B"),
-        ("qwen3-reranker-8b", "Qwen/Qwen3-Reranker-8B"),
-        ("owner/name.v2", "owner/name.v2"),
-    ],
-)
-def test_hub_id_resolves_an_alias_and_keeps_a_hub_id(name: str, expected: str) -> None:
-    assert hub_id(name) == expected
+def test_hub_id_resolves_an_alias_and_keeps_a_hub_id() -> None:
+    assert hub_id("Qwen3-Reranker-4B") == "Qwen/Qwen3-Reranker-4B"
+    assert hub_id("owner/name.v2") == "owner/name.v2"
 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "../x", "https://huggingface.co/a/b", "", "a/"])
 def test_a_name_of_nothing_raises_and_says_what_is_allowed(name: str) -> None:
     with pytest.raises(CheckpointError, match="no folder or bundle on this machine, no hub id"):
         hub_id(name)
-
-
-def test_a_folder_gives_the_model_its_name_and_needs_no_network(checkpoint: Path, hub: FakeHub, tmp_path: Path) -> None:
-    found = opened(tmp_path, str(checkpoint), HF_ENDPOINT=hub.url)
-    assert found == ["tiny-reranker", "folder", str(checkpoint)]
-    assert hub.requests == []
 
 
 def test_a_revision_without_a_hub_model_is_ignored_with_a_warning(
@@ -280,17 +266,9 @@ def test_pull_from_modelscope_uses_its_package(
         assert message in done.stdout + done.stderr
 
 
-def remove_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
 def edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-
-
-def leave_only_a_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 def lose_a_shard(folder: Path) -> None:
@@ -298,43 +276,27 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}), encoding="utf-8")
 
 
-def ask_for_a_layer_more(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-
-
-def break_the_weights(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def forget_control_tokens(folder: Path) -> None:
-    tokenizer = json.loads(byte_tokenizer_json())
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": []}), encoding="utf-8")
-
-
-def split_the_answers(folder: Path) -> None:
-    tokenizer = json.loads(byte_tokenizer_json())
-    tokenizer["model"]["merges"] = []
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_config, "no config.json: not a model folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json: not a model folder"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON object, not a list"),
         (lambda folder: edit_config(folder, architectures=["BertModel"]), "has architecture BertModel; supported are"),
         (lambda folder: edit_config(folder, architectures=[]), "has architecture none"),
         (lambda folder: edit_config(folder, use_sliding_window=True), "sliding-window attention"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no safetensors weights$"),
-        (leave_only_a_pickle, r"no safetensors weights; pytorch_model\.bin is a pickle"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"no safetensors weights; pytorch_model\.bin is a pickle",
+        ),
         (lose_a_shard, r"incomplete: model-00002-of-00002\.safetensors missing"),
-        (ask_for_a_layer_more, r"lacks weights: model\.layers\.2"),
-        (break_the_weights, "cannot be loaded"),
+        (
+            lambda folder: edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+            r"lacks weights: model\.layers\.2",
+        ),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50_000), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json; a fast tokenizer is required"),
-        (forget_control_tokens, "does not know the control token"),
-        (split_the_answers, "splits the answer 'yes' into 3 tokens"),
     ],
 )
 def test_a_folder_that_is_not_a_reranker_raises_with_the_reason(

@@ -64,15 +64,6 @@ def test_the_built_in_model_stays_in_fp32() -> None:
     assert "lower precision" in plan.reasons["weights"]
 
 
-def test_a_plan_prints_its_choices_with_reasons(checkpoints: dict[torch.dtype, Checkpoint]) -> None:
-    plan = plan_on_cpu(checkpoints[FP32], FP32, attention="sdpa")
-    assert set(plan.reasons) == {
-        "device", "weights", "decoder", "kernel", "linear", "cuda_graphs", "max_batch_tokens"
-    }  # fmt: skip
-    assert "kernel: sdpa (set by the user)" in str(plan)
-    assert "max_batch_tokens: 100 (default)" in str(plan)
-
-
 @pytest.mark.parametrize(("options", "decoder"), [({}, "cpu"), ({"device_map": "auto"}, "transformers")])
 def test_the_decoder_follows_the_platform(
     options: dict[str, str], decoder: str, checkpoints: dict[torch.dtype, Checkpoint]

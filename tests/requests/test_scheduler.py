@@ -74,23 +74,6 @@ def test_a_prefix_shared_by_requests_counts_once() -> None:
     assert drain(scheduler) == [[(0, 0), (1, 0), (2, 0)]]
 
 
-def test_a_pair_larger_than_the_budget_is_a_batch_of_its_own() -> None:
-    scheduler = Scheduler(100)
-    scheduler.add(0, pairs(0, [500, 20]))
-    assert drain(scheduler) == [[(0, 1)], [(0, 0)]]
-
-
-def test_a_discarded_request_leaves_the_queue() -> None:
-    scheduler = Scheduler(100)
-    scheduler.add(0, pairs(0, [50, 60, 70]))
-    scheduler.add(1, pairs(1, [50]))
-    scheduler.next_batch()
-    scheduler.discard(0)
-    scheduler.discard(0)
-    assert all(request_id == 1 for batch in drain(scheduler) for request_id, _ in batch)
-    assert scheduler.num_queued_tokens == 0
-
-
 def test_queued_tokens_count_the_prefix_once_and_each_queued_document() -> None:
     scheduler = Scheduler(60)
     lengths = random.Random(0).choices(range(1, 50), k=10)

@@ -12,7 +12,7 @@ from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequ
 from local_rerank.requests.prompts import QWEN3_RERANKER
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.types import Limits, RerankRequest
-from tests.reference import INSTRUCTION, prompt, prompt_ids
+from tests.reference import INSTRUCTION, prompt_ids
 from tests.tiny_checkpoints import CONTROL_TOKENS, byte_tokenizer_json, qwen_tokenizer_json
 
 HOSTED_INSTRUCTION = INSTRUCTION + "."
@@ -73,10 +73,6 @@ def test_the_rebuilt_tokenizer_gives_the_published_ids(whole: Tokenizer, qwen: P
     assert [whole.encode(label).ids for label in labels] == [[27, 641, 1235, 26818], [27, 2859, 26818], [75692, 26818]]
 
 
-def test_the_prompt_of_the_model_cards_first_pair_has_85_tokens(qwen: PairTokenizer) -> None:
-    assert len(ids_of(qwen, "What is the capital of China?", "The capital of China is Beijing.")) == 85
-
-
 @pytest.mark.parametrize("document", NASTY_TEXTS)
 def test_any_document_encodes_as_in_the_whole_prompt(qwen: PairTokenizer, whole: Tokenizer, document: str) -> None:
     assert ids_of(qwen, "which?", document) == prompt_ids(whole, "which?", document)
@@ -102,10 +98,6 @@ def test_user_text_never_becomes_a_control_token(qwen: PairTokenizer, whole: Tok
     user_ids = pair.prefix_ids[len(qwen.prefix_ids) :] + pair.document_ids[: -len(qwen.suffix_ids)]
     assert not control_ids & set(user_ids)
     assert qwen.decode(user_ids) == f"<Instruct>: {text}\n<Query>: {text}\n<Document>: {text}"
-
-
-def test_the_decoded_prompt_is_the_model_cards(qwen: PairTokenizer) -> None:
-    assert qwen.decode(ids_of(qwen, "q?", "d.")) == prompt("q?", "d.")
 
 
 def test_total_tokens_are_those_of_the_hosted_service(qwen: PairTokenizer) -> None:
@@ -142,8 +134,9 @@ def test_a_long_document_is_truncated_at_the_requested_end(qwen: PairTokenizer, 
 
 
 def test_truncation_can_be_forbidden(qwen: PairTokenizer) -> None:
-    with pytest.raises(TextTooLong, match=r"documents\[1\] has 3 tokens, 2 fit"):
-        qwen.pairs(RerankRequest(query="q", documents=("a b", "a b c"), max_document_tokens=2, truncation="error"))
+    documents = ("a b", "a b", "a b c")  # duplicates, because each distinct document is tokenized once
+    with pytest.raises(TextTooLong, match=r"documents\[2\] has 3 tokens, 2 fit"):
+        qwen.pairs(RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation="error"))
     with pytest.raises(TextTooLong, match="query has 3 tokens, 2 fit"):
         qwen.pairs(RerankRequest(query="a b c", documents=("a",), max_query_tokens=2, truncation="error"))
 
@@ -191,12 +184,6 @@ def test_a_request_far_over_its_limit_raises_before_all_of_it_is_encoded(qwen: P
     with pytest.raises(TooManyTokens) as caught:
         qwen.pairs(request)
     assert caught.value.value == 4001, "the query and the first document, truncated to 4,000 tokens"
-
-
-def test_a_document_that_must_not_be_truncated_is_named_by_its_index(qwen: PairTokenizer) -> None:
-    documents = ("a", "a", "a b c")
-    with pytest.raises(TextTooLong, match=r"documents\[2\]"):
-        qwen.pairs(RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation="error"))
 
 
 def test_lone_surrogates_become_replacement_characters(qwen: PairTokenizer) -> None:

@@ -147,20 +147,6 @@ def test_a_small_request_behind_a_large_one_waits_for_one_batch(start: Start) ->
     assert len(engine.num_tokens) > 70
 
 
-def test_a_large_request_advances_while_small_ones_keep_coming(start: Start) -> None:
-    worker, engine = start()
-    engine.gate.clear()
-    large = pending(1, *range(10, 40), length=300)
-    submit(worker, pending(9, 5), large)  # the first holds the engine while the others queue
-    small = [pending(100 + number, *range(10, 18)) for number in range(60)]
-    submit(worker, *small)
-    engine.gate.set()
-    assert len(log_odds(large)) == 30
-    assert all(len(log_odds(request)) == 8 for request in small)
-    assert max(engine.num_tokens) <= BUDGET
-    assert len(engine.num_tokens) <= 1 + -(-(60 * 570 + 30 * 300) // (BUDGET - 570)) + 1, "batches are full"
-
-
 def test_only_the_failing_request_of_a_batch_gets_the_error_and_it_is_logged_once(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,10 +202,11 @@ def test_a_missing_score_fails_the_requests_of_the_batch_and_no_later_one(start:
     assert log_odds(after) == {0: 10.0}
 
 
+@pytest.mark.parametrize("gpu_options", [None, {}, {"computes_at_launch": True}], ids=["cpu", "gpu", "at launch"])
 def test_out_of_memory_makes_batches_smaller_and_every_request_succeeds(
-    start: Start, caplog: pytest.LogCaptureFixture
+    gpu_options: dict[str, bool] | None, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker, engine = start()
+    worker, engine = start(None if gpu_options is None else Gpu(**gpu_options))
     engine.memory = 600
     requests = [pending(number, *range(10, 30)) for number in range(5)]
     submit(worker, *requests)
@@ -294,29 +281,21 @@ def test_retry_after_is_the_measured_time_until_the_queue_has_room(start: Start)
     assert worker.retry_after() == pytest.approx(850 / rate)
 
 
-def test_one_pair_at_a_time_runs_each_pair_in_its_own_pass(start: Start) -> None:
-    worker, engine = start(one_pair_at_a_time=True)
+@pytest.mark.parametrize(("one_pair_at_a_time", "passes"), [(False, [220]), (True, [80, 80, 80])])
+def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(
+    one_pair_at_a_time: bool, passes: list[int], start: Start
+) -> None:
+    worker, engine = start(one_pair_at_a_time=one_pair_at_a_time)
     reports: list[BatchReport] = []
     worker.on_batch = reports.append
     submit(worker, request := pending(1, 10, 11, 12))
     assert log_odds(request) == {0: 10.0, 1: 11.0, 2: 12.0}
-    assert engine.num_tokens == [80, 80, 80]
-    while not reports:
-        time.sleep(0.001)
-    assert (reports[0].num_tokens, reports[0].num_prefix_tokens_saved) == (240, 0)
-
-
-def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(start: Start) -> None:
-    worker, _ = start()
-    reports: list[BatchReport] = []
-    worker.on_batch = reports.append
-    submit(worker, request := pending(1, 10, 11, 12))
-    log_odds(request)
+    assert engine.num_tokens == passes
     while not reports:
         time.sleep(0.001)
     (report,) = reports
-    assert (report.num_requests, report.num_pairs, report.num_tokens) == (1, 3, 10 + 3 * 70)
-    assert report.num_prefix_tokens_saved == 2 * 10
+    assert (report.num_requests, report.num_pairs, report.num_tokens) == (1, 3, sum(passes))
+    assert report.num_prefix_tokens_saved == 240 - sum(passes)
     assert report.seconds > 0
 
 
@@ -346,17 +325,6 @@ def test_a_failing_batch_on_a_gpu_fails_no_other(
         requests.pop(3).future.result(10)
     assert all(log_odds(request)[1] == 20.0 for request in requests)
     assert logged_requests(caplog) == [["3"]]
-
-
-@pytest.mark.parametrize("computes_at_launch", [False, True])
-def test_a_gpu_that_runs_out_of_memory_gets_smaller_batches(start: Start, computes_at_launch: bool) -> None:
-    gpu = Gpu(computes_at_launch=computes_at_launch)
-    gpu.memory = 600
-    worker, _ = start(gpu)
-    requests = [pending(number, *range(10, 30)) for number in range(5)]
-    submit(worker, *requests)
-    assert all(log_odds(request) == {index: 10.0 + index for index in range(20)} for request in requests)
-    assert worker.max_batch_tokens <= 600
 
 
 def test_closing_finishes_the_running_batch_and_fails_queued_requests(start: Start) -> None:

@@ -60,15 +60,6 @@ def test_all_rerankers_compute_in_one_thread(tiny_checkpoint: Path) -> None:
     assert set(seen) == {compute(threading.get_ident)}
 
 
-def test_an_error_of_a_call_reaches_its_caller() -> None:
-    with pytest.raises(ZeroDivisionError):
-        compute(lambda: 1 / 0)
-
-
-def test_a_nested_call_does_not_wait_for_itself() -> None:
-    assert compute(lambda: compute(lambda: 3)) == 3
-
-
 def test_an_interrupted_program_exits_soon_and_cleanly() -> None:
     """It must wait for the running operator, because a process that exits inside one is aborted."""
     code = (

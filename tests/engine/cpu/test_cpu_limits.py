@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import psutil
@@ -65,10 +64,8 @@ def test_a_v1_quota_and_those_of_all_ancestors_are_read(tmp_path: Path) -> None:
     files = quota_v1("sys/fs/cgroup/cpu,cpuacct", "-1\n")
     files |= quota_v1("sys/fs/cgroup/cpu,cpuacct/a", "100000\n")
     files |= quota_v1("sys/fs/cgroup/cpu,cpuacct/a/b", "100000\n", "50000\n")
-    assert quotas_of(tmp_path, v1("/a/b"), files) == {
-        f"{POINT}/cpu,cpuacct/a": 1,
-        f"{POINT}/cpu,cpuacct/a/b": 2,
-    }
+    assert quotas_of(tmp_path, v1("/a/b"), files) == {f"{POINT}/cpu,cpuacct/a": 1, f"{POINT}/cpu,cpuacct/a/b": 2}
+    assert str(cpu_limits(tmp_path).quota) == f"cgroup quota of 1 CPUs ({POINT}/cpu,cpuacct/a/cpu.cfs_quota_us)"
 
 
 def test_both_versions_are_read_on_a_hybrid_host(tmp_path: Path) -> None:
@@ -161,13 +158,3 @@ def test_the_lowest_limit_decides_and_is_named(
     quotas = tuple(Quota(cpus=n, folder=f"{POINT}/{i}", is_v2=True) for i, n in enumerate(cpus))
     limits = CpuLimits(num_cores=num_cores, num_allowed_cores=num_allowed, quotas=quotas)
     assert (limits.num_threads, limits.reason) == (num_threads, reason)
-
-
-def test_a_v1_quota_is_named_by_its_file() -> None:
-    assert str(Quota(cpus=1, folder="/x", is_v2=False)) == "cgroup quota of 1 CPUs (/x/cpu.cfs_quota_us)"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
-def test_this_process_has_limits() -> None:
-    limits = cpu_limits()
-    assert 1 <= limits.num_threads <= len(os.sched_getaffinity(0))

@@ -108,13 +108,9 @@ def test_a_bf16_kernel_that_sums_in_bf16_is_wrong(broken: Break) -> None:
     assert not is_right("bf16")
 
 
-def test_full_range_products_reveal_what_random_ones_hide(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_reach_the_full_range(broken: Break) -> None:
     broken("fp32", spoil=lambda out: out.clamp(-1e8, 1e8))  # the largest is 2.8e8
     assert not is_right("fp32")
-    generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(products, "full_range_rows", lambda rows: torch.randn(rows, 266, generator=generator))
-    check.cache_clear()
-    assert is_right("fp32")
 
 
 def test_int8_that_saturates_as_without_vnni_needs_limited_pairs(

@@ -20,7 +20,7 @@ from local_rerank.engine.decoder import PackedAttention
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
-from tests.engine.test_packing import some_pairs
+from tests.engine.test_packing import agrees_with_dense, some_pairs
 from tests.engine.test_scores import FP32_TOLERANCE, texts
 from tests.gpu import needs_gpu
 from tests.reference import ModelCard
@@ -52,13 +52,7 @@ def on_cpu() -> Iterator[None]:
 def test_each_kernel_attends_as_the_dense_definition(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
 ) -> None:
-    torch.manual_seed(seed)
-    batch = pack(pairs)
-    q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 4, 8).transpose(1, 2)
-    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
-    rows = (KERNELS[kernel], KERNELS["dense"])
-    ours, dense = (row.attend(q, k, v, row.layout(batch, last_tokens_only), 0.7) for row in rows)
-    assert torch.allclose(ours, dense, atol=2e-6)
+    assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, seed=seed)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -100,13 +94,9 @@ def test_torchs_operator_is_called_with_the_arguments_of_each_version(
 
     monkeypatch.setattr(varlen, "varlen_attn", torch_2_12 if hasgqa_option else torch_2_11)
     cuda_attention.gqa_option.cache_clear()
-    batch = pack([Pair((1, 2, 3), tuple(range(n))) for n in (1, 4, 4, 9)])
-    q = torch.randn(1, batch.num_tokens, 4, 8).transpose(1, 2)
-    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
+    pairs = [Pair((1, 2, 3), tuple(range(n))) for n in (1, 4, 4, 9)]
     for kernel in ("cuda-merged", "cuda-varlen"):
-        rows = (KERNELS[kernel], KERNELS["dense"])
-        ours, dense = (row.attend(q, k, v, row.layout(batch, False), 0.7) for row in rows)
-        assert torch.allclose(ours, dense, atol=2e-6)
+        assert agrees_with_dense(kernel, pairs, last_tokens_only=False)
     monkeypatch.undo()
     cuda_attention.gqa_option.cache_clear()
 

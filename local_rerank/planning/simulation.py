@@ -3,7 +3,7 @@
 Each replica runs the real `Scheduler`; only time is modelled. A forward pass costs a fixed time plus a time per token,
 a request costs a fixed time outside the engine, and an ingress handles one request at a time. Arrivals are Poisson,
 document lengths log-normal, and a request goes to the replica with the fewest pending tokens.
-benchmarks/simulation_vs_server.py compares the simulation with a real server.
+docs/scale.md compares the simulation with a real server.
 """
 
 from __future__ import annotations

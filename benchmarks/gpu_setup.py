@@ -156,7 +156,3 @@ def pairs_of_300(setting: Setting, reranker: Reranker) -> list[Pair]:
 def overhead_of(reranker: Reranker) -> int:
     """Return the tokens of a prompt that are neither query nor document."""
     return len(reranker.explain("water", "water")[1]) - 2
-
-
-def passages(setting: Setting, reranker: Reranker, num_documents: int) -> list[Pair]:
-    return list(reranker.tokenizer.pairs(RandomTexts(setting.folder).passages(num_documents)).pairs)

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from local_rerank.planning.rates import find_rate, table
 from tests.command_line import command
 
 
@@ -60,11 +59,3 @@ def test_wrong_options_are_named(arguments: str, says: str) -> None:
     done = command("plan", *arguments.split())
     assert done.returncode == 1
     assert says in done.stderr
-
-
-def test_every_figure_has_a_source_and_every_device_a_rate() -> None:
-    for device in table()["device"]:
-        assert device["peak_source"]
-        assert device["price_source"]
-        assert find_rate(device["name"], "qwen3-reranker-0.6b", None).kind in ("estimate", "measured")
-    assert all(row["source"] and row["what"] for row in [*table()["published"], *table().get("measured", [])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from local_rerank.batch import job
 from local_rerank.batch.formats import open_sink, open_source
-from local_rerank.batch.job import JobFolder, JobProgress, blocks, job_folder, run_job
+from local_rerank.batch.job import JobFolder, JobProgress, blocks, run_job
 from local_rerank.batch.rows import Row, ScoredRow
 from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.batch.trec_source import FileTexts, RunSource
@@ -41,7 +42,7 @@ def do_job(
     patch.setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
     output = folder / output_name
     rejects = folder / f"{output_name}.rejects"
-    with patch.context(), job_folder(output, rejects, SETTINGS, overwrite=overwrite) as held:
+    with patch.context(), closing(JobFolder(output, rejects, SETTINGS, overwrite=overwrite)) as held:
         source = open_input(folder, input_name, held)
         sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
         done = run_job(held, source, fake_scores, sink, rejects, begin=lambda block: None, report=lambda *_: None)
@@ -133,20 +134,20 @@ def test_a_finished_job_runs_again_only_if_its_output_is_gone(folder: Path) -> N
 
 
 def test_a_job_does_not_resume_with_other_settings(folder: Path) -> None:
-    with job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False) as held:
+    with closing(JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)) as held:
         held.save(JobProgress(settings=SETTINGS, num_rows=3))
     other = SETTINGS | {"model": "n"}
     with pytest.raises(ConfigError, match="was started with model m, not n; use the same value, or --overwrite"):
         JobFolder(folder / "out", folder / "rejects", other, overwrite=False)
     with pytest.raises(ConfigError, match="was started with blend unset, not bm25=1"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS | {"blend": "bm25=1"}, overwrite=False)
-    with job_folder(folder / "out", folder / "rejects", other, overwrite=True) as held:
+    with closing(JobFolder(folder / "out", folder / "rejects", other, overwrite=True)) as held:
         assert held.progress == JobProgress(settings=other)
 
 
 def test_only_one_process_at_a_time_writes_an_output(folder: Path) -> None:
     with (
-        job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False),
+        closing(JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)),
         pytest.raises(ConfigError, match=r"out is being written by another process"),
     ):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, pairs_of_300, passages, timed
+from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, pairs_of_300, timed
 from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda.attention import tile_layout
 from local_rerank.engine.cuda.fp8 import FP8
@@ -26,7 +26,7 @@ def attention(setting: Setting) -> Result:
     with loaded(setting) as reranker:
         loads = {
             "chunks": pairs_of_300(setting, reranker),
-            "passages": passages(setting, reranker, setting.batch_tokens // 80),
+            "passages": list(reranker.tokenizer.pairs(texts.passages(setting.batch_tokens // 80)).pairs),
             "titles": list(reranker.tokenizer.pairs(texts.request(15, [11] * (setting.batch_tokens // 32))).pairs),
         }
     results: Result = {"not_installed": [name for name, row in KERNELS.items() if not is_installed(row)]}

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.peer_process import CHAT_TEMPLATE
 from local_rerank import Reranker, RerankRequest
 from local_rerank.bench.shapes import COMMON
 from local_rerank.bench.shapes import SHAPES as MODEL_SHAPES
@@ -33,13 +34,6 @@ WORDS = (
     "water river city music history science market energy letter garden winter animal engine planet doctor window "
     "school people number question answer country language building method result system value matter reason"
 ).split()
-CHAT_TEMPLATE = (
-    "{%- set t = namespace(query='', document='') -%}{%- for m in messages -%}"
-    "{%- if m.role == 'query' -%}{%- set t.query = m.content -%}"
-    "{%- elif m.role == 'document' -%}{%- set t.document = m.content -%}{%- endif -%}{%- endfor -%}"
-    "{{- t.query + ' ' + t.document -}}"
-)
-"""For sentence-transformers: the query contains the whole prompt up to the document, the document the suffix."""
 
 
 def make_checkpoint(folder: Path, shape: str, device: torch.device) -> None:
@@ -90,19 +84,15 @@ def gemm_flops_per_second(shape: dict[str, int], num_tokens: int, device: torch.
     q, kv = (shape[name] * shape["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
     sizes = [(hidden, q + 2 * kv), (q, hidden), (hidden, 2 * inner), (inner, hidden)]
     pairs = [tuple(torch.randn(size, device=device).bfloat16() for size in ((num_tokens, k), (n, k))) for k, n in sizes]
-
-    def run() -> None:
-        for x, weight in pairs:
-            torch.nn.functional.linear(x, weight)
-
-    flops = sum(2.0 * num_tokens * k * n for k, n in sizes)
     repeats = 20 if device.type == "cuda" else 1
 
-    def repeated() -> None:
+    def run() -> None:
         for _ in range(repeats):
-            run()
+            for x, weight in pairs:
+                torch.nn.functional.linear(x, weight)
 
-    return repeats * flops / min(timed(repeated, device) for _ in range(rounds))
+    flops = repeats * sum(2.0 * num_tokens * k * n for k, n in sizes)
+    return flops / min(timed(run, device) for _ in range(rounds))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -166,7 +156,3 @@ def pairs_of_300(setting: Setting, reranker: Reranker) -> list[Pair]:
 def overhead_of(reranker: Reranker) -> int:
     """Return the tokens of a prompt that are neither query nor document."""
     return len(reranker.explain("water", "water")[1]) - 2
-
-
-def passages(setting: Setting, reranker: Reranker, num_documents: int) -> list[Pair]:
-    return list(reranker.tokenizer.pairs(RandomTexts(setting.folder).passages(num_documents)).pairs)

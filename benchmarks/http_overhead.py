@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from benchmarks.serving_load import body, post, server
 from local_rerank import Reranker
+from tests.server.test_process import started
 
 Ask = Callable[[bytes], object]
 SMALL_REQUESTS = 100
+WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
 
 
 def main() -> None:
@@ -35,14 +39,25 @@ def main() -> None:
     serve = ["--dtype", options.dtype, "--no-self-test"]  # random weights would fail it
     serve += ["--model", options.model] if options.model else []
     bodies = [body(number, options.documents, options.words) for number in range(options.clients)]
-    with Reranker(options.model, dtype=options.dtype) as reranker, server(*serve) as address:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Reranker(options.model, dtype=options.dtype) as reranker,
+        started(Path(folder) / "log", "local_rerank", "serve", "--port", "0", *serve) as server,
+    ):
+        server.wait_for("ready: ")
+        address = server.address.removeprefix("http://")
 
         def in_process(content: bytes) -> object:
             request = json.loads(content)
             return reranker.rank(request["query"], request["documents"])
 
         def over_http(content: bytes) -> object:
-            return post(http.client.HTTPConnection(address), content)
+            connection = http.client.HTTPConnection(address)
+            connection.request("POST", "/v1/local/rank", content, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            read = answer.read()
+            assert answer.status == 200, read
+            return json.loads(read)
 
         ways = {"in process": in_process, "HTTP": over_http}
         for ask in ways.values():
@@ -54,6 +69,13 @@ def main() -> None:
         small = body(0, options.documents, options.words)
         print_rounds("ms of one request, p50", [{name: one_at_a_time(ask, small) for name, ask in ways.items()}
                                                 for _ in range(options.rounds)])  # fmt: skip
+
+
+def body(number: int, documents: int, words: int) -> bytes:
+    """Make a request body; `number` seeds its texts."""
+    draw = random.Random(number)
+    texts = [" ".join(draw.choices(WORDS, k=words)) for _ in range(documents)]
+    return json.dumps({"query": f"Which {WORDS[number % 12]} is it?", "documents": texts}).encode()
 
 
 def at_once(ask: Ask, bodies: list[bytes]) -> float:

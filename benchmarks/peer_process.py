@@ -20,6 +20,13 @@ from typing import Any
 BATCH = 8  # prompts at a time, usual on a CPU
 MAX_LENGTH = 8192
 Request = dict[str, Any]
+CHAT_TEMPLATE = (
+    "{%- set t = namespace(query='', document='') -%}{%- for m in messages -%}"
+    "{%- if m.role == 'query' -%}{%- set t.query = m.content -%}"
+    "{%- elif m.role == 'document' -%}{%- set t.document = m.content -%}{%- endif -%}{%- endfor -%}"
+    "{{- t.query + ' ' + t.document -}}"
+)
+"""For sentence-transformers: the query contains the whole prompt up to the document, the document the suffix."""
 
 
 class Card:
@@ -67,12 +74,7 @@ class SentenceTransformers:
             if file.name != "tokenizer_config.json":
                 (place / file.name).symlink_to(file.resolve())
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        config["chat_template"] = (
-            "{%- set t = namespace(query='', document='') -%}{%- for m in messages -%}"
-            "{%- if m.role == 'query' -%}{%- set t.query = m.content -%}"
-            "{%- elif m.role == 'document' -%}{%- set t.document = m.content -%}{%- endif -%}{%- endfor -%}"
-            "{{- t.query + ' ' + t.document -}}"
-        )
+        config["chat_template"] = CHAT_TEMPLATE
         (place / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         self.model = sentence_transformers.CrossEncoder(
             str(place), model_kwargs={"dtype": getattr(torch, dtype)}, activation_fn=torch.nn.Identity(),

@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,10 +27,9 @@ configure_process()  # must run before torch is imported
 from local_rerank import EngineConfig, Reranker  # noqa: E402
 from local_rerank.bench.measure import measure  # noqa: E402
 from local_rerank.bench.report import all_tables  # noqa: E402
-from local_rerank.bench.shapes import make_checkpoint  # noqa: E402
 from local_rerank.bench.targets import RerankerTarget, Round  # noqa: E402
 from local_rerank.bench.workloads import WORKLOADS  # noqa: E402
-from local_rerank.commands.bench import load_reference  # noqa: E402
+from local_rerank.commands.bench import load_reference, random_weights  # noqa: E402
 
 
 class PeerMissing(Exception):
@@ -100,7 +98,9 @@ def main() -> None:
         parser.add_argument(f"--{name}-python", default=sys.executable, help=f"Python that has {name}")
     options = parser.parse_args()
     with ExitStack() as stack:
-        config = EngineConfig(model=options.model or str(random_weights(stack, options)), threads=options.threads)
+        config = EngineConfig(
+            model=options.model or str(random_weights(stack, options.shape, options.weights)), threads=options.threads
+        )
         rerankers = [
             stack.enter_context(Reranker(config.model, dtype=dtype, threads=options.threads)) for dtype in options.dtype
         ]
@@ -117,11 +117,6 @@ def main() -> None:
         print(target.name, target.version)
     for table in all_tables(results):
         Console().print(table)
-
-
-def random_weights(stack: ExitStack, options: argparse.Namespace) -> Path:
-    folder = options.weights or Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.shape
-    return make_checkpoint(folder, options.shape)
 
 
 def start_peers(stack: ExitStack, reranker: Reranker, options: argparse.Namespace) -> Iterator[PeerTarget]:

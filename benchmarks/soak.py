@@ -96,14 +96,8 @@ async def mixed(address: str, process: psutil.Process, cases: list[Case], minute
             )
 
     late = Tally()
-    kinds = [(right, 0.2)] * 4 + [
-        (large, 3.0),
-        (wrong, 0.5),
-        (too_late, 0.5),
-        (leaving, 0.5),
-        (cut, 0.5),
-        (watching, 10),
-    ]
+    often = [(wrong, 0.5), (too_late, 0.5), (leaving, 0.5), (cut, 0.5)]
+    kinds = [(right, 0.2)] * 4 + [(large, 3.0), *often, (watching, 10)]
     async with asyncio.TaskGroup() as group:
         for seed, (what, pause) in enumerate(kinds):
             group.create_task(forever(what, pause, seed))

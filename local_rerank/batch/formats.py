@@ -43,9 +43,11 @@ def open_sink(
             raise ConfigError(f"output is {file}, a run, but the input has pairs, which have no ranking")
         return TextSink(file, partial(run_lines, name=model_id.rpartition("/")[2]), refusal=missing_id)
     if suffix == ".parquet":
-        from local_rerank.batch.parquet import ParquetSink, output_schema
+        from local_rerank.batch.parquet import ParquetSink, ParquetSource, output_schema
 
-        schema = output_schema(source, with_documents=with_documents, is_blended=is_blended)
+        found = source.schema if isinstance(source, ParquetSource) else None
+        options = {"is_pairs": source.is_pairs, "with_documents": with_documents, "is_blended": is_blended}
+        schema = output_schema(found, source.columns, **options)
         return ParquetSink(file, folder, schema, with_documents=with_documents)
     if suffix in (".csv", ".tsv"):
         names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -120,15 +119,6 @@ class JobFolder:
 def other_setting(output: object, name: str, was: object, now: object) -> str:
     """Say that a job cannot resume because a setting has changed."""
     return f"{output} was started with {name} {was}, not {now}; use the same value, or --overwrite to start again"
-
-
-@contextmanager
-def job_folder(output: Path, rejects: Path, settings: dict[str, str], *, overwrite: bool) -> Iterator[JobFolder]:
-    folder = JobFolder(output, rejects, settings, overwrite=overwrite)
-    try:
-        yield folder
-    finally:
-        folder.close()
 
 
 def run_job(

@@ -15,7 +15,7 @@ from typing import Any
 
 from local_rerank.batch.durable import replace
 from local_rerank.batch.rows import Record, Row, ScoredRow, parse_record, to_record
-from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, Source
+from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected
 from local_rerank.errors import ConfigError, InvalidRequest
 
 try:
@@ -83,19 +83,14 @@ def _groups_from(parquet: pq.ParquetFile, row: int) -> tuple[list[int], int]:
     return [], first
 
 
-def output_schema(source: Source, *, with_documents: bool, is_blended: bool) -> pa.Schema:
-    """Return the columns of the output, which must be known before the first row: the input's plus the scores."""
-    if isinstance(source, ParquetSource):
-        fields = {field.name: field.type for field in source.schema}
-    else:
-        fields = {name: pa.string() for name in source.columns}
-    return output_fields(fields, is_pairs=source.is_pairs, with_documents=with_documents, is_blended=is_blended)
-
-
-def output_fields(
-    fields: dict[str, pa.DataType], *, is_pairs: bool, with_documents: bool, is_blended: bool
+def output_schema(
+    found: pa.Schema | None, columns: Sequence[str], *, is_pairs: bool, with_documents: bool, is_blended: bool
 ) -> pa.Schema:
-    """Like `output_schema`, from the columns of the input and their types."""
+    """Return the columns of the output, which must be known before the first row: the input's plus the scores.
+
+    `found` is the schema of a Parquet input; for other files, `columns` are strings.
+    """
+    fields = {name: pa.string() for name in columns} if found is None else {each.name: each.type for each in found}
     if is_pairs:
         fields = fields | SCORES
     else:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from local_rerank.batch.parquet import output_fields, table_of
+from local_rerank.batch.parquet import output_schema, table_of
 from local_rerank.batch.rows import Record, Row, encode, json_line, to_record, try_parse
 from local_rerank.batch.scoring import BlockScorer
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, mixed_kinds, parse_json_line
@@ -64,11 +64,9 @@ class PartFormat:
 
     def schema(self, found: pa.Schema | None) -> pa.Schema:
         """Return the columns of a Parquet part; `found` is the schema of a Parquet input."""
-        if found is None:
-            fields, is_pairs = {name: pa.string() for name in self.columns}, self.is_pairs
-        else:
-            fields, is_pairs = {field.name: field.type for field in found}, "document" in found.names
-        return output_fields(fields, is_pairs=is_pairs, with_documents=self.with_documents, is_blended=self.is_blended)
+        is_pairs = self.is_pairs if found is None else "document" in found.names
+        options = {"is_pairs": is_pairs, "with_documents": self.with_documents, "is_blended": self.is_blended}
+        return output_schema(found, self.columns, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,7 +137,8 @@ class Delimited:
                 return
             except (csv.Error, UnicodeDecodeError) as error:
                 end = Position(start.offset + len(lines.first), start.number + 1)
-                yield self._rejected(start.number, f"not {self._kind}: {error}", lines.first), end
+                kind = "TSV" if self._is_tsv else "CSV"
+                yield self._rejected(start.number, f"not {kind}: {error}", lines.first), end
                 return
             if values:  # empty for a blank line
                 yield self._row(values, start.number, lines.first), lines.end
@@ -156,10 +157,6 @@ class Delimited:
         if self._is_tsv:
             return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         return csv.reader(lines, strict=True)
-
-    @property
-    def _kind(self) -> str:
-        return "TSV" if self._is_tsv else "CSV"
 
 
 class _LineCounter:

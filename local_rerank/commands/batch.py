@@ -220,12 +220,12 @@ def _run_on_ray(
 
 def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
     from local_rerank.batch.formats import open_sink
-    from local_rerank.batch.job import job_folder, run_job
+    from local_rerank.batch.job import JobFolder, run_job
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
     from local_rerank.commands.batch_progress import Display
 
-    with job_folder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite) as folder:
+    with closing(JobFolder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite)) as folder:
         was_done = folder.progress.is_done
         source = _source(job, folder)
         sink = open_sink(

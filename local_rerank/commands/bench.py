@@ -54,7 +54,7 @@ def bench(
     config = engine or EngineConfig()
     with ExitStack() as stack:
         if shape is not None:
-            config = dataclasses.replace(config, model=str(_random_weights(stack, shape, weights)))
+            config = dataclasses.replace(config, model=str(random_weights(stack, shape, weights)))
         targets = [_load(stack, config, each, skip_start) for each in dict.fromkeys(mode) or (config.dtype,)]
         reference = None if skip_reference else load_reference(stack, config)
         results = _measure(workload or ("passages",), targets, reference, rounds)
@@ -65,7 +65,7 @@ def bench(
         _print_tables(report, results)
 
 
-def _random_weights(stack: ExitStack, shape: str, weights: Path | None) -> Path:
+def random_weights(stack: ExitStack, shape: str, weights: Path | None) -> Path:
     from local_rerank.bench.shapes import make_checkpoint
 
     folder = weights or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="local-rerank-"))) / shape

@@ -74,10 +74,8 @@ def print_scores(scores: tuple[KnownPairScore, ...]) -> None:
         table.add_column(name, justify="right", min_width=10, no_wrap=True)
     table.add_column("pair", overflow="ellipsis", no_wrap=True)
     for score in scores:
-        known = ("", "") if score.expected is None else _known(score.log_odds, score.expected)
+        known = ("", "")
+        if score.expected is not None:
+            known = (f"{score.expected:+.4f}", f"{score.log_odds - score.expected:+.4f}")
         table.add_row(f"{score.log_odds:+.4f}", *known, Text(f"{score.query} | {score.document}"))
     Console().print(table)
-
-
-def _known(log_odds: float, expected: float) -> tuple[str, str]:
-    return f"{expected:+.4f}", f"{log_odds - expected:+.4f}"

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 3  # queries shown for the largest gains, and for the largest losses
 QUERY_CHARS = 100  # shown of such a query
+COMPARISON_FIELDS = (
+    "system", "baseline", "measure", "mean_difference", "wins", "losses", "ties", "p_value", "differences",
+)  # fmt: skip
+"""Of the JSON report."""
 
 
 def evaluation_json(systems: Sequence[System], comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -22,21 +26,7 @@ def evaluation_json(systems: Sequence[System], comparisons: Sequence[Comparison]
             }
             for system in systems
         ],
-        "comparisons": [_comparison_json(comparison) for comparison in comparisons],
-    }
-
-
-def _comparison_json(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "system": comparison.system,
-        "baseline": comparison.baseline,
-        "measure": comparison.measure,
-        "mean_difference": comparison.mean_difference,
-        "wins": comparison.wins,
-        "losses": comparison.losses,
-        "ties": comparison.ties,
-        "p_value": comparison.p_value,
-        "differences": comparison.differences,
+        "comparisons": [{name: getattr(each, name) for name in COMPARISON_FIELDS} for each in comparisons],
     }
 
 

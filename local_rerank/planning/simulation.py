@@ -3,7 +3,7 @@
 Each replica runs the real `Scheduler`; only time is modelled. A forward pass costs a fixed time plus a time per token,
 a request costs a fixed time outside the engine, and an ingress handles one request at a time. Arrivals are Poisson,
 document lengths log-normal, and a request goes to the replica with the fewest pending tokens.
-benchmarks/simulation_vs_server.py compares the simulation with a real server.
+docs/scale.md compares the simulation with a real server.
 """
 
 from __future__ import annotations
@@ -115,20 +115,18 @@ def simulate(
     return _outcome(arrivals, done, sum(replica.busy_seconds for replica in replicas) / num_replicas, speed)
 
 
-def replicas_for(
-    traffic: Traffic, speed: Speed, *, p99_ms: float, num_ingresses: int = 1
-) -> tuple[int, SimulationResult]:
+def replicas_for(traffic: Traffic, speed: Speed, *, p99_ms: float) -> tuple[int, SimulationResult]:
     """Find the smallest number of replicas with that p99 by bisection; raises ValueError if no number is enough."""
     least = max(1, math.ceil(traffic.requests_per_second * _engine_seconds(traffic, speed)))
     most = least
-    while (outcome := _run(traffic, speed, most, num_ingresses)).p99_ms > p99_ms:
+    while (outcome := _run(traffic, speed, most)).p99_ms > p99_ms:
         if most >= MAX_REPLICAS or outcome.utilisation < 0.02:
             raise ValueError(f"p99 is {outcome.p99_ms:.0f} ms with any number of replicas")
         most *= 2
     low, found = most // 2, (most, outcome)  # `low` is too few, or below the minimum
     while most - max(low, least - 1) > 1:
         middle = (max(low, least - 1) + most) // 2
-        outcome = _run(traffic, speed, middle, num_ingresses)
+        outcome = _run(traffic, speed, middle)
         if outcome.p99_ms <= p99_ms:
             most, found = middle, (middle, outcome)
         else:
@@ -136,9 +134,8 @@ def replicas_for(
     return found
 
 
-def _run(traffic: Traffic, speed: Speed, num_replicas: int, num_ingresses: int) -> SimulationResult:
-    num_requests = max(2000, 20 * num_replicas)
-    return simulate(traffic, speed, num_replicas=num_replicas, num_requests=num_requests, num_ingresses=num_ingresses)
+def _run(traffic: Traffic, speed: Speed, num_replicas: int) -> SimulationResult:
+    return simulate(traffic, speed, num_replicas=num_replicas, num_requests=max(2000, 20 * num_replicas))
 
 
 def _engine_seconds(traffic: Traffic, speed: Speed) -> float:

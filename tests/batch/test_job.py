@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from local_rerank import RankedDocument
 from local_rerank.batch import job
 from local_rerank.batch.formats import open_sink, open_source
-from local_rerank.batch.job import JobFolder, JobProgress, blocks, job_folder, run_job
+from local_rerank.batch.job import JobFolder, JobProgress, blocks, run_job
 from local_rerank.batch.rows import Row, ScoredRow
 from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import ConfigError, InvalidRequest
 from tests.batch.killed import forks, growth_of_memory, job_killed_at_step, start
+from tests.batch.test_files import scored_row
 
 SETTINGS = {"input": "in", "model": "m"}
 BLOCK_PAIRS = 5
@@ -26,25 +27,11 @@ BLOCK_PAIRS = 5
 
 def fake_scores(rows: list[Row]) -> list[ScoredRow | InvalidRequest]:
     """Use the length of a document as its log-odds; refuse the query "refused"."""
-    return [InvalidRequest("refused", field="query") if row.query == "refused" else score(row) for row in rows]
-
-
-def score(row: Row) -> ScoredRow:
-    order = sorted(range(len(row.documents)), key=lambda index: -len(row.documents[index]))
-    return ScoredRow(
-        row=row,
-        results=tuple(
-            RankedDocument(
-                index=index,
-                relevance_score=0.5,
-                log_odds=float(len(row.documents[index])),
-                document=row.documents[index],
-                num_tokens=1,
-                num_truncated_tokens=0,
-            )
-            for index in order
-        ),
-    )
+    refused = InvalidRequest("refused", field="query")
+    return [
+        refused if row.query == "refused" else scored_row(row, [float(len(text)) for text in row.documents])
+        for row in rows
+    ]
 
 
 def do_job(
@@ -55,7 +42,7 @@ def do_job(
     patch.setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
     output = folder / output_name
     rejects = folder / f"{output_name}.rejects"
-    with patch.context(), job_folder(output, rejects, SETTINGS, overwrite=overwrite) as held:
+    with patch.context(), closing(JobFolder(output, rejects, SETTINGS, overwrite=overwrite)) as held:
         source = open_input(folder, input_name, held)
         sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
         done = run_job(held, source, fake_scores, sink, rejects, begin=lambda block: None, report=lambda *_: None)
@@ -72,13 +59,11 @@ def open_input(folder: Path, name: str, held: JobFolder) -> Source:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Twelve rankings of three documents as JSON lines, with two malformed lines and a refused query, and as a run."""
+    queries = [f"query {i}" for i in range(12)]
+    queries[5] = "refused"
     records = [
-        {
-            "id": f"q{i}",
-            "query": "refused" if i == 5 else f"query {i}",
-            "documents": ["x" * (i + j) for j in range(1, 4)],
-        }
-        for i in range(12)
+        {"id": f"q{i}", "query": query, "documents": ["x" * (i + j) for j in range(1, 4)]}
+        for i, query in enumerate(queries)
     ]
     lines = [json.dumps(record) for record in records]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:4], "{broken", *lines[4:], '{"query": 1}']) + "\n")
@@ -101,6 +86,7 @@ def test_a_job_killed_at_every_step_writes_the_same_output(folder: Path, input_n
     """Each process resumes from the disk as the one before left it, and gets a step further."""
     undisturbed = do_job(folder, input_name, "whole-" + output_name)
     assert (undisturbed.num_rows, undisturbed.num_rejected) == ((11, 3) if input_name == "in.jsonl" else (12, 2))
+    assert {file.name for file in (folder / f"whole-{output_name}.job").iterdir()} == {"progress.json", "lock"}
     num_kills = 0
     for step in [1, 2, 3, *([4, 5, 7, 9, 11] * 40)]:
         process = start(job_killed_at_step, step, str(folder), input_name, output_name)
@@ -118,11 +104,6 @@ def test_a_job_killed_at_every_step_writes_the_same_output(folder: Path, input_n
     assert replace(again, seconds=0.0) == replace(undisturbed, seconds=0.0)
 
 
-def test_a_finished_job_keeps_only_its_progress_and_lock(folder: Path) -> None:
-    do_job(folder, "in.jsonl", "out.parquet")
-    assert {file.name for file in (folder / "out.parquet.job").iterdir()} == {"progress.json", "lock"}
-
-
 def test_rejected_records_are_written_with_number_and_reason(folder: Path) -> None:
     do_job(folder, "in.jsonl", "out.jsonl")
     rejected = [json.loads(line) for line in (folder / "out.jsonl.rejects").read_text().splitlines()]
@@ -133,17 +114,12 @@ def test_rejected_records_are_written_with_number_and_reason(folder: Path) -> No
     assert {each["file"] for each in rejected} == {str(folder / "in.jsonl")}
 
 
-def test_without_rejected_records_there_is_no_file_of_rejects(folder: Path) -> None:
-    (folder / "good.jsonl").write_text('{"query": "q", "documents": ["a"]}\n')
-    do_job(folder, "good.jsonl", "out.jsonl")
-    assert not (folder / "out.jsonl.rejects").exists()
-
-
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out.run"])
-def test_an_empty_input_gives_an_empty_output(folder: Path, name: str) -> None:
+def test_an_empty_input_gives_an_empty_output_and_no_file_of_rejects(folder: Path, name: str) -> None:
     (folder / "empty.jsonl").write_text("\n")
     assert do_job(folder, "empty.jsonl", name).is_done
     assert (folder / name).exists()
+    assert not (folder / f"{name}.rejects").exists()
     assert do_job(folder, "empty.jsonl", name).num_rows == 0
 
 
@@ -158,20 +134,20 @@ def test_a_finished_job_runs_again_only_if_its_output_is_gone(folder: Path) -> N
 
 
 def test_a_job_does_not_resume_with_other_settings(folder: Path) -> None:
-    with job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False) as held:
+    with closing(JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)) as held:
         held.save(JobProgress(settings=SETTINGS, num_rows=3))
     other = SETTINGS | {"model": "n"}
     with pytest.raises(ConfigError, match="was started with model m, not n; use the same value, or --overwrite"):
         JobFolder(folder / "out", folder / "rejects", other, overwrite=False)
     with pytest.raises(ConfigError, match="was started with blend unset, not bm25=1"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS | {"blend": "bm25=1"}, overwrite=False)
-    with job_folder(folder / "out", folder / "rejects", other, overwrite=True) as held:
+    with closing(JobFolder(folder / "out", folder / "rejects", other, overwrite=True)) as held:
         assert held.progress == JobProgress(settings=other)
 
 
 def test_only_one_process_at_a_time_writes_an_output(folder: Path) -> None:
     with (
-        job_folder(folder / "out", folder / "rejects", SETTINGS, overwrite=False),
+        closing(JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)),
         pytest.raises(ConfigError, match=r"out is being written by another process"),
     ):
         JobFolder(folder / "out", folder / "rejects", SETTINGS, overwrite=False)

@@ -26,7 +26,7 @@ from local_rerank.batch import pieces, ray_data
 from local_rerank.batch.pieces import PartFormat, Piece, PieceResult, PieceScorer, find_pieces, lines_between, suffix_of
 from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.batch.ray_data import RayJob
-from tests.command_line import command, run_script
+from tests.command_line import Done, command, run_script
 
 pytestmark = pytest.mark.filterwarnings(  # from Ray Data
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning:ray"
@@ -67,22 +67,27 @@ def record(number: int, num_documents: int) -> dict[str, Any]:
 
 
 def options(checkpoint: Path) -> list[str]:
-    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1", "--quiet"]
+    return ["--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
 
 
-def on_ray(input: Path, output: Path, address: str, checkpoint: Path, *more: str) -> None:
+def on_ray(input: Path | str, output: Path | str, address: str, checkpoint: Path, *more: str) -> Done:
     done = command("batch", str(input), "--output", str(output), "--ray", address, *options(checkpoint), *more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def alone(input: Path, output: Path, checkpoint: Path, *more: str) -> None:
+    done = command("batch", str(input), "--output", str(output), *options(checkpoint), *more)
     assert done.returncode == 0, done.stderr
 
 
-def lines(output: Path) -> list[dict[str, Any]]:
-    files = sorted(file for file in output.glob("part-*.jsonl") if ".rejects" not in file.name)
+def lines(output: Path, pattern: str = "part-?????.jsonl") -> list[dict[str, Any]]:
+    files = sorted(output.glob(pattern))
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def rejects(output: Path) -> list[dict[str, Any]]:
-    files = sorted(output.glob("*.rejects.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return lines(output, "*.rejects.jsonl")
 
 
 def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -118,8 +123,7 @@ def test_a_cluster_gives_the_same_output_as_one_process_although_a_worker_is_kil
     on_ray(input, output, cluster, tiny_checkpoint, "--deterministic")
     killer.join()
     assert killed
-    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint), "--deterministic")
-    assert alone.returncode == 0, alone.stderr
+    alone(input, single, tiny_checkpoint, "--deterministic")
     found = lines(output)
     assert sum(len(row["results"]) for row in found) == NUM_ROWS * NUM_DOCUMENTS
     assert found == [json.loads(line) for line in single.read_text(encoding="utf-8").splitlines()]
@@ -150,8 +154,7 @@ def test_parquet_keeps_its_columns_and_only_a_missing_part_is_scored_again(
     input, output, single = tmp_path / "in.parquet", tmp_path / "out.parquet", tmp_path / "single.parquet"
     pq.write_table(table, input, row_group_size=20)
     on_ray(input, output, in_this_process, tiny_checkpoint)
-    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint))
-    assert alone.returncode == 0, alone.stderr
+    alone(input, single, tiny_checkpoint)
     parts = sorted(output.glob("part-*.parquet"))
     found = pa.concat_tables([pq.read_table(part) for part in parts])
     assert found.schema.equals(pq.read_table(single).schema)
@@ -181,24 +184,11 @@ def test_json_lines_to_parquet_by_uri_gives_the_same_bits_as_one_process(
     input, output, single = tmp_path / "in.jsonl", tmp_path / "out.parquet", tmp_path / "single.parquet"
     input.write_text("\n".join(rows), encoding="utf-8")
     same = ["--deterministic", "--blend", "bm25=1", "--return-documents"]
-    model = [option for option in options(tiny_checkpoint) if option != "--quiet"]
-    done = command(
-        "batch",
-        input.as_uri(),
-        "--output",
-        f"fsspec+{output.as_uri()}",
-        "--ray",
-        in_this_process,
-        *model,
-        *same,
-        "--json",
-    )
-    assert done.returncode == 0, done.stderr
+    done = on_ray(input.as_uri(), f"fsspec+{output.as_uri()}", in_this_process, tiny_checkpoint, *same, "--json")
     event = json.loads(done.stdout.splitlines()[-1])
     assert (event["rows"], event["pairs"], event["rejected"]) == (60, 240, 1)
     assert event["tokens"] > 240
-    alone = command("batch", str(input), "--output", str(single), *options(tiny_checkpoint), *same)
-    assert alone.returncode == 0, alone.stderr
+    alone(input, single, tiny_checkpoint, *same)
     parts = sorted(output.glob("part-*.parquet"))
     assert len(parts) > 3
     assert pa.concat_tables([pq.read_table(part) for part in parts]).equals(pq.read_table(single))

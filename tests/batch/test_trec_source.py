@@ -12,11 +12,7 @@ from local_rerank.batch.sources import Position, Rejected
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.collection import read_texts
-
-
-def write(file: Path, content: str | bytes) -> Path:
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return file
+from tests.batch.test_files import write
 
 
 @pytest.fixture
@@ -42,11 +38,8 @@ def test_a_run_yields_its_queries_in_order_with_candidates_by_score(run_files: d
     first, second = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
     assert (first.id, first.documents, first.first_stage_scores) == ("q3", ("T second",), (1.5,))
     assert (second.id, second.query, second.document_ids) == ("q1", "one", ("d2", "d1"))
-    (top,) = [
-        item
-        for item, _ in run_source(run_files, tmp_path / "job", top_k=1).read(Position())
-        if isinstance(item, Row) and item.id == "q1"
-    ]
+    source = run_source(run_files, tmp_path / "job", top_k=1)
+    _, top = [item for item, _ in source.read(Position()) if isinstance(item, Row)]
     assert (top.document_ids, top.tail_ids) == (("d2",), ("d1",))
 
 

@@ -61,24 +61,20 @@ def test_rank_prints_the_full_result_as_json(model: tuple[str, ...], tiny_rerank
 
 
 @pytest.mark.parametrize(
-    ("name", "lines"),
+    ("name", "lines", "documents"),
     [
-        ("documents.txt", "one\n\ntwo\nthree\n"),
-        ("documents.jsonl", '"one"\n\n{"text": "two"}\n{"document": "three"}\n'),
+        ("d.txt", "one\n\ntwo\nthree\n", {"one", "two", "three"}),
+        ("d.jsonl", '"one"\n\n{"text": "two"}\n{"document": "three"}\n', {"one", "two", "three"}),
+        ("d.jsonl", '\ufeff"one\u2028line"\r\n"two"\n', {"one\u2028line", "two"}),
     ],
+    ids=["text", "JSON lines", "byte order mark, line separator"],
 )
-def test_rank_reads_documents_from_files(name: str, lines: str, model: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / name).write_text(lines, encoding="utf-8")
-    done = run_here("rank", "q", "--json", "--file", str(tmp_path / name), *model)
-    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one", "two", "three"}
-
-
-def test_only_a_line_feed_ends_a_document_and_a_byte_order_mark_is_skipped(
-    model: tuple[str, ...], tmp_path: Path
+def test_rank_reads_documents_from_files(
+    name: str, lines: str, documents: set[str], model: tuple[str, ...], tmp_path: Path
 ) -> None:
-    (tmp_path / "d.jsonl").write_bytes('\ufeff"one\u2028line"\r\n"two"\n'.encode())
-    done = run_here("rank", "q", "--json", "--file", str(tmp_path / "d.jsonl"), *model)
-    assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
+    (tmp_path / name).write_bytes(lines.encode())
+    done = run_here("rank", "q", "--json", "--file", str(tmp_path / name), *model)
+    assert {item["document"] for item in json.loads(done.stdout)["results"]} == documents
 
 
 def test_show_prompt_prints_the_prompt_and_its_token_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:

@@ -11,24 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_rerank.commands.app import main
 from local_rerank.errors import ConfigError
-from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend, parse_blend, words, z_scores
+from local_rerank.evaluation.blending import Bm25, best_first, blend, parse_blend, words, z_scores
+from tests.command_line import command
 
 numbers = st.lists(st.integers(-1000, 1000).map(float), min_size=1, max_size=30)
 
 
 def test_z_scores_have_mean_zero_and_deviation_one() -> None:
     assert z_scores([1.0, 2.0, 3.0]) == pytest.approx([-math.sqrt(1.5), 0.0, math.sqrt(1.5)])
+    assert z_scores([1e-6, 3e-6]) == pytest.approx([-1.0, 1.0]), "small differences count"
 
 
 @pytest.mark.parametrize("values", [[], [4.2], [7.0] * 4, [0.3, 0.1 + 0.2, 0.3], [0.0, 0.0]])
 def test_z_scores_of_equal_values_are_zero(values: list[float]) -> None:
     assert z_scores(values) == [0.0] * len(values)
-
-
-def test_small_differences_count() -> None:
-    assert z_scores([1e-6, 3e-6]) == pytest.approx([-1.0, 1.0])
 
 
 @given(numbers, st.integers(1, 1000), st.integers(-1000, 1000))
@@ -98,11 +95,6 @@ def test_bm25_of_empty_documents_is_zero(documents: list[str]) -> None:
     assert Bm25(documents).scores("cat", documents) == [0.0] * len(documents)
 
 
-def test_a_blend_option_has_a_source_and_a_weight() -> None:
-    assert parse_blend("run=0.25") == Blend("run", 0.25)
-    assert str(parse_blend("bm25=1")) == "bm25=1"
-
-
 @pytest.mark.parametrize("text", ["", "bm25", "bm25=", "bm25=x", "bm25=-1", "run=nan", "run=inf", "tfidf=1", "=1"])
 def test_a_malformed_blend_option_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match=r"it must be bm25=W or run=W"):
@@ -112,21 +104,17 @@ def test_a_malformed_blend_option_is_rejected(text: str) -> None:
 DOCUMENTS = ["a cat", "the dog barks", "a bird sings in the tree", "fish swim"]
 
 
-def ranked(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str, query: str = "bird") -> str:
+def ranked(checkpoint: Path, *options: str, query: str = "bird") -> str:
     """Run `rank` on the documents above; returns its output."""
-    arguments = ["rank", query, *DOCUMENTS, "--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32", *options]
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-    output = capsys.readouterr()
-    assert exit_info.value.code == 0, output.err
-    return output.out
+    model = ("--model", str(checkpoint), "--device", "cpu", "--dtype", "fp32")
+    done = command("rank", query, *DOCUMENTS, *model, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_rank_orders_by_the_blend_and_keeps_every_other_field(
-    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
-) -> None:
-    plain = json.loads(ranked(capsys, tiny_checkpoint, "--json"))["results"]
-    blended = json.loads(ranked(capsys, tiny_checkpoint, "--json", "--blend", "bm25=0.5"))["results"]
+def test_rank_orders_by_the_blend_and_keeps_every_other_field(tiny_checkpoint: Path) -> None:
+    plain = json.loads(ranked(tiny_checkpoint, "--json"))["results"]
+    blended = json.loads(ranked(tiny_checkpoint, "--json", "--blend", "bm25=0.5"))["results"]
     by_index: dict[int, dict[str, Any]] = {item["index"]: item for item in plain}
     odds = [by_index[i]["log_odds"] for i in range(4)]
     expected = blend(odds, Bm25(DOCUMENTS).scores("bird", DOCUMENTS), 0.5)
@@ -136,27 +124,24 @@ def test_rank_orders_by_the_blend_and_keeps_every_other_field(
         assert item == by_index[item["index"]]
 
 
-def test_rank_cuts_to_top_n_after_blending(capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path) -> None:
+def test_rank_cuts_to_top_n_after_blending(tiny_checkpoint: Path) -> None:
     def best(*options: str) -> list[int]:
-        output = ranked(capsys, tiny_checkpoint, "--json", "--top-n", "1", *options, query="fish")
+        output = ranked(tiny_checkpoint, "--json", "--top-n", "1", *options, query="fish")
         return [item["index"] for item in json.loads(output)["results"]]
 
     assert best() != [3], "otherwise blending would change nothing"
     assert best("--blend", "bm25=100") == [3]
 
 
-def test_the_table_has_a_blend_column_only_on_request(
-    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path
-) -> None:
-    assert "blended" not in ranked(capsys, tiny_checkpoint)
-    head, first, *_ = ranked(capsys, tiny_checkpoint, "--blend", "bm25=100").splitlines()
+def test_the_table_has_a_blend_column_only_on_request(tiny_checkpoint: Path) -> None:
+    assert "blended" not in ranked(tiny_checkpoint)
+    head, first, *_ = ranked(tiny_checkpoint, "--blend", "bm25=100").splitlines()
     assert head.split() == ["#", "score", "log-odds", "blended", "document"]
     assert first.startswith("2")
     assert first.rstrip().endswith("a bird sings in the tree")
 
 
-def test_rank_rejects_blending_with_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["rank", "bird", "a cat", "--blend", "run=1"])
-    assert exit_info.value.code == 1
-    assert capsys.readouterr().err == "local-rerank: blend is 'run=1', but rank has no run to blend with; use bm25=W\n"
+def test_rank_rejects_blending_with_a_run() -> None:
+    done = command("rank", "bird", "a cat", "--blend", "run=1")
+    assert done.returncode == 1
+    assert done.stderr == "local-rerank: blend is 'run=1', but rank has no run to blend with; use bm25=W\n"

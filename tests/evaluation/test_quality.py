@@ -12,15 +12,14 @@ from pathlib import Path
 import ir_measures
 import pytest
 
+from benchmarks.quality import SANITY, TOP_K, read
 from local_rerank import Reranker, RerankRequest
 from local_rerank.evaluation.blending import Blend
-from local_rerank.evaluation.collection import Collection, read_collection
+from local_rerank.evaluation.collection import Collection
 from local_rerank.evaluation.measures import MEASURE, Orders, System, blend_scores, measure, reorder, score
 
 ROOT = Path(__file__).parents[2]
 IR = ROOT.parent / "shared" / "data" / "ir"
-SANITY = ROOT / "tests" / "data" / "sanity40.jsonl"
-MAX_QUERIES = 200
 FIRST_STAGE = {"xquad_sent_en": 0.857, "xquad_sent_zh": 0.814, "med": 0.698, "cran": 0.387}
 """nDCG@10 of each bm25.run over the first 200 queries (med has 30), by ir-measures alone, 2026-11-23."""
 SAMPLE = {"xquad_sent_en": 40, "xquad_sent_zh": 25, "med": 5}
@@ -29,17 +28,6 @@ MIN_MEAN = 0.838  # nDCG@10 over that sample: BM25 has 0.841, the built-in model
 MIN_CORRECT = 33  # of the 40 hand-written cases: what the built-in model reaches; the goal is 36, see docs/log.md
 
 needs_collections = pytest.mark.skipif(not IR.is_dir(), reason="the evaluation collections are not available")
-
-
-def collection(name: str) -> Collection:
-    folder = IR / name
-    return read_collection(
-        corpus=folder / "corpus.jsonl",
-        queries=folder / "queries.jsonl",
-        qrels=folder / "qrels.trec",
-        run=folder / "bm25.run",
-        max_queries=MAX_QUERIES,
-    )
 
 
 def sample(whole: Collection, size: int) -> Collection:
@@ -60,7 +48,7 @@ def ndcg(whole: Collection, orders: Orders) -> float:
 @needs_collections
 @pytest.mark.parametrize("name", FIRST_STAGE)
 def test_the_first_stage_measures_the_same_as_with_ir_measures_alone(name: str) -> None:
-    whole = collection(name)
+    whole = read(IR / name)
     ours = ndcg(whole, reorder(whole, {}))
     qrels = [row for row in ir_measures.read_trec_qrels(str(IR / name / "qrels.trec")) if row.query_id in whole.queries]
     run = ir_measures.read_trec_run(str(IR / name / "bm25.run"))
@@ -75,8 +63,8 @@ def test_the_first_stage_measures_the_same_as_with_ir_measures_alone(name: str) 
 def test_the_built_in_model_reaches_its_minimum_and_improves_bm25(nano: Reranker) -> None:
     alone, blended, first = [], [], []
     for name, size in SAMPLE.items():
-        part = sample(collection(name), size)
-        scores = dict(score(nano, part, top_k=20))
+        part = sample(read(IR / name), size)
+        scores = dict(score(nano, part, top_k=TOP_K))
         alone.append(ndcg(part, reorder(part, scores)))
         blended.append(ndcg(part, reorder(part, blend_scores(scores, part, Blend("run", 1.0)))))
         first.append(ndcg(part, reorder(part, {})))

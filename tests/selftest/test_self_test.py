@@ -16,7 +16,7 @@ from torch import Tensor
 
 from local_rerank import EngineConfig, Reranker
 from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
-from local_rerank.checkpoints.known_scores import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores
+from local_rerank.checkpoints.known_scores import GOLDEN, ORDERED, PUBLISHED, STORED, known_scores, to_json
 from local_rerank.engine.attention import Layout
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.kernel_table import KERNELS
@@ -35,26 +35,21 @@ NANO = Path(__file__).parents[2] / "local_rerank" / "nano"
 EXACT = {"device": "cpu", "dtype": "fp32", "threads": 1}
 
 
-def write_golden(folder: Path) -> None:
-    """Write known scores next to the weights, computed by the model card's code."""
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with known scores, computed by the model card's code."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("known") / "tiny-reranker", seed=11)
     card = ModelCard(folder)
-    scores = [
-        {
-            "query": pair.query,
-            "document": pair.document,
-            "instruction": pair.instruction,
-            "log_odds": card.pair(pair.query, pair.document, pair.instruction),
-        }
-        for pair in STORED
-    ]
-    (folder / GOLDEN).write_text(json.dumps(scores), encoding="utf-8")
+    log_odds = [card.pair(pair.query, pair.document, pair.instruction) for pair in STORED]
+    (folder / GOLDEN).write_text(json.dumps(to_json(STORED, log_odds, "fp32")["scores"]), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint with known scores."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("known") / "tiny-reranker", seed=11)
-    write_golden(folder)
+def other(known: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights beside the scores of `known`."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("other") / "other-reranker", seed=12)
+    shutil.copy(known / GOLDEN, folder)
     return folder
 
 
@@ -204,14 +199,6 @@ def test_each_damage_is_diagnosed_with_and_without_known_scores(
         require_self_test(reranker)
 
 
-def test_a_prompt_fault_shows_the_last_tokens(known: Path) -> None:
-    with Reranker(str(known), **EXACT) as reranker:
-        strip_the_last_newline(reranker)
-        detail = self_test(reranker).detail
-    assert "read at another token" in detail
-    assert detail.count("'\\n'") == 2, "a byte tokenizer's newlines are one token each"
-
-
 def test_the_scores_match_the_model_cards_code(known: Path) -> None:
     with Reranker(str(known), **EXACT) as reranker:
         outcome = self_test(reranker)
@@ -233,9 +220,7 @@ def test_a_requested_lower_precision_passes(dtype: Any, known: Path) -> None:
     assert outcome.max_difference > 1e-3, "otherwise nothing was rounded"
 
 
-def test_other_weights_are_diagnosed_with_the_worst_pair(known: Path, tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
-    shutil.copy(known / GOLDEN, other)
+def test_other_weights_are_diagnosed_with_the_worst_pair(other: Path) -> None:
     with Reranker(str(other), **EXACT) as reranker:
         outcome = self_test(reranker)
     worst = max(outcome.scores, key=lambda score: abs(score.log_odds - (score.expected or 0)))
@@ -313,9 +298,7 @@ def test_unreadable_known_scores_are_an_error(text: str, tmp_path: Path) -> None
         known_scores(open_checkpoint(str(folder)))
 
 
-def test_a_server_whose_self_test_fails_exits_and_names_the_fault(known: Path, tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
-    shutil.copy(known / GOLDEN, other)
+def test_a_server_whose_self_test_fails_exits_and_names_the_fault(other: Path, tmp_path: Path) -> None:
     arguments = ("local_rerank", "serve", "--port", "0", "--model", str(other), "--device", "cpu", "--dtype", "fp32")
     with started(tmp_path / "log", *arguments) as server:
         assert server.process.wait(WAIT_SECONDS) == 1
@@ -346,7 +329,7 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     assert describe(info, embedded).dtype.faster.startswith("nothing")
 
 
-def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, tmp_path: Path) -> None:
+def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path) -> None:
     options = ("--device", "cpu", "--dtype", "fp32", "--threads", "1", "--json")
     good = command("doctor", "--model", str(known), *options)
     report = json.loads(good.stdout)
@@ -355,8 +338,6 @@ def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, tmp_path: Pa
     assert set(report["machine"]) == {"device", "dtype", "kernel", "products", "memory", "threads", "versions"}
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"]["value"].startswith("1 on ")
-    other = make_checkpoint(tmp_path / "other-reranker", seed=12)
-    shutil.copy(known / GOLDEN, other)
     bad = command("doctor", "--model", str(other), *options)
     assert (bad.returncode, json.loads(bad.stdout)["self_test"]["fault"]) == (1, "other scores")
 

@@ -7,6 +7,8 @@ from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import local_rerank
+
 ROOT = Path(__file__).parents[1]
 VOCABULARY = {"errors", "config", "types", "forks"}
 PUBLIC = {"reranker", "async_reranker"}
@@ -64,6 +66,11 @@ def area_of(module: str) -> str:
     if first in VOCABULARY:
         return "vocabulary"
     return "public" if first in PUBLIC else "commands" if first == "__main__" else first
+
+
+def test_the_public_names_are_these() -> None:
+    names = {"AsyncReranker", "EngineConfig", "Limits", "RankedDocument", "RerankRequest", "RerankResult", "Reranker"}
+    assert set(local_rerank.__all__) == {name for name in names if hasattr(local_rerank, name)}
 
 
 def test_a_folder_imports_only_those_below_it() -> None:

@@ -147,7 +147,7 @@ def batch(reranker: Reranker) -> float:
 
 
 def threads_of(reranker: Reranker) -> int:
-    threads = reranker.engine._threads
+    threads = reranker.engine.threads
     return threads.current
 
 

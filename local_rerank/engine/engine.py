@@ -49,7 +49,7 @@ class Engine:
         self.head = head
         self.kernel = kernel
         self.device = device
-        self._threads = threads
+        self.threads = threads
         self.graphs: GraphRunner | None = None
         if max_graph_tokens is not None:
             self.graphs = GraphRunner(self.run_decoder, device, max_tokens=max_graph_tokens)
@@ -118,8 +118,8 @@ class Engine:
 
     def _forward(self, batch: PackedBatch) -> Callable[[], list[float]]:
         """Launch one pass, as a CUDA graph or kernel by kernel; the returned function waits for it."""
-        if self._threads is not None:
-            self._threads.begin_batch()
+        if self.threads is not None:
+            self.threads.begin_batch()
         with torch.inference_mode(), self._on_device():
             log_odds = None if self.graphs is None else self.graphs.run(batch)
             if log_odds is None:

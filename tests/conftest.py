@@ -99,6 +99,7 @@ SLOW_FILES = (  # servers, SDKs, other processes, the built-in model
     "tests/server/", "tests/clients/", "tests/playground/", "_ray_", "test_forks", "test_celery", "test_packaging",
     "test_no_network", "test_find", "test_bench.", "test_job", "test_command", "test_app", "test_quality",
     "test_self_test", "test_linears", "test_compute_thread", "test_threads", "test_int8", "test_products",
+    "test_simulation", "test_rates", "test_dockerfile", "test_examples", "tests/engine/cuda/",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ SHAPES = {
     "one key head": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 32, "seed": 5},
 }
 CPU_KERNELS = [
-    pytest.param(name, marks=pytest.mark.numeric) if name == "cpu-tiles" else name
+    pytest.param(name, marks=pytest.mark.numeric if name == "cpu-tiles" else pytest.mark.slow)
     for name, row in KERNELS.items()
     if "cpu" in row.device_types
 ]

@@ -97,9 +97,9 @@ GROUPS = {"ray": ("_ray_",), "clients": ("tests/clients/", "tests/playground/"),
 LONGEST_FIRST = ("ray", "clients", "hostile")
 SLOW_FILES = (  # servers, SDKs, other processes, the built-in model
     "tests/server/", "tests/clients/", "tests/playground/", "_ray_", "test_forks", "test_celery", "test_packaging",
-    "test_no_network", "test_find", "test_bench.", "test_job", "test_command", "test_app", "test_quality",
+    "test_no_network", "test_find", "test_bundles", "test_bench.", "test_job", "test_command", "test_app",
     "test_self_test", "test_linears", "test_compute_thread", "test_threads", "test_int8", "test_products",
-    "test_simulation", "test_rates", "test_dockerfile", "test_examples", "tests/engine/cuda/",
+    "test_quality", "test_simulation", "test_rates", "test_dockerfile", "test_examples", "tests/engine/cuda/",
 )  # fmt: skip
 
 

@@ -158,6 +158,7 @@ def test_no_prompt_exceeds_the_maximum_and_each_keeps_its_suffix(max_length: int
         assert tuple(ids[-len(tokenizer.suffix_ids) :]) == tokenizer.suffix_ids
 
 
+@pytest.mark.slow
 def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
     tokenizer = make(qwen_json, max_length=150)
     tokenized = tokenizer.pairs(RerankRequest(query="word " * 60, documents=("word " * 60,)))
@@ -165,6 +166,7 @@ def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
     assert tokenized.num_truncated_tokens[0] > 0
 
 
+@pytest.mark.slow
 def test_an_instruction_that_leaves_no_room_raises(qwen: PairTokenizer, qwen_json: str) -> None:
     with pytest.raises(InstructionTooLong, match="at most 1024"):
         qwen.pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 1100))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import transformers
 
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
@@ -26,5 +25,7 @@ def why_not_fused_here(
         return "the model is in fp32"
     if config.no_compile:
         return "no_compile is set"
+    import transformers  # not at the top: telemetry is switched off before its first import
+
     model_config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     return why_not_fused(model_config, device, dtype, fp8=config.dtype == "fp8")

@@ -1,0 +1,169 @@
+"""Read text as files and pipes hold it: UTF-8 with or without BOM, UTF-16 by its BOM, gzip and zstd by their magic.
+
+Every command reads through `lines` or `open_utf8`, so that no result depends on the locale, and every error names the
+file and the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+import zstandard
+
+from local_rerank.errors import InvalidRequest
+
+CHUNK_BYTES = 1 << 16
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header and checksum
+    b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+
+
+def lines(file: Path | None, field: str) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line of a file, or of standard input for None, without line ends.
+
+    Only \\n and \\r\\n end a line, because JSON strings may contain Unicode's other line breaks. Raises InvalidRequest
+    about `field`.
+    """
+    with open_utf8(file, field) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InvalidRequest(not_utf8(f"{name_of(file)}:{number}", error), field=field) from error
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    """Describe a line that is not UTF-8."""
+    return f"{where} is not UTF-8 (byte {error.start + 1}: {error.reason}); save it as UTF-8, or as UTF-16 with a BOM"
+
+
+@contextmanager
+def open_utf8(file: Path | None, field: str) -> Iterator[IO[bytes]]:
+    """Open a file, or standard input for None, as a stream of UTF-8 bytes without BOM.
+
+    Raises InvalidRequest about `field` when opened, and when read from inside the block.
+    """
+    try:
+        stream = sys.stdin.buffer if file is None else file.open("rb")
+    except OSError as error:
+        raise InvalidRequest(_unreadable(file, error), field=field) from error
+    with nullcontext() if file is None else stream:
+        yield io.BufferedReader(_RawChunks(_readable_chunks(stream, file, field)), CHUNK_BYTES)
+
+
+def name_of(file: Path | None) -> str:
+    return "standard input" if file is None else str(file)
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix that tells the file's form: in lower case, without that of a compression.
+
+    >>> suffix_of(Path("corpus.JSONL.gz"))
+    '.jsonl'
+    """
+    name = Path(file.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED_SUFFIXES else name.suffix
+
+
+def plain_file(file: Path, copy: Path, field: str) -> Path:
+    """Return a file in UTF-8 that can be read from any offset: `file` itself, or `copy`, which is then written."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise InvalidRequest(_unreadable(file, error), field=field) from error
+    if _decompressor(head) is None and not head.startswith(_UTF16_BOMS):
+        return file
+    if not copy.exists():
+        incomplete = copy.with_name(copy.name + ".new")
+        with open_utf8(file, field) as stream, incomplete.open("wb") as target:
+            shutil.copyfileobj(stream, target)
+        incomplete.replace(copy)
+    return copy
+
+
+def _unreadable(file: Path | None, error: OSError) -> str:
+    return f"{name_of(file)} cannot be read: {error.strerror or error}"
+
+
+def _readable_chunks(stream: IO[bytes], file: Path | None, field: str) -> Iterator[bytes]:
+    """The stream in UTF-8; every error names the file."""
+    chunks = iter(partial(cast(io.BufferedReader, stream).read1, CHUNK_BYTES), b"")
+    try:
+        yield from _utf8(_decompressed(chunks))
+    except OSError as error:
+        raise InvalidRequest(_unreadable(file, error), field=field) from error
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise InvalidRequest(f"{name_of(file)} is compressed and damaged: {error}", field=field) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name_of(file)} is not UTF-16, as its BOM says: {error.reason}", field=field) from error
+
+
+def _utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    head, chunks = _peek(chunks)
+    if head.startswith(_UTF16_BOMS):
+        return codecs.iterencode(codecs.iterdecode(chunks, "utf-16"), "utf-8")
+    if head.startswith(_UTF8_BOM):
+        return chain([next(chunks).removeprefix(_UTF8_BOM)], chunks)
+    return chunks
+
+
+def _decompressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The contents of gzip members or zstd frames; other data as it is. Raises EOFError if a part is incomplete."""
+    head, chunks = _peek(chunks)
+    decompressor = _decompressor(head)
+    if decompressor is None:
+        yield from chunks
+        return
+    part = decompressor()
+    for chunk in chunks:
+        rest = chunk
+        while rest := rest.lstrip(b"\0") if part.eof else rest:  # zeros may pad a gzip file
+            part = decompressor() if part.eof else part
+            yield part.decompress(rest)
+            rest = part.unused_data
+    if not part.eof:
+        raise EOFError("it ends too early")
+
+
+def _decompressor(head: bytes) -> Callable[[], Any] | None:
+    return next((each for magic, each in _DECOMPRESSORS.items() if head.startswith(magic)), None)
+
+
+def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """Return at least the first four bytes, which a pipe may deliver one by one, and chunks that still hold them."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= 4:
+            break
+    return head, chain([head], chunks)
+
+
+class _RawChunks(io.RawIOBase):
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # typeshed's buffer has no length
+        chunk = self._rest or next(filter(None, self._chunks), b"")
+        count = min(len(chunk), len(buffer))
+        buffer[:count], self._rest = chunk[:count], chunk[count:]
+        return count

@@ -35,7 +35,8 @@ class Scorer:
 
 def main(input: str, output: str) -> None:
     pairs = ray.data.read_parquet(input)
-    scored = pairs.map_batches(Scorer, batch_size=BATCH_PAIRS, concurrency=(1, 2), num_cpus=1)
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=2)
+    scored = pairs.map_batches(Scorer, batch_size=BATCH_PAIRS, compute=pool, num_cpus=1)
     scored.write_parquet(output)
     print(f"{output}: {ray.data.read_parquet(output).count()} pairs")
 

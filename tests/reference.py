@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,6 +19,8 @@ PREFIX = (
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+FP32_TOLERANCE = 1e-5  # of log-odds, absolute and relative; the order of fp32 operations differs
+FP32: Any = {"abs": FP32_TOLERANCE, "rel": FP32_TOLERANCE}  # for pytest.approx
 
 
 def prompt(query: str, document: str, instruction: str = INSTRUCTION) -> str:

@@ -21,10 +21,9 @@ from local_rerank.engine.load import entry_device, head_rows, load_model
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from local_rerank.types import RerankRequest
-from tests.reference import ModelCard, classifier_log_odds, prompt_ids
+from tests.reference import FP32_TOLERANCE, ModelCard, classifier_log_odds, prompt_ids
 from tests.tiny_checkpoints import make_checkpoint
 
-FP32_TOLERANCE = 1e-5  # log-odds; the order of fp32 operations differs
 BF16_TOLERANCE = 0.06  # log-odds, relative to the range of scores: bf16 has 8 significant bits
 INT8_TOLERANCE = 0.15  # likewise; int8 has 7 bits relative to a row's largest value
 

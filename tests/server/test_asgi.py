@@ -115,7 +115,8 @@ def test_gunicorn_without_preload(
     tmp_path: Path, tiny_checkpoint: Path, tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each worker loads its own model."""
-    options = {"MODEL": str(tiny_checkpoint), "DEVICE": "cpu", "NO_SELF_TEST": "true", "INSECURE": "true"}
+    options = {"MODEL": str(tiny_checkpoint), "DEVICE": "cpu", "DTYPE": "fp32", "NO_SELF_TEST": "true"}
+    options["INSECURE"] = "true"
     for name, value in options.items():
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
     with gunicorn(tmp_path / "log", 1) as server:

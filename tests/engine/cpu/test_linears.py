@@ -16,7 +16,7 @@ from local_rerank import Reranker
 from local_rerank.engine.cpu import choices
 from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from local_rerank.engine.cpu.products import PRODUCTS
-from tests.reference import ModelCard
+from tests.reference import FP32, ModelCard
 from tests.tiny_checkpoints import make_checkpoint
 
 needs_operators = pytest.mark.skipif(not can_block(), reason="torch does not have the operators on this CPU")
@@ -56,7 +56,7 @@ def test_fp32_weights_are_blocked_if_that_is_faster_and_score_the_same(
         assert reranker.engine.weights_dtype == "fp32"
         scores = reranker.score([("q", "a"), ("q", "bb"), ("r", "a")], logits=True)
     card = ModelCard(folder)
-    assert scores == pytest.approx([card.pair(*pair) for pair in (("q", "a"), ("q", "bb"), ("r", "a"))], abs=1e-5)
+    assert scores == pytest.approx([card.pair(*pair) for pair in (("q", "a"), ("q", "bb"), ("r", "a"))], **FP32)
 
 
 def test_measurements_do_not_matter_with_deterministic(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from local_rerank.engine.cpu.linears import BlockedLinear, can_block
 from local_rerank.engine.cpu.products import PRODUCTS, Multiply, check, is_right
 from local_rerank.errors import ConfigError
 from local_rerank.selftest.machine_report import describe
-from tests.reference import ModelCard
+from tests.reference import FP32, ModelCard
 from tests.tiny_checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.numeric
@@ -142,14 +142,18 @@ def test_a_wrong_blocked_kernel_is_reported_once_and_its_fallback_scores_right(
     seconds = {"fp32": 1.0, "blocked fp32": 0.5, "bf16": 2.0}
     monkeypatch.setattr(choices, "seconds_of_products", lambda: seconds)
     forward = BlockedLinear.forward
-    monkeypatch.setattr(BlockedLinear, "forward", lambda *args: saturated(forward(*args)))
+
+    def wrong_in_fp32(self: BlockedLinear, x: Tensor) -> Tensor:
+        return saturated(forward(self, x)) if x.dtype == torch.float32 else forward(self, x)
+
+    monkeypatch.setattr(BlockedLinear, "forward", wrong_in_fp32)
     folder = make_checkpoint(tmp_path / "model", seed=12)
     for _ in range(2):
         with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
             assert not any(isinstance(module, BlockedLinear) for module in reranker.engine.decoder.modules())
             assert reranker.info.products == ("fp32", "attention fp32")
             scores = reranker.score(PAIRS, logits=True)
-    assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], abs=1e-5)
+    assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], **FP32)
     (record,) = [record for record in caplog.records if record.name == products.__name__]
     assert record.levelno == logging.WARNING
     assert "'blocked fp32' gives wrong products" in record.message
@@ -179,7 +183,7 @@ def test_16_bit_weights_are_multiplied_in_fp32_if_bf16_is_wrong(
     with Reranker(str(folder), device="cpu", dtype="bf16") as reranker:
         assert (reranker.info.dtype, reranker.info.compute_dtype) == ("bf16", "fp32")
         scores = reranker.score(PAIRS, logits=True)
-    assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], abs=1e-5)
+    assert scores == pytest.approx([ModelCard(folder).pair(*pair) for pair in PAIRS], **FP32)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
 from local_rerank.requests.tokenization import Pair
 from tests.engine.test_packing import agrees_with_dense, some_pairs
-from tests.engine.test_scores import FP32_TOLERANCE, texts
+from tests.engine.test_scores import texts
 from tests.gpu import needs_gpu
-from tests.reference import ModelCard
+from tests.reference import FP32_TOLERANCE, ModelCard
 from tests.varlen_reference import slow_varlen
 
 # prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16

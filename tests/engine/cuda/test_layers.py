@@ -22,8 +22,9 @@ from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.load import head_rows, load_model
 from local_rerank.errors import ConfigError
 from local_rerank.requests.tokenization import Pair
-from tests.engine.test_scores import FP32_TOLERANCE, SHAPES
+from tests.engine.test_scores import SHAPES
 from tests.gpu import needs_gpu
+from tests.reference import FP32_TOLERANCE
 from tests.tiny_checkpoints import make_checkpoint
 from tests.triton_reference import in_torch
 

@@ -28,8 +28,11 @@ def silence_telemetry() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def fetch(model_id: str, revision: str | None, to: Path | None = None) -> Path:
-    """Download a model from the Hugging Face hub into its cache or into `to`; returns the folder."""
+def fetch(model_id: str, revision: str | None, to: Path | None = None, *, why_not: str = "") -> Path:
+    """Download a model from the Hugging Face hub into its cache or into `to`; returns the folder.
+
+    `why_not`: why the local cache does not do, for the error.
+    """
     silence_telemetry()
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -42,7 +45,7 @@ def fetch(model_id: str, revision: str | None, to: Path | None = None) -> Path:
         logger.info("%s of %s to download", gigabytes(num_bytes), model_id)
         return Path(snapshot_download(model_id, revision=revision, local_dir=to, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:  # the hub's offline and not-found errors are OSErrors
-        raise _unreachable(model_id, revision, error) from error
+        raise _unreachable(model_id, revision, error, why_not) from error
 
 
 def fetch_from_modelscope(model_id: str, revision: str | None, to: Path | None = None) -> Path:
@@ -67,11 +70,12 @@ def fetch_from_modelscope(model_id: str, revision: str | None, to: Path | None =
     return Path(folder)
 
 
-def _unreachable(model_id: str, revision: str | None, error: Exception) -> CheckpointError:
+def _unreachable(model_id: str, revision: str | None, error: Exception, why_not: str) -> CheckpointError:
     cause = error.__cause__ or error  # huggingface_hub wraps errors of the network
     reason = (str(cause).strip().splitlines() or [""])[0]
     pull = f"local-rerank pull {model_id}" + (f" --revision {revision}" if revision else "")
+    cache = f"{model_id} is not in the local cache ({why_not}) and " if why_not else f"{model_id}: "
     return CheckpointError(
-        f"{model_id} is not in the local cache and the hub cannot serve it ({type(cause).__name__}: {reason}). "
+        f"{cache}the hub cannot serve it ({type(cause).__name__}: {reason}). "
         f"On a machine with a network, run `{pull} --to FOLDER`, copy FOLDER here and pass it as --model"
     )

@@ -6,6 +6,7 @@ Every failure is a CheckpointError that says what to run instead.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from fnmatch import fnmatch
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 """Patterns of the files to download: neither pickles nor code."""
+
+_CANNOT_WRITE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.ENOSPC)
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -45,6 +48,10 @@ def fetch(model_id: str, revision: str | None, to: Path | None = None, *, why_no
         logger.info("%s of %s to download", gigabytes(num_bytes), model_id)
         return Path(snapshot_download(model_id, revision=revision, local_dir=to, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:  # the hub's offline and not-found errors are OSErrors
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            raise CheckpointError(
+                f"{to or constants.HF_HUB_CACHE} cannot be written: {error}; use another --to"
+            ) from error
         raise _unreachable(model_id, revision, error, why_not) from error
 
 

@@ -99,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def no_weights(folder: Path) -> CheckpointError:
     """The error about a folder without weights; it names what is there instead."""
+    if has_adapter(folder):
+        return adapter_alone(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         if what := _OTHER_FORMATS.get(path.suffix.lower()):
@@ -115,6 +117,8 @@ def no_weights(folder: Path) -> CheckpointError:
 
 def no_config(folder: Path) -> CheckpointError:
     """The error about a folder without config.json; it names what is there instead."""
+    if has_adapter(folder) and not any(folder.glob("model*.safetensors")):
+        return adapter_alone(folder)
     if any(path.suffix.lower() in _OTHER_FORMATS for path in folder.iterdir()):
         return no_weights(folder)
     inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
@@ -123,6 +127,7 @@ def no_config(folder: Path) -> CheckpointError:
 
 
 def has_adapter(folder: Path) -> bool:
+    """Whether there is an adapter, such as LoRA's, alone or beside a model."""
     return (folder / ADAPTER).exists() or any(folder.glob("adapter_model.*"))
 
 
@@ -132,9 +137,10 @@ def adapter_alone(folder: Path) -> CheckpointError:
     kind = str(config.get("peft_type") or "LORA").upper()
     what = "a LoRA adapter" if kind == "LORA" else f"an adapter ({kind})"
     base = str(config.get("base_model_name_or_path") or "BASE")
+    task = "SequenceClassification" if config.get("task_type") == "SEQ_CLS" else "CausalLM"
     return CheckpointError(
         f"{folder} has {what} without a model: merge it into its base with peft, "
-        f"`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
+        f"`PeftModel.from_pretrained(AutoModelFor{task}.from_pretrained({base!r}), {str(folder)!r})"
         ".merge_and_unload().save_pretrained(FOLDER)`, copy the base's tokenizer.json to FOLDER "
         "and pass FOLDER as --model"
     )

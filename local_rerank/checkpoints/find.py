@@ -15,7 +15,6 @@ from typing import Any, Literal
 from local_rerank.checkpoints.bundles import is_bundle, open_bundle
 from local_rerank.checkpoints.download import fetch
 from local_rerank.checkpoints.files import (
-    adapter_alone,
     has_adapter,
     missing_files,
     no_config,
@@ -98,7 +97,7 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
         assert model is not None
         model_id, revision = hub_id(model), revision or None
         folder, why_not = find_snapshot(repository_of(model_id), revision)
-        folder = folder or fetch(model_id, revision, why_not=why_not)
+        folder = folder or fetch(model_id, revision, why_not=f"{why_not}; nor is {path} a folder here")
         return _inspect(folder, model_id, "hub", revision)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder of that name
         raise CheckpointError(f"model {model!r} cannot be read: {error}") from error
@@ -170,7 +169,7 @@ def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) 
 def _checked_config(folder: Path) -> dict[str, Any]:
     """config.json, if we can run its architecture."""
     if not (folder / "config.json").is_file():
-        raise adapter_alone(folder) if has_adapter(folder) else no_config(folder)
+        raise no_config(folder)
     config = read_json(folder / "config.json")
     architectures = config.get("architectures") or ["none"]
     first = architectures[0] if isinstance(architectures, list) else architectures
@@ -185,7 +184,7 @@ def _checked_files(folder: Path) -> list[str]:
     """The names of the safetensors files, if all files that loading needs are there."""
     files = weight_files(folder)
     if not files:
-        raise adapter_alone(folder) if has_adapter(folder) else no_weights(folder)
+        raise no_weights(folder)
     if missing := [name for name in missing_files(folder) if name != "tokenizer.json"]:  # has its own error
         raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
     if (folder / "tokenizer.json").is_file():

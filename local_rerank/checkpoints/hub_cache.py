@@ -52,7 +52,9 @@ def find_snapshot(repository: Path, revision: str | None) -> tuple[Path | None, 
     for snapshot in candidates:
         if not (missing := _missing(snapshot)):
             if not named:
-                logger.warning("%s has no refs/main; using its newest complete snapshot, %s", repository, snapshot.name)
+                logger.warning(
+                    "refs/main in %s names no snapshot; using the newest complete one, %s", repository, snapshot.name
+                )
             return snapshot, ""
         reasons.append(f"{snapshot} lacks {', '.join(missing[:3])}")
     known = f" among {', '.join(sorted(snapshots))}" if snapshots else ""

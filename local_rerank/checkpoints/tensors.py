@@ -51,6 +51,8 @@ def check_tensors(folder: Path, files: Iterable[str], config: dict[str, Any], ar
     stored = stored_tensors(folder, files)
     expected = _expected_shapes(folder, config, architecture)
     found = {full_name(name, expected): name for name in stored}
+    if twice := [name for name in stored if found[full_name(name, expected)] != name]:
+        raise CheckpointError(f"{folder} has weights twice, with and without the prefix model: {_some(twice)}")
     is_tied = bool(config.get("tie_word_embeddings", False)) and HEAD in expected
     unknown = [name for full, name in found.items() if full not in expected and not _is_scale(full, found, stored)]
     if unknown:
@@ -81,14 +83,21 @@ def stored_tensors(folder: Path, files: Iterable[str]) -> dict[str, StoredTensor
 
 def full_name(name: str, expected: Iterable[str]) -> str:
     """The name that the architecture gives a tensor: checkpoints may leave out the prefix "model."."""
-    return name if name in expected or f"model.{name.removesuffix(SCALE)}" not in expected else f"model.{name}"
+    return f"model.{name}" if f"model.{_weight_of(name)}" in expected else name
+
+
+def _weight_of(name: str) -> str:
+    """The FP8 weight that a scale belongs to; any other name is returned as it is."""
+    if name.endswith(ACTIVATION_SCALES):
+        return f"{name.rpartition('.')[0]}.weight"
+    return name.removesuffix(SCALE)
 
 
 def positive_label(folder: Path, config: dict[str, Any]) -> int:
     """Which of a classifier's two labels means relevant: 0 or 1. Raises CheckpointError if the labels do not tell."""
     stated: list[dict[int, str]] = []
     for by_id in (_items(config, "id2label"), [(i, label) for label, i in _items(config, "label2id")]):
-        labels = {int(str(i)): re.sub(r"[\s_-]", "", str(label)).lower() for i, label in by_id if str(i).isdigit()}
+        labels = {int(str(i)): re.sub(r"[\s_-]", "", str(label)).lower() for i, label in by_id if str(i) in ("0", "1")}
         if labels and labels != _UNNAMED and labels not in stated:
             stated.append(labels)
     if len(stated) <= 1:
@@ -133,11 +142,10 @@ def _is_block_fp8(config: dict[str, Any]) -> bool:
 
 
 def _is_scale(full: str, found: dict[str, str], stored: dict[str, StoredTensor]) -> bool:
-    """Whether a tensor belongs to an FP8 weight."""
-    if not full.endswith((SCALE, *ACTIVATION_SCALES)):
-        return False
-    weight = full.removesuffix(SCALE) if full.endswith(SCALE) else f"{full.rpartition('.')[0]}.weight"
-    return weight in found and stored[found[weight]].dtype in _FP8
+    """Whether a tensor belongs to an FP8 weight, and is a number: some checkpoints store exponents as bytes."""
+    weight = _weight_of(full)
+    is_number = stored[found[full]].dtype in (*_FLOATS, "F8_E8M0")
+    return weight != full and is_number and weight in found and stored[found[weight]].dtype in _FP8
 
 
 def _check_tensor(folder: Path, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:

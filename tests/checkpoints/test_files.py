@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from local_rerank import Reranker
+from local_rerank.checkpoints.download import fetch
 from local_rerank.checkpoints.files import checkpoint_files
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.tensors import EMBEDDINGS
 from local_rerank.errors import CheckpointError
 from tests.command_line import command
+from tests.fake_hub import fake_hub
 from tests.tiny_checkpoints import make_checkpoint
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -132,6 +134,11 @@ def test_a5_a_classifier_with_a_bias_is_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny-reranker", num_labels=1)
     edit_weights(folder, lambda weights: weights.update({"score.bias": torch.ones(1)}))
     assert "Qwen3ForSequenceClassification does not take: score.bias" in refusal(folder)
+
+
+def test_a5_weights_with_and_without_their_prefix_are_refused(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.update({"norm.weight": torch.ones(64)}))
+    assert "twice, with and without the prefix model: norm.weight" in refusal(folder).replace("model.norm", "norm")
 
 
 def test_names_without_the_prefix_model_are_taken(folder: Path, whole: Path) -> None:
@@ -277,6 +284,14 @@ def test_c7_a_cut_off_file_is_named_with_both_sizes(folder: Path) -> None:
 def test_c7_a_file_in_place_of_a_folder_is_named(name: str, content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert says in refusal(tmp_path / name)
+
+
+def test_c7_pull_into_a_file_blames_the_file(tmp_path: Path, whole: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with fake_hub(whole) as hub, pytest.MonkeyPatch.context() as patched:
+        patched.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        with pytest.raises(CheckpointError, match="cannot be written: "):
+            fetch("owner/tiny", None, tmp_path / "file")
 
 
 def test_c7_a_gguf_folder_and_a_folder_of_models_are_named(whole: Path, tmp_path: Path) -> None:

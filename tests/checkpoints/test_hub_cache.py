@@ -57,7 +57,7 @@ def test_c8_without_a_ref_the_newest_complete_snapshot_is_used_and_logged(
     (repository / "refs" / "main").unlink()
     os.utime(repository / "snapshots" / COMMIT, (1, 1))
     assert find_snapshot(repository, None) == (newest, "")
-    assert f"using its newest complete snapshot, {OTHER}" in caplog.text
+    assert f"using the newest complete one, {OTHER}" in caplog.text
     assert find_snapshot(repository, COMMIT)[0] == repository / "snapshots" / COMMIT
 
 
@@ -68,7 +68,10 @@ def test_c8_what_was_looked_for_where_is_said(repository: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint("owner/tiny")
     missing = f"{weights.parent} lacks model.safetensors (its link leads nowhere)"
-    assert f"owner/tiny is not in the local cache ({missing}) and the hub cannot serve it" in str(caught.value)
+    assert (
+        f"owner/tiny is not in the local cache ({missing}; nor is owner/tiny a folder here) and the hub cannot serve it"
+        in str(caught.value)
+    )
     with pytest.raises(CheckpointError, match=rf"/snapshots has none for v2 among {COMMIT}"):
         open_checkpoint("owner/tiny", "v2")
     with pytest.raises(CheckpointError, match=r"there is no .*models--owner--other"):

@@ -83,6 +83,15 @@ def test_dequantized_multiplies_each_block_by_its_scale() -> None:
         dequantized(weight, scale, (2, 2), "w")
 
 
+def test_b5_scales_that_are_no_numbers_are_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints[0], tmp_path / "fp8-reranker")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file(weights | {name: weights[name].to(torch.uint8)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"does not take: {name}"):
+        open_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize("lost", ["model.layers.0.mlp.up_proj.weight_scale_inv", "model.layers.0.mlp.up_proj.weight"])
 def test_b5_an_fp8_weight_without_scales_and_scales_without_a_weight_are_refused(
     lost: str, checkpoints: tuple[Path, Path], tmp_path: Path

@@ -122,7 +122,8 @@ def no_config(folder: Path) -> CheckpointError:
     if any(path.suffix.lower() in _OTHER_FORMATS for path in folder.iterdir()):
         return no_weights(folder)
     inside = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
-    hint = f"; model folders in it: {', '.join(inside[:3])} ({len(inside)} in all)" if inside else ""
+    inside += sorted(path.name.removeprefix("models--").replace("--", "/") for path in folder.glob("models--*"))
+    hint = f"; models in it: {', '.join(inside[:3])} ({len(inside)} in all)" if inside else ""
     return CheckpointError(f"{folder} has no config.json: not a model folder{hint}")
 
 

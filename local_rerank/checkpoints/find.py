@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from dataclasses import asdict, dataclass
@@ -87,8 +88,7 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
     is not from a hub.
     """
     try:
-        path = Path(model or EMBEDDED_MODEL).expanduser()  # from Python or a variable no shell has done it
-        local = _open_local(path, revision or None)
+        local = _open_local(model, revision or None)
         if local is not None:
             if revision and local.source != "hub":
                 what = "ignoring revision %r: only hub models have revisions, and %s is %s"
@@ -97,23 +97,26 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
         assert model is not None
         model_id, revision = hub_id(model), revision or None
         folder, why_not = find_snapshot(repository_of(model_id), revision)
-        folder = folder or fetch(model_id, revision, why_not=f"{why_not}; nor is {path} a folder here")
+        folder = folder or fetch(model_id, revision, why_not=f"{why_not}; nor is {model} a folder here")
         return _inspect(folder, model_id, "hub", revision)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder of that name
+    except OSError as error:
         raise CheckpointError(f"model {model!r} cannot be read: {error}") from error
 
 
-def _open_local(path: Path, revision: str | None) -> Checkpoint | None:
+def _open_local(model: str | None, revision: str | None) -> Checkpoint | None:
     """The built-in model, a bundle, a folder or a place in a hub's cache; None for any other name."""
-    if path == Path(EMBEDDED_MODEL):
+    if model is None or model == EMBEDDED_MODEL:
         return _inspect(Path(__file__).parents[1] / "nano", EMBEDDED_MODEL, "embedded", None)
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # no home folder of that name
+        path = path.expanduser()  # from Python or a variable no shell has done it
     if is_bundle(path):
         return _open_bundle(path)
     if not path.is_dir():
         return None
     if cached := split_cache_path(path):
         model_id, repository, snapshot = cached
-        folder, why_not = (snapshot, "") if snapshot else find_snapshot(repository, revision)
+        folder, why_not = (snapshot, "") if snapshot and not revision else find_snapshot(repository, revision)
         if folder is None:
             raise CheckpointError(f"{path} has no complete snapshot: {why_not}; run `local-rerank pull {model_id}`")
         return _inspect(folder, model_id, "hub", revision)

@@ -119,8 +119,8 @@ def load_model(
     # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     model_class = getattr(transformers, checkpoint.architecture)
-    offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="local-rerank-offload-")
     try:
+        offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="local-rerank-offload-")
         with stored_weights(checkpoint, dtype) as weights:
             model, report = model_class.from_pretrained(
                 None,  # given a folder, transformers picks the files, and puts an adapter on top

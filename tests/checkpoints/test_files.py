@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from local_rerank import Reranker
 from local_rerank.checkpoints.download import fetch
 from local_rerank.checkpoints.files import checkpoint_files
-from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
 from local_rerank.checkpoints.tensors import EMBEDDINGS
 from local_rerank.errors import CheckpointError
 from tests.command_line import command
@@ -299,7 +299,7 @@ def test_c7_a_gguf_folder_and_a_folder_of_models_are_named(whole: Path, tmp_path
     (tmp_path / "gguf" / "model-q4.gguf").write_bytes(b"GGUF")
     assert "model-q4.gguf is a GGUF file" in refusal(tmp_path / "gguf")
     shutil.copytree(whole, tmp_path / "run" / "checkpoint-500")
-    assert "no config.json: not a model folder; model folders in it: checkpoint-500" in refusal(tmp_path / "run")
+    assert "no config.json: not a model folder; models in it: checkpoint-500" in refusal(tmp_path / "run")
 
 
 def test_c7_files_may_be_links_and_the_path_relative(
@@ -312,6 +312,10 @@ def test_c7_files_may_be_links_and_the_path_relative(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("linked/", "./linked", "~/linked"):
         assert open_checkpoint(name).model_id == "linked"
+    shutil.copytree("linked", EMBEDDED_MODEL)
+    assert open_checkpoint(f"./{EMBEDDED_MODEL}").source == "folder"
+    with pytest.raises(CheckpointError, match="'~nobody-here/x' is no folder"):
+        open_checkpoint("~nobody-here/x")
     (tmp_path / "linked" / "model.safetensors").unlink()
     (tmp_path / "linked" / "model.safetensors").symlink_to("nowhere")
     assert "is incomplete: model.safetensors (its link leads nowhere) missing" in refusal(tmp_path / "linked")

@@ -86,6 +86,13 @@ def test_c8_a_folder_of_the_cache_has_the_name_of_its_model(place: str, reposito
     found = open_checkpoint(f"{repository / place}/")
     assert (found.model_id, found.source) == ("owner/tiny", "hub")
     assert found.folder.resolve().name == COMMIT
+    with pytest.raises(CheckpointError, match="has none for v2 among"):
+        open_checkpoint(f"{repository / place}/", "v2")
+
+
+def test_c8_the_cache_itself_names_its_models(repository: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a model folder; models in it: owner/tiny"):
+        open_checkpoint(str(repository.parent))
 
 
 def test_c8_an_adapter_in_the_cache_is_named_offline(repository: Path) -> None:

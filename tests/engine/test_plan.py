@@ -92,7 +92,7 @@ def test_a_cpu_with_slow_bf16_computes_in_fp32(
         ({"dtype": "fp8"}, "dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is cpu"),
         ({"dtype": "fp8", "device_map": "auto"}, "device_map is set; fp8 needs a model on one GPU"),
         ({"dtype": "int8", "device_map": "auto"}, "dtype int8 runs on a CPU; the device is auto"),
-        ({"attention": "cuda-tiles"}, "attention kernel 'cuda-tiles' does not run fp32 on cpu"),
+        ({"attention": "cuda-tiles", "dtype": "fp32"}, "attention kernel 'cuda-tiles' does not run fp32 on cpu"),
         ({"attention": "fast"}, "attention is 'fast'; it must be auto or one of"),
         ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu, cuda, cuda:N or mps"),
     ],

@@ -53,6 +53,7 @@ class Reranker:
             ),
             default_instruction=self.config.instruction,
         )
+        checkpoint.require_embeddings(self.tokenizer.num_ids)
         self.engine, self.info = compute(self._load)
         device = self.info.device
         self._worker = Worker(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local_rerank.checkpoints.find import Checkpoint, weight_files
+from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def score_identity(reranker: Reranker) -> str:
 
 
 def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    names: Sequence[str] = ["config.json", "tokenizer.json", *weight_files(checkpoint.folder)]
+    names: Sequence[str] = ["config.json", "tokenizer.json", *checkpoint.weights]
     return {name: _file_digest(checkpoint.folder / name) for name in names}
 
 

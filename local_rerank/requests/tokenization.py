@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 
 from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
 from local_rerank.requests.prompts import PromptTemplate
+from local_rerank.text_files import open_utf8
 from local_rerank.types import RerankRequest
 
 MAX_INSTRUCTION_TOKENS = 1024
@@ -105,15 +106,24 @@ class PairTokenizer:
         """Raises CheckpointError if the folder has no usable tokenizer.json."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is required")
-        try:
-            return cls(
-                path.read_text(encoding="utf-8"), template, limits=limits, default_instruction=default_instruction
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; a fast tokenizer is required. Copy it from the base model, or run "
+                f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})` with transformers"
             )
+        try:
+            with open_utf8(path, "model") as stream:
+                text = stream.read().decode("utf-8")
+            return cls(text, template, limits=limits, default_instruction=default_instruction)
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    @property
+    def num_ids(self) -> int:
+        """The number of token ids that prompts can have: user text has no added tokens."""
+        template_ids = (*self.prefix_ids, *self.suffix_ids, self.yes_id, self.no_id)
+        return max(self._plain.get_vocab_size(with_added_tokens=False), max(template_ids) + 1)
 
     def pairs(self, request: RerankRequest) -> TokenizedRequest:
         """Encode a request. Raises a leaf of InvalidRequest."""

@@ -122,6 +122,7 @@ class RerankResult(Sequence[RankedDocument]):
     num_query_truncated_tokens: int
     num_document_tokens: int  # of all documents of the request with duplicates, after truncation
     num_truncated_documents: int
+    unwrapped: bool  # whether the texts were parts of rendered prompts, whose template was removed
     total_tokens: int  # as the hosted service bills: instruction and query once per document, plus the documents
     num_computed_tokens: int  # tokens the model processed: shared prefixes and duplicates count once
     tokenize_ms: float

@@ -177,6 +177,7 @@ def _check_text(field: str, value: object, limit: int | None = None) -> None:
 
 
 def check_request(value: object) -> None:
+    """Raises WrongType for anything but a RerankRequest, such as a dict of its fields."""
     if not isinstance(value, RerankRequest):
         raise WrongType(value, field="request", expected=_REQUEST)
 

@@ -3,7 +3,7 @@
 The texts come from the model card of Qwen3-Reranker ("Transformers Usage"). `tokenization.py` encodes them.
 
 Clients written for servers without templates, as vLLM's examples are, render the prompt themselves. `unwrap` knows
-these forms, each with any whitespace at the ends of the texts:
+these forms. Whitespace may differ around `prefix` and after the document's end, and the query's newline may be missing:
 
 - the query is `prefix`, instruction and query; each document is its label, the text, and one of `client_suffixes`;
 - the query is instruction and query; each document is its label and the text.

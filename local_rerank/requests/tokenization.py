@@ -182,7 +182,7 @@ class PairTokenizer:
                 raise TooManyTokens(limit=limit, value=num_request_tokens)
         num_query_tokens = (shortened or whole).num_query_tokens
         num_query_cut = len(query.encoding.ids) - num_query_tokens
-        if num_query_cut and request.max_query_tokens is None:
+        if num_query_cut and request.max_query_tokens is request.max_prompt_tokens is None:  # else it asked for that
             what = "a query was cut by %d tokens to %d; max_query_tokens and max_length are the limits"
             self._warn_once(what, num_query_cut, num_query_tokens)
         return TokenizedRequest(

@@ -328,7 +328,8 @@ def test_a13_options_that_leave_no_room_stop_the_start() -> None:
 
 def test_a13_a_query_that_is_cut_by_the_engines_limits_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make(byte_tokenizer_json(), max_query_tokens=3)
-    tokenizer.pairs(RerankRequest(query="abcd", documents=("d",), max_query_tokens=2))
+    for limits in ({"max_query_tokens": 2}, {"max_prompt_tokens": 8000}):
+        tokenizer.pairs(RerankRequest(query="abcd", documents=("d",), **limits))  # type: ignore[arg-type]
     assert caplog.messages == [], "the request asked for it"
     for _ in range(2):
         tokenizer.pairs(RerankRequest(query="abcd", documents=("d",)))

@@ -16,7 +16,7 @@ from local_rerank_server.dialects import dialect_at, make_routes, route_path
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.middleware import AdmissionMiddleware, RequestLog
-from local_rerank_server.state import ServerState
+from local_rerank_server.state import RESULT_HEADERS, ServerState
 
 
 def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
@@ -41,7 +41,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
             allow_origins=state.config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RESULT_HEADERS],
         )
     app.add_middleware(RequestLog, state=state)
     app.add_exception_handler(404, _no_such_route)

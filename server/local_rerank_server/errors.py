@@ -49,6 +49,7 @@ from local_rerank.errors import (
     TooManyCharacters,
     TooManyTokens,
     UnusableAfterFork,
+    WrongType,
 )
 
 
@@ -141,6 +142,7 @@ class ClientDisconnected(LocalRerankError):
 
 STATUS: Mapping[type[LocalRerankError], int] = {
     InvalidRequest: 400,
+    WrongType: 400,
     EmptyQuery: 400,
     EmptyDocument: 400,
     InvalidDocumentCount: 400,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections import Counter
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -23,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Gives each request an id, sends it as `x-request-id`, and logs and counts the request without its texts."""
+    """Gives each request an id, sends it as `x-request-id`, and logs and counts the request without its texts.
+
+    Adds the headers of the result, too, whose counts `ServerState.rank` fills in.
+    """
 
     def __init__(self, app: ASGIApp, *, state: ServerState) -> None:
         self.app = app
@@ -33,6 +37,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         request_id = scope.setdefault("state", {}).setdefault("request_id", str(uuid.uuid4()))  # Ray's proxy sets one
+        counts = scope["state"]["result_counts"] = Counter[str]()
         started = time.perf_counter()
         status = 0
 
@@ -42,6 +47,7 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers.update({name: str(number) for name, number in counts.items() if number})
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
                     headers["connection"] = "close"
             await send(message)

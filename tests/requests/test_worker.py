@@ -99,6 +99,7 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
         num_query_truncated_tokens=0,
         num_suffix_tokens=0,
         total_tokens=num,
+        unwrapped=False,
     )
     request = RerankRequest(query="q", documents=("d",) * num)
     return PendingRequest(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)

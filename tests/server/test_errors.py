@@ -21,6 +21,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
     type(error): error
     for error in (
         library_errors.InvalidRequest("what is wrong", field="query"),
+        library_errors.WrongType(7, field="query", expected="a string"),
         library_errors.EmptyQuery(),
         library_errors.EmptyDocument(index=3),
         library_errors.InvalidDocumentCount(limit=500, value=501),

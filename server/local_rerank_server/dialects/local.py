@@ -51,6 +51,7 @@ class LocalResponse(TypedDict):
     num_query_truncated_tokens: int
     num_document_tokens: int
     num_truncated_documents: int
+    unwrapped: bool
     total_tokens: int
     num_computed_tokens: int
     tokenize_ms: float

@@ -33,7 +33,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
         routes=list(make_routes()),
     )
     app.state.server = state
-    app.root_path = state.config.root_path  # for ASGI servers that do not set it; the parameter is deprecated
+    app.root_path = state.config.prefix  # the parameter is deprecated
     app.add_middleware(AdmissionMiddleware, state=state, keys=keys)
     if state.config.cors_origins:  # outside of admission, because a browser's preflight request has no key
         app.add_middleware(

@@ -125,6 +125,7 @@ class ServerState:
     async def rank(self, http: Request, request: RerankRequest) -> RerankResult:
         """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first."""
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
+        http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
         ranking = asyncio.ensure_future(self._submit(request, http.state.request_id))
@@ -133,6 +134,7 @@ class ServerState:
             await asyncio.wait({ranking, disconnect}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if ranking.done():
                 result = ranking.result()
+                http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
                 return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ def set_up_logging(config: ServerConfig, *, passed_over: Sequence[str] = ()) -> 
         logging.getLogger(name).addFilter(Occasionally())
     if config.log_format == "json":
         logging.captureWarnings(True)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
         sys.excepthook = lambda kind, error, trace: logger.critical("uncaught", exc_info=(kind, error, trace))
         threading.excepthook = lambda args: logger.critical("uncaught", exc_info=args.exc_value)
     if passed_over:

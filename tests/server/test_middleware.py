@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from local_rerank import Reranker
 from local_rerank.errors import ModelUnavailable
-from tests.server.conftest import HeldRanker, Serve
+from tests.server.conftest import HeldRanker, Serve, until
 
 pytestmark = pytest.mark.anyio
 NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
@@ -171,6 +172,20 @@ async def test_the_access_log_can_be_switched_off(serve: Serve, caplog: pytest.L
     async with serve(HeldRanker(), no_access_log=True) as client:
         await client.post(LOCAL, json={})
     assert [record for record in caplog.records if record.name == LOGGER] == []
+
+
+@pytest.mark.parametrize("path", [*BODIES, "/v1/rerank voyage"])
+async def test_b3_a_cancelled_request_gets_the_503_of_its_dialect(path: str, serve: Serve) -> None:
+    path, _, other = path.partition(" ")
+    body = {"query": "q", "documents": ["a"], "model": "rerank-2.5", "top_k": 1} if other else BODIES[path]
+    ranker = HeldRanker()
+    async with serve(ranker) as client:
+        task = asyncio.create_task(client.post(path, json=body))
+        await until(lambda: ranker.futures)
+        task.cancel()  # the transport of tests runs the application in the client's task
+        answer = await task
+    assert (answer.status_code, "was stopped" in answer.text or "ModelUnavailable" in answer.text) == (503, True)
+    assert list(answer.json()) == (["detail"] if other else list(answer.json()))
 
 
 @pytest.mark.parametrize("root", ["/rerank", "/api", "/v1", "/a/b"])

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 import ssl
@@ -46,6 +47,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so tha
 MAX_FILES = 65_536  # open file descriptors, which include connections
 CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off
 IDLE_CLOSE_SECONDS = 0.5  # for the closing handshake of TLS
+LOOPBACK = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is IPv4 on a socket for both
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
@@ -224,8 +226,8 @@ def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) 
         access_log=False,  # middleware.RequestLog writes the access log
         server_header=False,
         ssl_context_factory=None if config.ssl_certfile is None else lambda *_: make_tls_context(config),
-        # a Unix socket's peer is a proxy on this machine; else uvicorn's default, 127.0.0.1 or FORWARDED_ALLOW_IPS
-        forwarded_allow_ips="*" if config.uds else None,
+        # peers whose X-Forwarded-For tells the client: uvicorn's default has no IPv6, and none on a Unix socket
+        forwarded_allow_ips="*" if config.uds else os.environ.get("FORWARDED_ALLOW_IPS") or LOOPBACK,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     try:

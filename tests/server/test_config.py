@@ -71,6 +71,10 @@ def test_limits_are_the_hosted_ones_on_dashscope_and_larger_elsewhere() -> None:
     assert not strict.dashscope_route_limits.allow_empty_documents
 
 
+def test_e5_the_server_times_out_before_the_usual_client() -> None:
+    assert 50_000 <= ServerConfig().request_timeout_ms < 60_000
+
+
 def test_every_numeric_option_has_a_minimum() -> None:
     types = get_type_hints(ServerConfig)
     numeric = [field.name for field in dataclasses.fields(ServerConfig) if types[field.name] in (int, int | None)]

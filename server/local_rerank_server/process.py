@@ -15,6 +15,7 @@ import signal
 import socket
 import ssl
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,37 +57,53 @@ logger = logging.getLogger(__name__)
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal arrives; returns the exit status, 1 if requests were left unanswered.
 
-    Raises ConfigError or CheckpointError if the server cannot start.
+    Ends the process itself while the model still loads or computes. Raises ConfigError or CheckpointError if the server
+    cannot start.
     """
     set_up_logging(server_config, passed_over=kubernetes_variables())
     keys = ApiKeys.from_config(server_config)
     _allow_many_connections()
     with _listen(server_config) as listener:
         try:
-            return _serve_on(listener, engine_config, server_config, keys)
+            status, model_is_busy = _serve_on(listener, engine_config, server_config, keys)
         finally:
             if server_config.uds is not None:
                 server_config.uds.unlink(missing_ok=True)
+    if model_is_busy and not server_config.ray:  # Ray ends its processes at Python's exit
+        _end_process(status)
+    return status
 
 
-def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys) -> int:
+def _end_process(status: int) -> None:
+    """End without Python's teardown, which waits 3 s for a model that loads, and in which torch's threads can abort."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _serve_on(
+    listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys
+) -> tuple[int, bool]:
+    """Returns the exit status, and whether a thread still loads or runs the model."""
     state = ServerState(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     server = _Server(_uvicorn_config(state, keys, tracing), state)
     address = _address(listener, config)
     announce(config, f"listening on {address}, loading the model ...")
-    _load_in_background(state, server, engine_config, ready=lambda info: _announce_ready(info, address, config))
+    loading = _load_in_background(
+        state, server, engine_config, ready=lambda info: _announce_ready(info, address, config)
+    )
     server.run(sockets=[listener])
     if tracing is not None:
         tracing.close()
     if server.failure is not None:
         raise server.failure
-    return int(server.cut_off)
+    return int(server.cut_off), server.cut_off or loading.is_alive()
 
 
 def _load_in_background(
     state: ServerState, server: _Server, config: EngineConfig, *, ready: Callable[[ModelInfo], None]
-) -> None:
+) -> threading.Thread:
     """Load the model in a thread and pass it to `state`; stop the server if that fails."""
 
     def load() -> None:
@@ -102,7 +119,9 @@ def _load_in_background(
             state.serve(reranker)
             ready(reranker.info)
 
-    threading.Thread(target=load, name="load", daemon=True).start()  # so that a signal does not wait for a long load
+    loading = threading.Thread(target=load, name="load", daemon=True)  # a signal does not wait for a long load
+    loading.start()
+    return loading
 
 
 def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:

@@ -185,7 +185,7 @@ async def test_b3_a_cancelled_request_gets_the_503_of_its_dialect(path: str, ser
         task.cancel()  # the transport of tests runs the application in the client's task
         answer = await task
     assert (answer.status_code, "was stopped" in answer.text or "ModelUnavailable" in answer.text) == (503, True)
-    assert list(answer.json()) == (["detail"] if other else list(answer.json()))
+    assert ("detail" in answer.json() and len(answer.json()) == 1) is (other == "voyage")
 
 
 @pytest.mark.parametrize("root", ["/rerank", "/api", "/v1", "/a/b"])

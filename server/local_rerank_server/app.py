@@ -15,8 +15,8 @@ from local_rerank.errors import LocalRerankError
 from local_rerank_server.dialects import dialect_at, make_routes, route_path
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.middleware import AdmissionMiddleware, RequestLog
-from local_rerank_server.state import RESULT_HEADERS, ServerState
+from local_rerank_server.middleware import RESULT_HEADERS, AdmissionMiddleware, RequestLog
+from local_rerank_server.state import ServerState
 
 
 def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
@@ -33,7 +33,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
         routes=list(make_routes()),
     )
     app.state.server = state
-    app.root_path = state.config.root_path  # for ASGI servers that do not set it; the parameter is deprecated
+    app.root_path = state.config.prefix  # the parameter is deprecated
     app.add_middleware(AdmissionMiddleware, state=state, keys=keys)
     if state.config.cors_origins:  # outside of admission, because a browser's preflight request has no key
         app.add_middleware(

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from local_rerank.requests.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-RESULT_HEADERS = ("x-truncated-documents", "x-truncated-query-tokens", "x-unwrapped-queries")
-"""Counts in the headers of an answer, if they are not 0, because most dialects have no field for them."""
 LONG_CHARS = 1_000_000  # about half a second of tokenization; longer requests share a pool of their own
 LONG_THREADS = 1  # the tokenizer itself splits the documents of one request between threads
 
@@ -127,6 +125,7 @@ class ServerState:
     async def rank(self, http: Request, request: RerankRequest) -> RerankResult:
         """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first."""
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
+        http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
         ranking = asyncio.ensure_future(self._submit(request, http.state.request_id))
@@ -135,8 +134,8 @@ class ServerState:
             await asyncio.wait({ranking, disconnect}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if ranking.done():
                 result = ranking.result()
+                http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
-                _count_for_headers(http, result)
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
                 return result
             if disconnect.done():
@@ -163,12 +162,6 @@ class ServerState:
 
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
-
-
-def _count_for_headers(http: Request, result: RerankResult) -> None:
-    """Add to the counts of this request, which may have several results."""
-    counts = (result.num_truncated_documents, result.num_query_truncated_tokens, int(result.unwrapped))
-    http.state.result_counts.update(dict(zip(RESULT_HEADERS, counts, strict=True)))
 
 
 async def _until_disconnected(http: Request) -> None:

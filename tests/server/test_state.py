@@ -35,7 +35,9 @@ def http_request(**headers: str) -> Request:
         raise AssertionError
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw, "state": {"request_id": "the-id"}}, receive)
+    return Request(
+        {"type": "http", "headers": raw, "state": {"request_id": "the-id", "num_documents": 0, "results": []}}, receive
+    )
 
 
 async def test_the_header_lowers_the_deadline_and_cannot_raise_it() -> None:

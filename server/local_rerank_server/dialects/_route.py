@@ -92,6 +92,7 @@ class DialectRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def respond(http: Request) -> Response:
+            http.state.dialect = self.dialect  # for the middleware
             try:
                 return await handle(json_request(http))
             except Exception as error:

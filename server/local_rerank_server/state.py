@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from local_rerank.requests.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
+TRUNCATION_HEADERS = ("x-truncated-documents", "x-truncated-query-tokens")
 LONG_CHARS = 1_000_000  # about half a second of tokenization; longer requests share a pool of their own
 LONG_THREADS = 1  # the tokenizer itself splits the documents of one request between threads
+
+Ranking = TypeVar("Ranking")
 
 logger = logging.getLogger(__name__)
 
@@ -135,22 +138,14 @@ class ServerState:
                 result = ranking.result()
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
+                _note_truncation(http, result)
                 return result
             if disconnect.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
-            raise DeadlineExceeded(timeout_ms=timeout_ms)
+            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
         finally:
             ranking.cancel()
             disconnect.cancel()
-
-    async def rank_all(self, http: Request, requests: Sequence[RerankRequest]) -> list[RerankResult]:
-        """Rank several requests of one client concurrently; the first failure cancels the others."""
-        tasks = [asyncio.ensure_future(self.rank(http, request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue."""
@@ -158,8 +153,47 @@ class ServerState:
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
         return await asyncio.wrap_future(await queued(threads, self.reranker.submit, request, name=request_id))
 
+    def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
+        """What this process was measured to do, and what to change so that such a request is answered in time."""
+        rate, info = self.reranker.tokens_per_second, self.reranker.info
+        speed = f"; this server computes about {rate:,.0f} tokens per second" if rate else ""
+        longer = "raise --request-timeout-ms"
+        if timeout_ms < self.config.request_timeout_ms:
+            longer = f"raise the header {TIMEOUT_HEADER}, up to {self.config.request_timeout_ms}"
+        faster = ["a smaller model"]
+        if info.device == "cpu" and info.dtype != "int8":
+            faster.insert(0, "--dtype int8")
+        return (
+            f"the request has {len(request.documents)} documents{speed}. Send fewer or shorter documents, {longer}, "
+            f"or serve with {' or '.join(faster)}"
+        )
+
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
+
+
+async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:
+    """Run the rankings of one client concurrently; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(ranking) for ranking in rankings]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def truncation_headers(http: Request) -> dict[str, str]:
+    """Response headers that tell, in every dialect, what was cut off the texts; none if nothing was."""
+    return {name: str(number) for name, number in getattr(http.state, "truncated", {}).items() if number}
+
+
+def _note_truncation(http: Request, result: RerankResult) -> None:
+    """Add to what was cut off in this HTTP request, which may consist of several rankings."""
+    noted = http.state.truncated = getattr(http.state, "truncated", None) or dict.fromkeys(TRUNCATION_HEADERS, 0)
+    for name, number in zip(
+        TRUNCATION_HEADERS, (result.num_truncated_documents, result.num_query_truncated_tokens), strict=True
+    ):
+        noted[name] += number
 
 
 async def _until_disconnected(http: Request) -> None:

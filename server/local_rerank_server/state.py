@@ -160,12 +160,12 @@ class ServerState:
         longer = "raise --request-timeout-ms"
         if timeout_ms < self.config.request_timeout_ms:
             longer = f"raise the header {TIMEOUT_HEADER}, up to {self.config.request_timeout_ms}"
-        faster = ["a smaller model"]
-        if info.device == "cpu" and info.dtype != "int8":
-            faster.insert(0, "--dtype int8")
+        faster = [] if info.source == "embedded" else ["a smaller model"]
+        if info.device == "cpu":
+            faster = [*([] if self.reranker.config.dtype == "int8" else ["--dtype int8"]), *faster, "a GPU"]
         return (
-            f"the request has {len(request.documents)} documents{speed}. Send fewer or shorter documents, {longer}, "
-            f"or serve with {' or '.join(faster)}"
+            f"the request has {len(request.documents)} documents{speed}. Send fewer or shorter documents or {longer}"
+            + (f"; to be faster, serve with {' or '.join(faster)}" if faster else "")
         )
 
     def _retry_after(self) -> float:

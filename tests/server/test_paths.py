@@ -44,7 +44,7 @@ async def test_c12_the_page_of_the_documentation_keeps_its_relative_links(serve:
     ("method", "path", "nearest"),
     [
         ("POST", "/v1/rerankk", "POST /v1/rerank"),
-        ("POST", "/rerank/v1", "POST /v1/rerank"),
+        ("POST", "/rerank/v1", "POST /rerank"),
         ("GET", "/v1/model", "GET /v1/models"),
         ("POST", "/compatible-mode/reranks", "POST /compatible-mode/v1/reranks"),
         ("GET", "/helth", "GET /health"),

@@ -7,6 +7,7 @@ missing key) find their dialect by path in `dialects/__init__.py`. `_shared_path
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import traceback
@@ -19,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
 from local_rerank.types import RerankRequest, RerankResult
@@ -31,6 +32,7 @@ from local_rerank_server.errors import (
     ClientDisconnected,
     InvalidField,
     MalformedBody,
+    MissingApiKey,
     MissingField,
     UnknownRoute,
     UnsupportedInput,
@@ -46,6 +48,17 @@ MAX_SHOWN = 40  # characters of a value that an error shows
 
 FORM_TAG = "form:"
 """Prefix of the tags of tagged unions, which must not appear in the names of fields."""
+
+_KEY_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>local-rerank: API key needed</title>
+<h1>This address needs an API key</h1>
+<p>{error}. A browser sends none: use <code>curl -H "Authorization: Bearer KEY"</code>, or
+<a href="{home}">the page of this server</a>, which asks for the key.</p>
+</html>
+"""
+_PAGE_HEADERS = {"content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store"}
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +90,12 @@ class Dialect:
             strict_content_type=False,  # a body without Content-Type is read as JSON
         )
 
-    def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
+    def error_response(self, error: LocalRerankError, http: Request) -> Response:
         http.state.error = type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
+        if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
+            page = _KEY_PAGE.format(error=error, home=html.escape(f"{http.scope.get('root_path', '')}/"))
+            return HTMLResponse(page, status_code=status, headers=headers_of(error) | _PAGE_HEADERS)
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)

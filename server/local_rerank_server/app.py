@@ -68,7 +68,7 @@ class PlainPaths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path = re.sub("/{2,}", "/", scope["path"])
+        path = re.sub("(?<!:)/{2,}", "/", scope["path"])  # but not in https://
         root = scope.get("root_path", "")
         if path not in ("/", f"{root}/"):  # the page at the root, whose links are relative to it
             path = path.removesuffix("/")

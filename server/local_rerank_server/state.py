@@ -155,17 +155,18 @@ class ServerState:
 
     def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
-        rate, info = self.reranker.tokens_per_second, self.reranker.info
-        speed = f"; this server computes about {rate:,.0f} tokens per second" if rate else ""
+        rate, on_cpu = self.reranker.tokens_per_second, self.reranker.info.device == "cpu"
+        speed = f", measured rate: {rate:,.0f} tokens per second" if rate else ""
         longer = "raise --request-timeout-ms"
         if timeout_ms < self.config.request_timeout_ms:
-            longer = f"raise the header {TIMEOUT_HEADER}, up to {self.config.request_timeout_ms}"
-        faster = [] if info.source == "embedded" else ["a smaller model"]
-        if info.device == "cpu":
-            faster = [*([] if self.reranker.config.dtype == "int8" else ["--dtype int8"]), *faster, "a GPU"]
+            most = self.config.request_timeout_ms
+            longer = f"raise the header {TIMEOUT_HEADER} (the server's --request-timeout-ms is {most})"
+        faster = "--dtype int8 or a smaller model"
+        if not on_cpu or self.reranker.config.dtype == "int8":
+            faster = "a smaller model"
         return (
-            f"the request has {len(request.documents)} documents{speed}. Send fewer or shorter documents or {longer}"
-            + (f"; to be faster, serve with {' or '.join(faster)}" if faster else "")
+            f"documents: {len(request.documents)}{speed}. Send fewer or shorter documents, {longer}, "
+            f"or serve with {faster}"
         )
 
     def _retry_after(self) -> float:

@@ -66,6 +66,6 @@ async def test_b9_a_browser_without_a_key_is_told_in_a_page(serve: Serve) -> Non
         asked = await client.get("/metrics", headers={"Accept": "*/*"})
     assert (shown.status_code, shown.headers["content-type"]) == (401, "text/html; charset=utf-8")
     assert 'href="/root/"' in shown.text
-    assert "<p>the API key is missing" in shown.text
+    assert "This address needs an API key" in shown.text
     assert shown.headers["www-authenticate"] == "Bearer"
     assert asked.json()["error"]["type"] == "MissingApiKey"

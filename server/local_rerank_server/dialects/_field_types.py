@@ -146,7 +146,7 @@ def _well_formed_object(value: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_media(value: dict[str, Any], at: str = "") -> None:
     for key in _MEDIA.keys() & value.keys():
-        if value[key] is not None:
+        if value[key]:
             _refuse(key, f"{at}.{key}" if at else key)
 
 

@@ -54,8 +54,8 @@ _KEY_PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>local-rerank: API key needed</title>
 <h1>This address needs an API key</h1>
-<p>{error}. A browser sends none: use <code>curl -H "Authorization: Bearer KEY"</code>, or
-<a href="{home}">the page of this server</a>, which asks for the key.</p>
+<p>Send it as <code>Authorization: Bearer KEY</code>, which a browser does not do by itself.
+<a href="{home}">The page of this server</a> asks for the key.</p>
 </html>
 """
 _PAGE_HEADERS = {"content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store"}
@@ -94,7 +94,7 @@ class Dialect:
         http.state.error = type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
-            page = _KEY_PAGE.format(error=error, home=html.escape(f"{http.scope.get('root_path', '')}/"))
+            page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
             return HTMLResponse(page, status_code=status, headers=headers_of(error) | _PAGE_HEADERS)
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:

@@ -89,7 +89,7 @@ async def _no_such_route(http: Request, error: Exception) -> Response:
     known = UnknownRoute(
         path,
         endpoints=endpoints,
-        nearest=_nearest(f"{http.method} {path}", endpoints),
+        nearest=_nearest(f"{http.method} {path.lower()}", endpoints),
         address=str(http.base_url).rstrip("/"),
     )
     return dialect_at(path).error_response(known, http)

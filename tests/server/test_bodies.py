@@ -45,6 +45,8 @@ async def test_c11_a_count_may_be_written_as_string_or_float_under_any_name(
     path: str, body: dict[str, Any], serve: Serve, tiny_reranker: Reranker
 ) -> None:
     async with serve(tiny_reranker) as client:
+        inside = await client.post(path, json={**body, "parameters": {"top_n": 2, "top_k": None}})
+        assert len(results_of(inside)) == 2
         for name, value in (("top_n", "2"), ("top_k", 2.0), ("topN", 2), ("topK", " 2.0")):
             assert len(results_of(await client.post(path, json={**body, name: value}))) == 2, name
             for value, shown in (("2.5", '"2.5"'), (2.5, "2.5"), (True, "true"), ("two", '"two"'), (-1.5, "-1.5")):
@@ -175,6 +177,7 @@ async def test_e2_a_body_of_the_other_api_is_named_as_such(serve: Serve) -> None
         ("/score", {"text_1": "q", "text_2": []}, "text_2"),
         ("/score", {"data_1": ["q", " "], "data_2": ["a", "b"]}, "data_1"),
         ("/v1/rerank", {**PLAIN, "topN": "x"}, "topN"),
+        ("/v1/rerank", {**PLAIN, "parameters": {"top_n": "x"}}, "parameters.top_n"),
         ("/v1/reranking", {"query": "q", "input": ["a", {"x": 1}]}, "input.1"),
         ("/v1/rerank", {**PLAIN, "truncatePromptTokens": 5}, "truncate_prompt_tokens"),
     ],

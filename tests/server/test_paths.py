@@ -48,6 +48,7 @@ async def test_c12_the_page_of_the_documentation_keeps_its_relative_links(serve:
         ("GET", "/v1/model", "GET /v1/models"),
         ("POST", "/compatible-mode/reranks", "POST /compatible-mode/v1/reranks"),
         ("GET", "/helth", "GET /health"),
+        ("POST", "/V1/Rerank", "POST /v1/rerank"),
     ],
 )
 async def test_c12_an_unknown_path_names_the_nearest(method: str, path: str, nearest: str, serve: Serve) -> None:

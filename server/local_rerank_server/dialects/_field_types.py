@@ -124,7 +124,8 @@ def _text_of_part(part: Any, at: str) -> str:
 def _document_of(value: Any) -> str | dict[str, Any]:
     if isinstance(value, dict):
         text = _text_in(value)
-        return _well_formed_object(value if text is value or "text" in value else value | {"text": text})
+        in_parts = value.get("text") is None and isinstance(value.get("content"), list)
+        return _well_formed_object(value | {"text": text} if in_parts else value)
     if isinstance(value, str):
         _refuse_media_text(value)
         text = _well_formed(value)
@@ -201,6 +202,10 @@ def _truncation_of(value: Any) -> Any:
     raise PydanticCustomError("truncation", "one of true, false, start, end and error is expected")
 
 
+def _lower_case(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
 def _refuse_unless_off(value: Any) -> None:
     if value not in (None, False, 0, "", [], {}):
         raise PydanticCustomError("unsupported", "not supported here; leave it out")
@@ -238,8 +243,8 @@ Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_sch
 Documents = Annotated[list[Document], _FailFast(), _at_most(MAX_DOCUMENTS), BeforeValidator(_in_a_list)]
 """Such documents, or one document, which vLLM accepts too."""
 
-FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES)]
-"""The fields of document objects to rank."""
+FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES), BeforeValidator(_in_a_list)]
+"""The fields of document objects to rank, or one field."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
 """A boolean, or "true" or "false", which at least one client sends."""
@@ -255,6 +260,12 @@ Cut = Annotated[
     PlainValidator(_truncation_of, json_schema_input_type=bool | Literal["start", "end", "error", "left", "right"]),
 ]
 """What to do with texts that are too long: true or "end" cuts their end, "start" their start, else they are refused."""
+
+Side = Annotated[
+    Literal["left", "right"],
+    BeforeValidator(_lower_case, json_schema_input_type=Literal["left", "Left", "right", "Right"]),
+]
+"""The end of a long text that is cut off."""
 
 Unsupported = Annotated[None, PlainValidator(_refuse_unless_off, json_schema_input_type=Literal[False] | None)]
 """An option that has no effect here, refused unless it is null or switched off."""

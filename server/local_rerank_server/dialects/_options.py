@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge
 from pydantic import Field, model_validator
@@ -27,6 +27,7 @@ from local_rerank_server.dialects._field_types import (
     Flag,
     IgnoredUnlessObject,
     RequestBody,
+    Side,
     String,
     Text,
     Unsupported,
@@ -38,7 +39,6 @@ CutTo = Annotated[CountOrAll | None, Field(description="Truncate to this many to
 HowMany = Annotated[CountOrAll | None, Field(description="How many documents to return; all by default.")]
 Echo = Annotated[Flag | None, Field(description="Whether to return the documents.")]
 LongTexts = Annotated[Cut | None, Field(description="Which end of long texts to cut off; false refuses them.")]
-Side = Annotated[Literal["left", "Left", "right", "Right"] | None, Field(description="Which end to cut off.")]
 
 
 class TemplateArguments(RequestBody):
@@ -87,8 +87,8 @@ class Options(Instructed):
     )
     truncation: LongTexts = None
     truncate: LongTexts = None
-    truncation_direction: Side = None
-    truncation_side: Side = None
+    truncation_direction: Side | None = None
+    truncation_side: Side | None = None
     raw_scores: Flag | None = Field(default=None, description="Return log-odds instead of scores between 0 and 1.")
     return_raw_scores: Flag | None = Field(default=None, description="The same.")
     use_activation: Flag | None = Field(default=None, description="false means raw_scores.")
@@ -101,11 +101,16 @@ class Options(Instructed):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_camel_case(cls, body: Any) -> Any:
-        if not isinstance(body, dict) or all(key.islower() for key in body):
+    def _fill_in(cls, body: Any) -> Any:
+        """Options in camelCase, and those in DashScope's `parameters`, fill in for those that are absent."""
+        if not isinstance(body, dict):
             return body
-        renamed = {snake_case(key): value for key, value in body.items() if snake_case(key) in cls.model_fields}
-        return renamed | {key: value for key, value in body.items() if value is not None}
+        filled: dict[str, Any] = {}
+        for fields in (body.get("parameters"), body):
+            if isinstance(fields, dict):
+                sent = {snake_case(key): value for key, value in fields.items() if value is not None}
+                filled |= {key: value for key, value in sent.items() if key in cls.model_fields}
+        return filled | {key: value for key, value in body.items() if value is not None}
 
     def names(self) -> dict[str, str]:
         """The names of the request's fields in this body, for errors."""
@@ -126,7 +131,7 @@ class Options(Instructed):
 
     def wanted_truncation(self) -> Truncation:
         given = self.truncation or self.truncate or "end"
-        side = (self.truncation_direction or self.truncation_side or "right").lower()
+        side = self.truncation_direction or self.truncation_side
         return "start" if given == "end" and side == "left" else given
 
 
@@ -197,7 +202,7 @@ def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str], field: 
     if isinstance(document, str):
         return document
     if not rank_fields:
-        text = document.get("text")
+        text = document.get("text", document.get("content"))
         if isinstance(text, str):
             return text
         raise InvalidField(field, "an object without rank_fields needs a text")

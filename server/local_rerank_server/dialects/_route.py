@@ -221,8 +221,7 @@ def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
     if not parts:
         return MalformedBody("the body must be a JSON object")
     if body.get(parts[0]) is None:
-        sent = (key for key, value in body.items() if snake_case(key) == parts[0] and value is not None)
-        parts[0] = next(sent, parts[0])
+        parts[0] = _name_sent(parts[0], body)
     name = ".".join(parts)
     if invalid["type"] == "missing" or invalid["input"] is None:
         return MissingField(name, hint=_hint(name, body))
@@ -230,6 +229,16 @@ def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
         at = invalid["ctx"]["at"]
         return UnsupportedInput(f"{name}.{at}" if at else name, invalid["ctx"]["kind"])
     return InvalidField(name, invalid["msg"], sent=_shown(invalid["input"]))
+
+
+def _name_sent(name: str, body: Mapping[str, Any]) -> str:
+    """The name in the body of an option that was sent in camelCase or in DashScope's `parameters`."""
+    nested = body.get("parameters")
+    for prefix, fields in (("", body), ("parameters.", nested if isinstance(nested, dict) else {})):
+        for key, value in fields.items():
+            if snake_case(key) == name and value is not None:
+                return prefix + key
+    return name
 
 
 def _hint(missing: str, body: Mapping[str, Any]) -> str:

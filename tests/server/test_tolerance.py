@@ -211,4 +211,4 @@ async def test_a13_headers_report_what_was_cut_on_every_route(serve: Serve, tiny
         assert not [name for name in response.headers if name.startswith("x-truncated")]
         refused = await client.post(GENERIC, json=flat(query="long " * 1000, truncate_prompt_tokens=100))
         assert refused.status_code == 400
-        assert "max_prompt_tokens is 100" in message_of(refused.json())
+        assert "truncate_prompt_tokens is 100" in message_of(refused.json())

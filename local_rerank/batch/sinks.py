@@ -67,7 +67,7 @@ class TextSink:
         return self._file.commit()
 
     def finish(self) -> None:
-        pass  # the file is complete after the last commit
+        self.close()  # the file is complete after the last commit
 
     def close(self) -> None:
         self._file.close()

@@ -44,9 +44,9 @@ class BatchOptions:
 
     @property
     def is_run(self) -> bool:
-        """Whether the input is a run; one in .tsv, as MS MARCO has them, is told by the texts that come with it."""
+        """Whether the input is a run; one in .tsv, as MS MARCO has them, or .csv is told by the texts beside it."""
         suffix = suffix_of(self.input)
-        return suffix in RUN_SUFFIXES or (suffix in (".tsv", "") and (self.queries or self.dataset) is not None)
+        return suffix in RUN_SUFFIXES or (suffix in (".tsv", ".csv", "") and (self.queries or self.dataset) is not None)
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:

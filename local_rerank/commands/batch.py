@@ -162,7 +162,7 @@ def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
     with closing(JobFolder(job.output, job.rejects, job.settings, overwrite=overwrite)) as folder:
         display = Display(mode, job.input.name)
         with _io_errors_as_config_error(lambda: folder.next_time):
-            source = source_of(job, folder)
+            source = source_of(job, folder, judgements)
             if folder.begins:
                 display.start(str(job.output), folder.begins)
             from local_rerank.reranker import Reranker

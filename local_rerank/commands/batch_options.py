@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from local_rerank.batch.formats import OUTPUT_SUFFIXES, judge_output, open_source
+from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import Position, first_row
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -101,33 +103,36 @@ def judgements_of(job: BatchOptions) -> Judgements | None:
     """Read the judgements to measure with, if any; raises InvalidRequest or ConfigError."""
     if job.qrels is None:
         return None
-    from local_rerank.evaluation.left_out import LeftOut
     from local_rerank.evaluation.measures import load_ir_measures
-    from local_rerank.evaluation.trec_files import read_orders, read_qrels
+    from local_rerank.evaluation.trec_files import read_qrels
 
     load_ir_measures()
-    judgements = read_qrels(job.qrels)
-    if job.is_run and not read_orders(job.input, LeftOut(), judgements):
-        raise InvalidRequest(f"none of the queries of {job.input} has a judgement in {job.qrels}", field="qrels")
-    return judgements
+    return read_qrels(job.qrels)
 
 
-def _judge_blend(job: BatchOptions, source: Source) -> None:
-    if job.blend is None or job.is_run:
-        return
-    if source.is_pairs:
-        raise ConfigError(f"blend is {job.blend}, but {job.input} has pairs, which have no ranking")
-    first = first_row(source.read(Position()), job.input)
-    if job.blend.source == "run" and first is not None and first.first_stage_scores is None:
-        raise ConfigError(f"blend is {job.blend}, but the documents of {job.input} have no `score`")
-
-
-def source_of(job: BatchOptions, folder: JobFolder) -> Source:
-    """Open the input and judge it against the output and `--blend`."""
+def source_of(job: BatchOptions, folder: JobFolder, judgements: Judgements | None) -> Source:
+    """Open the input, and judge it against the output, `--blend` and the judgements."""
     source = _open(job, folder)
-    _judge_blend(job, source)
     judge_output(job.output, source)
+    if not job.is_run and (first := first_row(source.read(Position()), job.input)) is not None:
+        _judge_first(job, first)
+        if job.output.suffix.lower() == ".run" and all(row.id is None for row in _rows(source)):
+            raise ConfigError(f"output is {job.output}, a run, which needs an id; no record of {job.input} has one")
+    if judgements is not None and not any(row.id in judgements for row in _rows(source)):
+        raise InvalidRequest(f"none of the queries of {job.input} has a judgement in {job.qrels}", field="qrels")
     return source
+
+
+def _rows(source: Source) -> Iterator[Row]:
+    return (item for item, _ in source.read(Position()) if isinstance(item, Row))
+
+
+def _judge_first(job: BatchOptions, row: Row) -> None:
+    """Judge what the first record says about all of them."""
+    if job.blend is not None and row.is_pair:
+        raise ConfigError(f"blend is {job.blend}, but {job.input} has pairs, which have no ranking")
+    if job.blend is not None and job.blend.source == "run" and row.first_stage_scores is None:
+        raise ConfigError(f"blend is {job.blend}, but the documents of {job.input} have no `score`")
 
 
 def _open(job: BatchOptions, folder: JobFolder) -> Source:

@@ -35,6 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, content in {
         "half.qrels": "q1 0 d1 0.5", "other.qrels": "q9 0 d1 1", "none.c": "no form at all", "other.c": "d9\tx",
         "other.q": "q9\tx", "array.jsonl": '[{"query": "q", "document": "d"}]', "bad.run": "q1 d1",
+        "no-id.jsonl": '{"query": "q", "documents": ["d"]}',
     }.items():  # fmt: skip
         write_lines(tmp_path / name, [content])
     (tmp_path / "broken.tsv").write_bytes(gzip.compress(b"d1\tfirst\n" * 99)[:-9])
@@ -67,6 +68,14 @@ def replaced(old: str, new: str) -> list[str]:
         (["pairs.jsonl", "--output", "o.jsonl.gz"], "output is o.jsonl.gz; it must end in one of .jsonl"),
         (["pairs.jsonl", "--output", "o.jsonl", "--blend", "bm25=1"], "blend is bm25=1, but pairs.jsonl has pairs"),
         (["rankings.jsonl", "--output", "o.jsonl", "--blend", "run=1"], "documents of rankings.jsonl have no `score`"),
+        (
+            ["no-id.jsonl", "--output", "o.run"],
+            "output is o.run, a run, which needs an id; no record of no-id.jsonl has one",
+        ),
+        (
+            ["rankings.jsonl", "--output", "o.run", "--qrels", "other.qrels"],
+            "none of the queries of rankings.jsonl has",
+        ),
         (["array.jsonl", "--output", "o.jsonl"], "array.jsonl has no record that can be ranked; line 1: a record must"),
     ],
 )

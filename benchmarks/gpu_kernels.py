@@ -78,7 +78,7 @@ def tuning(setting: Setting) -> Result:
 
     with torch.inference_mode():
         for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
-            batch = pack([Pair((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
+            batch = pack([Pair.of((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
             joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
             parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
             for queries in (32, 64, 128):

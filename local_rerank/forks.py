@@ -1,8 +1,8 @@
 """Makes `os.fork` safe. A child has one thread, a copy of the parent's memory, and locks in the state they were in.
 
-Before a fork we wait until no model is loading and the compute thread is between two layers, because imports, oneDNN
-and MKL hold locks that the child cannot replace. In the child, each object that owns threads or locks replaces them.
-Parent and child share the weights (copy-on-write).
+Before a fork we wait until no model is loading, no text is being encoded and the compute thread is between two layers,
+because imports, fastokens, oneDNN and MKL hold locks that the child cannot replace. In the child, each object that owns
+threads or locks replaces them. Parent and child share the weights (copy-on-write).
 
 We poll plain attributes, because another thread could fork while it holds a lock of this module.
 """
@@ -39,6 +39,7 @@ class _ProcessState:
     def __init__(self) -> None:
         self.forking: set[int] = set()  # ids of threads
         self.loads: set[object] = set()
+        self.encodings: set[object] = set()
         self.is_computing = False
         self.is_usable = True  # False in a child forked while a model was loading or an operator was running
 
@@ -80,6 +81,23 @@ def between_layers() -> None:
     if _process.forking and _thread.is_busy:
         _process.is_computing = False
         _take_turn()
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """A tokenizer holds locks: a fork waits for the end of this block."""
+    token, was_busy = object(), _thread.is_busy
+    try:
+        _process.encodings.add(token)
+        while _process.forking and not was_busy:
+            _process.encodings.discard(token)
+            _wait_while(lambda: bool(_process.forking))
+            _process.encodings.add(token)
+        _thread.is_busy = True
+        yield
+    finally:
+        _thread.is_busy = was_busy
+        _process.encodings.discard(token)
 
 
 def load_in_thread(threads: Executor, load: Callable[[], T]) -> Future[T]:
@@ -148,7 +166,7 @@ def _before() -> None:
             break
         _process.forking.discard(thread)
     _process.forking.add(thread)
-    _thread.is_safe = ended and _wait_while(lambda: _process.is_computing)
+    _thread.is_safe = ended and _wait_while(lambda: _process.is_computing or bool(_process.encodings))
 
 
 def _after_in_parent() -> None:

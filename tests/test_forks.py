@@ -152,6 +152,23 @@ def test_a_fork_waits_until_the_parent_is_between_two_layers(fresh: Reranker, ex
     assert [item.index for item in answer.result(30)] == [item.index for item in fresh.rank(QUERY, DOCUMENTS)]
 
 
+def test_a_fork_waits_until_no_text_is_being_encoded() -> None:
+    entered, gate, seen = threading.Event(), threading.Event(), []
+
+    def encode() -> None:
+        with forks.encoding():
+            entered.set()
+            assert gate.wait(30)
+            seen.append("encoded")
+
+    with ThreadPoolExecutor(1) as threads:
+        encoding = threads.submit(encode)
+        assert entered.wait(30)
+        threading.Timer(0.1, gate.set).start()
+        assert in_child(seen.copy) == ["encoded"]
+        encoding.result(30)
+
+
 def test_a_fork_that_stops_waiting_makes_a_child_that_raises(fresh: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate = threading.Event(), threading.Event()
     monkeypatch.setattr(forks, "MAX_WAIT_SECONDS", 0.05)

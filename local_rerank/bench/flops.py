@@ -71,8 +71,8 @@ class DecoderShape:
 
 def useful_flops(shape: DecoderShape, pairs: Sequence[Pair]) -> float:
     """Return the floating-point operations of a batch in which equal prefixes are computed once."""
-    prefixes = [len(ids) for ids in {pair.prefix_ids for pair in pairs}]
-    lengths = [(len(pair.prefix_ids), len(pair.document_ids)) for pair in pairs]
+    prefixes = list({pair.prefix: pair.num_prefix_tokens for pair in pairs}.values())
+    lengths = [(pair.num_prefix_tokens, pair.num_document_tokens) for pair in pairs]
     num_tokens = sum(prefixes) + sum(length for _, length in lengths)
     attended = sum(map(_causal, prefixes))  # (query, key) pairs
     attended += sum(length * prefix + _causal(length) for prefix, length in lengths)

@@ -13,6 +13,7 @@ from local_rerank.bench.flops import DecoderShape, gemm_ceiling, useful_flops
 from local_rerank.bench.targets import RerankerTarget, Round, Target
 from local_rerank.bench.workloads import Workload, make_requests
 from local_rerank.engine.plan import PLATFORMS
+from local_rerank.requests.pair import num_batch_tokens
 from local_rerank.reranker import Reranker
 
 CEILING_TOKENS = {name: platform.max_batch_tokens for name, platform in PLATFORMS.items()}  # rows of the GEMM
@@ -75,7 +76,7 @@ def measure(
     tokenized = [first.reranker.tokenizer.pairs(request) for request in requests]
     shape = DecoderShape.from_config(first.reranker.checkpoint.config)
     flops = sum(useful_flops(shape, each.pairs) for each in tokenized)
-    num_tokens = sum(len(each.pairs[0].prefix_ids) + sum(len(p.document_ids) for p in each.pairs) for each in tokenized)
+    num_tokens = sum(num_batch_tokens(each.pairs) for each in tokenized)
     exact = None
     if reference is not None:
         exact = RerankerTarget("reference", reference, "", None).run(requests, concurrent=False).log_odds

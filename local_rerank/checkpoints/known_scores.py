@@ -160,10 +160,11 @@ def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
         checkpoint.template,
         limits=PromptLimits(max_length=limit, max_query_tokens=limit, max_document_tokens=limit),
         default_instruction=DEFAULT_INSTRUCTION,
+        fast=False,
     )
     requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
     pairs = [pair for request in requests for pair in tokenizer.pairs(request).pairs]
     # share the system prompt and instruction of all queries: 284 tokens a pass instead of 428
     equal = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*(pair.prefix_ids for pair in pairs), strict=False))
     shared = sum(1 for _ in equal)
-    return [Pair(pair.prefix_ids[:shared], pair.prefix_ids[shared:] + pair.document_ids) for pair in pairs]
+    return [Pair.of(pair.prefix_ids[:shared], pair.prefix_ids[shared:] + pair.document_ids) for pair in pairs]

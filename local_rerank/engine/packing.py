@@ -6,7 +6,6 @@ length so that attention can process equal lengths in one call. This module know
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -82,39 +81,37 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:
     """Pack pairs: groups in the order in which their prefixes first appear, documents by length within a group."""
-    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    by_prefix: dict[bytes, list[int]] = {}
     for index, pair in enumerate(pairs):
-        by_prefix.setdefault(pair.prefix_ids, []).append(index)
-
-    def length_of(index: int) -> int:
-        return len(pairs[index].document_ids)
-
-    ids = array("q")
-    first_positions: list[int] = []  # of each segment
+        by_prefix.setdefault(pair.prefix, []).append(index)
+    document_lengths = [pair.num_document_tokens for pair in pairs]
+    ids: list[bytes] = []  # of each segment
+    first_positions: list[int] = []
     lengths: list[int] = []
     last: list[int] = []
     order: list[int] = []
     groups: list[Group] = []
-    for prefix_ids, members in by_prefix.items():
-        members.sort(key=length_of)
-        start, first_document, prefix_length = len(ids), len(order), len(prefix_ids)
-        ids.extend(prefix_ids)
+    end = 0  # tokens so far
+    for prefix, members in by_prefix.items():
+        members.sort(key=document_lengths.__getitem__)
+        start, first_document, prefix_length = end, len(order), pairs[members[0]].num_prefix_tokens
+        ids.append(prefix)
         first_positions.append(0)
         lengths.append(prefix_length)
+        end += prefix_length
         runs: list[Run] = []
-        for length, same_length in groupby(members, key=length_of):
+        for length, same_length in groupby(members, key=document_lengths.__getitem__):
             indices = list(same_length)
-            run = Run(len(ids), len(order), len(indices), length)
-            for index in indices:
-                ids.extend(pairs[index].document_ids)
-            first_positions += [prefix_length] * run.count
-            lengths += [length] * run.count
-            last += [first + length - 1 for first in run.starts]
+            runs.append(Run(end, len(order), len(indices), length))
+            ids += [pairs[index].document for index in indices]
+            first_positions += [prefix_length] * len(indices)
+            lengths += [length] * len(indices)
+            last += [first + length - 1 for first in runs[-1].starts]
             order += indices
-            runs.append(run)
-        groups.append(Group(start, prefix_length, len(ids), first_document, len(members), tuple(runs)))
+            end += len(indices) * length
+        groups.append(Group(start, prefix_length, end, first_document, len(members), tuple(runs)))
     return PackedBatch(
-        input_ids=torch.frombuffer(ids, dtype=torch.int64).unsqueeze(0),
+        input_ids=torch.from_numpy(np.frombuffer(b"".join(ids), np.uint32).astype(np.int64)).unsqueeze(0),
         position_ids=ranges(first_positions, lengths).unsqueeze(0),
         last_token_index=torch.tensor(last, dtype=torch.int64),
         pair_order=torch.tensor(order, dtype=torch.int64),

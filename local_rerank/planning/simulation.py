@@ -14,9 +14,8 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
-from local_rerank.requests.pair import Pair, num_batch_tokens
+from local_rerank.requests.pair import ID_BYTES, Pair, num_batch_tokens
 from local_rerank.requests.scheduler import Scheduler
 
 MAX_REPLICAS = 4096
@@ -159,10 +158,10 @@ def _pairs(traffic: Traffic, draw: random.Random, number: int) -> Iterator[Pair]
     """Make pairs without token ids; the scheduler only needs lengths and which pairs share a prefix."""
     spread = traffic.document_spread
     location = math.log(traffic.document_tokens) - spread**2 / 2  # gives a mean of `document_tokens`
-    prefix_ids = cast("tuple[int, ...]", range(number, number + traffic.prefix_tokens))
+    prefix = number.to_bytes(ID_BYTES * traffic.prefix_tokens, "little")
     for _ in range(traffic.num_documents):
         length = max(1, round(draw.lognormvariate(location, spread)))
-        yield Pair(prefix_ids, cast("tuple[int, ...]", range(length)))
+        yield Pair(prefix, bytes(ID_BYTES * length))
 
 
 def _outcome(arrivals: list[_Arrival], done: list[float], busy_seconds: float, speed: Speed) -> SimulationResult:

@@ -1,26 +1,63 @@
-"""A pair of query and document as token ids, and the size of a batch of pairs."""
+"""A pair of query and document as token ids, and the size of a batch of pairs.
+
+Ids are bytes, four for each id: bytes are compared and hashed as one value, and joined without a Python integer for
+each token.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+ID_BYTES = 4
+
+
+def to_bytes(ids: Iterable[int]) -> bytes:
+    return array("I", ids).tobytes()
+
+
+def to_ids(data: bytes) -> tuple[int, ...]:
+    return tuple(memoryview(data).cast("I"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
     """One query with one document, as token ids."""
 
-    prefix_ids: tuple[int, ...]  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
-    document_ids: tuple[int, ...]  # " " + document + suffix
+    prefix: bytes  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
+    document: bytes  # " " + document + suffix
+
+    @classmethod
+    def of(cls, prefix_ids: Iterable[int], document_ids: Iterable[int]) -> Pair:
+        return cls(to_bytes(prefix_ids), to_bytes(document_ids))
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        return to_ids(self.prefix)
+
+    @property
+    def document_ids(self) -> tuple[int, ...]:
+        return to_ids(self.document)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return len(self.prefix) // ID_BYTES
+
+    @property
+    def num_document_tokens(self) -> int:
+        return len(self.document) // ID_BYTES
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prefix_ids) + len(self.document_ids)
+        return (len(self.prefix) + len(self.document)) // ID_BYTES
 
 
 def num_batch_tokens(pairs: Iterable[Pair]) -> int:
     """Tokens of a packed batch of `pairs`, in which each prefix counts once."""
-    lengths: dict[tuple[int, ...], int] = {}
+    prefixes: set[bytes] = set()
+    num_bytes = 0
     for pair in pairs:
-        lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
-    return sum(lengths.values())
+        prefixes.add(pair.prefix)
+        num_bytes += len(pair.document)
+    return (num_bytes + sum(map(len, prefixes))) // ID_BYTES

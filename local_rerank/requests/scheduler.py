@@ -48,7 +48,7 @@ class Scheduler:
     def add(self, request_id: int, pairs: Iterable[Pair]) -> None:
         entries = [Entry(request_id, position, pair) for position, pair in enumerate(pairs)]
         # attention runs over neighbours of equal length at once
-        entries.sort(key=lambda entry: len(entry.pair.document_ids))
+        entries.sort(key=lambda entry: len(entry.pair.document))
         self._queued[request_id] = deque(entries)
         self._tokens[request_id] = num_batch_tokens(entry.pair for entry in entries)
 
@@ -76,7 +76,7 @@ class Scheduler:
         if not self._queued:
             return []
         batch: list[Entry] = []
-        prefixes: set[tuple[int, ...]] = set()
+        prefixes: set[bytes] = set()
         oldest = next(iter(self._queued))
         used = self._take(oldest, self.max_batch_tokens // OLDEST_SHARE, batch, prefixes, at_least_one=True)
         for request_id in sorted(self._queued, key=self._tokens.__getitem__):
@@ -91,19 +91,19 @@ class Scheduler:
         request_id: int,
         budget: int,
         batch: list[Entry],
-        prefixes: set[tuple[int, ...]],
+        prefixes: set[bytes],
         at_least_one: bool = False,
     ) -> int:
         """Move pairs of a request into the batch while they fit `budget`; returns the number of tokens added."""
         queued, used = self._queued[request_id], 0
         while queued:
             pair = queued[0].pair
-            cost = len(pair.document_ids) + (0 if pair.prefix_ids in prefixes else len(pair.prefix_ids))
+            cost = pair.num_document_tokens + (0 if pair.prefix in prefixes else pair.num_prefix_tokens)
             if used + cost > budget and not (at_least_one and not batch):
                 break
             batch.append(queued.popleft())
-            prefixes.add(pair.prefix_ids)
-            self._tokens[request_id] -= len(pair.document_ids)
+            prefixes.add(pair.prefix)
+            self._tokens[request_id] -= pair.num_document_tokens
             used += cost
         return used
 

@@ -301,7 +301,7 @@ class Worker:
 
     def _report(self, batch: list[Entry], seconds: float) -> None:
         pairs = [entry.pair for entry in batch]
-        num_document_tokens = sum(len(pair.document_ids) for pair in pairs)
+        num_document_tokens = sum(pair.num_document_tokens for pair in pairs)
         num_alone = sum(pair.num_tokens for pair in pairs)
         with self._changed:
             self._drain_rate.add(num_document_tokens, seconds)

@@ -299,8 +299,7 @@ def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Score prompts one at a time, to exclude a fault in packing."""
     scores: list[float] = []
     for ids in prompts:
-        prefix, document = tuple(ids[:1]), tuple(ids[1:])
-        scores += engine.score([Pair(prefix, document)])
+        scores += engine.score([Pair.of(ids[:1], ids[1:])])
     return scores
 
 

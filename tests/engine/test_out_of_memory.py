@@ -24,7 +24,7 @@ from local_rerank.requests.pair import Pair
 GIB = 2**30
 SMALL = LayerShape(hidden=1024, queries=2048, keys=1024, intermediate=3072)  # Qwen3-Reranker-0.6B
 LARGE = LayerShape(hidden=4096, queries=4096, keys=1024, intermediate=12288)  # Qwen3-Reranker-8B
-BATCH = [Pair((1, 2, 3), (4, 5, 6)), Pair((1, 2, 3), (7,))]
+BATCH = [Pair.of((1, 2, 3), (4, 5, 6)), Pair.of((1, 2, 3), (7,))]
 
 
 def test_much_free_memory_gives_the_maximum_budget_and_little_gives_less() -> None:

@@ -14,7 +14,7 @@ from local_rerank.requests.pair import Pair, num_batch_tokens
 
 PREFIXES = ((1, 2, 3), (4,), (5, 6, 7, 8, 9))
 some_pairs = st.lists(
-    st.builds(Pair, st.sampled_from(PREFIXES), st.lists(st.integers(10, 99), min_size=1, max_size=9).map(tuple)),
+    st.builds(Pair.of, st.sampled_from(PREFIXES), st.lists(st.integers(10, 99), min_size=1, max_size=9).map(tuple)),
     min_size=1,
     max_size=15,
 )

@@ -174,7 +174,7 @@ def test_weights_that_accelerate_offloads_to_disk_score_the_same(tied: bool, tmp
 
     folder = make_checkpoint(tmp_path / "model", tied=tied, seed=10)
     checkpoint = open_checkpoint(str(folder))
-    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
+    pairs = [Pair.of((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair.of((7, 8), (9, 10, 11))]
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         expected = reranker.engine.score(pairs)
         ids = {"yes_id": reranker.tokenizer.yes_id, "no_id": reranker.tokenizer.no_id}
@@ -193,7 +193,7 @@ def test_weights_that_accelerate_offloads_to_disk_score_the_same(tied: bool, tmp
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
 @pytest.mark.parametrize("decoder", [TransformersDecoder, CpuDecoder])
 def test_each_decoder_scores_as_the_model_without_pruning(decoder: Any, kernel: str, tiny_checkpoint: Path) -> None:
-    pairs = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair((7, 8), (9, 10, 11))]
+    pairs = [Pair.of((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 9, 9, 30)] + [Pair.of((7, 8), (9, 10, 11))]
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     head, row, batch = head_rows(model, checkpoint, yes_id=5, no_id=6), KERNELS[kernel], pack(pairs)

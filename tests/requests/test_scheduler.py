@@ -13,7 +13,7 @@ from local_rerank.requests.scheduler import GOOD_BATCHES, DrainRate, Scheduler
 
 
 def pairs(prefix: int, lengths: list[int], prefix_length: int = 10) -> list[Pair]:
-    return [Pair((prefix,) * prefix_length, (1,) * length) for length in lengths]
+    return [Pair.of((prefix,) * prefix_length, (1,) * length) for length in lengths]
 
 
 def drain(scheduler: Scheduler) -> list[list[tuple[int, int]]]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from local_rerank.errors import (
@@ -18,6 +20,8 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
+from local_rerank.requests.encoders import choose, with_fastokens, with_tokenizers
+from local_rerank.requests.pair import to_ids
 from local_rerank.requests.prompts import QWEN3_RERANKER
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.types import Limits, RerankRequest
@@ -58,6 +62,7 @@ def make(
     max_query_tokens: int = 4000,
     max_document_tokens: int = 4000,
     instruction: str = INSTRUCTION,
+    fast: bool = True,
 ) -> PairTokenizer:
     return PairTokenizer(
         tokenizer_json,
@@ -66,6 +71,7 @@ def make(
             max_length=max_length, max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
         ),
         default_instruction=instruction,
+        fast=fast,
     )
 
 
@@ -99,6 +105,22 @@ def test_any_query_and_instruction_encode_as_in_the_whole_prompt(
     assert ids_of(qwen, text, "a document") == prompt_ids(whole, text, "a document")
     assert ids_of(qwen, "q", "a document", text) == prompt_ids(whole, "q", "a document", text)
     assert ids_of(qwen, "q", text, HOSTED_INSTRUCTION) == prompt_ids(whole, "q", text, HOSTED_INSTRUCTION)
+
+
+def test_fastokens_gives_qwens_ids_for_any_text(qwen_json: str) -> None:
+    exact = Tokenizer.from_str(json.dumps(json.loads(qwen_json) | {"added_tokens": []}))
+    fast = with_fastokens(qwen_json)
+    assert fast is not None
+    assert choose(fast, with_tokenizers(exact)) is fast
+    nasty = [text for text in NASTY_TEXTS if len(text) < 100]
+    parts = st.sampled_from([*CONTROL_TOKENS, *nasty, *"aA1 \n\t'.!中é\u0300"]) | st.text(max_size=4)
+
+    @settings(max_examples=200)
+    @given(text=st.lists(parts, max_size=12).map("".join))
+    def compare(text: str) -> None:
+        assert to_ids(fast([text])[0]) == tuple(exact.encode(text).ids)
+
+    compare()
 
 
 @pytest.mark.parametrize("control", CONTROL_TOKENS)
@@ -174,7 +196,7 @@ def test_no_prompt_exceeds_the_maximum_and_each_keeps_its_suffix(max_length: int
 
 @pytest.mark.slow
 def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
-    tokenizer = make(qwen_json, max_length=150)
+    tokenizer = make(qwen_json, max_length=150, fast=False)
     tokenized = tokenizer.pairs(RerankRequest(query="word " * 50, documents=("word " * 60,)))
     assert tokenized.num_query_truncated_tokens == 0
     assert tokenized.num_truncated_tokens[0] > 0
@@ -184,7 +206,7 @@ def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
 def test_an_instruction_that_leaves_no_room_raises(qwen: PairTokenizer, qwen_json: str) -> None:
     with pytest.raises(InstructionTooLong, match="at most 1024"):
         qwen.pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 1100))
-    tokenizer = make(qwen_json, max_length=120)
+    tokenizer = make(qwen_json, max_length=120, fast=False)
     request = RerankRequest(query="q", documents=("d " * 50,), instruction="word " * 200)
     with pytest.raises(InstructionTooLong) as caught:
         tokenizer.pairs(request)

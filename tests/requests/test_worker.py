@@ -90,7 +90,7 @@ def start() -> Iterator[Start]:
 
 def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None) -> PendingRequest:
     """A request with a document of `length` tokens for each first token, after ten prefix tokens."""
-    pairs = tuple(Pair((prefix,) * 10, (first,) + (1,) * (length - 1)) for first in firsts)
+    pairs = tuple(Pair.of((prefix,) * 10, (first,) + (1,) * (length - 1)) for first in firsts)
     num = len(pairs)
     tokenized = TokenizedRequest(
         pairs=pairs,

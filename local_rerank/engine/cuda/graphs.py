@@ -200,7 +200,7 @@ class GraphRunner:
         return False
 
     def _captured(self, shape: GraphShape) -> CapturedGraph:
-        wide, *layouts = padded(pack([Pair((0,), (0,))]), shape)  # any values: a replay overwrites them
+        wide, *layouts = padded(pack([Pair.of((0,), (0,))]), shape)  # any values: a replay overwrites them
         batch, (layout, last_layout) = wide.to(self._device), (layout_to(each, self._device) for each in layouts)
         replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout), not self._graphs)
         return CapturedGraph((batch, layout, last_layout), replay, output)

@@ -148,7 +148,7 @@ def kernel_differences(config: Any, device: torch.device, dtype: torch.dtype, *,
     width, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     lengths = (1, 1, 7, 7, 40, 130)
-    batch = pack([Pair((1,) * (70 + number % 2), (2,) * length) for number, length in enumerate(lengths)])
+    batch = pack([Pair.of((1,) * (70 + number % 2), (2,) * length) for number, length in enumerate(lengths)])
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

@@ -32,7 +32,7 @@ LENGTHS = (
 
 def a_batch() -> PackedBatch:
     prefixes = [tuple(range(length)) for length in (1, 70, QUERIES_PER_TILE + 70)]
-    return pack([Pair(prefix, tuple(range(length))) for prefix in prefixes for length in LENGTHS])
+    return pack([Pair.of(prefix, tuple(range(length))) for prefix in prefixes for length in LENGTHS])
 
 
 def attended(batch: PackedBatch, kernel: str, last_tokens_only: bool, *, pads: bool = True) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_padded_tiles_have_recurring_shapes(pads: bool, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("num_tokens", [2560, 5000, 8192])
 def test_the_shapes_of_a_pass_fit_in_onednns_kernel_cache(num_tokens: int) -> None:
     """Otherwise oneDNN would generate their code again in each layer."""
-    shapes = {padded_shape(tile) for tile in tiles_of(pack([Pair(tuple(range(60)), tuple(range(num_tokens)))]))}
+    shapes = {padded_shape(tile) for tile in tiles_of(pack([Pair.of(tuple(range(60)), tuple(range(num_tokens)))]))}
     num_linear = 40  # entries for linear layers
     assert 2 * len(shapes) + num_linear < int(CACHE_VARIABLES["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
 
@@ -102,7 +102,7 @@ def test_the_shapes_of_a_pass_fit_in_onednns_kernel_cache(num_tokens: int) -> No
 def test_no_tile_exceeds_the_maximum_number_of_logits(
     prefix_length: int, lengths: list[int], last_tokens_only: bool
 ) -> None:
-    batch = pack([Pair(tuple(range(prefix_length)), tuple(range(length))) for length in lengths])
+    batch = pack([Pair.of(tuple(range(prefix_length)), tuple(range(length))) for length in lengths])
     tiles = tiles_of(batch, last_tokens_only)
     assert max(math.prod(padded_shape(tile)) for tile in tiles) <= cpu_attention.LOGITS_PER_HEAD
     num_queries = batch.num_pairs if last_tokens_only else batch.num_tokens

@@ -27,7 +27,7 @@ from local_rerank.requests.pair import Pair
 torch.set_num_threads(2)
 threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
-pack([Pair(prefix_ids=(1, 2, 3), document_ids=tuple(range(2000)))] * 100)
+pack([Pair.of(prefix_ids=(1, 2, 3), document_ids=tuple(range(2000)))] * 100)
 between = threads()
 torch.repeat_interleave(torch.ones(1000, dtype=torch.int64))  # an operator that starts a pool for its caller
 print(between - before, threads() - between)

@@ -102,7 +102,7 @@ def test_options_that_affect_the_result_need_a_new_search(tmp_path: Path, tiny_c
 
 def some_facts(*, last_weight: float = 7.0, token: int = 2, values: str = "None") -> dict[str, Any]:
     weights = torch.tensor([0, 1, 2, last_weight])
-    return dict(facts_of({"w": weights}, [Pair((1,), (token,))], values=values))
+    return dict(facts_of({"w": weights}, [Pair.of((1,), (token,))], values=values))
 
 
 @pytest.mark.parametrize("change", [{"last_weight": 7.0 + 1e-6}, {"token": 3}, {"values": "torch.bfloat16"}])

@@ -27,7 +27,7 @@ from tests.reference import FP32_TOLERANCE, ModelCard
 from tests.varlen_reference import slow_varlen
 
 # prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16
-LONG_PAIRS = [Pair((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair((3,) * 64, (4,) * 65)]
+LONG_PAIRS = [Pair.of((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair.of((3,) * 64, (4,) * 65)]
 CUDA_KERNELS = [
     pytest.param(name, marks=pytest.mark.slow) if name == "cuda-tiles" else name  # in Triton's interpreter
     for name, row in KERNELS.items()
@@ -94,7 +94,7 @@ def test_torchs_operator_is_called_with_the_arguments_of_each_version(
 
     monkeypatch.setattr(varlen, "varlen_attn", torch_2_12 if hasgqa_option else torch_2_11)
     cuda_attention.gqa_option.cache_clear()
-    pairs = [Pair((1, 2, 3), tuple(range(n))) for n in (1, 4, 4, 9)]
+    pairs = [Pair.of((1, 2, 3), tuple(range(n))) for n in (1, 4, 4, 9)]
     for kernel in ("cuda-merged", "cuda-varlen"):
         assert agrees_with_dense(kernel, pairs, last_tokens_only=False)
     monkeypatch.undo()
@@ -110,7 +110,7 @@ def test_the_installed_torch_accepts_our_arguments() -> None:
 
 
 def test_a_layout_is_made_on_the_host_and_moves_as_a_whole() -> None:
-    batch = pack([Pair((1, 2), (3, 4)), Pair((1, 2), (5,)), Pair((6,), (7,))])
+    batch = pack([Pair.of((1, 2), (3, 4)), Pair.of((1, 2), (5,)), Pair.of((6,), (7,))])
     for kernel, row in KERNELS.items():
         for last_tokens_only in (False, True):
             layout = row.layout(batch, last_tokens_only)
@@ -122,7 +122,7 @@ def test_a_layout_is_made_on_the_host_and_moves_as_a_whole() -> None:
 
 def test_a_layout_is_copied_once_for_each_device_of_a_spread_model() -> None:
     row = KERNELS["cuda-merged"]
-    packed_attention = PackedAttention(row, row.layout(pack([Pair((1, 2), (3, 4))]), False))
+    packed_attention = PackedAttention(row, row.layout(pack([Pair.of((1, 2), (3, 4))]), False))
     first, again = (packed_attention.layout_on(torch.device("meta")) for _ in range(2))
     assert first is again
     assert first.cu_seqlens.device.type == "meta"
@@ -149,7 +149,7 @@ def test_each_kernel_attends_as_the_dense_definition_on_a_gpu(
     cuda = torch.device("cuda")
     for seed, lengths in enumerate(([1], [1, 1, 7, 40, 300], [128] * 5, [16] * 16, list(range(1, 64)))):
         torch.manual_seed(seed)
-        pairs = [Pair(tuple(range(1 + i % 3 * 40)), tuple(range(n))) for i, n in enumerate(lengths)]
+        pairs = [Pair.of(tuple(range(1 + i % 3 * 40)), tuple(range(n))) for i, n in enumerate(lengths)]
         batch = pack(pairs)
         q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 16, 128).transpose(1, 2)
         k, v = (torch.randn(1, batch.num_tokens, 8, 128).transpose(1, 2) for _ in range(2))

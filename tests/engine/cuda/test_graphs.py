@@ -69,7 +69,7 @@ def run(graphs: GraphRunner, pairs: list[Pair]) -> list[float] | None:
 
 
 def pairs_of(*lengths: int, prefix: int = 5) -> list[Pair]:
-    return [Pair(tuple(range(1, 1 + prefix)), tuple(range(7, 7 + n))) for n in lengths]
+    return [Pair.of(tuple(range(1, 1 + prefix)), tuple(range(7, 7 + n))) for n in lengths]
 
 
 def captured(graphs: GraphRunner, pairs: list[Pair]) -> list[float]:
@@ -88,7 +88,7 @@ def roughly(ours: list[float], expected: list[float]) -> bool:
 
 def test_a_shape_is_captured_when_it_comes_again_with_the_same_scores(engine: Engine) -> None:
     graphs = runner(engine)
-    batch = [*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))]
+    batch = [*pairs_of(3, 9, 9), Pair.of((4, 4), (5, 6, 7))]
     assert run(graphs, batch) is None
     assert graphs.sizes == []
     scores = run(graphs, batch)
@@ -100,7 +100,7 @@ def test_a_shape_is_captured_when_it_comes_again_with_the_same_scores(engine: En
 @pytest.mark.slow
 def test_a_graph_of_the_kernels_themselves_gives_the_same_scores(loaded: Engine) -> None:
     engine = loaded.with_kernel(loaded.kernel)
-    batch = [*pairs_of(3, 9, 9), Pair((4, 4), (5, 6, 7))]
+    batch = [*pairs_of(3, 9, 9), Pair.of((4, 4), (5, 6, 7))]
     scores = captured(runner(engine, max_tokens=64), batch)
     assert near(scores, engine.score(batch))
 

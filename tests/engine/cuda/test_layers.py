@@ -40,7 +40,7 @@ def engine_of(folder: Path, *, fused: bool, kernel: str) -> Engine:
     return Engine(decoder, head, kernel=KERNELS[kernel], device=CPU)
 
 
-PAIRS = [Pair((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 6, 6, 9)] + [Pair((7, 8), (9, 10, 11))]
+PAIRS = [Pair.of((1, 2, 3), tuple(range(4, 4 + n))) for n in (1, 6, 6, 9)] + [Pair.of((7, 8), (9, 10, 11))]
 """Few tokens, because Triton's interpreter takes 5 ms a program; test_attention.py has batches of several tiles."""
 
 
@@ -238,7 +238,7 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     fp8.quantize_model(decoder.bfloat16())
     assert engine.weights_dtype == "fp8"
     assert not any(isinstance(module, nn.Linear) for module in decoder.layers.modules())
-    pairs = [Pair((1, 2, 3), tuple(range(n, n + 8))) for n in range(4, 28)]
+    pairs = [Pair.of((1, 2, 3), tuple(range(n, n + 8))) for n in range(4, 28)]
     ours, exact = engine.score(pairs), exact_engine.score(pairs)
     correlation = float(torch.corrcoef(torch.tensor([ours, exact]))[0, 1])
     assert correlation > 0.9  # in layers of width 64; a scale misplaced gives noise

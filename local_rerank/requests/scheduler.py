@@ -1,7 +1,8 @@
 """The scheduling policy: picks the next batch from queued pairs. Pure data structures: no torch, no threads, no clock.
 
 A quarter of each batch goes to the oldest request, so that none starves. The rest goes to the requests with the fewest
-tokens left, so eight passages that arrive behind five hundred documents are in the next batch.
+tokens left, so eight passages that arrive behind five hundred documents are in the next batch. Requests of about the
+same size are taken in the order of their arrival.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Scheduler:
         prefixes: set[bytes] = set()
         oldest = next(iter(self._queued))
         used = self._take(oldest, self.max_batch_tokens // OLDEST_SHARE, batch, prefixes, at_least_one=True)
-        for request_id in sorted(self._queued, key=self._tokens.__getitem__):
+        # in steps: of requests that differ by a few tokens the longer ones would wait until they are the oldest
+        step = max(1, self.max_batch_tokens // OLDEST_SHARE)
+        for request_id in sorted(self._queued, key=lambda number: self._tokens[number] // step):
             used += self._take(request_id, self.max_batch_tokens - used, batch, prefixes)
         for request_id in {entry.request_id for entry in batch}:
             if not self._queued[request_id]:

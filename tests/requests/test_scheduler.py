@@ -53,6 +53,14 @@ def test_a_small_request_behind_a_large_one_is_in_the_next_batch() -> None:
     assert {entry.position for entry in scheduler.next_batch() if entry.request_id == 1} == set(range(8))
 
 
+def test_requests_that_differ_by_a_few_tokens_are_taken_in_the_order_of_their_arrival() -> None:
+    scheduler = Scheduler(2048)
+    for request_id in range(6):
+        scheduler.add(request_id, pairs(request_id, [210 - request_id] * 20))
+    last = {request_id: number for number, batch in enumerate(drain(scheduler)) for request_id, _ in batch}
+    assert list(last) == sorted(last, key=last.__getitem__) == list(range(6))
+
+
 def test_the_oldest_request_advances_in_every_batch() -> None:
     scheduler = Scheduler(2048)
     scheduler.add(0, pairs(0, [300] * 10))

@@ -65,6 +65,7 @@ class Metrics:
         self._request_seconds = histogram(
             "request_seconds", "Time from the request head to the response", SECONDS, "dialect", "status"
         )
+        self._by_labels: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._refusals = counter("refusals", "Requests answered with an error, by error class", "reason")
         self._documents = histogram("request_documents", "Documents per ranked request", DOCUMENTS)
         self._queue_seconds = histogram("queue_seconds", "Time between tokenization and the first batch", SECONDS)
@@ -92,8 +93,12 @@ class Metrics:
 
     def add_request(self, *, dialect: str, status: int, seconds: float, reason: str | None) -> None:
         """Count an answered request; `reason` is the class name of its error."""
-        self._requests.labels(dialect, str(status)).inc()
-        self._request_seconds.labels(dialect, str(status)).observe(seconds)
+        if (dialect, status) not in self._by_labels:  # finding a labelled metric takes longer than counting
+            labels = (dialect, str(status))
+            self._by_labels[dialect, status] = self._requests.labels(*labels), self._request_seconds.labels(*labels)
+        num_requests, times = self._by_labels[dialect, status]
+        num_requests.inc()
+        times.observe(seconds)
         if reason is not None:
             self._refusals.labels(reason).inc()
 

@@ -1,13 +1,16 @@
-"""Reads a JSON body in UTF-8; a missing Content-Type is accepted."""
+"""Reads a JSON body in UTF-8, where a missing Content-Type is accepted, and writes JSON responses."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from email.message import Message
 from typing import Any
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from local_rerank_server.errors import MalformedBody, UnsupportedContent
 
@@ -15,6 +18,16 @@ MAX_INLINE_BYTES = 256 * 1024  # about 2 ms of JSON parsing; larger bodies are p
 MAX_COUNTS = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
 """Maximum occurrences of a byte in a body. The JSON parser holds the GIL, so a 64 MiB body of empty lists would block
 the server for seconds and allocate gigabytes."""
+
+
+class JsonResponse(JSONResponse):
+    """The same JSON in a tenth of the time."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return msgspec.json.encode(content)
+        except (TypeError, ValueError, OverflowError):  # such as an integer of a document that has over 64 bits
+            return super().render(content)
 
 
 class JsonRequest(Request):
@@ -56,6 +69,8 @@ def parse_json(body: bytes) -> Any:
     for byte, limit in MAX_COUNTS.items():
         if (count := body.count(byte)) > limit:
             raise MalformedBody(f"the body has {count} {byte.decode()!r}; at most {limit} are allowed")
+    with suppress(msgspec.DecodeError, RecursionError):  # what it refuses is parsed again, for the error's words
+        return msgspec.json.decode(body)
     try:
         # utf-8-sig, because some editors write a byte order mark
         return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)

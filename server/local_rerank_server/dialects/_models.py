@@ -6,10 +6,10 @@ from typing import NotRequired
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._route import add_get, state_of
 from local_rerank_server.state import ServerState
 
@@ -38,17 +38,17 @@ def add_models(router: APIRouter, *bases: str) -> None:
         add_get(router, f"{base}/models/{{model_id:path}}", get_model, response_model=Model)
 
 
-async def list_models(http: Request) -> JSONResponse:
+async def list_models(http: Request) -> JsonResponse:
     """The names that can be sent as `model`."""
     state = state_of(http)
-    return JSONResponse(ModelList(object="list", data=[_describe(name, state) for name in state.model_names]))
+    return JsonResponse(ModelList(object="list", data=[_describe(name, state) for name in state.model_names]))
 
 
-async def get_model(http: Request, model_id: str) -> JSONResponse:
+async def get_model(http: Request, model_id: str) -> JsonResponse:
     """One model name; any name exists unless --strict-models is set, because ranking accepts any."""
     state = state_of(http)
     state.check_model(model_id, strict=False)
-    return JSONResponse(_describe(model_id, state))
+    return JsonResponse(_describe(model_id, state))
 
 
 def _describe(name: str, state: ServerState) -> Model:

@@ -20,12 +20,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.dialects._field_types import NOT_TEXT_ERROR, snake_case
-from local_rerank_server.dialects._json import json_request
+from local_rerank_server.dialects._json import JsonResponse, json_request
 from local_rerank_server.dialects._options import named_as_sent
 from local_rerank_server.errors import (
     STATUS,
@@ -98,7 +98,7 @@ class Dialect:
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)
-        return JSONResponse(body, status_code=status, headers=headers_of(error))
+        return JsonResponse(body, status_code=status, headers=headers_of(error))
 
 
 class DialectRoute(APIRoute):
@@ -109,7 +109,7 @@ class DialectRoute(APIRoute):
     examples: Mapping[str, Any] = {}  # example requests by name
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        handle = super().get_route_handler() if self.body_field is None else self._rank
 
         async def respond(http: Request) -> Response:
             http.state.dialect = self.dialect  # for the middleware
@@ -119,6 +119,19 @@ class DialectRoute(APIRoute):
                 return self.dialect.error_response(to_known_error(error, http), http)
 
         return respond
+
+    async def _rank(self, http: Request) -> Response:
+        """What FastAPI's handler of a body does, without what our routes do not use."""
+        body = (await http.json()) if await http.body() else None
+        for dependency in self.dependencies:
+            assert dependency.dependency is not None
+            dependency.dependency(http)
+        assert self.body_field is not None
+        value, errors = self.body_field.validate(body, {}, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors, body=body)
+        response: Response = await self.endpoint(http, value)
+        return response
 
 
 def state_of(http: Request) -> ServerState:

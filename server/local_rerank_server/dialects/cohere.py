@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NotRequired
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
@@ -13,6 +12,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Documents
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import Meta, Usage, make_meta, make_usage
@@ -80,9 +80,9 @@ router = dialect.router()
 EXAMPLE = {"model": "rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_n": 2, "max_tokens_per_doc": 4096}
 
 
-async def rank(http: Request, body: CohereRequest) -> JSONResponse:
+async def rank(http: Request, body: CohereRequest) -> JsonResponse:
     """Rank documents by relevance to a query, like Cohere's API v2."""
-    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(router, PATHS, rank, examples={"Cohere v2": EXAMPLE}, summary="Cohere rerank", response_model=CohereResponse)

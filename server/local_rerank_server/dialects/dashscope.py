@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import Body, Depends
 from pydantic import Discriminator, Tag
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
@@ -32,6 +31,7 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import RequestBody, String, Text, Texts
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._responses import TotalTokens
 from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, rank_body
@@ -126,14 +126,14 @@ async def rank(
         Discriminator(_form_of),
         Body(),
     ],
-) -> JSONResponse:
+) -> JsonResponse:
     """Rank documents by relevance to a query, like DashScope's native API."""
     if isinstance(body, compatible.FlatRequest):
         return await compatible.rank(http, body)
-    return JSONResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
 
 
-async def rank_nested(http: Request, body: NativeRequest) -> JSONResponse:
+async def rank_nested(http: Request, body: NativeRequest) -> JsonResponse:
     """Rank documents by relevance to a query. A body with `input.query` is DashScope's."""
     return await rank(http, body)
 

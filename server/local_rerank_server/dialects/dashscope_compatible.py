@@ -7,7 +7,6 @@ from typing import Annotated, Self
 from fastapi import Depends
 from pydantic import PrivateAttr, model_validator
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
@@ -24,6 +23,7 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import IgnoredUnlessObject, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._responses import TotalTokens, param_of
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -136,9 +136,9 @@ EXAMPLE = {
 }
 
 
-async def rank(http: Request, body: FlatRequest) -> JSONResponse:
+async def rank(http: Request, body: FlatRequest) -> JsonResponse:
     """Rank documents by relevance to a query, like DashScope's OpenAI-compatible API."""
-    return JSONResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse, strict=True), body, http.state.request_id))
 
 
 add_post(

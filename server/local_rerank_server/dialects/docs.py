@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from local_rerank_server.dialects._files import add_files
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
 
@@ -37,14 +37,14 @@ dialect = Dialect(
 router = dialect.router()
 
 
-async def openapi(http: Request) -> JSONResponse:
+async def openapi(http: Request) -> JsonResponse:
     """The OpenAPI document."""
     document: dict[str, Any] = http.app.openapi() | {"servers": [{"url": http.scope.get("root_path") or "/"}]}
     if state_of(http).config.has_keys:
         schemes = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         document["components"] = document["components"] | {"securitySchemes": schemes}
         document["security"] = [{"ApiKey": []}]
-    return JSONResponse(document)
+    return JsonResponse(document)
 
 
 add_get(router, "/openapi.json", openapi)

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 import local_rerank
 from local_rerank.requests.tokenization import MAX_INSTRUCTION_TOKENS
 from local_rerank.types import Limits
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
@@ -59,23 +60,23 @@ class ServerLimits(ConfiguredLimits):
     max_queued_tokens: int
 
 
-async def health() -> JSONResponse:
+async def health() -> JsonResponse:
     """200 as soon as the server listens."""
-    return JSONResponse({"status": "ok"})
+    return JsonResponse({"status": "ok"})
 
 
-async def ready(http: Request) -> JSONResponse:
+async def ready(http: Request) -> JsonResponse:
     """200 while the server accepts requests; 503 while the model loads and while the server drains."""
     status = state_of(http).status
-    return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
+    return JsonResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
 
-async def version() -> JSONResponse:
+async def version() -> JsonResponse:
     """The version of local-rerank."""
-    return JSONResponse({"version": local_rerank.__version__})
+    return JsonResponse({"version": local_rerank.__version__})
 
 
-async def limits(http: Request) -> JSONResponse:
+async def limits(http: Request) -> JsonResponse:
     """The limits of this server; 503 while the model loads, because its maximum length is not known yet."""
     state = state_of(http)
     config, engine = state.config, state.reranker.config
@@ -87,7 +88,7 @@ async def limits(http: Request) -> JSONResponse:
     )
     of_routes = {"dashscope": asdict(config.dashscope_route_limits), "other_routes": asdict(config.limits)}
     configured: dict[str, Any] = {name: getattr(config, name) for name in ConfiguredLimits.__annotations__}
-    return JSONResponse(of_routes | {"texts": tokens, "max_queued_tokens": engine.max_queued_tokens} | configured)
+    return JsonResponse(of_routes | {"texts": tokens, "max_queued_tokens": engine.max_queued_tokens} | configured)
 
 
 async def metrics(http: Request) -> Response:

@@ -6,13 +6,13 @@ from typing import NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Texts, Unsupported
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -78,9 +78,9 @@ router = dialect.router()
 EXAMPLE = {"query": QUERY, "documents": DOCUMENTS}
 
 
-async def rank(http: Request, body: LocalRequest) -> JSONResponse:
+async def rank(http: Request, body: LocalRequest) -> JsonResponse:
     """Rank documents. The response has log-odds, token counts and times as well."""
-    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(

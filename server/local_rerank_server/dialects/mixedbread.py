@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, NotRequired
 from annotated_types import Ge
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import GenericError, PromptUsage, make_prompt_usage, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -88,9 +88,9 @@ EXAMPLE = {
 }
 
 
-async def rank(http: Request, body: MixedbreadRequest) -> JSONResponse:
+async def rank(http: Request, body: MixedbreadRequest) -> JsonResponse:
     """Rank documents by relevance to a query. A body with `input` is Mixedbread's."""
-    return JSONResponse(render(await rank_body(http, body, parse), body))
+    return JsonResponse(render(await rank_body(http, body, parse), body))
 
 
 add_post(

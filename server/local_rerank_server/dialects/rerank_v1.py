@@ -13,13 +13,13 @@ from typing import Any, NotRequired
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import DocumentEcho, ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Documents
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import (
     GenericError,
@@ -130,11 +130,11 @@ EXAMPLES = {
 }
 
 
-async def rank(http: Request, body: GenericRequest) -> JSONResponse:
+async def rank(http: Request, body: GenericRequest) -> JsonResponse:
     """Rank documents by relevance to a query. The response has the documents unless return_documents is false."""
     result = await rank_body(http, body, parse)
     echo = state_of(http).config.document_echo
-    return JSONResponse(render(result, body, http.state.request_id, echo))
+    return JsonResponse(render(result, body, http.state.request_id, echo))
 
 
 add_post(router, PATHS, rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)

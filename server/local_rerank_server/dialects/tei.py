@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NotRequired
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 import local_rerank
@@ -27,6 +26,7 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Texts, Unsupported
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of
 from local_rerank_server.dialects._route import Dialect, add_get, add_post, rank_body, state_of
 from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
@@ -136,16 +136,16 @@ router = dialect.router()
 EXAMPLE = {"query": QUERY, "texts": DOCUMENTS, "truncate": True, "raw_scores": False, "return_text": True}
 
 
-async def rank(http: Request, body: TeiRequest) -> JSONResponse:
+async def rank(http: Request, body: TeiRequest) -> JsonResponse:
     """Rank texts by relevance to a query. A body with `texts` is TEI's."""
-    return JSONResponse(render(await rank_body(http, body, parse), body))
+    return JsonResponse(render(await rank_body(http, body, parse), body))
 
 
-async def info(http: Request) -> JSONResponse:
+async def info(http: Request) -> JsonResponse:
     """The served model, as Text Embeddings Inference describes it."""
     state = state_of(http)
     model, config = state.reranker.info, state.config
-    return JSONResponse(
+    return JsonResponse(
         Info(
             model_id=model.model_id,
             model_sha=model.revision,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.errors import InvalidDocumentCount, LocalRerankError
@@ -18,6 +17,7 @@ from local_rerank.types import Limits, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import OneOrMore, Unsupported
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import Options, make_request, named_as_sent, score_of
 from local_rerank_server.dialects._responses import ErrorDetail, Usage, make_usage, param_of
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
@@ -140,7 +140,7 @@ EXAMPLES = {
 }
 
 
-async def score(http: Request, body: ScoreRequest) -> JSONResponse:
+async def score(http: Request, body: ScoreRequest) -> JsonResponse:
     """Score one query with many documents, or many queries with one document each, in the order of the request."""
     state = state_of(http)
     state.check_model(body.model, strict=False)
@@ -152,7 +152,7 @@ async def score(http: Request, body: ScoreRequest) -> JSONResponse:
             return await state.rank(http, request), positions
 
     placed = await all_or_none([rank(request, positions) for request, positions in requests])
-    return JSONResponse(render(placed, body, http.state.request_id))
+    return JsonResponse(render(placed, body, http.state.request_id))
 
 
 add_post(router, PATHS, score, examples=EXAMPLES, summary="vLLM score", response_model=ScoreResponse)

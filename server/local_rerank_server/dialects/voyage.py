@@ -8,13 +8,13 @@ from typing import Annotated, Any, ClassVar, NotRequired
 from annotated_types import Ge
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, Documents
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import DetailError, TotalTokens, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -75,9 +75,9 @@ router = dialect.router()
 EXAMPLE = {"model": "rerank-2.5", "query": QUERY, "documents": DOCUMENTS, "top_k": 2, "truncation": True}
 
 
-async def rank(http: Request, body: VoyageRequest) -> JSONResponse:
+async def rank(http: Request, body: VoyageRequest) -> JsonResponse:
     """Rank documents by relevance to a query. A body with `top_k` or `truncation` and without `top_n` is Voyage's."""
-    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(

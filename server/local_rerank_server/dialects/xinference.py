@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
+from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._responses import DetailError, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
 
@@ -28,9 +28,9 @@ dialect = Dialect(
 router = dialect.router()
 
 
-async def cluster_auth(http: Request) -> JSONResponse:
+async def cluster_auth(http: Request) -> JsonResponse:
     """Whether the server needs an API key; if not, Xinference's client sends none."""
-    return JSONResponse(ClusterAuth(auth=state_of(http).config.has_keys))
+    return JsonResponse(ClusterAuth(auth=state_of(http).config.has_keys))
 
 
 add_get(router, PATH, cluster_auth, response_model=ClusterAuth)

@@ -39,7 +39,7 @@ from local_rerank.types import RerankRequest, Truncation
 MAX_INSTRUCTION_TOKENS = 1024
 DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
 MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
-CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s
+CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 

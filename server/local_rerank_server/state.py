@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from local_rerank.requests.worker import BatchReport
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
-LONG_CHARS = 1_000_000  # about half a second of tokenization; longer requests share a pool of their own
-LONG_THREADS = 1  # the tokenizer itself splits the documents of one request between threads
+LONG_CHARS = 1_000_000  # up to half a second of tokenization; longer requests share a pool of their own
+LONG_THREADS = 1  # fastokens needs some 50 ms; tokenizers splits the documents of one request between threads
 
 Ranking = TypeVar("Ranking")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
@@ -73,7 +73,10 @@ class Reranker:
             default_instruction=self.config.instruction,
         )
         checkpoint.require_embeddings(self.tokenizer.num_ids)
-        self.engine, self.info = compute(self._load)
+        with ThreadPoolExecutor(1) as thread:  # beside the weights
+            faster = thread.submit(self.tokenizer.use_fastest)
+            self.engine, self.info = compute(self._load)
+        faster.result()
         device = self.info.device
         self._worker = Worker(
             lambda pairs: self.engine.score(pairs),

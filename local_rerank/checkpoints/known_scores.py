@@ -160,7 +160,6 @@ def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
         checkpoint.template,
         limits=PromptLimits(max_length=limit, max_query_tokens=limit, max_document_tokens=limit),
         default_instruction=DEFAULT_INSTRUCTION,
-        fast=False,
     )
     requests = [RerankRequest(query=pair.query, documents=(pair.document,)) for pair in ORDERED]
     pairs = [pair for request in requests for pair in tokenizer.pairs(request).pairs]

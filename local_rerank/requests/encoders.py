@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-import msgspec
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from local_rerank import forks
 from local_rerank.requests.pair import ID_BYTES, to_bytes
@@ -27,14 +27,6 @@ SURROGATES = range(0xD800, 0xE000)
 logger = logging.getLogger(__name__)
 
 
-class _Kind(msgspec.Struct):
-    type: str | None = None
-
-
-class _TokenizerFile(msgspec.Struct):
-    model: _Kind
-
-
 def with_tokenizers(tokenizer: Tokenizer) -> Encode:
     def encode(texts: Sequence[str]) -> list[bytes]:
         if len(texts) == 1:  # without waking its threads
@@ -45,19 +37,17 @@ def with_tokenizers(tokenizer: Tokenizer) -> Encode:
     return encode
 
 
-def with_fastokens(tokenizer_json: str) -> Encode | None:
-    """An encoder that splits added tokens like other text; None if fastokens cannot read this tokenizer."""
+def with_fastokens(original: Tokenizer) -> Encode | None:
+    """An encoder that does what `original` should do; None if fastokens cannot be used."""
+    if not isinstance(original.model, BPE):
+        return None
+    # its own threads gain nothing at this speed, and a forked child could inherit a lock that one of them holds
+    os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
     try:
-        if msgspec.json.decode(tokenizer_json, type=_TokenizerFile).model.type != "BPE":
-            return None
-        # its own threads gain nothing at this speed, and a forked child could inherit a lock that one of them holds
-        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
         import fastokens
 
-        parts = msgspec.json.decode(tokenizer_json, type=dict[str, msgspec.Raw])
-        plain = msgspec.json.encode(parts | {"added_tokens": []}).decode()
         with forks.encoding():
-            tokenizer = fastokens.Tokenizer.from_json_str(plain)
+            tokenizer = fastokens.Tokenizer.from_json_str(original.to_str())
     except Exception as error:  # no wheel for this platform, or whatever fastokens raises on a tokenizer unknown to it
         logger.debug("fastokens cannot be used (%s: %s)", type(error).__name__, error)
         return None
@@ -73,10 +63,14 @@ def with_fastokens(tokenizer_json: str) -> Encode | None:
     return encode
 
 
-def choose(fast: Encode | None, exact: Encode) -> Encode:
+def fastest(tokenizer: Tokenizer) -> Encode:
+    """The fastest encoder with the ids of `tokenizer`, which must know no added tokens."""
+    fast, exact = with_fastokens(tokenizer), with_tokenizers(tokenizer)
+    return exact if fast is None else checked(fast, exact)
+
+
+def checked(fast: Encode, exact: Encode) -> Encode:
     """`fast` if it gives the ids of `exact` for each of `check_texts`, else `exact`."""
-    if fast is None:
-        return exact
     texts = list(check_texts())
     wrong = [text for text, ours, theirs in zip(texts, fast(texts), exact(texts), strict=True) if ours != theirs]
     if not wrong:

@@ -15,7 +15,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
-from local_rerank.requests.encoders import choose, with_fastokens, with_tokenizers
+from local_rerank.requests.encoders import fastest, with_tokenizers
 from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes, to_ids
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
@@ -104,17 +103,13 @@ class PairTokenizer:
         *,
         limits: PromptLimits,
         default_instruction: str,
-        fast: bool = True,
     ) -> None:
-        """`fast`: use fastokens if it can encode for this tokenizer; loading it takes 1.3 s for Qwen's, beside ours."""
         self.template = template
-        with ThreadPoolExecutor(1) as thread:
-            faster = thread.submit(lambda: with_fastokens(tokenizer_json) if fast else None)
-            self._full = Tokenizer.from_str(tokenizer_json)
+        self._full = Tokenizer.from_str(tokenizer_json)
         self._full.no_truncation()
         self._full.no_padding()
         self._plain = _without_added_tokens(self._full)
-        self._encode = choose(faster.result(), with_tokenizers(self._plain))
+        self._encode = with_tokenizers(self._plain)
         self._limits = limits
         self._default_instruction = default_instruction
         self.prefix_ids = self._control_ids(template.prefix)
@@ -128,13 +123,7 @@ class PairTokenizer:
 
     @classmethod
     def from_folder(
-        cls,
-        folder: Path,
-        template: PromptTemplate,
-        *,
-        limits: PromptLimits,
-        default_instruction: str,
-        fast: bool = True,
+        cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
     ) -> PairTokenizer:
         """Raises CheckpointError if the folder has no usable tokenizer.json, ConfigError if prompts do not fit."""
         path = folder / "tokenizer.json"
@@ -146,11 +135,15 @@ class PairTokenizer:
         try:
             with open_utf8(path, "model") as stream:
                 text = stream.read().decode("utf-8")
-            return cls(text, template, limits=limits, default_instruction=default_instruction, fast=fast)
+            return cls(text, template, limits=limits, default_instruction=default_instruction)
         except LocalRerankError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def use_fastest(self) -> None:
+        """Encode with fastokens from now on, if it can be used here. It takes 1.4 s to load Qwen's tokenizer."""
+        self._encode = fastest(self._plain)
 
     @property
     def num_ids(self) -> int:

@@ -129,8 +129,10 @@ class Overloaded(LocalRerankError):
 
 
 class DeadlineExceeded(LocalRerankError):
-    def __init__(self, *, timeout_ms: float) -> None:
-        super().__init__(f"not answered within {timeout_ms:.0f} ms")
+    """`remedy` says what would make such a request succeed, without a full stop."""
+
+    def __init__(self, *, timeout_ms: float, remedy: str | None = None) -> None:
+        super().__init__(f"not answered within {timeout_ms:.0f} ms" + (f"; {remedy}" if remedy else ""))
         self.timeout_ms = timeout_ms
 
 

@@ -36,6 +36,9 @@ from local_rerank.types import (
     scores_of,
 )
 
+AHEAD_BATCHES = 4
+"""Batches that `rank_batch` queues ahead. The shortest requests are scored first, so a longer queue delays results."""
+
 
 class Reranker:
     """Ranks documents by relevance to a query, with a Qwen3-Reranker model on this machine.
@@ -163,6 +166,8 @@ class Reranker:
                 while (future := self.submit_if_room(request, not in_flight, return_errors)) is None:
                     yield in_flight.popleft().result()
                 in_flight.append(future)
+                if len(in_flight) > 1 and self.num_queued_tokens > AHEAD_BATCHES * self.max_batch_tokens:
+                    yield in_flight.popleft().result()
                 while in_flight and in_flight[0].done():
                     yield in_flight.popleft().result()
             while in_flight:

@@ -40,5 +40,11 @@ def say(line: str) -> None:
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def warn(lines: str) -> None:
+    """Print lines, if any, on standard error, each in one piece."""
+    if lines:
+        Console(stderr=True).print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: object) -> None:
     Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)

@@ -33,7 +33,7 @@ from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.engine.stored_weights import model_config, stored_weights
 from local_rerank.errors import CheckpointError
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from local_rerank.types import ModelInfo
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
+from local_rerank.requests.pair import Pair
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
 from local_rerank.types import RerankRequest, Truncation
@@ -42,26 +43,6 @@ _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """One query with one document, as token ids."""
-
-    prefix_ids: tuple[int, ...]  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
-    document_ids: tuple[int, ...]  # " " + document + suffix
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prefix_ids) + len(self.document_ids)
-
-
-def num_batch_tokens(pairs: Iterable[Pair]) -> int:
-    """Tokens of a packed batch of `pairs`, in which each prefix counts once."""
-    lengths: dict[tuple[int, ...], int] = {}
-    for pair in pairs:
-        lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
-    return sum(lengths.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

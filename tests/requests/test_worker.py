@@ -12,9 +12,10 @@ from concurrent.futures import CancelledError
 import pytest
 
 from local_rerank.errors import EngineFailure, ModelUnavailable, OutOfMemory, Overloaded
+from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import GOOD_BATCHES
-from local_rerank.requests.tokenization import Pair, TokenizedRequest, num_batch_tokens
+from local_rerank.requests.tokenization import TokenizedRequest
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult
 

@@ -28,7 +28,9 @@ NAMES = (
     "server.js",
     "style.css",
 )
-FILES = {"/": FOLDER / "index.html"} | {f"/playground/{name}": FOLDER / name for name in NAMES}
+FILES = {"/": FOLDER / "index.html", "/favicon.ico": FOLDER / "icon.svg"} | {
+    f"/playground/{name}": FOLDER / name for name in NAMES
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "

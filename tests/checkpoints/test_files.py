@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from local_rerank import Reranker
-from local_rerank.checkpoints.bundles import FORMAT, MANIFEST
 from local_rerank.checkpoints.download import fetch
 from local_rerank.checkpoints.files import INDEX, checkpoint_files
 from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
+from local_rerank.checkpoints.manifest import FORMAT, MANIFEST
 from local_rerank.checkpoints.tensors import EMBEDDINGS
 from local_rerank.errors import CheckpointError
 from tests.command_line import command

@@ -90,7 +90,7 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused_with_file_and_key(valu
         ({"id2label": {"x": "no"}}, "id2label {'x': 'no'}; it must be"),
         ({"id2label": {"0": 1}}, "id2label {'0': 1}; it must be"),
         ({"label2id": {"no": "0"}}, "label2id {'no': '0'}; it must be an object of numbers by label"),
-        ({"quantization_config": {"weight_block_size": [128, 0]}}, "quantization_config.weight_block_size [128, 0]; it"),
+        ({"quantization_config": {"weight_block_size": [128, 0]}}, "weight_block_size [128, 0]; it must be"),
         ({"hidden_size": "x" * 10_000}, "hidden_size 'xxx"),
     ],
 )

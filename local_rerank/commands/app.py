@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError
 from cyclopts.config import Env
-from rich.console import Console
 
 from local_rerank import __version__
+from local_rerank.commands.console import Console, complain, output_failed, set_up_streams
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -30,6 +30,7 @@ app = App(
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=Env(ENV_PREFIX, command=False),
+    console=Console(),
     error_formatter=lambda error: f"local-rerank: {error}",
     error_console=Console(stderr=True, width=1000),  # wide, to keep an error on one line
 )
@@ -59,17 +60,29 @@ for _name, _function, _help in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     configure_process()
+    set_up_streams()
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:
+        status = output_failed(error)
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str] | None) -> int | str | None:
+    """Run a command and return its exit status. Raises BrokenPipeError if the reader of its output has gone."""
     try:
         _refuse_unknown_variables()
-        sys.exit(app(arguments) or 0)
+        return app(arguments) or 0
     except LocalRerankError as error:
-        print(f"local-rerank: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+        complain(error)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has closed it, like `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 130
+    except SystemExit as exit:
+        if isinstance(exit.__context__, BrokenPipeError):  # rich exits with 1, which would mean an error of ours
+            raise exit.__context__ from None
+        return exit.code
 
 
 def _refuse_unknown_variables() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from local_rerank.batch.job import Block, JobProgress
 from local_rerank.batch.sources import Rejected
+from local_rerank.commands.console import Console, print_json
 
 Mode = Literal["bar", "json", "quiet"]
 
@@ -96,8 +95,7 @@ class Display:
     def event(self, name: str, **values: Any) -> None:
         """Print a line of JSON on standard output in JSON mode."""
         if self._mode == "json":
-            line = json.dumps({"event": name, **values}, ensure_ascii=False)
-            Console().out(line, highlight=False)
+            print_json({"event": name, **values}, indent=None)
 
     def rates(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)

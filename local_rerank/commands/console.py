@@ -1,15 +1,23 @@
-"""Helpers of the commands: parameters without an environment variable, progress on standard error, plain output."""
+"""Helpers of the commands: parameters without an environment variable, progress on standard error, plain output.
+
+No character fails to be written: text falls back to escapes, decoration to ASCII, and JSON is always UTF-8.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
+import rich.console
 from cyclopts import Parameter
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
@@ -20,10 +28,56 @@ repeatable = partial(option, show_default=False)
 
 JsonOutput = Annotated[bool, option(name="--json", help="Print the full result as JSON.")]
 
+PIPE_CLOSED = 141  # exit status, as shells report a program that SIGPIPE has ended
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+class Console(rich.console.Console):
+    """rich's console, which takes standard output for UTF-8 unless it is asked for the encoding like this."""
+
+    @property
+    def encoding(self) -> str:
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+    @property
+    def is_ascii_only(self) -> bool:
+        return self.options.ascii_only
+
+
+def set_up_streams() -> None:
+    """Let the standard streams take every character, also where the caller has closed them (`>&-`)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # until the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def output_failed(error: OSError) -> int:
+    """The exit status when standard output cannot be written; raises other errors again."""
+    if not isinstance(error, BrokenPipeError):  # whose reader has seen enough, like `| head`
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise error
+        complain(f"the output cannot be written: {error.strerror}")
+    with Path(os.devnull).open("wb") as nowhere:
+        for stream in (sys.stdout, sys.stderr):  # Python writes what their buffers hold once more when it ends
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), stream.fileno())
+    return PIPE_CLOSED if isinstance(error, BrokenPipeError) else 1
+
+
+def complain(error: object) -> None:
+    """Print an error as one line on standard error."""
+    with suppress(OSError):
+        sys.stderr.write(f"local-rerank: {error}\n")
+        sys.stderr.flush()
+
 
 def status(message: str) -> Status:
     """Show a spinner on standard error during a block, if that is a terminal."""
-    return Console(stderr=True).status(message + " ...")
+    console = Console(stderr=True)
+    return console.status(message + " ...", spinner="line" if console.is_ascii_only else "dots")
 
 
 @contextmanager
@@ -40,5 +94,9 @@ def say(line: str) -> None:
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_json(value: object) -> None:
-    Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """Print JSON in UTF-8, whatever the locale; `indent=None` prints one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON's own escapes for lone surrogates
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+    sys.stdout.flush()

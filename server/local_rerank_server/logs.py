@@ -26,5 +26,4 @@ def make_formatter(config: ServerConfig) -> logging.Formatter:
         style="{",
         rename_fields={"levelname": "level", "name": "logger"},
         timestamp="time",
-        json_ensure_ascii=False,
     )

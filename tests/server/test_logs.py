@@ -18,6 +18,7 @@ SECRET = "a secret"
 def test_json_logs_have_the_fields_of_the_record() -> None:
     record = logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": "said %s", "args": ("é",), "status": 200})
     line = make_formatter(ServerConfig(log_format="json")).format(record)
+    assert line.isascii(), "and so UTF-8, whatever the encoding of standard error"
     said = json.loads(line)
     assert (said["level"], said["logger"], said["message"], said["status"]) == ("INFO", "n", "said é", 200)
     assert "time" in said

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.config import Env
 
 from local_rerank import __version__
-from local_rerank.commands.console import Console, complain, output_failed, set_up_streams
+from local_rerank.commands.console import Console, complain, failed, set_up_streams
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        status = output_failed(error)
+        status = failed(error)
     sys.exit(status)
 
 

@@ -21,6 +21,9 @@ from cyclopts import Parameter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
+from local_rerank.checkpoints.free_space import require_temporary_folder
+from local_rerank.errors import CheckpointError
+
 option = partial(Parameter, negative="", show_env_var=False)
 """A parameter of a single call. Only settings of engine and server have environment variables."""
 
@@ -54,17 +57,29 @@ def set_up_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def output_failed(error: OSError) -> int:
-    """The exit status when standard output cannot be written; raises other errors again."""
-    if not isinstance(error, BrokenPipeError):  # whose reader has seen enough, like `| head`
-        if error.errno not in UNWRITABLE or error.filename is not None:
-            raise error
+def failed(error: OSError) -> int:
+    """The exit status after an error of output or of temporary files, in one line; raises any other error again."""
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough, like `| head`
+        _forget_output()
+        return PIPE_CLOSED
+    if error.filename is None and error.errno in UNWRITABLE:
         complain(f"the output cannot be written: {error.strerror}")
+        _forget_output()
+        return 1
+    try:
+        require_temporary_folder()
+    except CheckpointError as cause:
+        complain(cause)
+        return 1
+    raise error
+
+
+def _forget_output() -> None:
+    """Drop what the streams still hold, because Python would write it when it ends."""
     with Path(os.devnull).open("wb") as nowhere:
-        for stream in (sys.stdout, sys.stderr):  # Python writes what their buffers hold once more when it ends
+        for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 os.dup2(nowhere.fileno(), stream.fileno())
-    return PIPE_CLOSED if isinstance(error, BrokenPipeError) else 1
 
 
 def complain(error: object) -> None:

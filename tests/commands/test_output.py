@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -15,10 +17,12 @@ import pytest
 from local_rerank import Reranker
 from local_rerank.commands.app import main
 from local_rerank.commands.console import PIPE_CLOSED
+from local_rerank.engine.cpu.process_setup import NO_HOME
 from tests.command_line import command
 
 TEXTS = ["巴黎 café", "Rome", "x " * 300]
 ASCII_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+HOMES = {"HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "TMPDIR"}
 NEEDLESS = {  # packages that `rank` must not import; together they take several times as long as torch
     "transformers", "huggingface_hub", "accelerate", "scipy", "sklearn", "pandas", "pydantic", "fastapi", "uvicorn",
     "sympy", "triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.onnx",
@@ -76,38 +80,65 @@ def test_c18_rank_prints_whole_texts_into_a_pipe_and_cuts_them_on_a_terminal(mod
     assert "…" in cut
 
 
+@dataclass(frozen=True)
+class Process:
+    results: list[dict[str, object]]
+    modules: set[str]
+    home: str
+
+
 @pytest.fixture(scope="module")
-def process() -> tuple[dict[str, object], set[str]]:
-    """The output of a process that ranks with the built-in model in an ASCII locale, and the modules that it loaded."""
+def process() -> Process:
+    """Ranks with the built-in model, in an ASCII locale and without home, user name or folder for temporary files."""
     script = (
-        "import atexit, json, sys\n"
+        "import atexit, json, os, pwd, sys, tempfile\n"
+        "pwd.getpwuid = {}.__getitem__\n"
+        "tempfile._candidate_tempdir_list = list\n"
+        "atexit.register(lambda: print(json.dumps([os.environ['HOME'], list(sys.modules)]), file=sys.stderr))\n"
         "from local_rerank.commands.app import main\n"
-        "atexit.register(lambda: print(json.dumps(list(sys.modules)), file=sys.stderr))\n"
         "main()"
     )
     documents = [text.encode() for text in TEXTS] + [b"caf\xe9"]
     done = subprocess.run(
         [sys.executable, "-c", script, "rank", "巴黎", *documents, "--json", "--device", "cpu"],
-        env=os.environ | ASCII_LOCALE,
+        env={name: value for name, value in os.environ.items() if name not in HOMES} | ASCII_LOCALE,
         capture_output=True,
         check=True,
         timeout=120,
     )
-    return json.loads(done.stdout), set(json.loads(done.stderr))
+    home, modules = json.loads(done.stderr)
+    return Process(json.loads(done.stdout)["results"], set(modules), home)
 
 
-def test_a8_arguments_are_utf8_whatever_the_locale(process: tuple[dict[str, object], set[str]], nano: Reranker) -> None:
+def test_a8_arguments_are_utf8_whatever_the_locale(process: Process, nano: Reranker) -> None:
     expected = nano.rank("巴黎", [*TEXTS, "caf\ufffd"])
-    results: list[dict[str, object]] = process[0]["results"]  # type: ignore[assignment]
-    assert [item["document"] for item in results] == [item.document for item in expected]
-    assert [item["log_odds"] for item in results] == pytest.approx([item.log_odds for item in expected], abs=1e-4)
+    assert [item["document"] for item in process.results] == [item.document for item in expected]
+    log_odds = [item["log_odds"] for item in process.results]
+    assert log_odds == pytest.approx([item.log_odds for item in expected], abs=1e-4)
 
 
-def test_d3_rank_imports_nothing_that_it_does_not_use(process: tuple[dict[str, object], set[str]]) -> None:
-    """So does `import local_rerank.reranker`, which is part of it."""
-    modules = process[1]
-    assert modules >= {"torch", "tokenizers", "local_rerank.reranker"}
-    assert modules & NEEDLESS == set()
+def test_b7_a_user_without_a_home_has_one_that_libraries_can_look_into(process: Process) -> None:
+    assert process.home == NO_HOME
+
+
+@pytest.mark.parametrize(
+    "arguments", [("bench", "--shape", "qwen3-reranker-0.6b"), ("rank", "q", "d", "--device-map", "auto")]
+)
+def test_b7_without_a_folder_for_temporary_files_the_remedy_is_named(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("local-rerank: no folder for temporary files can be written; set TMPDIR to one")
+    assert done.stderr.count("\n") == 1
+
+
+def test_d3_rank_imports_nothing_that_it_does_not_use(process: Process) -> None:
+    """Nor does `import local_rerank.reranker`, which is part of it."""
+    assert process.modules >= {"torch", "tokenizers", "local_rerank.reranker"}
+    assert process.modules & NEEDLESS == set()
 
 
 @pytest.mark.parametrize(

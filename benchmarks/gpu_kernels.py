@@ -15,7 +15,7 @@ from local_rerank.engine.cuda.attention import tile_layout
 from local_rerank.engine.cuda.fp8 import FP8
 from local_rerank.engine.kernel_table import KERNELS, is_installed
 from local_rerank.engine.packing import pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 
 def attention(setting: Setting) -> Result:

@@ -28,7 +28,7 @@ from local_rerank.bench.flops import DecoderShape, useful_flops
 from local_rerank.bench.measure import percentile
 from local_rerank.engine.packing import pack
 from local_rerank.errors import ConfigError, OutOfMemory
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
+from local_rerank.requests.pair import Pair, num_batch_tokens
 
 BATCHES = 8  # per round, launched one after the other
 

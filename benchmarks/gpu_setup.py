@@ -19,7 +19,7 @@ from benchmarks.peer_process import CHAT_TEMPLATE
 from local_rerank import Reranker, RerankRequest
 from local_rerank.bench.shapes import COMMON
 from local_rerank.bench.shapes import SHAPES as MODEL_SHAPES
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]

@@ -15,10 +15,10 @@ HEAD = """# Options
 
 <!-- Written by `make docs` from local_rerank/config.py and server/local_rerank_server/config.py; edit those. -->
 
-A flag wins over its variable, a variable over the default. An unknown or malformed setting stops the start and is
-named. `local-rerank serve` takes both tables, `local-rerank rank` and `Reranker(...)` the first; in Python a name has
-underscores: `Reranker(max_length=4096)`. A flag that "may be repeated" takes several values in its variable, separated
-by spaces.
+A flag wins over its variable, a variable over the default; an empty variable is unset. An unknown or malformed setting
+stops the start and is named. `local-rerank serve` takes both tables, `local-rerank rank` and `Reranker(...)` the first;
+in Python a name has underscores: `Reranker(max_length=4096)`. A flag that "may be repeated" takes several values in its
+variable, separated by spaces.
 """
 
 

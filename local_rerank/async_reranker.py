@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from local_rerank import forks
-from local_rerank.config import EngineConfig, merged
+from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
-from local_rerank.types import RerankRequest, RerankResult, requests_of, scores_of
+from local_rerank.types import RerankRequest, RerankResult, documents_of, requests_of, scores_of
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -30,8 +31,8 @@ T = TypeVar("T")
 class AsyncReranker:
     """`Reranker` for asyncio, with the same arguments. The constructor returns at once and the model loads in a thread.
 
-    Raises ConfigError for an unknown option. If the model cannot be loaded, every call raises CheckpointError or
-    ConfigError.
+    Raises ConfigError for an unknown option or a value of the wrong type. If the model cannot be loaded, every call
+    raises CheckpointError or ConfigError.
 
     >>> async def main() -> None:
     ...     async with AsyncReranker() as reranker:
@@ -41,8 +42,14 @@ class AsyncReranker:
     [1, 0]
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
-        self.config = merged(config or EngineConfig(), model, options)
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        *,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        self.config = merged(config, model, options)
         self._is_closed = False
         self._outcome: Reranker | BaseException = UnusableAfterFork("no model was loaded before the process was forked")
         self._threads = _make_threads()
@@ -75,18 +82,21 @@ class AsyncReranker:
         return await asyncio.shield(asyncio.wrap_future(self._loading))  # cancelling one caller must not stop loading
 
     async def rank(
-        self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
+        self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
         """Rank documents by relevance, most relevant first. Raises a leaf of InvalidRequest, Overloaded or
         EngineFailure.
         """
-        documents = (documents,) if isinstance(documents, str) else tuple(documents)
-        return await self.submit(RerankRequest(query=query, documents=documents, instruction=instruction, top_n=top_n))
+        return await self.submit(
+            RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
+        )
 
     async def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`."""
+        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`. One pair also goes in a
+        list: `score([("query", "document")])`.
+        """
         results = self.rank_batch(requests_of(pairs, instruction))
         return [score async for result in results for score in scores_of(result, logits=logits)]
 

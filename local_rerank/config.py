@@ -6,9 +6,13 @@ options are in `local_rerank_server.config`. `engine.plan` resolves `auto`.
 
 from __future__ import annotations
 
+import os
+import reprlib
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter, Token
 
@@ -87,6 +91,9 @@ class EngineConfig:
     ] = False  # fmt: skip
 
     def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            if not _is_a(value := getattr(self, name), hint):
+                raise ConfigError(f"{name} is {reprlib.repr(value)}; it must be {_name_of(hint)}")
         for name in _POSITIVE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -111,16 +118,62 @@ class VerifyEngineConfig(EngineConfig):
     model: Annotated[str | None, Parameter(parse=False)] = None
 
 
+class EngineOptions(TypedDict, total=False):
+    """The keyword options of `Reranker`: the fields of `EngineConfig` without `model`, for type checkers."""
+
+    revision: str | None
+    device: str
+    dtype: DType
+    device_map: str | None
+    attention: str
+    threads: int | None
+    instruction: str
+    max_length: int
+    max_query_tokens: int
+    max_document_tokens: int
+    max_batch_tokens: int | None
+    no_cuda_graphs: bool
+    no_compile: bool
+    max_queued_tokens: int
+    deterministic: bool
+
+
 _POSITIVE = (
     "threads", "max_length", "max_query_tokens", "max_document_tokens", "max_batch_tokens", "max_queued_tokens",
 )  # fmt: skip
 
 
-def merged(config: EngineConfig, model: str | None, options: dict[str, Any]) -> EngineConfig:
+def merged(config: EngineConfig | None, model: str | os.PathLike[str] | None, options: EngineOptions) -> EngineConfig:
     """`config` with its fields replaced by `options`, and by `model` if not None. Raises ConfigError for an unknown
-    option.
+    option, and for a value of the wrong type.
     """
+    if not isinstance(config, EngineConfig | None):
+        raise ConfigError(f"config is {reprlib.repr(config)}; it must be an EngineConfig or None")
     names = {field.name for field in fields(EngineConfig)}
     if unknown := sorted(set(options) - names):
         raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(names))}")
-    return replace(config, **options if model is None else options | {"model": model})
+    given: dict[str, Any] = {**options}
+    if model is not None:
+        given["model"] = os.fspath(model) if isinstance(model, os.PathLike) else model
+    return replace(config or EngineConfig(), **given)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(EngineConfig)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    if get_origin(hint) is types.UnionType:
+        return any(_is_a(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))  # Python's bool is an int
+
+
+def _name_of(hint: Any) -> str:
+    if get_origin(hint) is types.UnionType:
+        return " or ".join(map(_name_of, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return {bool: "True or False", int: "an int", str: "a str"}.get(hint, "None")

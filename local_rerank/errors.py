@@ -2,6 +2,7 @@
 
     LocalRerankError
     ├── InvalidRequest                the request cannot be ranked; `field`, `limit` and `value` say why
+    │   ├── WrongType                 an argument has the wrong type; also a TypeError
     │   ├── EmptyQuery                the query is empty or blank
     │   ├── EmptyDocument             a document is empty or blank, and the server refuses that
     │   ├── InvalidDocumentCount      more documents than the limit
@@ -27,6 +28,7 @@ status.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 
 
@@ -52,6 +54,12 @@ class InvalidRequest(LocalRerankError):
         self.field = field
         self.limit = limit
         self.value = value
+
+
+class WrongType(InvalidRequest, TypeError):
+    def __init__(self, value: object, *, field: str, expected: str) -> None:
+        found = f"{type(value).__name__} ({reprlib.repr(value)})"  # shortened, because it may be a whole corpus
+        super().__init__(f"{field} must be {expected}, not {found}", field=field)
 
 
 class EmptyQuery(InvalidRequest):
@@ -121,8 +129,10 @@ class Overloaded(LocalRerankError):
 
 
 class DeadlineExceeded(LocalRerankError):
-    def __init__(self, *, timeout_ms: float) -> None:
-        super().__init__(f"not answered within {timeout_ms:.0f} ms")
+    """`remedy` says what would make such a request succeed, without a full stop."""
+
+    def __init__(self, *, timeout_ms: float, remedy: str | None = None) -> None:
+        super().__init__(f"not answered within {timeout_ms:.0f} ms" + (f"; {remedy}" if remedy else ""))
         self.timeout_ms = timeout_ms
 
 

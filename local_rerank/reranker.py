@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Literal, Self, Unpack, overload
 
 from local_rerank import forks
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
-from local_rerank.config import EngineConfig, merged
+from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
@@ -25,14 +26,26 @@ from local_rerank.errors import InvalidRequest, Overloaded
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.requests.worker import BatchReport, Worker
-from local_rerank.types import ModelInfo, RerankRequest, RerankResult, requests_of, scores_of
+from local_rerank.types import (
+    ModelInfo,
+    RerankRequest,
+    RerankResult,
+    check_request,
+    documents_of,
+    requests_of,
+    scores_of,
+)
+
+AHEAD_BATCHES = 4
+"""Batches that `rank_batch` queues ahead. The shortest requests are scored first, so a longer queue delays results."""
 
 
 class Reranker:
     """Ranks documents by relevance to a query, with a Qwen3-Reranker model on this machine.
 
     `model` is a hub id, a local folder, a bundle, or None for the built-in local-rerank-nano; `options` are fields of
-    `EngineConfig`. Raises CheckpointError if the model cannot be loaded, ConfigError if an option cannot be met.
+    `EngineConfig`. Raises CheckpointError if the model cannot be loaded, ConfigError if an option has the wrong type or
+    cannot be met.
 
     >>> reranker = Reranker()
     >>> result = reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"], top_n=1)
@@ -40,8 +53,14 @@ class Reranker:
     [(1, 'Paris is the capital of France')]
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
-        self.config = merged(config or EngineConfig(), model, options)
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        *,
+        config: EngineConfig | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        self.config = merged(config, model, options)
         self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision)
         self.tokenizer = PairTokenizer.from_folder(
             checkpoint.folder,
@@ -53,6 +72,7 @@ class Reranker:
             ),
             default_instruction=self.config.instruction,
         )
+        checkpoint.require_embeddings(self.tokenizer.num_ids)
         self.engine, self.info = compute(self._load)
         device = self.info.device
         self._worker = Worker(
@@ -101,14 +121,13 @@ class Reranker:
         self._worker.on_batch = observer
 
     def rank(
-        self, query: str, documents: Sequence[str], *, instruction: str | None = None, top_n: int | None = None
+        self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
-        """The documents ranked by relevance, at most `top_n`. Raises a leaf of InvalidRequest, Overloaded or
-        EngineFailure.
+        """The documents ranked by relevance, at most `top_n`. Raises a leaf of InvalidRequest (WrongType, which is also
+        a TypeError, for arguments of the wrong type), Overloaded or EngineFailure.
         """
-        documents = (documents,) if isinstance(documents, str) else tuple(documents)
         return self.submit(
-            RerankRequest(query=query, documents=documents, instruction=instruction, top_n=top_n)
+            RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
         ).result()
 
     def score(
@@ -116,7 +135,8 @@ class Reranker:
     ) -> list[float]:
         """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`.
 
-        Neighbouring pairs with the same query share its tokens. Raises as `rank`.
+        One pair also goes in a list: `score([("query", "document")])`. Neighbouring pairs with the same query share its
+        tokens. Raises as `rank`.
         """
         results = self.rank_batch(requests_of(pairs, instruction))
         return [score for result in results for score in scores_of(result, logits=logits)]
@@ -146,6 +166,8 @@ class Reranker:
                 while (future := self.submit_if_room(request, not in_flight, return_errors)) is None:
                     yield in_flight.popleft().result()
                 in_flight.append(future)
+                if len(in_flight) > 1 and self.num_queued_tokens > AHEAD_BATCHES * self.max_batch_tokens:
+                    yield in_flight.popleft().result()
                 while in_flight and in_flight[0].done():
                     yield in_flight.popleft().result()
             while in_flight:
@@ -177,6 +199,7 @@ class Reranker:
         `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
         UnusableAfterFork; the future may fail with EngineFailure.
         """
+        check_request(request)
         started = time.perf_counter()
         self._worker.check_room()  # before the work of tokenizing
         pending = PendingRequest(

@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from local_rerank.errors import InvalidRequest
+from local_rerank.errors import ConfigError, InvalidRequest
 
 CHUNK_BYTES = 1 << 16
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -122,6 +122,16 @@ def plain_file(file: Path, copy: Path, field: str) -> Path:
             shutil.copyfileobj(stream, target)
         incomplete.replace(copy)
     return copy
+
+
+def check_writable(file: Path, field: str) -> None:
+    """Raise ConfigError before the work if a file could not be written after it."""
+    if file.is_dir():
+        raise ConfigError(f"{field} is {file}, which is a folder; it must be a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{field} is {file}; there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{field} is {file}, which cannot be written: no permission")
 
 
 def _unreadable(file: Path | None, error: OSError) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from local_rerank.errors import (
     DocumentTooLong,
@@ -19,6 +20,7 @@ from local_rerank.errors import (
     InvalidTopN,
     NoDocuments,
     TooManyCharacters,
+    WrongType,
 )
 
 Truncation = Literal["end", "start", "error"]
@@ -56,6 +58,7 @@ class RerankRequest:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check_text("query", self.query, self.limits.max_query_chars)
         if self.instruction is not None:
             _check_text("instruction", self.instruction, self.limits.max_instruction_chars)
@@ -68,12 +71,25 @@ class RerankRequest:
             raise InvalidDocumentCount(limit=limit, value=len(self.documents))
         if self.top_n is not None and self.top_n < 1:
             raise InvalidTopN(value=self.top_n)
-        for name in ("max_query_tokens", "max_document_tokens", "max_prompt_tokens"):
+        for name in _TOKEN_LIMITS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)
         for index, document in enumerate(self.documents):
             self._check_document(index, document)
+
+    def _check_types(self) -> None:
+        if not isinstance(self.documents, tuple | list):  # a string would be ranked letter by letter
+            raise WrongType(self.documents, field="documents", expected="a tuple of strings")
+        for name in ("top_n", *_TOKEN_LIMITS):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise WrongType(value, field=name, expected="an integer or None")
+        if self.truncation not in get_args(Truncation):
+            expected = f"one of {', '.join(get_args(Truncation))}"
+            raise WrongType(self.truncation, field="truncation", expected=expected)
+        if not isinstance(self.limits, Limits):
+            raise WrongType(self.limits, field="limits", expected="a Limits")
 
     def _check_document(self, index: int, document: str) -> None:
         _check_text(f"documents[{index}]", document)
@@ -106,6 +122,7 @@ class RerankResult(Sequence[RankedDocument]):
     num_query_truncated_tokens: int
     num_document_tokens: int  # of all documents of the request with duplicates, after truncation
     num_truncated_documents: int
+    unwrapped: bool  # whether the texts were parts of rendered prompts, whose template was removed
     total_tokens: int  # as the hosted service bills: instruction and query once per document, plus the documents
     num_computed_tokens: int  # tokens the model processed: shared prefixes and duplicates count once
     tokenize_ms: float
@@ -146,17 +163,64 @@ class ModelInfo:
     products: tuple[str, ...] = ()  # on a CPU: names of the matrix-product kernels
 
 
+_TOKEN_LIMITS = ("max_query_tokens", "max_document_tokens", "max_prompt_tokens")
+_REQUEST = 'a RerankRequest, as in RerankRequest(query="a query", documents=("a document",))'
+_PAIR = 'a (query, document) pair, as in score([("a query", "a document")])'
+_PAIRS = 'a list of (query, document) pairs, as in score([("a query", "a document")])'
+
+
 def _check_text(field: str, value: object, limit: int | None = None) -> None:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{field} must be a string, not {type(value).__name__}", field=field)
+        raise WrongType(value, field=field, expected="a string")
     if limit is not None and len(value) > limit:
         raise TooManyCharacters(field=field, limit=limit, value=len(value))
 
 
+def check_request(value: object) -> None:
+    """Raises WrongType for anything but a RerankRequest, such as a dict of its fields."""
+    if not isinstance(value, RerankRequest):
+        raise WrongType(value, field="request", expected=_REQUEST)
+
+
+def documents_of(documents: Iterable[str]) -> tuple[str, ...]:
+    """The documents of a call as a tuple; one string is one document. Raises WrongType."""
+    if isinstance(documents, str):
+        return (documents,)
+    if getattr(documents, "ndim", 1) > 1:  # a table, of which iteration gives column names
+        raise WrongType(documents, field="documents", expected="one column of strings")
+    return tuple(_items(documents, field="documents", expected="a list of strings"))
+
+
 def requests_of(pairs: Iterable[tuple[str, str]], instruction: str | None) -> Iterator[RerankRequest]:
-    """Group consecutive (query, document) pairs with the same query into requests."""
-    for query, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+    """Group consecutive (query, document) pairs with the same query into requests. Raises WrongType for anything else,
+    also for one pair that is not in a list: its two texts could be pairs of letters.
+    """
+    all_pairs = enumerate(_items(pairs, field="pairs", expected=_PAIRS))
+    checked = (_pair(pair, field=f"pairs[{index}]") for index, pair in all_pairs)
+    for query, group in itertools.groupby(checked, key=lambda pair: pair[0]):
         yield RerankRequest(query=query, documents=tuple(document for _, document in group), instruction=instruction)
+
+
+def _pair(pair: object, *, field: str) -> tuple[str, str]:
+    texts = tuple(itertools.islice(_items(pair, field=field, expected=_PAIR), 3))
+    if len(texts) != 2:
+        raise WrongType(pair, field=field, expected=_PAIR)
+    for position, text in enumerate(texts):
+        _check_text(f"{field}[{position}]", text)
+    return texts
+
+
+def _items(values: Any, *, field: str, expected: str) -> Iterator[Any]:
+    """Iterate over a list, tuple, array, column or generator.
+
+    Raises WrongType for what Python iterates too, but not as a list of texts: letters, bytes, a dict's keys, sets.
+    """
+    try:
+        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | set | frozenset):
+            raise TypeError
+        return iter(values)
+    except TypeError:
+        raise WrongType(values, field=field, expected=expected) from None
 
 
 def scores_of(result: RerankResult, *, logits: bool) -> list[float]:

@@ -21,7 +21,7 @@ from local_rerank.errors import (
     ModelUnavailable,
     NoDocuments,
 )
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 pytestmark = pytest.mark.anyio
 CLOSE = 1e-4  # tolerance of fp32 log-odds in different batches

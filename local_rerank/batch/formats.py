@@ -5,18 +5,34 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from local_rerank.batch.job import FROM_INPUT
 from local_rerank.batch.rows import json_line, to_record
 from local_rerank.batch.sinks import Sink, TextSink, csv_line, flat_columns, flat_lines, missing_id, run_lines, tsv_line
 from local_rerank.batch.sources import Delimited, JsonLines, Source
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.text_files import plain_file, suffix_of
 
 INPUT_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 OUTPUT_SUFFIXES = (*INPUT_SUFFIXES, ".run")
+PLAIN_INPUT = f"{FROM_INPUT}plain"
 
 
-def open_source(file: Path) -> Source:
-    """Open the reader that the file name selects; raises InvalidRequest."""
-    suffix = file.suffix.lower()
+def judge_output(file: Path, source: Source) -> None:
+    """Raise ConfigError before the work if the output cannot have the form that its name selects."""
+    if (suffix := file.suffix.lower()) not in OUTPUT_SUFFIXES:
+        raise ConfigError(f"output is {file}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    if suffix == ".run" and source.is_pairs:
+        raise ConfigError(f"output is {file}, a run, but the input has pairs, which have no ranking")
+    if suffix == ".parquet":
+        import local_rerank.batch.parquet  # noqa: F401  # raises ConfigError without its extra
+
+
+def open_source(file: Path, folder: Path) -> Source:
+    """Open the reader that the file name selects; `folder` takes a plain copy of a compressed file.
+
+    Raises InvalidRequest.
+    """
+    suffix = suffix_of(file)
     if suffix not in INPUT_SUFFIXES:
         raise InvalidRequest(f"input is {file}; it must end in one of {', '.join(INPUT_SUFFIXES)}", field="input")
     if not file.is_file():
@@ -26,7 +42,8 @@ def open_source(file: Path) -> Source:
             from local_rerank.batch.parquet import ParquetSource
 
             return ParquetSource(file)
-        return JsonLines(file) if suffix == ".jsonl" else Delimited(file)
+        plain = plain_file(file, folder / PLAIN_INPUT, "input")
+        return JsonLines(file, plain) if suffix == ".jsonl" else Delimited(file, plain)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror or error}", field="input") from error
 
@@ -35,12 +52,11 @@ def open_sink(
     file: Path, folder: Path, source: Source, *, model_id: str, with_documents: bool, is_blended: bool
 ) -> Sink:
     """Open the writer that the file name selects; `folder` is for unfinished data. Raises ConfigError."""
+    judge_output(file, source)
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
         return TextSink(file, lambda scored: json_line(to_record(scored, with_documents=with_documents)))
     if suffix == ".run":
-        if source.is_pairs:
-            raise ConfigError(f"output is {file}, a run, but the input has pairs, which have no ranking")
         return TextSink(file, partial(run_lines, name=model_id.rpartition("/")[2]), refusal=missing_id)
     if suffix == ".parquet":
         from local_rerank.batch.parquet import ParquetSink, ParquetSource, output_schema
@@ -49,8 +65,6 @@ def open_sink(
         options = {"is_pairs": source.is_pairs, "with_documents": with_documents, "is_blended": is_blended}
         schema = output_schema(found, source.columns, **options)
         return ParquetSink(file, folder, schema, with_documents=with_documents)
-    if suffix in (".csv", ".tsv"):
-        names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
-        line = tsv_line if suffix == ".tsv" else csv_line
-        return TextSink(file, partial(flat_lines, names=names, line=line), header=line(names))
-    raise ConfigError(f"output is {file}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
+    line = tsv_line if suffix == ".tsv" else csv_line
+    return TextSink(file, partial(flat_lines, names=names, line=line), header=line(names))

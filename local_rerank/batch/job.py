@@ -1,17 +1,20 @@
 """Run a job from a source through a scorer to a sink, and resume it after a kill at any moment.
 
-The job scores one block of rows at a time, syncs its output to disk, and only then counts it in `progress.json`, which
-is replaced atomically. Output beyond the counted size, left by a kill, is truncated before the job resumes, so each row
-is written exactly once. The score cache keeps the scores of a truncated block.
+The job scores one block of rows at a time and writes them in order as they come. Every few seconds it syncs the output
+to disk, and only then counts it in `progress.json`, which is replaced atomically. Output beyond the counted size, left
+by a kill, is truncated before the job resumes, so each row is written exactly once. The score cache keeps the scores of
+what is truncated.
 
-The folder OUTPUT.job holds unfinished data. Once the job is done it holds only `progress.json` and the lock.
+The folder OUTPUT.job holds unfinished data. Once the job is done it holds only `progress.json` and the lock; a job that
+did not start leaves no folder.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +24,12 @@ from local_rerank.batch.durable import AppendFile
 from local_rerank.batch.durable import replace as replace_file
 from local_rerank.batch.rows import Row, ScoredRow, encode, json_line
 from local_rerank.batch.sinks import Sink
-from local_rerank.batch.sources import MAX_CONTENT_CHARS, Position, Rejected, Source
+from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, Source
 from local_rerank.errors import ConfigError, InvalidRequest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FROM_INPUT = "input."  # how names of files begin that are made from the input alone: its index, plain copies
+WRITE_SECONDS = 5.0  # between two commits, each of which syncs two or three files
 MAX_BLOCK_PAIRS = 1024
 MAX_BLOCK_CHARS = 4 << 20  # of queries and documents
 
@@ -46,74 +51,114 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Consecutive records and the position after them."""
+    """Consecutive records, each with the position after it."""
 
-    items: tuple[Row | Rejected, ...]
-    end: Position
-
-    @property
-    def rows(self) -> list[Row]:
-        return [item for item in self.items if isinstance(item, Row)]
+    items: tuple[Item, ...]
 
     @property
     def num_pairs(self) -> int:
-        return sum(len(row.documents) for row in self.rows)
+        return sum(len(item.documents) for item, _ in self.items if isinstance(item, Row))
 
 
-Score = Callable[[list[Row]], list[ScoredRow | InvalidRequest]]
-Begin = Callable[[Block], None]
-Report = Callable[[JobProgress, list[Rejected]], None]
-"""Called after each block is on disk, with the records it rejected."""
+Score = Callable[[list[Row]], Iterable[ScoredRow | InvalidRequest]]
+Report = Callable[[ScoredRow | Rejected, Position], None]
+"""Called for each record, in order, with the position after it, before it is on disk."""
 
 
 class JobFolder:
-    """The folder OUTPUT.job, locked by one process. Raises ConfigError if it is in use or belongs to another job."""
+    """The folder OUTPUT.job, locked by one process. Raises ConfigError if it is in use or belongs to another job.
+
+    `settings` are those that are known before the model is loaded; `start` takes all of them.
+    """
 
     def __init__(self, output: Path, rejects: Path, settings: dict[str, str], *, overwrite: bool) -> None:
         self.path = output.with_name(output.name + ".job")
+        self.begins = ""  # whether the job goes on or starts anew, unless it is the first of its name
+        self._output = output
         self._file = self.path / "progress.json"
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / "lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / "lock")
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(f"{output} is being written by another process") from error
+        except OSError as error:
+            raise ConfigError(f"output is {output}, but {self.path} cannot be written: {error.strerror}") from error
         try:
-            self.progress = self._load(output, rejects, settings, overwrite)
+            self.progress = self._find(rejects, settings, overwrite)
         except ConfigError:
             self.close()
             raise
 
-    def _load(self, output: Path, rejects: Path, settings: dict[str, str], overwrite: bool) -> JobProgress:
+    def _find(self, rejects: Path, settings: dict[str, str], overwrite: bool) -> JobProgress | None:
+        """Return the progress of the job to resume, or None to start anew."""
         found = None if overwrite else _read(self._file)
-        if found is None:
-            if not overwrite and (there := [file for file in (output, rejects) if file.exists()]):
-                raise ConfigError(f"{there[0]} exists and belongs to no unfinished job; --overwrite replaces it")
-            return self._begin(settings)
-        for name in sorted(settings.keys() | found.settings.keys()):
-            if settings.get(name) != found.settings.get(name):
-                was, now = found.settings.get(name, "unset"), settings.get(name, "unset")
-                raise ConfigError(other_setting(output, name, was, now))
-        return self._begin(settings) if found.is_done and not output.exists() else found
+        if found is not None:
+            self._refuse_changes(found, settings, settings)
+            is_gone = found.is_done and not self._output.exists()
+            if not is_gone:
+                has_begun = found.position.offset > 0
+                why = "goes on after " + _num_records(found) if has_begun else "starts anew: the last run wrote nothing"
+                self.begins = "" if found.is_done else why
+                return found
+            self.begins = "starts anew: the output of the finished job is gone"
+        elif overwrite:
+            self.begins = "starts anew (--overwrite)" if self._output.exists() or self._file.exists() else ""
+        elif there := [file for file in (self._output, rejects) if file.exists()]:
+            raise ConfigError(f"{there[0]} exists and belongs to no unfinished job; --overwrite replaces it")
+        for file in self.path.glob(f"{FROM_INPUT}*"):
+            file.unlink()
+        return None
 
-    def _begin(self, settings: dict[str, str]) -> JobProgress:
-        """Save empty progress before creating the output, so that a kill leaves no output without a job."""
-        self.clear(keep_progress=False)
-        self.save(JobProgress(settings=settings))
-        return JobProgress(settings=settings)
+    def _refuse_changes(self, found: JobProgress, settings: dict[str, str], names: Iterable[str]) -> None:
+        for name in names:
+            was, now = found.settings.get(name, "unset"), settings.get(name, "unset")
+            if was != now:
+                raise ConfigError(other_setting(self._output, name, was, now))
+
+    def start(self, settings: dict[str, str]) -> JobProgress:
+        """Resume or start the job with all settings; raises ConfigError if others were used before."""
+        if self.progress is not None:
+            self._refuse_changes(self.progress, settings, dict.fromkeys([*settings, *self.progress.settings]))
+            return self.progress
+        # empty progress is saved before the output is created, so that a kill leaves no output without a job
+        self.clear(keep=FROM_INPUT)
+        self.progress = JobProgress(settings=settings)
+        self.save(self.progress)
+        return self.progress
+
+    @property
+    def next_time(self) -> str:
+        """What the same command will do after an error."""
+        if self.progress is None or not self.progress.position.offset:
+            return "nothing was written; the same command starts anew"
+        return f"the same command goes on after {_num_records(self.progress)}"
 
     def save(self, progress: JobProgress) -> None:
         with replace_file(self._file) as stream:
             stream.write(json.dumps({"version": FORMAT_VERSION, **asdict(progress)}, indent=2).encode())
+        self.progress = progress
 
-    def clear(self, *, keep_progress: bool) -> None:
-        """Remove unfinished data."""
+    def clear(self, *, keep: str) -> None:
+        """Remove unfinished data, except files whose names begin with `keep`."""
         for file in self.path.iterdir():
-            if file.name != "lock" and not (keep_progress and file == self._file):
+            if file.name != "lock" and not file.name.startswith(keep):
                 file.unlink()
 
     def close(self) -> None:
-        self._lock.release()  # the file stays, because removing it could break the lock of the next process
+        """Release the lock, and remove the folder if no job was started in it."""
+        if not self._file.exists():
+            for file in self.path.glob(f"{FROM_INPUT}*"):
+                file.unlink()
+            if [file.name for file in self.path.iterdir()] == ["lock"]:
+                with suppress(OSError):  # another process may have just opened it
+                    (self.path / "lock").unlink()
+                    self.path.rmdir()
+        self._lock.release()  # elsewhere the file stays, because removing it could break the lock of the next process
+
+
+def _num_records(progress: JobProgress) -> str:
+    return f"{progress.num_rows + progress.num_rejected:,} records"
 
 
 def other_setting(output: object, name: str, was: object, now: object) -> str:
@@ -121,80 +166,93 @@ def other_setting(output: object, name: str, was: object, now: object) -> str:
     return f"{output} was started with {name} {was}, not {now}; use the same value, or --overwrite to start again"
 
 
-def run_job(
-    folder: JobFolder, source: Source, score: Score, sink: Sink, rejects: Path, *, begin: Begin, report: Report
-) -> JobProgress:
-    """Do the rest of a job; calls `begin` before each block and `report` after it. Returns the final progress."""
+def run_job(folder: JobFolder, source: Source, score: Score, sink: Sink, rejects: Path, *, report: Report) -> None:
+    """Do the rest of a job, whose progress `folder` has then; calls `report` for each record."""
     progress = folder.progress
+    assert progress is not None
     if progress.is_done:
-        return progress
-    rejects_file = AppendFile(rejects)
-    sink.rewind(progress.output_mark)
-    rejects_file.rewind(progress.rejects_mark)
-    for block in blocks(source, progress.position):
-        started = time.monotonic()
-        begin(block)
-        scored, rejected = score_block(block, score, sink, source.file)
+        folder.clear(keep="progress.json")
+        return
+    with closing(sink), closing(AppendFile(rejects)) as rejects_file:
+        sink.rewind(progress.output_mark)
+        rejects_file.rewind(progress.rejects_mark)
+        for block in blocks(source, progress.position):
+            progress = _do_block(
+                folder, progress, block, score_block(block, score, sink, source.file), sink, rejects_file, report
+            )
+        sink.commit()  # writes the header even without rows
+        sink.finish()
+    folder.save(replace(progress, is_done=True))
+    folder.clear(keep="progress.json")
+
+
+def _do_block(
+    folder: JobFolder,
+    progress: JobProgress,
+    block: Block,
+    outcomes: Iterable[tuple[ScoredRow | Rejected, Position]],
+    sink: Sink,
+    rejects_file: AppendFile,
+    report: Report,
+) -> JobProgress:
+    """Write the outcomes of a block as they come, with a commit every few seconds and at its end."""
+    started = time.monotonic()
+    scored: list[ScoredRow] = []
+    num_rejected = 0
+    for outcome, end in outcomes:
+        if isinstance(outcome, Rejected):
+            rejects_file.append(encode(json_line(asdict(outcome))))
+            num_rejected += 1
+        else:
+            scored.append(outcome)
+        report(outcome, end)
+        if end != block.items[-1][1] and time.monotonic() - started < WRITE_SECONDS:
+            continue
         sink.write(scored)
-        for each in rejected:
-            rejects_file.append(encode(json_line(asdict(each))))
         progress = replace(
             progress,
-            position=block.end,
+            position=end,
             output_mark=sink.commit(),
             rejects_mark=rejects_file.commit(),
             num_rows=progress.num_rows + len(scored),
             num_pairs=progress.num_pairs + sum(len(row.results) for row in scored),
-            num_rejected=progress.num_rejected + len(rejected),
+            num_rejected=progress.num_rejected + num_rejected,
             seconds=progress.seconds + time.monotonic() - started,
         )
         folder.save(progress)
-        report(progress, rejected)
-    sink.commit()  # writes the header even without rows
-    sink.finish()
-    rejects_file.close()
-    progress = replace(progress, is_done=True)
-    folder.save(progress)
-    folder.clear(keep_progress=True)
+        scored, num_rejected, started = [], 0, time.monotonic()
     return progress
 
 
 def blocks(source: Source, position: Position) -> Iterator[Block]:
     """Yield the records after a position in blocks of bounded size; a larger record is a block by itself."""
-    items: list[Row | Rejected] = []
+    items: list[Item] = []
     num_pairs = num_chars = 0
-    end = position
-    for item, item_end in source.read(position):
+    for item, end in source.read(position):
         pairs, chars = _size(item)
         if items and (num_pairs + pairs > MAX_BLOCK_PAIRS or num_chars + chars > MAX_BLOCK_CHARS):
-            yield Block(items=tuple(items), end=end)
+            yield Block(items=tuple(items))
             items, num_pairs, num_chars = [], 0, 0
-        items.append(item)
-        end = item_end
+        items.append((item, end))
         num_pairs += pairs
         num_chars += chars
     if items:
-        yield Block(items=tuple(items), end=end)
+        yield Block(items=tuple(items))
 
 
-def score_block(block: Block, score: Score, sink: Sink, file: Path) -> tuple[list[ScoredRow], list[Rejected]]:
-    """Score a block; returns the rows to write and the rejected records."""
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    for item in block.items:
+def score_block(block: Block, score: Score, sink: Sink, file: Path) -> Iterator[tuple[ScoredRow | Rejected, Position]]:
+    """Yield the outcome of each record of a block, in order, with the position after it."""
+    refusals = [sink.refusal(item) if isinstance(item, Row) else None for item, _ in block.items]
+    rows = [item for (item, _), error in zip(block.items, refusals, strict=True) if isinstance(item, Row) and not error]
+    outcomes = iter(score(rows))
+    for (item, end), error in zip(block.items, refusals, strict=True):
         if isinstance(item, Rejected):
-            rejected.append(item)
-        elif (error := sink.refusal(item)) is not None:
-            rejected.append(_reject(item, error, file))
+            yield item, end
+        elif error is not None:
+            yield _reject(item, error, file), end
         else:
-            rows.append(item)
-    scored: list[ScoredRow] = []
-    for row, outcome in zip(rows, score(rows), strict=True):
-        if isinstance(outcome, InvalidRequest):
-            rejected.append(_reject(row, str(outcome), file))
-        else:
-            scored.append(outcome)
-    return scored, rejected
+            outcome = next(outcomes)
+            yield _reject(item, str(outcome), file) if isinstance(outcome, InvalidRequest) else outcome, end
 
 
 def _reject(row: Row, error: str, file: Path) -> Rejected:

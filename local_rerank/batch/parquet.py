@@ -150,6 +150,9 @@ class ParquetSink:
             if pending:
                 writer.write_table(pa.concat_tables(pending))
 
+    def close(self) -> None:
+        pass  # no file stays open between commits
+
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:08}.parquet"
 

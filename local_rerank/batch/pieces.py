@@ -120,18 +120,20 @@ def _files(uri: str) -> tuple[pafs.FileSystem, list[pafs.FileInfo]]:
     if found.type != pafs.FileType.Directory:
         return filesystem, [found]
     selected = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    return filesystem, sorted((file for file in selected if file.path.endswith(SUFFIXES)), key=lambda file: file.path)
+    return filesystem, sorted(
+        (file for file in selected if file.path.lower().endswith(SUFFIXES)), key=lambda file: file.path
+    )
 
 
 def _ranges(filesystem: pafs.FileSystem, file: pafs.FileInfo) -> Iterator[tuple[int, int]]:
-    if file.path.endswith(".parquet"):
+    if file.path.lower().endswith(".parquet"):
         with filesystem.open_input_file(file.path) as stream:
             groups = pq.ParquetFile(stream).metadata.num_row_groups
         yield from ((group, group + 1) for group in range(groups))
-    elif file.path.endswith(".jsonl"):
+    elif file.path.lower().endswith(".jsonl"):
         yield from ((begin, min(begin + PIECE_BYTES, file.size)) for begin in range(0, file.size, PIECE_BYTES))
     else:
-        raise InvalidRequest(f"input is {file.path}; it must end in {' or '.join(SUFFIXES)}", field="input")
+        raise InvalidRequest(f"input is {file.path}; with --ray it must end in {' or '.join(SUFFIXES)}", field="input")
 
 
 def part_path(folder: str, number: int, suffix: str) -> str:
@@ -142,7 +144,7 @@ def first_row(uri: str, pieces: list[Piece]) -> Row | None:
     """Return the first valid record of the JSON lines, which decides the kind of all records and their columns."""
     filesystem, _ = open_filesystem(uri)
     for piece in pieces:
-        if piece.path.endswith(".jsonl"):
+        if piece.path.lower().endswith(".jsonl"):
             with filesystem.open_input_file(piece.path) as stream:
                 for _, line in lines_between(io.BufferedReader(stream), piece.begin, piece.end):
                     if line.strip() and isinstance(row := _row(line), Row):
@@ -164,7 +166,7 @@ class PieceScorer:
         """Score a piece and write its part; idempotent."""
         self._num_tokens = 0
         items, schema = self._read(piece)
-        outcomes = self._scorer.score([item.row for item in items])
+        outcomes = list(self._scorer.score([item.row for item in items]))
         good = [outcome for outcome in outcomes if not isinstance(outcome, InvalidRequest)]
         bad = [
             {"file": piece.path, **item.place, "error": str(outcome), "content": item.content}
@@ -185,13 +187,13 @@ class PieceScorer:
             num_rejected=len(bad),
         )
 
-    def _advance(self, num_pairs: int, num_tokens: int) -> None:
+    def _advance(self, num_pairs: int, num_tokens: int, num_document_tokens: int) -> None:
         self._num_tokens += num_tokens
 
     def _read(self, piece: Piece) -> tuple[list[_PieceRecord], pa.Schema | None]:
         """Return the records of a piece and the schema of a Parquet file."""
         with self._input.open_input_file(piece.path) as stream:
-            if piece.path.endswith(".parquet"):
+            if piece.path.lower().endswith(".parquet"):
                 parquet = pq.ParquetFile(stream)
                 return list(_rows_of(parquet, piece)), parquet.schema_arrow
             is_pairs = self._parts.is_pairs

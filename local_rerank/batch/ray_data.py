@@ -52,7 +52,9 @@ class RayJob:
 
     def __post_init__(self) -> None:
         if self.suffix not in SUFFIXES:
-            raise ConfigError(f"output ends in {self.suffix!r}; with --ray it must end in {' or '.join(SUFFIXES)}")
+            names = " or ".join(f"NAME{suffix}" for suffix in SUFFIXES)
+            what = f"output is {self.output}; with --ray it is a folder of parts, whose name says their form: {names}"
+            raise ConfigError(what)
 
     def settings(self, num_pieces: int) -> dict[str, str]:
         """Return everything that determines the output."""

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local_rerank.checkpoints.find import Checkpoint, weight_files
+from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.errors import ConfigError
 
 if TYPE_CHECKING:
+    from local_rerank.config import EngineConfig
     from local_rerank.reranker import Reranker
 
 SCHEMA_VERSION = 1
@@ -49,6 +50,8 @@ class ScoreCache:
     """The scores of one model; `identity` comes from `score_identity`. Raises ConfigError."""
 
     def __init__(self, file: Path, identity: str) -> None:
+        if not file.parent.is_dir():
+            raise ConfigError(f"cache is {file}; there is no folder {file.parent}")
         self._file = file
         self._identity = identity.encode()
         try:
@@ -106,7 +109,7 @@ class ScoreCache:
 
 def score_identity(reranker: Reranker) -> str:
     """Return a hex digest of weights, tokenizer, template, dtype and limits, on which all scores depend."""
-    settings = {name: value for name, value in dataclasses.asdict(reranker.config).items() if name not in _SPEED_ONLY}
+    settings = score_settings(reranker.config)
     facts = {
         "files": _file_digests(reranker.checkpoint),
         "recipe": dataclasses.asdict(reranker.checkpoint.template),
@@ -115,8 +118,13 @@ def score_identity(reranker: Reranker) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def score_settings(config: EngineConfig) -> dict[str, object]:
+    """Return the options on which scores depend, beside model and instruction."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _SPEED_ONLY}
+
+
 def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    names: Sequence[str] = ["config.json", "tokenizer.json", *weight_files(checkpoint.folder)]
+    names: Sequence[str] = ["config.json", "tokenizer.json", *checkpoint.weights]
     return {name: _file_digest(checkpoint.folder / name) for name in names}
 
 

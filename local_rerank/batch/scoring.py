@@ -13,7 +13,7 @@ therefore scores only by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from local_rerank.batch.rows import Record, Row, ScoredRow, to_record, try_parse
 from local_rerank.batch.score_cache import CachedScore, PairKey, ScoreCache
@@ -25,8 +25,9 @@ from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 MAX_REQUEST_DOCUMENTS = 128  # per request, so that scores reach the cache and the progress bar early
 
-Advance = Callable[[int, int], None]
-"""Called with the number of pairs just scored and of the tokens computed for them (0 for cached pairs)."""
+Advance = Callable[[int, int, int], None]
+"""Called with the number of pairs just scored, of the tokens computed for them (0 for cached pairs) and of those of
+their documents."""
 
 
 class BlockScorer:
@@ -43,26 +44,33 @@ class BlockScorer:
         self._reranker = reranker
         self._cache = cache
         self._blend = blend
-        self._advance = advance or (lambda num_pairs, num_tokens: None)
+        self._advance = advance or (lambda num_pairs, num_tokens, num_document_tokens: None)
 
-    def score(self, rows: Sequence[Row | InvalidRequest]) -> list[ScoredRow | InvalidRequest]:
-        """Return one outcome per row, in order: the ranked documents, or why the row cannot be ranked.
+    def score(self, rows: Sequence[Row | InvalidRequest]) -> Iterator[ScoredRow | InvalidRequest]:
+        """Yield one outcome per row, in order, as they come: the ranked documents, or why the row cannot be ranked.
 
         An error among `rows` is returned as it is. Raises EngineFailure or ModelUnavailable if the model fails, and
         ConfigError if a row lacks the scores to blend.
         """
         wanted = {pair: None for row in rows if isinstance(row, Row) for pair in self._pairs(row)}
         known = {} if self._cache is None else self._cache.get(wanted)
-        self._advance(len(known), 0)
+        self._advance(len(known), 0, sum(score.num_tokens for score in known.values()))
         refused: dict[tuple[str, str], InvalidRequest] = {}
         requests = _requests(pair for pair in wanted if pair not in known)
-        for request, result in zip(requests, self._reranker.rank_batch(requests, return_errors=True), strict=True):
-            assert request.instruction is not None
-            if isinstance(result, InvalidRequest):
-                refused[request.instruction, request.query] = result
-            else:
-                known |= self._keep(request.instruction, request.query, result)
-        return [row if isinstance(row, InvalidRequest) else self._outcome(row, known, refused) for row in rows]
+        results = zip(requests, self._reranker.rank_batch(requests, return_errors=True), strict=True)
+        for row in rows:
+            if isinstance(row, InvalidRequest):
+                yield row
+                continue
+            for pair in self._pairs(row):
+                while pair not in known and pair[:2] not in refused:
+                    request, result = next(results)
+                    assert request.instruction is not None
+                    if isinstance(result, InvalidRequest):
+                        refused[request.instruction, request.query] = result
+                    else:
+                        known |= self._keep(request.instruction, request.query, result)
+            yield self._outcome(row, known, refused)
 
     def score_records(
         self, records: Iterable[object], *, with_documents: bool = False
@@ -84,7 +92,7 @@ class BlockScorer:
         }
         if self._cache is not None:
             self._cache.put(scores)
-        self._advance(len(scores), result.num_computed_tokens)
+        self._advance(len(scores), result.num_computed_tokens, sum(item.num_tokens for item in result))
         return scores
 
     def _outcome(

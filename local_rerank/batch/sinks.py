@@ -32,6 +32,9 @@ class Sink(Protocol):
     def finish(self) -> None:
         """Complete the output; may be called again after a kill."""
 
+    def close(self) -> None:
+        """Let go of open files, also after an error."""
+
     def refusal(self, row: Row) -> str | None:
         """Return why a row cannot be written, or None if it can."""
 
@@ -64,6 +67,9 @@ class TextSink:
         return self._file.commit()
 
     def finish(self) -> None:
+        self.close()  # the file is complete after the last commit
+
+    def close(self) -> None:
         self._file.close()
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from local_rerank.batch.rows import Row, parse_record
 from local_rerank.errors import InvalidRequest
+from local_rerank.text_files import suffix_of
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is rejected; it is probably a file without line feeds
 MAX_FIELD_CHARS = 8 << 20  # in CSV; limits a quote that is never closed
@@ -67,12 +68,16 @@ class Source(Protocol):
 
 
 class JsonLines:
-    """One object per line; blank lines are skipped. All must be pairs, or all rankings, like the first one."""
+    """One object per line; blank lines are skipped. All must be pairs, or all rankings, like the first one.
 
-    def __init__(self, file: Path) -> None:
+    `plain` is the file itself or a copy that can be read from any offset.
+    """
+
+    def __init__(self, file: Path, plain: Path) -> None:
         self.file = file
-        self.size = file.stat().st_size
-        first = next((item for item, _ in self._read(Position()) if isinstance(item, Row)), None)
+        self._plain = plain
+        self.size = plain.stat().st_size
+        first = first_row(self._read(Position()), file)
         self.is_pairs = first is not None and first.is_pair
         self.columns = ("query",) if first is None else tuple(first.fields)
 
@@ -86,7 +91,7 @@ class JsonLines:
                 yield item, end
 
     def _read(self, position: Position) -> Iterator[Item]:
-        with self.file.open("rb") as stream:
+        with self._plain.open("rb") as stream:
             stream.seek(position.offset)
             for line, start, end in lines_of(stream, position):
                 if line.strip():
@@ -98,11 +103,12 @@ class Delimited:
 
     is_pairs = True
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, plain: Path) -> None:
         self.file = file
-        self._is_tsv = file.suffix.lower() == ".tsv"
-        self.size = file.stat().st_size
-        with file.open("rb") as stream:
+        self._plain = plain
+        self._is_tsv = suffix_of(file) == ".tsv"
+        self.size = plain.stat().st_size
+        with plain.open("rb") as stream:
             line = stream.readline(MAX_LINE_BYTES)
         try:
             (header,) = self._reader([line.decode("utf-8-sig")])
@@ -116,7 +122,7 @@ class Delimited:
         self._start = Position(len(line), 2)
 
     def read(self, position: Position) -> Iterator[Item]:
-        with self.file.open("rb") as stream:
+        with self._plain.open("rb") as stream:
             end = max(position, self._start, key=lambda each: each.offset)
             while end.offset < self.size:
                 stream.seek(end.offset)
@@ -177,6 +183,19 @@ class _LineCounter:
         self.first = self.first or line
         self.end = Position(self.end.offset + len(line), self.end.number + 1)
         return line.decode("utf-8")
+
+
+def first_row(items: Iterator[Item], file: Path) -> Row | None:
+    """Return the first record that can be ranked, or None for an empty file; raises InvalidRequest if none can be."""
+    rejected: Rejected | None = None
+    for item, _ in items:
+        if isinstance(item, Row):
+            return item
+        rejected = rejected or item
+    if rejected is not None:
+        what = f"{file} has no record that can be ranked; line {rejected.number}: {rejected.error}"
+        raise InvalidRequest(what, field="input")
+    return None
 
 
 def lines_of(stream: IO[bytes], position: Position) -> Iterator[tuple[bytes, Position, Position]]:

@@ -7,31 +7,41 @@ read on demand. Texts come from files (`FileTexts`) or from an ir_datasets colle
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from local_rerank.batch.durable import sync_folder
+from local_rerank.batch.job import FROM_INPUT
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected, content_of, lines_of
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.evaluation.collection import expected_form, is_topics, parse_run_line, parse_texts, text_parser
+from local_rerank.evaluation.collection import no_document, nothing_shared
+from local_rerank.evaluation.left_out import (
+    EMPTY_QUERY,
+    NO_FINITE_SCORE,
+    REPEATED_DOCUMENT,
+    REPEATED_ID,
+    UNKNOWN_DOCUMENT,
+    UNKNOWN_QUERY,
+)
+from local_rerank.evaluation.text_forms import Line, TextForm, TextRecord, text_records
+from local_rerank.evaluation.trec_files import RUN_FORM, run_lines
+from local_rerank.text_files import not_utf8, open_utf8, plain_file
 
+INDEX = f"{FROM_INPUT}candidates.sqlite"
+PLAIN_CORPUS = f"{FROM_INPUT}corpus"
 TABLES = """
 CREATE TABLE candidates (line INTEGER PRIMARY KEY, query_id TEXT, document_id TEXT, score REAL);
-CREATE TABLE queries (query_id TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID;
-CREATE TABLE documents (document_id TEXT PRIMARY KEY, offset INTEGER) WITHOUT ROWID;
+CREATE TABLE queries (line INTEGER, query_id TEXT, text TEXT);
+CREATE TABLE documents (line INTEGER, document_id TEXT, offset INTEGER);
 CREATE TABLE rejected (number INTEGER, error TEXT, content TEXT, file TEXT);
 """
-INDEXES = """
-CREATE INDEX by_query ON candidates (query_id, document_id);
-CREATE INDEX by_document ON candidates (document_id);
-"""
-REPEATED = """EXISTS (SELECT 1 FROM candidates AS earlier WHERE earlier.query_id = candidates.query_id
-AND earlier.document_id = candidates.document_id AND earlier.line < candidates.line)"""
+BY_DOCUMENT = "CREATE INDEX by_document ON candidates (document_id)"
 NO_QUERY = "query_id NOT IN (SELECT query_id FROM queries)"
 NO_DOCUMENT = "document_id NOT IN (SELECT document_id FROM documents)"
 # row n of `topics` is the n-th query of the run that still has candidates
@@ -44,11 +54,11 @@ class TextStore(Protocol):
     """The texts of queries and documents."""
 
     @property
-    def lists_documents(self) -> bool:
-        """Whether `index` also fills the table of documents."""
+    def names(self) -> tuple[object, object]:
+        """What to call the queries and the documents in messages."""
 
     def index(self, database: sqlite3.Connection) -> None:
-        """Fill the table of queries."""
+        """Fill the tables of queries and of documents, the latter with those of the candidates."""
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:
         """Return the texts by id; an unknown id is left out."""
@@ -64,7 +74,7 @@ class RunSource:
         self.file = run
         self._texts = texts
         self._top_k = top_k
-        file = folder / "candidates.sqlite"
+        file = folder / INDEX
         if not file.exists():
             _build(file, run, texts)
         self._database = sqlite3.connect(file, check_same_thread=False)
@@ -92,8 +102,9 @@ class RunSource:
         top, tail = candidates[: self._top_k], candidates[self._top_k :] if self._top_k is not None else []
         texts = self._texts.documents(self._database, [document_id for document_id, _ in top])
         if missing := [document_id for document_id, _ in top if document_id not in texts]:
-            what = f"document {missing[0]} of query {query_id} is not in the corpus"
-            return Rejected(file=str(self.file), number=line, error=what, content=query_id)
+            return Rejected(
+                file=str(self.file), number=line, error=UNKNOWN_DOCUMENT.format(missing[0]), content=query_id
+            )
         return Row(
             query=query,
             documents=tuple(texts[document_id] for document_id, _ in top),
@@ -113,45 +124,43 @@ class RunSource:
 
 
 class FileTexts:
-    """Texts in .jsonl or .tsv files, as `local-rerank eval` reads them. The first text of an id counts."""
+    """Texts in files, as `local-rerank eval` reads them. `folder` takes a plain copy of a compressed corpus."""
 
-    lists_documents = True
-
-    def __init__(self, queries: Path, corpus: Path) -> None:
-        self._queries = queries
-        self._corpus = corpus
-        self._parse = text_parser(corpus, "corpus")
-        for file, field in ((queries, "queries"), (corpus, "corpus")):
-            if not is_topics(file, field):
-                text_parser(file, field)
-            if not file.is_file():
-                raise InvalidRequest(f"{field} is {file}; there is no such file", field=field)
+    def __init__(self, queries: Path, corpus: Path, folder: Path) -> None:
+        self.names = (queries, corpus)
+        _judge(queries, "queries")
+        self._form = _judge(corpus, "corpus")
+        self._plain = plain_file(corpus, folder / PLAIN_CORPUS, "corpus")
 
     def index(self, database: sqlite3.Connection) -> None:
-        queries = ((name, text) for name, text, _ in _texts(database, self._queries, "queries"))
-        _fill(database, "INSERT OR IGNORE INTO queries VALUES (?, ?)", queries)
-        places = ((name, offset) for name, _, offset in _texts(database, self._corpus, "corpus"))
-        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = ?1)"
-        _fill(database, f"INSERT OR IGNORE INTO documents SELECT ?1, ?2 WHERE {wanted}", places)
+        queries, corpus = self.names
+        with open_utf8(queries, "queries") as stream:
+            texts = _texts(database, queries, "queries", stream)
+            _fill(database, "INSERT INTO queries VALUES (?, ?, ?)", ((each.number, *found) for each, found in texts))
+        _reject_repeated(database, "queries", queries, ("query_id",), REPEATED_ID)
+        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = ?2)"
+        with self._plain.open("rb") as stream:
+            places = _texts(database, corpus, "corpus", stream)
+            rows = ((each.number, name, each.offset) for each, (name, _) in places)
+            _fill(database, f"INSERT INTO documents SELECT ?1, ?2, ?3 WHERE {wanted}", rows)
+        _reject_repeated(database, "documents", corpus, ("document_id",), REPEATED_ID)
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:
         texts = {}
-        with self._corpus.open("rb") as stream:
+        with self._plain.open("rb") as stream:
             for document_id in ids:
                 (offset,) = database.execute(
                     "SELECT offset FROM documents WHERE document_id = ?", (document_id,)
                 ).fetchone()
                 stream.seek(offset)
-                parsed = self._parse(_decode(stream.readline()))
-                if parsed is not None and parsed[0] == document_id:  # otherwise the file has changed
-                    texts[document_id] = parsed[1]
+                record = next(self._form.records(_lines(stream, self.names[1], "corpus")), None)
+                if record is not None and record.parsed is not None and record.parsed[0] == document_id:
+                    texts[document_id] = record.parsed[1]  # otherwise the file has changed
         return texts
 
 
 class DatasetTexts:
     """Texts of an ir_datasets collection, as its `default_text` joins their fields. Raises ConfigError."""
-
-    lists_documents = False
 
     def __init__(self, name: str) -> None:
         try:
@@ -167,10 +176,15 @@ class DatasetTexts:
                 f"dataset is {name}, which has no {'queries' if self._dataset.has_docs() else 'documents'}"
             )
         self._store: Any = None
+        self.names = (f"dataset {name}", f"dataset {name}")
 
     def index(self, database: sqlite3.Connection) -> None:
-        queries = ((query.query_id, query.default_text()) for query in self._dataset.queries_iter())
-        _fill(database, "INSERT OR IGNORE INTO queries VALUES (?, ?)", queries)
+        queries = ((None, query.query_id, query.default_text()) for query in self._dataset.queries_iter())
+        _fill(database, "INSERT INTO queries VALUES (?, ?, ?)", queries)
+        named = (row[0] for row in database.execute("SELECT DISTINCT document_id FROM candidates").fetchall())
+        while chunk := list(islice(named, ROWS_AT_ONCE)):
+            rows = ((None, document_id, 0) for document_id in self.documents(database, chunk))
+            _fill(database, "INSERT INTO documents VALUES (?, ?, ?)", rows)
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:
         self._store = self._store or self._dataset.docs_store()
@@ -184,72 +198,110 @@ def _build(file: Path, run: Path, texts: TextStore) -> None:
     database = sqlite3.connect(new, isolation_level=None)
     # no journal, because a file that a kill leaves behind is thrown away
     database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA cache_size = -{CACHE_KIB}; {TABLES}")
-    _fill(database, "INSERT INTO candidates VALUES (?, ?, ?, ?)", _candidates(database, run))
-    database.executescript(INDEXES)
+    with open_utf8(run, "input") as stream:
+        _fill(database, "INSERT INTO candidates VALUES (?, ?, ?, ?)", _candidates(database, run, stream))
+    database.execute(BY_DOCUMENT)
     texts.index(database)
-    _reject_where(database, run, REPEATED, "'document ' || document_id || ' is repeated'")
-    _reject_where(database, run, NO_QUERY, "'query ' || query_id || ' is not in the queries'")
-    if texts.lists_documents:
-        _reject_where(database, run, NO_DOCUMENT, "'document ' || document_id || ' is not in the corpus'")
-    database.execute(TOPICS)
-    (num_topics,) = database.execute("SELECT count(*) FROM topics").fetchone()
+    _reject_repeated(database, "candidates", run, ("query_id", "document_id"), REPEATED_DOCUMENT)
+    error = _reject_unknown(database, run, texts)
     database.close()
-    if num_topics == 0:
-        raise InvalidRequest(f"no line of {run} names a query and a document whose texts are known", field="input")
+    if error is not None:
+        raise error
     with new.open("rb+") as stream:
         os.fsync(stream.fileno())
     new.replace(file)
     sync_folder(file.parent)
 
 
-def _candidates(database: sqlite3.Connection, run: Path) -> Iterator[tuple[int, str, str, float]]:
-    for number, _, line in _text_lines(database, run, "input"):
-        try:
-            yield number, *parse_run_line(line, "the line")
-        except InvalidRequest as error:
-            _reject(database, run, number, str(error), line)
+def _reject_unknown(database: sqlite3.Connection, run: Path, texts: TextStore) -> InvalidRequest | None:
+    """Reject the candidates without texts and list the topics; returns an error if no candidate is left."""
+
+    def first(table: str, column: str) -> str | None:
+        row = database.execute(f"SELECT {column} FROM {table} ORDER BY rowid LIMIT 1").fetchone()
+        return None if row is None else str(row[0])
+
+    queries, corpus = texts.names
+    query_id, document_id = first("candidates", "query_id"), first("candidates", "document_id")
+    if query_id is None or document_id is None:
+        return InvalidRequest(f"no line of {run} has a finite score", field="input")
+    _reject_where(database, "candidates", run, NO_QUERY, "query_id", UNKNOWN_QUERY)
+    if (document_id := first("candidates", "document_id")) is None:
+        return InvalidRequest(
+            nothing_shared("query", run, query_id, queries, first("queries", "query_id")), field="queries"
+        )
+    _reject_where(database, "candidates", run, NO_DOCUMENT, "document_id", UNKNOWN_DOCUMENT)
+    if first("candidates", "line") is None:
+        return InvalidRequest(no_document(corpus, run, document_id), field="corpus")
+    database.execute(TOPICS)
+    return None
 
 
-def _texts(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[str, str, int]]:
-    """Yield id, text and offset of each line or topic; reject malformed ones and empty queries."""
-    for number, offset, line, parsed in parse_texts(file, field, _text_lines(database, file, field)):
+def _candidates(database: sqlite3.Connection, run: Path, stream: IO[bytes]) -> Iterator[tuple[int, str, str, float]]:
+    numbered = ((number, line) for number, _, line in _lines(stream, run, "input", database))
+    for number, line, parsed in run_lines(run, numbered, "input"):
         if parsed is None:
-            _reject(database, file, number, f"the line is not {expected_form(file)}", line)
-        elif field == "queries" and not parsed[1].strip():
-            _reject(database, file, number, "the query is empty", line)
+            _reject(database, run, number, f"the line is not {RUN_FORM}, as the first line is", line)
+        elif not math.isfinite(parsed[2]):
+            _reject(database, run, number, NO_FINITE_SCORE.format(parsed[2]), line)
         else:
-            yield *parsed, offset
+            yield number, *parsed
 
 
-def _text_lines(database: sqlite3.Connection, file: Path, field: str) -> Iterator[tuple[int, int, str]]:
-    """Yield number, offset and text of each line that is not blank; reject lines that are not UTF-8."""
-    try:
-        with file.open("rb") as stream:
-            for line, start, _ in lines_of(stream, Position()):
-                if line.strip():
-                    try:
-                        yield start.number, start.offset, _decode(line)
-                    except UnicodeDecodeError as error:
-                        _reject(database, file, start.number, f"not UTF-8: {error.reason}", content_of(line))
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read: {error.strerror}", field=field) from error
+def _judge(file: Path, field: str) -> TextForm:
+    """Return the form of a file of texts; raises InvalidRequest."""
+    with open_utf8(file, field) as stream:
+        return text_records(file, field, _lines(stream, file, field))[0]
 
 
-def _decode(line: bytes) -> str:
-    return line.decode("utf-8-sig").rstrip("\r\n")
+def _texts(
+    database: sqlite3.Connection, file: Path, field: str, stream: IO[bytes]
+) -> Iterator[tuple[TextRecord, tuple[str, str]]]:
+    """Yield each record with its id and text; reject malformed ones and empty queries."""
+    form, records = text_records(file, field, _lines(stream, file, field, database))
+    for record in records:
+        if record.parsed is None:
+            _reject(database, file, record.number, f"the line is not {form.wanted}", record.content)
+        elif field == "queries" and not record.parsed[1].strip():
+            _reject(database, file, record.number, EMPTY_QUERY.format(record.parsed[0]), record.content)
+        else:
+            yield record, record.parsed
 
 
-def _reject(database: sqlite3.Connection, file: Path, number: int, error: str, line: str) -> None:
+def _lines(stream: IO[bytes], file: object, field: str, database: sqlite3.Connection | None = None) -> Iterator[Line]:
+    """Yield the lines of a stream. One that is not UTF-8 is rejected and left blank, or an error without a database."""
+    for line, start, _ in lines_of(stream, Position()):
+        try:
+            text = line.decode("utf-8-sig").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            if database is None:
+                raise InvalidRequest(not_utf8(f"{file}:{start.number}", error), field=field) from error
+            _reject(database, file, start.number, not_utf8("the line", error), content_of(line))
+            text = ""
+        yield start.number, start.offset, text
+
+
+def _reject(database: sqlite3.Connection, file: object, number: int, error: str, line: str) -> None:
     database.execute("INSERT INTO rejected VALUES (?, ?, ?, ?)", (number, error, line[:MAX_CONTENT_CHARS], str(file)))
 
 
-def _reject_where(database: sqlite3.Connection, run: Path, condition: str, error: str) -> None:
-    """Move the candidates that satisfy a condition to `rejected`; `error` is an SQL expression."""
-    content = "query_id || ' ' || document_id"
+def _reject_repeated(database: sqlite3.Connection, table: str, file: Path, columns: Sequence[str], reason: str) -> None:
+    """Reject all but the first of the rows with the same columns."""
+    database.execute(f"CREATE INDEX {table}_by_id ON {table} ({', '.join(columns)})")
+    same = " AND ".join(f"earlier.{column} = {table}.{column}" for column in columns)
+    where = f"EXISTS (SELECT 1 FROM {table} AS earlier WHERE {same} AND earlier.rowid < {table}.rowid)"
+    _reject_where(database, table, file, where, columns[-1], reason)
+
+
+def _reject_where(
+    database: sqlite3.Connection, table: str, file: Path, condition: str, column: str, reason: str
+) -> None:
+    """Move the rows that satisfy a condition to `rejected`; the reason names the value of a column."""
+    content = "query_id || ' ' || document_id" if table == "candidates" else column
     database.execute(
-        f"INSERT INTO rejected SELECT line, {error}, {content}, ? FROM candidates WHERE {condition}", (str(run),)
+        f"INSERT INTO rejected SELECT line, replace(?, '{{}}', {column}), {content}, ? FROM {table} WHERE {condition}",
+        (reason, str(file)),
     )
-    database.execute(f"DELETE FROM candidates WHERE {condition}")
+    database.execute(f"DELETE FROM {table} WHERE {condition}")
 
 
 def _fill(database: sqlite3.Connection, statement: str, rows: Iterator[tuple[object, ...]]) -> None:

@@ -22,7 +22,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.int8 import Int8Linear, quantize
 from local_rerank.engine.cpu.linears import BlockedLinear
 from local_rerank.engine.cpu.products import saturates
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = 3

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from local_rerank.checkpoints.files import PICKLE_SUFFIXES, require_kind
 from local_rerank.checkpoints.free_space import cache_folder, gigabytes, require_free_space
 from local_rerank.errors import CheckpointError
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "local-rerank.json"
 FORMAT, FORMAT_VERSION = "local-rerank bundle", 1
 FILE_SUFFIX = ".zip"  # any other name (Qwen3-Reranker-0.6B has the suffix ".6B") is a folder
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix: LICENSE, NOTICE
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # no absolute path, no "..", no drive
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint gives the same file
@@ -152,6 +152,10 @@ def _open(path: Path) -> Iterator[_Source]:
         if path.is_dir():
             yield _Source(path, None)
             return
+        if not zipfile.is_zipfile(path):
+            require_kind(path)
+        if path.suffix in (".safetensors", ".json"):
+            raise CheckpointError(f"{path} is one file of a checkpoint; pass its folder, {path.parent}")
         with zipfile.ZipFile(path) as archive:
             _refuse_bomb(path, archive)
             yield _Source(path, archive)

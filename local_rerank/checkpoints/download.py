@@ -6,6 +6,7 @@ Every failure is a CheckpointError that says what to run instead.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from fnmatch import fnmatch
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 """Patterns of the files to download: neither pickles nor code."""
 
+_CANNOT_WRITE = (errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EROFS, errno.ENOSPC)
+
 Hub = Literal["huggingface", "modelscope"]
 
 
@@ -28,8 +31,11 @@ def silence_telemetry() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def fetch(model_id: str, revision: str | None, to: Path | None = None) -> Path:
-    """Download a model from the Hugging Face hub into its cache or into `to`; returns the folder."""
+def fetch(model_id: str, revision: str | None, to: Path | None = None, *, why_not: str = "") -> Path:
+    """Download a model from the Hugging Face hub into its cache or into `to`; returns the folder.
+
+    `why_not`: why the local cache does not do, for the error.
+    """
     silence_telemetry()
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -42,7 +48,11 @@ def fetch(model_id: str, revision: str | None, to: Path | None = None) -> Path:
         logger.info("%s of %s to download", gigabytes(num_bytes), model_id)
         return Path(snapshot_download(model_id, revision=revision, local_dir=to, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:  # the hub's offline and not-found errors are OSErrors
-        raise _unreachable(model_id, revision, error) from error
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            raise CheckpointError(
+                f"{to or constants.HF_HUB_CACHE} cannot be written: {error}; use another --to"
+            ) from error
+        raise _unreachable(model_id, revision, error, why_not) from error
 
 
 def fetch_from_modelscope(model_id: str, revision: str | None, to: Path | None = None) -> Path:
@@ -67,11 +77,12 @@ def fetch_from_modelscope(model_id: str, revision: str | None, to: Path | None =
     return Path(folder)
 
 
-def _unreachable(model_id: str, revision: str | None, error: Exception) -> CheckpointError:
+def _unreachable(model_id: str, revision: str | None, error: Exception, why_not: str) -> CheckpointError:
     cause = error.__cause__ or error  # huggingface_hub wraps errors of the network
     reason = (str(cause).strip().splitlines() or [""])[0]
     pull = f"local-rerank pull {model_id}" + (f" --revision {revision}" if revision else "")
+    cache = f"{model_id} is not in the local cache ({why_not}) and " if why_not else f"{model_id}: "
     return CheckpointError(
-        f"{model_id} is not in the local cache and the hub cannot serve it ({type(cause).__name__}: {reason}). "
+        f"{cache}the hub cannot serve it ({type(cause).__name__}: {reason}). "
         f"On a machine with a network, run `{pull} --to FOLDER`, copy FOLDER here and pass it as --model"
     )

@@ -6,15 +6,26 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from local_rerank.checkpoints.bundles import PICKLE_SUFFIXES, is_bundle, open_bundle
-from local_rerank.checkpoints.download import fetch, silence_telemetry
+from local_rerank.checkpoints.bundles import is_bundle, open_bundle
+from local_rerank.checkpoints.download import fetch
+from local_rerank.checkpoints.files import (
+    has_adapter,
+    missing_files,
+    no_config,
+    no_weights,
+    read_json,
+    require_kind,
+    weight_files,
+)
+from local_rerank.checkpoints.hub_cache import find_snapshot, repository_of, split_cache_path
+from local_rerank.checkpoints.tensors import check_tensors
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.prompts import TEMPLATES, PromptTemplate
 
@@ -27,7 +38,6 @@ ALIASES = {
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]  # for a complete cache entry; the model card is optional
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
 _KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder", "bundle": "a bundle"}
@@ -43,6 +53,7 @@ class Checkpoint:
     revision: str | None
     architecture: str  # first entry of `architectures` in config.json
     config: dict[str, Any]  # config.json
+    weights: tuple[str, ...]  # names of the safetensors files
 
     @property
     def template(self) -> PromptTemplate:
@@ -61,7 +72,13 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Maximum tokens of a prompt."""
-        return int(self.config.get("max_position_embeddings", 8192))
+        return int(self.config.get("max_position_embeddings") or 8192)
+
+    def require_embeddings(self, num_ids: int) -> None:
+        """Raise CheckpointError if the tokenizer has ids without a row in the embeddings."""
+        if num_ids > self.config["vocab_size"]:
+            what = f"the tokenizer of {self.folder} has {num_ids} ids, but vocab_size is {self.config['vocab_size']}"
+            raise CheckpointError(f"{what}; use the tokenizer.json that belongs to the weights")
 
 
 def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoint:
@@ -70,27 +87,40 @@ def open_checkpoint(model: str | None, revision: str | None = None) -> Checkpoin
     An empty revision (a container's variable may be empty) means none. Ignores a revision, with a warning, if the model
     is not from a hub.
     """
-    local = _open_local(model)
-    if local is not None:
-        if revision:
-            what = "ignoring revision %r: only hub models have revisions, and %s is %s"
-            logger.warning(what, revision, local.model_id, _KINDS[local.source])
-        return local
-    assert model is not None
-    model_id, revision = hub_id(model), revision or None
-    folder = cached_folder(model_id, revision) or fetch(model_id, revision)
-    return _inspect(folder, model_id, "hub", revision)
+    try:
+        local = _open_local(model, revision or None)
+        if local is not None:
+            if revision and local.source != "hub":
+                what = "ignoring revision %r: only hub models have revisions, and %s is %s"
+                logger.warning(what, revision, local.model_id, _KINDS[local.source])
+            return local
+        assert model is not None
+        model_id, revision = hub_id(model), revision or None
+        folder, why_not = find_snapshot(repository_of(model_id), revision)
+        folder = folder or fetch(model_id, revision, why_not=f"{why_not}; nor is {model} a folder here")
+        return _inspect(folder, model_id, "hub", revision)
+    except OSError as error:
+        raise CheckpointError(f"model {model!r} cannot be read: {error}") from error
 
 
-def _open_local(model: str | None) -> Checkpoint | None:
-    """The built-in model, a bundle or a folder; None for any other name."""
+def _open_local(model: str | None, revision: str | None) -> Checkpoint | None:
+    """The built-in model, a bundle, a folder or a place in a hub's cache; None for any other name."""
     if model is None or model == EMBEDDED_MODEL:
         return _inspect(Path(__file__).parents[1] / "nano", EMBEDDED_MODEL, "embedded", None)
-    if is_bundle(Path(model)):
-        return _open_bundle(Path(model))
-    if Path(model).is_dir():
-        return _inspect(Path(model), Path(model).resolve().name, "folder", None)
-    return None
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # no home folder of that name
+        path = path.expanduser()  # from Python or a variable no shell has done it
+    if is_bundle(path):
+        return _open_bundle(path)
+    if not path.is_dir():
+        return None
+    if cached := split_cache_path(path):
+        model_id, repository, snapshot = cached
+        folder, why_not = (snapshot, "") if snapshot and not revision else find_snapshot(repository, revision)
+        if folder is None:
+            raise CheckpointError(f"{path} has no complete snapshot: {why_not}; run `local-rerank pull {model_id}`")
+        return _inspect(folder, model_id, "hub", revision)
+    return _inspect(path, path.resolve().name, "folder", None)
 
 
 def hub_id(model: str) -> str:
@@ -106,17 +136,7 @@ def hub_id(model: str) -> str:
 
 def cached_folder(model_id: str, revision: str | None) -> Path | None:
     """A hub model's snapshot in the local cache; None if it is missing or incomplete. Uses no network."""
-    silence_telemetry()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(model_id, revision=revision, local_files_only=True, allow_patterns=_NEEDED))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise CheckpointError(f"model {model_id!r} is not a hub id: {error}") from error
-    return folder if _is_complete(folder) else None
+    return find_snapshot(repository_of(model_id), revision)[0]
 
 
 def _open_bundle(path: Path) -> Checkpoint:
@@ -129,32 +149,13 @@ def _open_bundle(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _is_complete(folder: Path) -> bool:
-    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
-    return bool(files := weight_files(folder)) and all((folder / name).is_file() for name in files)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that a model folder should have; empty if there is nothing to tell."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(_read_json(index).get("weight_map", {}).values()))
-    return ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-
-
 def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
     """Refuse a folder that cannot be a reranker; warn if it may be a chat model."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: not a model folder")
-    config = _read_json(folder / "config.json")
-    architectures = config.get("architectures") or ["none"]
-    if architectures[0] not in TEMPLATES:
-        known = ", ".join(TEMPLATES)
-        raise CheckpointError(f"{folder} has architecture {architectures[0]}; supported are {known}")
-    if config.get("use_sliding_window"):
-        raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
-    _check_weights(folder)
+    config = _checked_config(folder)
+    files = _checked_files(folder)
+    check_tensors(folder, files, config, config["architectures"][0])
+    if has_adapter(folder):
+        logger.warning("ignoring the adapter in %s (adapter_*): the folder has a whole model", folder)
     if source in ("folder", "hub") and not _is_marked_reranker(folder):
         logger.warning("no file of %s says that it is a reranker; scores of a chat model are meaningless", folder)
     return Checkpoint(
@@ -162,19 +163,36 @@ def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) 
         folder=folder,
         source=source,
         revision=revision,
-        architecture=architectures[0],
+        architecture=config["architectures"][0],
         config=config,
+        weights=tuple(files),
     )
 
 
-def _check_weights(folder: Path) -> None:
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """config.json, if we can run its architecture."""
+    if not (folder / "config.json").is_file():
+        raise no_config(folder)
+    config = read_json(folder / "config.json")
+    architectures = config.get("architectures") or ["none"]
+    first = architectures[0] if isinstance(architectures, list) else architectures
+    if not isinstance(architectures, list) or first not in TEMPLATES:
+        raise CheckpointError(f"{folder} has architecture {first}; supported are {', '.join(TEMPLATES)}, in a list")
+    if config.get("use_sliding_window"):
+        raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
+    return config
+
+
+def _checked_files(folder: Path) -> list[str]:
+    """The names of the safetensors files, if all files that loading needs are there."""
     files = weight_files(folder)
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
     if not files:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        found = f"; {', '.join(pickles[:3])} is a pickle, which could run code" if pickles else ""
-        raise CheckpointError(f"{folder} has no safetensors weights{found}")
+        raise no_weights(folder)
+    if missing := [name for name in missing_files(folder) if name != "tokenizer.json"]:  # has its own error
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(missing[:3])} missing ({len(missing)} in all)")
+    if (folder / "tokenizer.json").is_file():
+        require_kind(folder / "tokenizer.json")
+    return files
 
 
 def _is_marked_reranker(folder: Path) -> bool:
@@ -187,13 +205,3 @@ def _is_marked_reranker(folder: Path) -> bool:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must be a JSON object, not a {type(value).__name__}")
-    return value

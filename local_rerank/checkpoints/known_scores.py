@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from local_rerank.checkpoints.bundles import MANIFEST, read_manifest
 from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError
-from local_rerank.requests.tokenization import Pair, PairTokenizer, PromptLimits
+from local_rerank.requests.pair import Pair
+from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.types import RerankRequest
 
 if TYPE_CHECKING:

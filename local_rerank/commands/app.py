@@ -1,17 +1,21 @@
 """The command line. Commands are imported when they run, so `--help` does not load torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence. An error is
-one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong command line.
+Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence, and an empty
+variable is unset. An error is one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong
+command line.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, ArgumentCollection, CycloptsError, Token, UnusedCliTokensError
 from cyclopts.config import Env
 
 from local_rerank import __version__
@@ -25,14 +29,32 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "LOCAL_RERANK_"
 
+# Kubernetes injects these for a Service named local-rerank, or local-rerank-anything:
+# https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables
+_KUBERNETES_NAME = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://.*")
+
+
+class _Variables(Env):
+    """Options from `option_variables`. cyclopts' own class also takes empty variables and those of Kubernetes."""
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        given = option_variables()
+        for argument in arguments:
+            name = self._convert_argument(commands, argument)
+            if name not in given or argument.tokens or not argument.parse:
+                continue
+            values = argument.env_var_split(given[name]) or [given[name]]  # white space alone is not "no API key"
+            for index, value in enumerate(values):
+                argument.append(Token(keyword=name, value=value, source=self.source, index=index))
+
+
 app = App(
     name="local-rerank",
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
-    config=Env(ENV_PREFIX, command=False),
+    config=_Variables(ENV_PREFIX, command=False),
     console=Console(),
-    error_formatter=lambda error: f"local-rerank: {error}",
-    error_console=Console(stderr=True, width=1000),  # wide, to keep an error on one line
 )
 for _name, _function, _help in (
     ("serve", "local_rerank_server:serve", "Serve rerank APIs over HTTP."),
@@ -61,21 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     configure_process()
     set_up_streams()
+    atexit.register(gc.freeze)  # Python's last collection walks the objects of torch and transformers for 1.1 s
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        status = failed(error)
+        status, message = failed(error)
+        if message:
+            _print_error(message, arguments)
     sys.exit(status)
 
 
-def _run(arguments: Sequence[str] | None) -> int | str | None:
+def _run(arguments: Sequence[str]) -> int | str | None:
     """Run a command and return its exit status. Raises BrokenPipeError if the reader of its output has gone."""
     try:
         _refuse_unknown_variables()
-        return app(arguments) or 0
+        return app(arguments, print_error=False, exit_on_error=False) or 0
+    except CycloptsError as error:
+        _print_error(_usage_error(error, arguments), arguments)
+        return 2
     except LocalRerankError as error:
-        complain(error)
+        _print_error(str(error), arguments)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -85,13 +114,52 @@ def _run(arguments: Sequence[str] | None) -> int | str | None:
         return exit.code
 
 
+def _usage_error(error: CycloptsError, arguments: Sequence[str]) -> str:
+    """The error in one line, which quotes no API key."""
+    if isinstance(error, UnusedCliTokensError) and any(text.startswith("--api-key") for text in arguments):
+        return "there are more arguments than options take; each key needs an --api-key of its own"
+    return str(error)
+
+
+def _print_error(message: str, arguments: Sequence[str]) -> None:
+    """Print the error that ends the process, as a line of JSON if that is how `serve` logs."""
+    if arguments and arguments[0] == "serve" and _logs_json(arguments):
+        from local_rerank_server.logs import log_fatal
+
+        return log_fatal(message)
+    complain(message)
+
+
+def _logs_json(arguments: Sequence[str]) -> bool:
+    """Whether --log-format or its variable asks for JSON; also if another argument is wrong."""
+    line = " ".join(arguments).replace("=", " ").replace("log_format", "log-format")
+    given = re.findall(r"--log-format (\S+)", line) or [option_variables().get(f"{ENV_PREFIX}LOG_FORMAT")]
+    return "json" in given[-1:]
+
+
+def option_variables() -> dict[str, str]:
+    """Return our environment variables by name, without the empty ones and those that Kubernetes sets."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and value}
+    return {name: value for name, value in ours.items() if not _set_by_kubernetes(name, value)}
+
+
+def kubernetes_variables() -> list[str]:
+    """Return the names of the variables that Kubernetes sets for a Service whose name begins as ours does."""
+    return sorted(
+        name for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and _set_by_kubernetes(name, value)
+    )
+
+
+def _set_by_kubernetes(name: str, value: str) -> bool:
+    if _KUBERNETES_NAME.fullmatch(name.removeprefix(ENV_PREFIX[:-1])):
+        return True
+    return name.endswith("_PORT") and _KUBERNETES_PORT.fullmatch(value) is not None
+
+
 def _refuse_unknown_variables() -> None:
     """Raise ConfigError for an unknown variable, because a misspelt one would have no effect."""
-    given = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
-    if not given:
-        return
     known = {ENV_PREFIX + name.upper() for name in option_names()}
-    if unknown := [name for name in given if name not in known]:
+    if unknown := sorted(option_variables().keys() - known):
         raise ConfigError(f"{unknown[0]} is not a known variable; `local-rerank serve --help` lists them")
 
 

@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from local_rerank.batch.formats import OUTPUT_SUFFIXES
+from local_rerank.batch.job import JobFolder
+from local_rerank.commands.batch_options import BatchOptions, Judgements, judgements_of, source_of
+from local_rerank.commands.batch_progress import Display, Mode
 from local_rerank.commands.console import option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.evaluation.blending import Blend, parse_blend
+from local_rerank.evaluation.blending import parse_blend
 
 if TYPE_CHECKING:
-    from local_rerank.batch.job import JobFolder, JobProgress
+    from local_rerank.batch.job import JobProgress
     from local_rerank.batch.sources import Source
-    from local_rerank.batch.trec_source import TextStore
-    from local_rerank.commands.batch_progress import Display, Mode
     from local_rerank.evaluation.measures import System
     from local_rerank.reranker import Reranker
 
-RUN_SUFFIXES = (".run", ".trec", ".txt")
 MEASURED_DEPTH = 100  # recall is R@100 unless --top-k bounds it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """The options of a job in this process."""
-
-    input: Path
-    output: Path
-    queries: Path | None
-    corpus: Path | None
-    dataset: str | None
-    qrels: Path | None
-    top_k: int | None
-    blend: Blend | None
-    cache: Path | None
-    return_documents: bool
-
-    @property
-    def rejects(self) -> Path:
-        return Path(f"{self.output}.rejects.jsonl")
-
-    @property
-    def is_run(self) -> bool:
-        return self.input.suffix.lower() in RUN_SUFFIXES
-
-    def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise InvalidRequest(
-                f"top_k is {self.top_k}; it must be at least 1", field="top_k", limit=1, value=self.top_k
-            )
-        if not self.input.is_file():
-            raise InvalidRequest(f"input is {self.input}; there is no such file", field="input")
-        if self.input.resolve() in (self.output.resolve(), self.rejects.resolve()):
-            raise ConfigError(f"output is {self.output}, which is the input; choose another name")
-        if self.output.suffix.lower() not in OUTPUT_SUFFIXES:
-            raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
-        if not self.output.parent.is_dir():
-            raise ConfigError(f"output is {self.output}; there is no folder {self.output.parent}")
-        if self.is_run:
-            if (self.dataset is None) == (self.queries is None or self.corpus is None):
-                raise ConfigError(
-                    f"input is {self.input}, a run, which needs either --queries and --corpus or --dataset"
-                )
-        elif given := [name for name in ("queries", "corpus", "dataset", "top_k") if getattr(self, name) is not None]:
-            raise ConfigError(f"{given[0]} needs a run (.run) as input, but input is {self.input}")
-        if self.qrels is not None and self.output.suffix.lower() != ".run":
-            raise ConfigError(f"qrels needs a run as output, but output is {self.output}; it must end in .run")
-
-    def settings(self, reranker: Reranker) -> dict[str, str]:
-        """Return everything that determines the output; a resumed job must have the same."""
-        from local_rerank.batch.score_cache import score_identity
-
-        values = {
-            "input": _state(self.input),
-            "model": f"{reranker.model_id} ({score_identity(reranker)[:16]})",
-            "instruction": reranker.config.instruction,
-            "return_documents": str(self.return_documents).lower(),
-        }
-        values |= {name: _state(file) for name in ("queries", "corpus") if (file := getattr(self, name)) is not None}
-        optional = {"dataset": self.dataset, "top_k": self.top_k, "blend": self.blend}
-        return values | {name: str(value) for name, value in optional.items() if value is not None}
 
 
 def batch(
@@ -125,7 +62,8 @@ def batch(
         bool | str,
         option(
             help="Score on a Ray cluster: at this address, at RAY_ADDRESS, or started here. Input and output are "
-            ".jsonl or .parquet on any filesystem that pyarrow knows (s3://...); the output is a folder of parts."
+            ".jsonl or .parquet on any filesystem that pyarrow knows (s3://...); the output is a folder of parts, "
+            "called NAME.jsonl or NAME.parquet."
         ),
     ] = False,
     quiet: Annotated[bool, option(help="Print nothing but errors.")] = False,
@@ -143,36 +81,32 @@ def batch(
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
                     "cache": cache},
         )  # fmt: skip
-    job = BatchOptions(
-        input=Path(input),
-        output=Path(output),
-        queries=queries,
-        corpus=corpus,
-        dataset=dataset,
-        qrels=qrels,
-        top_k=top_k,
-        blend=None if blend is None else parse_blend(blend),
-        cache=cache,
-        return_documents=return_documents,
+    _run(
+        BatchOptions(
+            input=Path(input),
+            output=Path(output),
+            queries=queries,
+            corpus=corpus,
+            dataset=dataset,
+            qrels=qrels,
+            top_k=top_k,
+            blend=None if blend is None else parse_blend(blend),
+            cache=cache,
+            return_documents=return_documents,
+            engine=engine or EngineConfig(),
+        ),
+        mode,
+        overwrite,
     )
-    from local_rerank.evaluation.measures import load_ir_measures
-    from local_rerank.reranker import Reranker
-
-    if qrels is not None:
-        load_ir_measures()  # fail before the work if it is missing
-    with status("loading the model") if mode == "bar" else nullcontext():
-        reranker = Reranker(config=engine)
-    with reranker, _io_errors_as_config_error():
-        _run(job, reranker, mode, overwrite)
 
 
 @contextmanager
-def _io_errors_as_config_error() -> Iterator[None]:
+def _io_errors_as_config_error(what_next: Callable[[], str]) -> Iterator[None]:
     """Report a full disk, for example, in one line."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"the job stopped: {error}; the same command resumes it") from error
+        raise ConfigError(f"the job stopped: {error}; {what_next()}") from error
 
 
 def _run_on_ray(
@@ -194,7 +128,6 @@ def _run_on_ray(
     require_ray()
     from local_rerank.batch.pieces import suffix_of
     from local_rerank.batch.ray_data import RayJob, absolute, run
-    from local_rerank.commands.batch_progress import Display
 
     job = RayJob(
         input=input,
@@ -205,7 +138,8 @@ def _run_on_ray(
         config=absolute(config),
     )
     num_rows = 0
-    with Display(mode, Path(input).name, 0) as display, _io_errors_as_config_error():
+    parts = "the same command goes on with the parts that are missing"
+    with Display(mode, Path(input).name) as display, _io_errors_as_config_error(lambda: parts):
         for done in run(job, address, overwrite=overwrite, begin=display.begin):
             num_rows += done.num_rows
             display.piece(done.num_pairs, done.num_tokens, done.num_rejected)
@@ -218,73 +152,90 @@ def _run_on_ray(
         say(f"{display.seconds:.1f} s, {display.rates_text}")
 
 
-def _run(job: BatchOptions, reranker: Reranker, mode: Mode, overwrite: bool) -> None:
+def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
+    """Judge everything that can be judged without the model, then load it and do the job."""
+    judgements = judgements_of(job)
+    if job.cache is not None:
+        from local_rerank.batch.score_cache import ScoreCache
+
+        ScoreCache(job.cache, "").close()
+    with closing(JobFolder(job.output, job.rejects, job.settings, overwrite=overwrite)) as folder:
+        display = Display(mode, job.input.name)
+        with _io_errors_as_config_error(lambda: folder.next_time):
+            source = source_of(job, folder, judgements)
+            if folder.begins:
+                display.start(str(job.output), folder.begins)
+            from local_rerank.reranker import Reranker
+
+            with status("loading the model") if mode == "bar" else nullcontext():
+                reranker = Reranker(config=job.engine)
+            with reranker:
+                _score(job, folder, source, reranker, display, judgements)
+
+
+def _score(
+    job: BatchOptions,
+    folder: JobFolder,
+    source: Source,
+    reranker: Reranker,
+    display: Display,
+    judgements: Judgements | None,
+) -> None:
     from local_rerank.batch.formats import open_sink
-    from local_rerank.batch.job import JobFolder, run_job
+    from local_rerank.batch.job import run_job
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
-    from local_rerank.commands.batch_progress import Display
 
-    with closing(JobFolder(job.output, job.rejects, job.settings(reranker), overwrite=overwrite)) as folder:
-        was_done = folder.progress.is_done
-        source = _source(job, folder)
-        sink = open_sink(
-            job.output,
-            folder.path,
-            source,
-            model_id=reranker.model_id,
-            with_documents=job.return_documents,
-            is_blended=job.blend is not None,
-        )
-        with (
-            closing(ScoreCache(job.cache or folder.path / "scores.sqlite", score_identity(reranker))) as cache,
-            Display(mode, job.input.name, source.size) as display,
-        ):
-            scorer = BlockScorer(reranker, cache=cache, blend=job.blend, advance=display.advance)
-            display.begin(folder.progress.position.offset)
-            progress = run_job(
-                folder, source, scorer.score, sink, job.rejects, begin=display.block, report=display.report
-            )
-        systems = [] if job.qrels is None else _measured(job, job.qrels, reranker.model_id)
-        _summarize(job, display, progress, systems, mode, was_done)
-
-
-def _source(job: BatchOptions, folder: JobFolder) -> Source:
-    from local_rerank.batch.formats import open_source
-
-    if not job.is_run:
-        return open_source(job.input)
-    from local_rerank.batch.trec_source import DatasetTexts, FileTexts, RunSource
-
-    if job.dataset is not None:
-        texts: TextStore = DatasetTexts(job.dataset)
-    else:
-        assert job.queries is not None
-        assert job.corpus is not None
-        texts = FileTexts(job.queries, job.corpus)
-    return RunSource(job.input, texts, folder.path, job.top_k)
+    identity = score_identity(reranker)
+    loaded = {"model": reranker.model_id, "dtype": reranker.info.dtype}
+    progress = folder.start(loaded | job.settings | {"digest of model and options": identity[:16]})
+    was_done = progress.is_done
+    sink = open_sink(
+        job.output,
+        folder.path,
+        source,
+        model_id=reranker.model_id,
+        with_documents=job.return_documents,
+        is_blended=job.blend is not None,
+    )
+    with (
+        closing(ScoreCache(job.cache or folder.path / "scores.sqlite", identity)) as cache,
+        display,
+    ):
+        reranker.observe_batches(lambda batch: display.computed(batch.num_tokens))
+        scorer = BlockScorer(reranker, cache=cache, blend=job.blend, advance=display.advance)
+        display.begin(progress.position.offset, source.size)
+        run_job(folder, source, scorer.score, sink, job.rejects, report=display.report)
+    systems = [] if judgements is None else _measured(job, judgements, reranker.model_id)
+    assert folder.progress is not None
+    _summarize(job, display, folder.progress, systems, was_done)
 
 
-def _measured(job: BatchOptions, qrels: Path, name: str) -> list[System]:
-    """Measure the output, and an input run, over the judged queries of the output."""
-    from local_rerank.evaluation.collection import read_orders, read_qrels
+def _measured(job: BatchOptions, judgements: Judgements, name: str) -> list[System]:
+    """Measure the output, and an input run, over the judged queries and the documents of the output."""
+    from local_rerank.evaluation.left_out import LeftOut
     from local_rerank.evaluation.measures import FIRST_STAGE, System, measure, measures
+    from local_rerank.evaluation.trec_files import read_orders
 
-    judgements = read_qrels(qrels)
-    runs = {FIRST_STAGE: job.input} if job.is_run else {}
-    runs |= {name if job.blend is None else f"{name}, {job.blend}": job.output}
-    orders = {system: read_orders(file, judgements) for system, file in runs.items()}
-    *_, ours = orders.values()
-    if not (judged := {query_id: judgements[query_id] for query_id in ours if query_id in judgements}):
-        raise InvalidRequest(f"none of the queries of {job.output} has a judgement in {qrels}", field="qrels")
+    left_out = LeftOut()  # said when the job read the run
+    ours = read_orders(job.output, left_out, judgements)
+    orders = {name if job.blend is None else f"{name}, {job.blend}": ours}
+    if job.is_run:
+        first = read_orders(job.input, left_out, judgements)
+        kept = {query_id: set(order) for query_id, order in ours.items()}
+        orders = {
+            FIRST_STAGE: {query: [each for each in first.get(query, ()) if each in kept[query]] for query in kept}
+        } | orders
+    if not (judged := {query_id: judgements[query_id] for query_id in ours}):
+        raise InvalidRequest(f"none of the queries of {job.output} has a judgement in {job.qrels}", field="qrels")
     names = measures(job.top_k or MEASURED_DEPTH)
     return [System(name=system, values=measure(judged, order, names)) for system, order in orders.items()]
 
 
 def _summarize(
-    job: BatchOptions, display: Display, progress: JobProgress, systems: list[System], mode: Mode, was_done: bool
+    job: BatchOptions, display: Display, progress: JobProgress, systems: list[System], was_done: bool
 ) -> None:
-    if mode == "json":
+    if display.mode == "json":
         display.event(
             "done",
             output=str(job.output),
@@ -298,7 +249,7 @@ def _summarize(
             **display.rates(),
             measures=[{"name": one.name} | {name: one.mean(name) for name in one.values} for one in systems],
         )
-    if mode != "bar":
+    if display.mode != "bar":
         return
     say(f"{job.output}: {progress.num_rows:,} rows, {progress.num_pairs:,} pairs" + " (was complete)" * was_done)
     if progress.num_rejected:
@@ -311,12 +262,3 @@ def _summarize(
         from local_rerank.evaluation.report import measure_table
 
         Console().print(measure_table(systems))
-
-
-def _state(file: Path) -> str:
-    """Identify a file and its version by path, size and modification time."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read: {error.strerror}", field=file.name) from error
-    return f"{file.resolve()} ({found.st_size} bytes, changed at {found.st_mtime_ns} ns)"

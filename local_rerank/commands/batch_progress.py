@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from local_rerank.batch.job import Block, JobProgress
-from local_rerank.batch.sources import Rejected
-from local_rerank.commands.console import Console, print_json
+from local_rerank.batch.rows import ScoredRow
+from local_rerank.batch.sources import Position, Rejected
+from local_rerank.commands.console import Console, print_json, say
 
 Mode = Literal["bar", "json", "quiet"]
 
@@ -19,30 +20,84 @@ JSON_SECONDS = 5.0  # between two progress lines
 MAX_REJECTED_LINES = 10  # shown on the terminal; the file of rejects has all
 
 
-class Display:
-    """Counts and shows what this run of a job does. `size` is the offset after the last record of the input."""
+class Estimate:
+    """Estimates how much of a job is done, from tokens. Records would mislead: they differ in length, and the short
+    ones of those in the queue are scored first.
 
-    def __init__(self, mode: Mode, name: str, size: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._mode = mode
+    The tokens of all documents follow from those of the finished records; the tokens that the model computes for them,
+    from what it computed for documents so far. Cached documents take no time.
+    """
+
+    def __init__(self) -> None:
+        self.num_batch_tokens = 0  # computed by the model, also for requests that are not complete
+        self.offset = self._begin = self._size = 0
+        self._finished = 0  # document tokens of the records up to the offset
+        self._cached = 0  # document tokens found in the cache
+        self._scored = 0  # document tokens scored by the model, and the tokens computed for them
+        self._computed = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by the model."""
+        return max(self.num_batch_tokens, self._computed)
+
+    def begin(self, offset: int, size: int) -> None:
+        self.offset = self._begin = offset
         self._size = size
+
+    def count(self, num_tokens: int, num_document_tokens: int) -> None:
+        """Count documents with the tokens computed for them; 0 if they were cached."""
+        if num_tokens:
+            self._computed += num_tokens
+            self._scored += num_document_tokens
+        else:
+            self._cached += num_document_tokens
+
+    def finish(self, num_document_tokens: int, offset: int) -> None:
+        """Count a record, which ends at this offset."""
+        self._finished += num_document_tokens
+        self.offset = offset
+
+    @property
+    def left(self) -> float | None:
+        """Tokens left to compute; None if that is not yet known."""
+        if not (self._scored and self._finished):
+            return None
+        total = self._finished * (self._size - self._begin) / max(1, self.offset - self._begin)
+        return max(0.0, (total - self._cached) * self._computed / self._scored - self.num_tokens)
+
+    @property
+    def done(self) -> float:
+        """The share of the whole input that is done, from 0 to 1."""
+        if self.offset >= self._size:
+            return 1.0
+        before = self._begin / self._size
+        left = self.left
+        if left is None or not self.num_tokens:
+            return self.offset / self._size
+        return before + (1 - before) * self.num_tokens / (self.num_tokens + left)
+
+
+class Display:
+    """Counts and shows what this run of a job does."""
+
+    def __init__(self, mode: Mode, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.mode = mode
         self._clock = clock
         self._started = self._last_line = clock()
-        self._block: tuple[float, float, int] | None = None  # start, end and pairs of the current block
-        self._offset = 0.0
-        self._pairs_of_block = 0
+        self._estimate = Estimate()
         self.num_pairs = 0  # scored or found in the cache
         self.num_model_pairs = 0  # scored by the model
-        self.num_tokens = 0  # computed by the model
         self.num_rejected = 0
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
         self._bar = Progress(
             *columns, console=console, transient=True, disable=mode != "bar" or not console.is_terminal
         )
-        self._task = self._bar.add_task(name, total=size, rate="")
+        self._task = self._bar.add_task(name, total=1.0, rate="", left="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -57,44 +112,60 @@ class Display:
     def seconds(self) -> float:
         return self._clock() - self._started
 
-    def begin(self, offset: int, size: int | None = None) -> None:
-        """Start at this offset; `size` sets the end if it was unknown before."""
-        self._offset = float(offset)
-        self._size = self._size if size is None else size
-        self._bar.reset(self._task, completed=offset, total=self._size)  # the time left is estimated from here
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by the model."""
+        return self._estimate.num_tokens
 
-    def block(self, block: Block) -> None:
-        """Note that a block is about to be scored."""
-        self._block = (self._offset, float(block.end.offset), block.num_pairs)
-        self._pairs_of_block = 0
+    @property
+    def seconds_left(self) -> float | None:
+        """The estimated time left; None if it cannot be estimated yet."""
+        left = self._estimate.left
+        return None if left is None or not self.num_tokens else left * self.seconds / self.num_tokens
 
-    def advance(self, num_pairs: int, num_tokens: int) -> None:
-        """Count scored pairs and the tokens computed for them (0 for cached pairs)."""
+    def start(self, output: str, begins: str) -> None:
+        """Say whether a job goes on or starts anew."""
+        self.event("start", output=output, begins=begins)
+        if self.mode == "bar":
+            say(f"{output}: {begins}")
+
+    def begin(self, offset: int, size: int) -> None:
+        """Start to score at this offset; `size` is the offset after the last record."""
+        self._started = self._last_line = self._clock()  # loading the model is over
+        self._estimate.begin(offset, size)
+
+    def computed(self, num_tokens: int) -> None:
+        """Count a batch of the model; called in its thread, perhaps after the last record is finished."""
+        self._estimate.num_batch_tokens += num_tokens
+        if self.mode == "bar":
+            self._show()
+
+    def advance(self, num_pairs: int, num_tokens: int, num_document_tokens: int) -> None:
+        """Count scored pairs, and the tokens computed for them (0 for cached pairs)."""
         self.num_pairs += num_pairs
         self.num_model_pairs += num_pairs if num_tokens else 0
-        self.num_tokens += num_tokens
-        self._pairs_of_block += num_pairs
-        if self._block is not None:
-            start, end, pairs = self._block
-            self._show(start + (end - start) * min(1.0, self._pairs_of_block / max(1, pairs)))
+        self._estimate.count(num_tokens, num_document_tokens)
+        self._show()
 
-    def report(self, progress: JobProgress, rejected: list[Rejected]) -> None:
-        """Show that a block is on disk."""
-        self._offset = float(progress.position.offset)
-        for each in rejected:
-            self._reject(each)
-        self._show(self._offset)
+    def report(self, outcome: ScoredRow | Rejected, end: Position) -> None:
+        """Show that a record is finished."""
+        if isinstance(outcome, Rejected):
+            self._reject(outcome)
+            self._estimate.finish(0, end.offset)
+        else:
+            self._estimate.finish(sum(item.num_tokens for item in outcome.results), end.offset)
+        self._show()
 
     def piece(self, num_pairs: int, num_tokens: int, num_rejected: int) -> None:
         """Count a piece scored by a Ray worker; offsets then count pieces."""
-        self._offset += 1
         self.num_rejected += num_rejected
-        self.advance(num_pairs, num_tokens)
-        self._show(self._offset)
+        self.advance(num_pairs, num_tokens, num_tokens)
+        self._estimate.finish(num_tokens, self._estimate.offset + 1)
+        self._show()
 
     def event(self, name: str, **values: Any) -> None:
         """Print a line of JSON on standard output in JSON mode."""
-        if self._mode == "json":
+        if self.mode == "json":
             print_json({"event": name, **values}, indent=None)
 
     def rates(self) -> dict[str, float]:
@@ -109,14 +180,16 @@ class Display:
     def _reject(self, rejected: Rejected) -> None:
         self.num_rejected += 1
         self.event("rejected", file=rejected.file, line=rejected.number, error=rejected.error)
-        if self._mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
+        if self.mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
             where = f"{rejected.file}:{rejected.number}: {rejected.error}"
             more = " (further ones are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
             self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
 
-    def _show(self, offset: float) -> None:
-        self._bar.update(self._task, completed=offset, rate=self.rates_text)
-        if self._mode == "json" and self._clock() - self._last_line >= JSON_SECONDS:
+    def _show(self) -> None:
+        left, done = self.seconds_left, self._estimate.done
+        shown = "-:--:--" if left is None else str(timedelta(seconds=round(left)))
+        self._bar.update(self._task, completed=done, rate=self.rates_text, left=shown)
+        if self.mode == "json" and self._clock() - self._last_line >= JSON_SECONDS:
             self._last_line = self._clock()
-            done = offset / self._size if self._size else 1.0
-            self.event("progress", done=round(done, 6), pairs=self.num_pairs, tokens=self.num_tokens, **self.rates())
+            counts = {"pairs": self.num_pairs, "tokens": self.num_tokens}
+            self.event("progress", done=round(done, 6), seconds_left=left, **counts, **self.rates())

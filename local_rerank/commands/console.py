@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import rich.console
 from cyclopts import Parameter
@@ -57,27 +57,25 @@ def set_up_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def failed(error: OSError) -> int:
-    """The exit status after an error of output or of temporary files, in one line; raises any other error again."""
+def failed(error: OSError) -> tuple[int, str]:
+    """The exit status and message for an error of output or of temporary files; raises any other error again."""
     if isinstance(error, BrokenPipeError):  # the reader has seen enough, like `| head`
-        _forget_output()
-        return PIPE_CLOSED
+        _forget(sys.stdout, sys.stderr)
+        return PIPE_CLOSED, ""
     if error.filename is None and error.errno in UNWRITABLE:
-        complain(f"the output cannot be written: {error.strerror}")
-        _forget_output()
-        return 1
+        _forget(sys.stdout)
+        return 1, f"the output cannot be written: {error.strerror}"
     try:
         require_temporary_folder()
     except CheckpointError as cause:
-        complain(cause)
-        return 1
+        return 1, str(cause)
     raise error
 
 
-def _forget_output() -> None:
-    """Drop what the streams still hold, because Python would write it when it ends."""
+def _forget(*streams: TextIO) -> None:
+    """Drop what streams still hold, because Python would write it when it ends."""
     with Path(os.devnull).open("wb") as nowhere:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in streams:
             with suppress(OSError, ValueError):
                 os.dup2(nowhere.fileno(), stream.fileno())
 
@@ -107,6 +105,12 @@ def progress(description: str, total: int) -> Iterator[Callable[[], object]]:
 def say(line: str) -> None:
     """Print a line without wrapping or colours, so that it can be copied."""
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(lines: str) -> None:
+    """Print lines, if any, on standard error, each in one piece."""
+    if lines:
+        Console(stderr=True).print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from local_rerank.commands.console import JsonOutput, option, print_json, progress
+from local_rerank.commands.console import JsonOutput, option, print_json, progress, warn
 from local_rerank.config import EngineConfig
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.blending import Blend, parse_blend
 from local_rerank.evaluation.plot import check_plot, write_plot
-from local_rerank.evaluation.report import comparison_table, evaluation_json, examples_table, measure_table
+from local_rerank.evaluation.report import TIE_RULE, comparison_table, evaluation_json, examples_table, measure_table
 
 if TYPE_CHECKING:
     from local_rerank.evaluation.collection import Collection
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 def evaluate(
     *,
-    corpus: Annotated[Path, option(help="Documents: .jsonl (id or _id, text, optional title) or .tsv (id, text).")],
-    queries: Annotated[Path, option(help="Queries: .jsonl or .tsv as for the corpus, or TREC topics (.trec, .txt).")],
-    qrels: Annotated[Path, option(help="Relevance judgements: TREC lines `query 0 document grade`.")],
-    run: Annotated[Path, option(help="First-stage run: TREC lines `query Q0 document rank score name`.")],
+    corpus: Annotated[
+        Path, option(help="Documents: .jsonl (id, text, optional title), .tsv (id, text), .csv or TREC documents.")
+    ],
+    queries: Annotated[Path, option(help="Queries: .jsonl, .tsv or .csv as for the corpus, or TREC topics.")],
+    qrels: Annotated[Path, option(help="Relevance judgements: lines `query 0 document grade`, or BEIR's.")],
+    run: Annotated[Path, option(help="First-stage run: lines `query Q0 document rank score name`.")],
     model: Annotated[
         tuple[str, ...],
         Parameter(
@@ -50,9 +52,9 @@ def evaluate(
     check_plot(plot)
     how = None if blend is None else parse_blend(blend)
     from local_rerank.evaluation.collection import read_collection
-    from local_rerank.evaluation.measures import FIRST_STAGE, load_ir_measures
+    from local_rerank.evaluation.measures import FIRST_STAGE, require_extras
 
-    load_ir_measures()  # fail before the work if it is missing
+    require_extras()
     collection = read_collection(corpus=corpus, queries=queries, qrels=qrels, run=run, max_queries=max_queries)
     systems = [_system(FIRST_STAGE, collection, {}, top_k)]
     for one in dict.fromkeys(model) or [None]:
@@ -66,6 +68,7 @@ def evaluate(
                 "num_queries": len(collection.queries),
                 "num_unjudged_queries": collection.num_unjudged_queries,
                 "top_k": top_k,
+                "left_out": collection.left_out.as_json(),
                 **evaluation_json(systems, comparisons),
             }
         )
@@ -117,7 +120,9 @@ def _print_tables(
         f", {collection.num_unjudged_queries} skipped without judgements" if collection.num_unjudged_queries else ""
     )
     console.print(f"{len(collection.queries)} queries{skipped}; top {top_k} reranked\n", style="dim", highlight=False)
+    warn(str(collection.left_out))
     console.print(comparison_table(comparisons))
+    console.print(TIE_RULE, style="dim", highlight=False)
     for comparison in comparisons:
         console.print()
         console.print(examples_table(comparison, collection.queries))

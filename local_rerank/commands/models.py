@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
@@ -13,11 +13,6 @@ from local_rerank.commands.console import option, say, status
 from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
-if TYPE_CHECKING:
-    from local_rerank.checkpoints.find import Checkpoint
-
-PACKED = ["*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*", "1_LogitScore/config.json"]
-"""Files of a bundle besides the weights that the checkpoint names."""
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in a model card's front matter
 
 
@@ -56,7 +51,8 @@ def pack(
     engine: PackEngineConfig | None = None,
 ) -> None:
     """Pack MODEL into one bundle: weights, tokenizer, prompt template, licence, checksums and expected scores."""
-    from local_rerank.checkpoints.bundles import Manifest, write_bundle
+    from local_rerank.checkpoints.bundles import MANIFEST, Manifest, write_bundle
+    from local_rerank.checkpoints.files import checkpoint_files
     from local_rerank.checkpoints.free_space import gigabytes
     from local_rerank.checkpoints.known_scores import STORED, to_json
     from local_rerank.reranker import Reranker
@@ -78,7 +74,8 @@ def pack(
             recipe=asdict(checkpoint.template),
             expected=expected,
         )
-        manifest = write_bundle(output, checkpoint.folder, _names(checkpoint), manifest)
+        names = [name for name in checkpoint_files(checkpoint.folder) if name != MANIFEST]  # of an earlier bundle
+        manifest = write_bundle(output, checkpoint.folder, names, manifest)
     num_bytes = sum(entry.size for entry in manifest.files.values())
     say(
         f"{output}: {manifest.model_id}, {len(manifest.files)} files, {gigabytes(num_bytes)}, "
@@ -116,15 +113,6 @@ def _exact(engine: EngineConfig | None, model: str | None) -> EngineConfig:
     """Use fp32 for the expected scores unless another precision is set."""
     config = engine or EngineConfig()
     return replace(config, model=model or config.model, dtype="fp32" if config.dtype == "auto" else config.dtype)
-
-
-def _names(checkpoint: Checkpoint) -> list[str]:
-    """Return the files of a checkpoint to pack, without the manifest of an earlier bundle."""
-    from local_rerank.checkpoints.bundles import MANIFEST
-    from local_rerank.checkpoints.find import weight_files
-
-    found = {path.relative_to(checkpoint.folder).as_posix() for name in PACKED for path in checkpoint.folder.glob(name)}
-    return sorted(found - {MANIFEST} | set(weight_files(checkpoint.folder)))
 
 
 def _licence(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from local_rerank.engine.kernel_table import KernelRow
 from local_rerank.engine.out_of_memory import release_cached, unless_out_of_memory
 from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.errors import OutOfMemory
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 
 class Engine:

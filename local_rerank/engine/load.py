@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from local_rerank.checkpoints.download import silence_telemetry
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.checkpoints.free_space import require_temporary_folder
+from local_rerank.checkpoints.tensors import positive_label
 from local_rerank.engine.cpu import prepare as cpu
 from local_rerank.engine.cpu.attention import cpu_tiles_layout
 from local_rerank.engine.cpu.process_setup import keep_freed_memory
@@ -29,8 +33,9 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.engine.qwen3 import read_qwen3
+from local_rerank.engine.stored_weights import model_config, stored_weights
 from local_rerank.errors import CheckpointError
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from local_rerank.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -113,31 +118,34 @@ def load_model(
     import transformers
 
     register_attention()
-    auto = (
-        transformers.AutoModelForSequenceClassification
-        if checkpoint.architecture.endswith("ForSequenceClassification")
-        else transformers.AutoModelForCausalLM
-    )
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its report of tied keys misleads
     if checkpoint.source == "embedded" or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    model_class = getattr(transformers, checkpoint.architecture)
     try:
-        model, report = auto.from_pretrained(  # type: ignore[misc]  # a pair because of output_loading_info
-            checkpoint.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-        )
+        offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="local-rerank-offload-")
+        with stored_weights(checkpoint, dtype) as weights:
+            model, report = model_class.from_pretrained(
+                None,  # given a folder, transformers picks the files, and puts an adapter on top
+                config=model_config(checkpoint),
+                state_dict=weights,
+                dtype=dtype,
+                device_map=device_map,
+                offload_folder=offload_folder,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+            )
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers, safetensors or torch raise on a broken folder
-        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.folder} lacks weights: {', '.join(missing[:5])} ({len(missing)} in all)")
+        raise CheckpointError(f"{checkpoint.folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])}):
+        what = f"{checkpoint.folder} has other weights than {checkpoint.architecture}"
+        raise CheckpointError(f"{what}: {', '.join(wrong[:5])} ({len(wrong)} in all)")
+    if offload_folder is not None:
+        weakref.finalize(model.model, shutil.rmtree, offload_folder, ignore_errors=True)
     return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
@@ -157,9 +165,8 @@ def head_rows(model: Any, checkpoint: Checkpoint, *, yes_id: int, no_id: int) ->
         rows = head.weight.detach().float()
     if rows.shape[0] == 1:
         return torch.cat([torch.zeros_like(rows), rows])
-    if rows.shape[0] != 2:
-        raise CheckpointError(f"the classifier of {checkpoint.folder} has {rows.shape[0]} labels; it must have 1 or 2")
-    return rows  # type: ignore[no-any-return]  # likewise
+    yes_row = positive_label(checkpoint.folder, checkpoint.config)
+    return rows[[1 - yes_row, yes_row]]  # type: ignore[no-any-return]  # likewise
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:

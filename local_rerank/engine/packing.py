@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,16 @@ transformers, because `cpu/layers.py` builds its layers from either and because 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from local_rerank.checkpoints.find import Checkpoint, weight_files
+from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.tensors import full_name
+from local_rerank.engine.stored_weights import stored_weights
 
-STORED_DTYPES = {"F32", "BF16", "F16"}  # others are quantized, which transformers undoes
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings",
@@ -122,10 +121,7 @@ class Qwen3(nn.Module):
 
 
 def read_qwen3(checkpoint: Checkpoint, dtype: torch.dtype) -> Qwen3 | None:
-    """Read a checkpoint whose tensors are exactly those of its config.json, without quantization.
-
-    None for any other, also a damaged one: transformers then reads it, or says what is wrong.
-    """
+    """Read a checkpoint as far as these modules compute what its config.json says; None is left to transformers."""
     config = checkpoint.config
     theta = _theta(config)
     if theta is None or config.get("hidden_act") != "silu" or any(config.get(name) is None for name in SHAPE):
@@ -135,23 +131,12 @@ def read_qwen3(checkpoint: Checkpoint, dtype: torch.dtype) -> Qwen3 | None:
         num_labels = len(config.get("id2label") or range(config.get("num_labels", 2)))
     with torch.device("meta"):  # neither allocates nor initializes weights
         model = Qwen3(SimpleNamespace(**config), theta, num_labels)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors: dict[str, Tensor] = {}
-    try:
-        with ExitStack() as stack:
-            files = [
-                stack.enter_context(safe_open(checkpoint.folder / name, framework="pt"))
-                for name in weight_files(checkpoint.folder)
-            ]
-            slices = [(file, name, file.get_slice(name)) for file in files for name in file.keys()]  # noqa: SIM118  # not iterable
-            found = {name: each.get_shape() for _, name, each in slices}
-            if found != shapes or len(slices) > len(found) or {each.get_dtype() for *_, each in slices} - STORED_DTYPES:
-                return None
-            for file, name, _ in slices:
-                tensors[name] = file.get_tensor(name).to(dtype)
-    except (OSError, SafetensorError):
-        return None
-    model.load_state_dict(tensors, assign=True)
+    expected = model.state_dict().keys()
+    with stored_weights(checkpoint, dtype) as weights:
+        named = {full_name(name, expected): weight for name, weight in weights.items()}
+        if named.keys() != expected:  # for example a head beside tied embeddings
+            return None
+        model.load_state_dict({name: weight[...].to(dtype) for name, weight in named.items()}, assign=True)
     return model
 
 

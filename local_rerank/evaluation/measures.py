@@ -133,12 +133,20 @@ def measure(qrels: Mapping[str, Mapping[str, int]], orders: Orders, names: Seque
 
 
 def parse_measure(name: str) -> str:
-    """Return a measure's canonical name; raises ConfigError."""
+    """Return a measure's canonical name; raises ConfigError for one that is unknown or cannot be computed here."""
     ir_measures = load_ir_measures()
     try:
-        return str(ir_measures.parse_measure(name))
+        found = ir_measures.parse_measure(name)
+        ir_measures.calc_aggregate([found], {"1": {"a": 1, "b": 0}}, {"1": {"a": 2.0, "b": 1.0}})
     except Exception as error:  # which type depends on the version of ir-measures
-        raise ConfigError(f"measure is {name!r}, which ir-measures does not know") from error
+        raise ConfigError(f"measure is {name!r}, which ir-measures cannot compute; try nDCG@10 or RR") from error
+    return str(found)
+
+
+def require_extras() -> None:
+    """Fail before the work if a package for measuring or for tests of significance is missing; raises ConfigError."""
+    load_ir_measures()
+    import_extra("scipy", "a test of significance")
 
 
 def load_ir_measures() -> ModuleType:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from local_rerank.errors import ConfigError
 from local_rerank.evaluation.measures import Comparison, import_extra
+from local_rerank.text_files import check_writable
 
 SUFFIXES = (".svg", ".png", ".pdf")
 GAIN, LOSS = "#2a7f62", "#b5473c"
@@ -18,8 +19,9 @@ def check_plot(file: Path | None) -> None:
     """Fail before the work rather than after it; raises ConfigError."""
     if file is None:
         return
-    if file.suffix not in SUFFIXES:
+    if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"plot is {file}; it must end in one of {', '.join(SUFFIXES)}")
+    check_writable(file, "plot")
     import_extra("matplotlib", "a plot")
 
 

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from local_rerank.evaluation.measures import Comparison, System
 
 NUM_EXAMPLES = 3  # queries shown for the largest gains, and for the largest losses
+TIE_RULE = (
+    "equal scores in a run keep the order of its lines (trec_eval sorts them by document id); "
+    "values that differ by at most 1e-9 are ties"
+)
 QUERY_CHARS = 100  # shown of such a query
 COMPARISON_FIELDS = (
     "system", "baseline", "measure", "mean_difference", "wins", "losses", "ties", "p_value", "differences",

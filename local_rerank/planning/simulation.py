@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.scheduler import Scheduler
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
 
 MAX_REPLICAS = 4096
 

@@ -79,6 +79,7 @@ class PendingRequest:
             model=self._model_id,
             num_query_tokens=tokenized.num_query_tokens,
             num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
+            unwrapped=tokenized.unwrapped,
             num_document_tokens=sum(num_tokens),
             num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
             total_tokens=tokenized.total_tokens,

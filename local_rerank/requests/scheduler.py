@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
+from local_rerank.requests.pair import Pair, num_batch_tokens
 
 OLDEST_SHARE = 4  # the oldest request gets at least 1/4 of each batch
 GOOD_BATCHES = 256  # in a row, after which a lowered budget is doubled

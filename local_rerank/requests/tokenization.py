@@ -3,48 +3,46 @@
 A pair's ids are `prefix + document`. The prefix ends with `<Document>:`. All pairs of a request share it, so the model
 computes it once. The document starts with a space, because a space merges with the word after it, and ends with the
 template's suffix. User text is encoded by a copy of the tokenizer without added tokens, so a document that contains
-`<|im_end|>` or `<think>` stays plain text.
+`<|im_end|>` or `<think>` stays plain text. Prompts that a client rendered itself are unwrapped first.
+
+If a pair is longer than the prompt may be, its document is cut, down to a quarter of the room that query and document
+have. Only then is the query cut, too. What is cut from a pair never depends on the other documents of its request.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
+from local_rerank.errors import (
+    CheckpointError,
+    ConfigError,
+    InstructionTooLong,
+    InvalidRequest,
+    LocalRerankError,
+    TextTooLong,
+    TooManyTokens,
+)
+from local_rerank.requests.pair import Pair
 from local_rerank.requests.prompts import PromptTemplate
-from local_rerank.types import RerankRequest
+from local_rerank.text_files import open_utf8
+from local_rerank.types import RerankRequest, Truncation
 
 MAX_INSTRUCTION_TOKENS = 1024
+DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
+MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
 CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """One query with one document, as token ids."""
-
-    prefix_ids: tuple[int, ...]  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
-    document_ids: tuple[int, ...]  # " " + document + suffix
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prefix_ids) + len(self.document_ids)
-
-
-def num_batch_tokens(pairs: Iterable[Pair]) -> int:
-    """Tokens of a packed batch of `pairs`, in which each prefix counts once."""
-    lengths: dict[tuple[int, ...], int] = {}
-    for pair in pairs:
-        lengths[pair.prefix_ids] = lengths.get(pair.prefix_ids, len(pair.prefix_ids)) + len(pair.document_ids)
-    return sum(lengths.values())
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +65,32 @@ class TokenizedRequest:
     num_query_truncated_tokens: int
     num_suffix_tokens: int
     total_tokens: int  # as the hosted service counts usage
+    unwrapped: bool  # whether the client had rendered the prompts
 
     def num_document_tokens(self, index: int) -> int:
         return len(self.pairs[self.pair_of_document[index]].document_ids) - self.num_suffix_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Query:
+    """The query of a request and what decides how much of it is used."""
+
+    instruction: str
+    text: str
+    encoding: Encoding  # of the text
+    num_wanted_tokens: int  # within the query's own limits
+    max_document_tokens: int
+    max_prompt_tokens: int
+    truncation: Truncation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prefix:
+    """The ids before a document, with all of the query or a part of it."""
+
+    ids: tuple[int, ...]
+    num_query_tokens: int
+    room: int  # tokens left for the document; negative if there are too many without it
 
 
 class PairTokenizer:
@@ -97,28 +118,40 @@ class PairTokenizer:
         self._num_label_tokens = sum(len(self._encode(label).ids) for label in labels)
         self.yes_id = self._answer_id(template.yes)
         self.no_id = self._answer_id(template.no)
+        self._said: set[str] = set()  # warnings that were logged
+        self._check_max_length()
 
     @classmethod
     def from_folder(
         cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
     ) -> PairTokenizer:
-        """Raises CheckpointError if the folder has no usable tokenizer.json."""
+        """Raises CheckpointError if the folder has no usable tokenizer.json, ConfigError if prompts do not fit."""
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json; a fast tokenizer is required")
-        try:
-            return cls(
-                path.read_text(encoding="utf-8"), template, limits=limits, default_instruction=default_instruction
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; a fast tokenizer is required. Copy it from the base model, or run "
+                f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})` with transformers"
             )
-        except CheckpointError:
+        try:
+            with open_utf8(path, "model") as stream:
+                text = stream.read().decode("utf-8")
+            return cls(text, template, limits=limits, default_instruction=default_instruction)
+        except LocalRerankError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
+    @property
+    def num_ids(self) -> int:
+        """The number of token ids that prompts can have: user text has no added tokens."""
+        template_ids = (*self.prefix_ids, *self.suffix_ids, self.yes_id, self.no_id)
+        return max(self._plain.get_vocab_size(with_added_tokens=False), max(template_ids) + 1)
+
     def pairs(self, request: RerankRequest) -> TokenizedRequest:
         """Encode a request. Raises a leaf of InvalidRequest."""
-        instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
-        prefix_ids, num_query_tokens, num_query_cut = self._prefix(instruction, clean(request.query), request)
+        request, unwrapped = self._unwrapped(request)
+        query = self._query(request)
+        whole, shortened = self._prefix(query, query.num_wanted_tokens), None
         documents = [clean(document) for document in request.documents]
         place = {document: position for position, document in enumerate(dict.fromkeys(documents))}
         pair_of_document = tuple(place[document] for document in documents)
@@ -128,19 +161,28 @@ class PairTokenizer:
         repeats = Counter(documents)
         first_index = {document: index for index, document in reversed(list(enumerate(documents)))}
         for document, ids in self._encode_in_chunks(list(place)):
-            kept = self._cut_document(ids, prefix_ids, request, first_index[document])
-            pairs.append(Pair(prefix_ids, (*kept, *self.suffix_ids)))
+            prefix = whole
+            if min(len(ids), query.max_document_tokens) > whole.room:
+                prefix = shortened = shortened or self._shortened(whole, query)
+            kept = _cut_document(ids, prefix, query, first_index[document])
+            pairs.append(Pair(prefix.ids, (*kept, *self.suffix_ids)))
             cuts.append(len(ids) - len(kept))
-            num_request_tokens += repeats[document] * (num_query_tokens + len(kept))
+            num_request_tokens += repeats[document] * (prefix.num_query_tokens + len(kept))
             limit = request.limits.max_request_tokens
             if limit is not None and num_request_tokens > limit:
                 raise TooManyTokens(limit=limit, value=num_request_tokens)
+        num_query_tokens = (shortened or whole).num_query_tokens
+        num_query_cut = len(query.encoding.ids) - num_query_tokens
+        if num_query_cut and request.max_query_tokens is request.max_prompt_tokens is None:  # else it asked for that
+            what = "a query was cut by %d tokens to %d; max_query_tokens and max_length are the limits"
+            self._warn_once(what, num_query_cut, num_query_tokens)
         return TokenizedRequest(
             pairs=tuple(pairs),
             pair_of_document=pair_of_document,
             num_truncated_tokens=tuple(cuts[i] for i in pair_of_document),
             num_query_tokens=num_query_tokens,
             num_query_truncated_tokens=num_query_cut,
+            unwrapped=unwrapped,
             num_suffix_tokens=len(self.suffix_ids),
             total_tokens=sum(self._billed_tokens(pairs[i]) for i in pair_of_document),
         )
@@ -153,44 +195,89 @@ class PairTokenizer:
         """The text of some ids, with control tokens."""
         return self._full.decode(list(ids), skip_special_tokens=False)
 
-    def _prefix(self, instruction: str, query: str, request: RerankRequest) -> tuple[tuple[int, ...], int, int]:
-        """The prefix ids, the number of query tokens used, and the number cut off."""
-        num_instruction_tokens = len(self._encode(instruction).ids)
+    def _unwrapped(self, request: RerankRequest) -> tuple[RerankRequest, bool]:
+        """The request with plain texts, and whether its client had rendered the prompts."""
+        if (plain := self.template.unwrap(request)) is not None:
+            self._warn_once("clients send rendered prompts; the template around query and documents is removed")
+            return plain, True
+        if self.template.looks_rendered(request):
+            self._warn_once(
+                "a client sends texts that look like rendered prompts, but query and documents do not all match the "
+                "template; they are ranked as plain texts. Send query and documents without the template"
+            )
+        return request, False
+
+    def _query(self, request: RerankRequest) -> _Query:
+        instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
+        num_instruction_tokens = self.count_tokens(instruction)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
-        encoding = self._encode(query)
+        text, limits = clean(request.query), self._limits
+        encoding = self._encode(text)
         num_tokens = len(encoding.ids)
-        limit = min(num_tokens, self._limits.max_query_tokens, request.max_query_tokens or num_tokens)
-        max_length = self._max_prompt_tokens(request)
-        while True:
-            if limit < num_tokens and request.truncation == "error":
-                raise TextTooLong(field="query", limit=limit, value=num_tokens)
-            used = _cut_text(query, encoding, limit, request.truncation == "start")
-            body_ids = self._encode(self.template.shared_body(instruction, used)).ids
-            # an empty document is one token: its space
-            over = len(self.prefix_ids) + len(body_ids) + 1 + len(self.suffix_ids) - max_length
-            if over <= 0:
-                return (*self.prefix_ids, *body_ids), limit, num_tokens - limit
-            limit -= over
-            if limit < 1:
-                if max_length < self._limits.max_length:
-                    raise _prompt_too_short(max_length + 1 - limit, max_length)
-                fits = max(0, num_instruction_tokens + limit - 1)
-                raise InstructionTooLong(limit=fits, value=num_instruction_tokens)
+        num_wanted = min(num_tokens, limits.max_query_tokens, request.max_query_tokens or num_tokens)
+        if num_wanted < num_tokens and request.truncation == "error":
+            raise TextTooLong(field="query", limit=num_wanted, value=num_tokens)
+        max_document = limits.max_document_tokens
+        return _Query(
+            instruction=instruction,
+            text=text,
+            encoding=encoding,
+            num_wanted_tokens=num_wanted,
+            max_document_tokens=min(max_document, request.max_document_tokens or max_document),
+            max_prompt_tokens=min(limits.max_length, request.max_prompt_tokens or limits.max_length),
+            truncation=request.truncation,
+        )
 
-    def _max_prompt_tokens(self, request: RerankRequest) -> int:
-        return min(self._limits.max_length, request.max_prompt_tokens or self._limits.max_length)
+    def _prefix(self, query: _Query, num_query_tokens: int) -> _Prefix:
+        text = _cut_text(query.text, query.encoding, num_query_tokens, query.truncation == "start")
+        ids = (*self.prefix_ids, *self._encode(self.template.shared_body(query.instruction, text)).ids)
+        room = query.max_prompt_tokens - len(ids) - len(self.suffix_ids)
+        return _Prefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
 
-    def _cut_document(
-        self, ids: list[int], prefix_ids: tuple[int, ...], request: RerankRequest, index: int
-    ) -> list[int]:
-        room = max(1, self._max_prompt_tokens(request) - len(prefix_ids) - len(self.suffix_ids))
-        limit = min(room, self._limits.max_document_tokens, request.max_document_tokens or room)
-        if len(ids) <= limit:
-            return ids
-        if request.truncation == "error":
-            raise TextTooLong(field=f"documents[{index}]", limit=limit, value=len(ids))
-        return ids[-limit:] if request.truncation == "start" else ids[:limit]
+    def _shortened(self, whole: _Prefix, query: _Query) -> _Prefix:
+        """The prefix of pairs that are too long, which leaves a document its share of the room."""
+        room = whole.room + whole.num_query_tokens
+        share = min(room // DOCUMENT_SHARE, query.max_document_tokens)
+        if query.truncation == "error":
+            if whole.room < share:
+                raise TextTooLong(field="query", limit=max(0, room - share), value=whole.num_query_tokens)
+            return whole
+        if room < MIN_ROOM:
+            raise self._no_room(query, num_fixed_tokens=query.max_prompt_tokens - room)
+        prefix = whole
+        while prefix.room < share:  # tokens merge, so the first cut may leave a few tokens too many
+            prefix = self._prefix(query, prefix.num_query_tokens - (share - prefix.room))
+        return prefix
+
+    def _no_room(self, query: _Query, *, num_fixed_tokens: int) -> InvalidRequest:
+        needed = num_fixed_tokens + MIN_ROOM
+        if query.max_prompt_tokens < self._limits.max_length:
+            what = (
+                f"max_prompt_tokens is {query.max_prompt_tokens}; the template and the instruction take "
+                f"{num_fixed_tokens} of them, so it must be at least {needed}"
+            )
+            return InvalidRequest(what, field="max_prompt_tokens", limit=needed, value=query.max_prompt_tokens)
+        num_tokens = self.count_tokens(query.instruction)
+        return InstructionTooLong(limit=max(0, num_tokens - needed + query.max_prompt_tokens), value=num_tokens)
+
+    def _check_max_length(self) -> None:
+        """Raises ConfigError if the default instruction leaves no room in a prompt."""
+        num_tokens = self.count_tokens(clean(self._default_instruction))
+        if num_tokens > MAX_INSTRUCTION_TOKENS:
+            raise ConfigError(f"instruction has {num_tokens} tokens; at most {MAX_INSTRUCTION_TOKENS} are taken")
+        body = self._encode(self.template.shared_body(clean(self._default_instruction), ""))
+        needed = len(self.prefix_ids) + len(body.ids) + len(self.suffix_ids) + MIN_ROOM
+        if self._limits.max_length < needed:
+            raise ConfigError(
+                f"max_length is {self._limits.max_length}; it must be at least {needed}: the template and the default "
+                f"instruction take {needed - MIN_ROOM} tokens, and query and document need {MIN_ROOM}"
+            )
+
+    def _warn_once(self, message: str, *values: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message + " (logged once)", *values)
 
     def _billed_tokens(self, pair: Pair) -> int:
         """Tokens of instruction, query and document, as the hosted service bills them (from live samples)."""
@@ -226,9 +313,13 @@ class PairTokenizer:
         return ids[0]
 
 
-def _prompt_too_short(needed: int, asked: int) -> InvalidRequest:
-    what = f"max_prompt_tokens is {asked}, which leaves no room for a query; it must be at least {needed}"
-    return InvalidRequest(what, field="max_prompt_tokens", limit=needed, value=asked)
+def _cut_document(ids: list[int], prefix: _Prefix, query: _Query, index: int) -> list[int]:
+    limit = min(prefix.room, query.max_document_tokens)
+    if len(ids) <= limit:
+        return ids
+    if query.truncation == "error":
+        raise TextTooLong(field=f"documents[{index}]", limit=limit, value=len(ids))
+    return ids[-limit:] if query.truncation == "start" else ids[:limit]
 
 
 def clean(text: str) -> str:

@@ -27,9 +27,9 @@ from local_rerank.errors import (
     Overloaded,
     UnusableAfterFork,
 )
+from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import DrainRate, Entry, Scheduler
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
 
 logger = logging.getLogger(__name__)
 

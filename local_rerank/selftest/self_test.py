@@ -30,8 +30,8 @@ from local_rerank.engine.cpu import int8
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
+from local_rerank.requests.pair import Pair
 from local_rerank.requests.prompts import PromptTemplate
-from local_rerank.requests.tokenization import Pair
 from local_rerank.reranker import Reranker
 from local_rerank.types import RerankRequest
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import Lifespan
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 import local_rerank
-from local_rerank.errors import LocalRerankError
 from local_rerank_server.dialects import dialect_at, make_routes, route_path
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.middleware import AdmissionMiddleware, RequestLog
+from local_rerank_server.middleware import RESULT_HEADERS, AdmissionMiddleware, RequestLog
 from local_rerank_server.state import ServerState
+
+MAX_COMPARED_CHARS = 200  # of an unknown path; comparing takes time in proportion to its length
 
 
 def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
@@ -33,7 +39,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
         routes=list(make_routes()),
     )
     app.state.server = state
-    app.root_path = state.config.root_path  # for ASGI servers that do not set it; the parameter is deprecated
+    app.root_path = state.config.prefix  # the parameter is deprecated
     app.add_middleware(AdmissionMiddleware, state=state, keys=keys)
     if state.config.cors_origins:  # outside of admission, because a browser's preflight request has no key
         app.add_middleware(
@@ -41,25 +47,62 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
             allow_origins=state.config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RESULT_HEADERS],
         )
     app.add_middleware(RequestLog, state=state)
+    app.add_middleware(PlainPaths)
     app.add_exception_handler(404, _no_such_route)
     app.add_exception_handler(405, _no_such_route)
     return app
 
 
-async def _no_such_route(http: Request, error: Exception) -> JSONResponse:
-    path = route_path(http)
-    known: LocalRerankError = UnknownRoute(path, endpoints=_endpoints(http.app))
+class PlainPaths:
+    """Serves `//v1/rerank/` as `/v1/rerank`, because a redirect would lose the body of a POST.
+
+    Only `/docs/` is redirected, because the page's own links are relative to `/docs`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = re.sub("(?<!:)/{2,}", "/", scope["path"])  # but not in https://
+        root = scope.get("root_path", "")
+        if path not in ("/", f"{root}/"):  # the page at the root, whose links are relative to it
+            path = path.removesuffix("/")
+        if path in ("/docs", f"{root}/docs") and path != scope["path"]:
+            return await RedirectResponse("../docs")(scope, receive, send)
+        await self.app({**scope, "path": path}, receive, send)
+
+
+async def _no_such_route(http: Request, error: Exception) -> Response:
+    path, routes = route_path(http), [route for route in http.app.routes if isinstance(route, APIRoute)]
     if isinstance(error, HTTPException) and error.status_code == 405:
-        known = MethodNotAllowed(http.method, path, allowed=(error.headers or {}).get("Allow", ""))
+        here = [route for route in routes if route.matches(http.scope)[0] != Match.NONE]
+        allowed = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        if http.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
+        return dialect_at(path).error_response(MethodNotAllowed(http.method, path, allowed=allowed), http)
+    endpoints = _endpoints(routes)
+    known = UnknownRoute(
+        path,
+        endpoints=endpoints,
+        nearest=_nearest(f"{http.method} {path.lower()}", endpoints),
+        address=str(http.base_url).rstrip("/"),
+    )
     return dialect_at(path).error_response(known, http)
 
 
-def _endpoints(app: FastAPI) -> list[str]:
-    """Method and path of each route, without the variants with a final slash and without the files of pages."""
-    routes = [route for route in app.routes if isinstance(route, APIRoute) and not route.path.endswith("/")]
+def _nearest(wanted: str, endpoints: Sequence[str]) -> str | None:
+    """The endpoint whose method and path are most like the wanted ones, if any is like them."""
+    found = difflib.get_close_matches(wanted[:MAX_COMPARED_CHARS], endpoints, n=1)
+    return found[0] if found else None
+
+
+def _endpoints(routes: Sequence[APIRoute]) -> list[str]:
+    """Method and path of each route, without the files of pages."""
     return [
         f"{method} {route.path.replace(':path', '')}"
         for route in routes

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from local_rerank.async_reranker import AsyncReranker
-from local_rerank.commands.app import serve_options
+from local_rerank.commands.app import kubernetes_variables, serve_options
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError
 from local_rerank_server.app import create_app
@@ -46,7 +46,7 @@ def create() -> ASGIApp:
             "LOCAL_RERANK_INSECURE=true"
         )
     configure_process()
-    set_up_logging(config)
+    set_up_logging(config, passed_over=kubernetes_variables())
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     _import_transformers()
     state, reranker = ServerState(config), AsyncReranker(config=engine_config)

@@ -7,7 +7,7 @@ validates its values when it is created; it reads no file and opens no socket.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,11 +73,15 @@ class ServerConfig:
     ssl_keyfile: Annotated[Path | None, Parameter(help="TLS private key (PEM); needs --ssl-certfile.")] = None
     api_key: Annotated[
         tuple[str, ...],
-        Parameter(help="API key, as KEY or NAME:KEY; clients send it as `Authorization: Bearer KEY`. May be repeated."),
-    ] = ()
+        Parameter(help="API key that clients send as `Authorization: Bearer KEY`; all of the value is the key. May be "
+                       "repeated. Other users of the machine can see it in the process list.",
+                  allow_leading_hyphen=True),
+    ] = field(default=(), repr=False)  # fmt: skip
     api_key_file: Annotated[
-        Path | None, Parameter(help="File of API keys, one `name:key` per line; # starts a comment line.")
-    ] = None
+        Path | None,
+        Parameter(help="File of API keys: `NAME:KEY` lines, split at the first colon (# starts a comment line), or a "
+                       "single key without a colon. The name is in the log."),
+    ] = None  # fmt: skip
     insecure: Annotated[
         bool, Parameter(help="Allow listening on a public address without an API key.", negative="")
     ] = False  # fmt: skip
@@ -104,7 +108,7 @@ class ServerConfig:
     ] = 60  # fmt: skip
     request_timeout_ms: Annotated[
         int, Parameter(help="Milliseconds a request may take; the header X-Request-Timeout-Ms can lower it.")
-    ] = 60_000
+    ] = 55_000  # many clients give up after 60 s; before that, the answer says why
     drain_seconds: Annotated[
         int, Parameter(help="Seconds that accepted requests have to finish after SIGTERM or Ctrl-C.")
     ] = 30
@@ -154,6 +158,7 @@ class ServerConfig:
     ] = "auto"  # fmt: skip
     log_level: Annotated[LogLevel, Parameter(help="Lowest severity to log.")] = "info"
     log_format: Annotated[LogFormat, Parameter(help="Log plain lines, or one JSON object per line.")] = "human"
+    no_access_log: Annotated[bool, Parameter(help="Do not log a line per request.", negative="")] = False
     log_texts: Annotated[
         bool, Parameter(help="Log queries and documents; by default no text of a request is logged.", negative="")
     ] = False  # fmt: skip
@@ -178,13 +183,20 @@ class ServerConfig:
         if not self.ray and self.replicas != "auto":
             raise ConfigError(f"replicas is {self.replicas!r}, which needs --ray")
         ReplicaRange.parse(self.replicas)
-        if any(not key.rpartition(":")[2].strip() for key in self.api_key):
+        if not isinstance(self.api_key, tuple):  # a text would be a key per character
+            raise ConfigError("api_key must be a tuple of texts")
+        if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; leave it out to serve without a key")
         if not (self.has_keys or self.insecure or self.uds or _is_loopback(self.host)):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set one, or allow this with --insecure"
             )
+
+    @property
+    def prefix(self) -> str:
+        """The root path without a slash at its end."""
+        return self.root_path.rstrip("/")
 
     @property
     def has_keys(self) -> bool:

@@ -49,25 +49,32 @@ from local_rerank.errors import (
     TooManyCharacters,
     TooManyTokens,
     UnusableAfterFork,
+    WrongType,
 )
 
 
 class MissingField(InvalidRequest):
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field} is missing", field=field)
+    """`hint` says where the field is instead; it is empty or ends a sentence."""
+
+    def __init__(self, field: str, *, hint: str = "") -> None:
+        super().__init__(f"{field} is missing{hint}", field=field)
+        self.hint = hint
 
 
 class InvalidField(InvalidRequest):
-    """`reason` says what is wrong or what is expected, without a full stop."""
+    """`reason` says what is wrong or what is expected, without a full stop; `sent` is the value."""
 
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}", field=field)
+    def __init__(self, field: str, reason: str, *, sent: str | None = None) -> None:
+        super().__init__(f"{field}: {reason}" + (f", not {sent}" if sent else ""), field=field)
         self.reason = reason
 
 
 class UnsupportedInput(InvalidRequest):
+    """`kind` is images, videos or audio."""
+
     def __init__(self, field: str, kind: str) -> None:
-        super().__init__(f"this model ranks text; {kind} input is not supported", field=field)
+        self.reason = f"{kind} {'is' if kind == 'audio' else 'are'} not supported; this model ranks text"
+        super().__init__(f"{field}: {self.reason}", field=field)
 
 
 class MalformedBody(LocalRerankError):
@@ -96,11 +103,14 @@ class UnknownModel(LocalRerankError):
 
 
 class UnknownRoute(LocalRerankError):
-    """`endpoints` lists method and path of the existing routes."""
+    """`endpoints` lists method and path of the existing routes; `address` is the server's URL for the client."""
 
-    def __init__(self, path: str, *, endpoints: Sequence[str]) -> None:
-        super().__init__(f"unknown path {path}")
+    def __init__(self, path: str, *, endpoints: Sequence[str], nearest: str | None, address: str) -> None:
+        self.hint = f"the nearest path is {nearest}" if nearest else "see the routes at /docs"
+        super().__init__(f"unknown path {path}; {self.hint}")
+        self.path = path
         self.endpoints = endpoints
+        self.address = address
 
 
 class MethodNotAllowed(LocalRerankError):
@@ -141,6 +151,7 @@ class ClientDisconnected(LocalRerankError):
 
 STATUS: Mapping[type[LocalRerankError], int] = {
     InvalidRequest: 400,
+    WrongType: 400,
     EmptyQuery: 400,
     EmptyDocument: 400,
     InvalidDocumentCount: 400,

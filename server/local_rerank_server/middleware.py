@@ -1,29 +1,52 @@
-"""ASGI middleware around every route: request ids, the access log, and admission.
+"""ASGI middleware around every route: paths, request ids, the access log, and admission.
 
 A refusal has the error shape of the dialect that owns the path.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 import time
 import uuid
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
+from local_rerank.types import RerankResult
 from local_rerank_server.admission import BodyReader
-from local_rerank_server.dialects import OPEN_PATHS, dialect_at, route_path
+from local_rerank_server.dialects import OPEN_PATHS, dialect_at, make_routes, route_path
+from local_rerank_server.dialects._route import Dialect
+from local_rerank_server.errors import MethodNotAllowed
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
+
+METHODS = "GET, HEAD, OPTIONS, POST"
+ABSOLUTE_FORM = re.compile(r"https?://[^/]*", re.IGNORECASE)
+SENT_ID = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")  # printable ASCII, at most 128 characters
+LOGGED_PATH_CHARS = 300
+RESULT_HEADERS: dict[str, Callable[[RerankResult], int]] = {
+    "x-truncated-documents": lambda result: result.num_truncated_documents,
+    "x-truncated-query-tokens": lambda result: result.num_query_truncated_tokens,
+    "x-unwrapped-queries": lambda result: int(result.unwrapped),
+}
+"""Counts in the headers of a response unless they are 0, because most dialects have no field for them."""
 
 logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """Gives each request an id, sends it as `x-request-id`, and logs and counts the request without its texts."""
+    """Takes over or makes the request's id, sends it as `x-request-id`, and logs and counts the request.
+
+    Adds the headers of the results, too.
+    """
 
     def __init__(self, app: ASGIApp, *, state: ServerState) -> None:
         self.app = app
@@ -32,43 +55,51 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        request_id = scope.setdefault("state", {}).setdefault("request_id", str(uuid.uuid4()))  # Ray's proxy sets one
+        _set_path(scope)
+        sent_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent_id if SENT_ID.fullmatch(sent_id) else str(uuid.uuid4())
+        scope.setdefault("state", {}).update(request_id=request_id, status=0, num_documents=0, results=[])
         started = time.perf_counter()
-        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                scope["state"]["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers.update(_result_headers(scope["state"]["results"]))
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
                     headers["connection"] = "close"
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await (_answer_without_path(Request(scope)) or self.app)(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, time.perf_counter() - started)
+            self._record(Request(scope), time.perf_counter() - started)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        path, state = route_path(Request(scope)), scope["state"]
-        reason = state.get("error")
-        self.state.metrics.add_request(dialect=dialect_at(path).name, status=status, seconds=seconds, reason=reason)
+    def _record(self, http: Request, seconds: float) -> None:
+        path, state = route_path(http), http.scope["state"]
+        dialect, reason = _dialect_of(http).name, state.get("error")
+        self.state.metrics.add_request(dialect=dialect, status=state["status"], seconds=seconds, reason=reason)
+        if self.state.config.no_access_log:
+            return
         fields = {
-            "method": scope["method"],
-            "path": _printable(scope["path"]),
-            "status": status,
+            "client": _client(http),
+            "method": http.method,
+            "path": quote(path, safe="/:@!$&'()*+,;=~")[:LOGGED_PATH_CHARS],  # so that no path forges a line
+            "status": state["status"],
             "ms": round(seconds * 1e3, 1),
+            "dialect": dialect,
+            "documents": state["num_documents"] or None,
+            **_cost(state["results"]),
             "key": state.get("key"),
             "error": reason,
             "request_id": state["request_id"],
         }
         level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every few seconds
-        optional = "".join(f" {name}=%({name})s" for name in ("key", "error") if fields[name])
-        logger.log(
-            level, f"%(method)s %(path)s %(status)d %(ms).1f ms{optional} id=%(request_id)s", fields, extra=fields
-        )
+        named = ("documents", "tokens", "waiting_ms", "computing_ms", "key", "error")
+        optional = "".join(f" {name}=%({name})s" for name in named if fields[name] is not None)
+        line = f"%(client)s %(method)s %(path)s %(status)d %(ms).1f ms dialect=%(dialect)r{optional} id=%(request_id)s"
+        logger.log(level, line, fields, extra=fields)
 
 
 class AdmissionMiddleware:
@@ -88,11 +119,14 @@ class AdmissionMiddleware:
         num_bytes = _declared_bytes(http)
         try:
             self._check(http, num_bytes)
+            with admission.admitted(), BodyReader(receive, admission, num_declared_bytes=num_bytes) as body:
+                await self.app(scope, body.receive, send)
         except LocalRerankError as error:
-            response = dialect_at(route_path(http)).error_response(error, http)
-            return await response(scope, receive, send)
-        with admission.admitted(), BodyReader(receive, admission, num_declared_bytes=num_bytes) as body:
-            await self.app(scope, body.receive, send)
+            await _dialect_of(http).error_response(error, http)(scope, receive, send)
+        except asyncio.CancelledError:  # the server stops; a response that has begun cannot be completed
+            if not http.state.status:
+                stopped = ModelUnavailable("the server was stopped before this request was answered")
+                await _dialect_of(http).error_response(stopped, http)(scope, receive, send)
 
     def _check(self, http: Request, num_bytes: int) -> None:
         http.state.key = key = self.keys.check(http.headers.get("authorization", "").encode("latin-1"))
@@ -104,12 +138,66 @@ class AdmissionMiddleware:
             self.state.admission.check_size(num_bytes)
 
 
+def _set_path(scope: Scope) -> None:
+    """Set `path` to the root path plus the path of a route, in whatever form a client and a proxy send it.
+
+    The target may be a whole URL, and a reverse proxy may leave the root path in it or strip it. An ASGI server with a
+    root path of its own has put that in front.
+    """
+    root, path = scope.get("root_path", ""), scope["path"]
+    if found := ABSOLUTE_FORM.match(path.removeprefix(root)):
+        path = path.removeprefix(root)[found.end() :] or "/"
+    paths = [path]
+    while root and len(paths) < 3 and f"{paths[-1]}/".startswith(f"{root}/"):
+        paths.append(paths[-1].removeprefix(root) or "/")
+    if len(paths) > 1:  # the root path may be the start of a route, such as /api: take a path that has a route
+        path = max(*paths[1:], path, key=lambda each: _match(scope, each))
+    scope["path"] = root + path
+
+
+def _match(scope: Scope, path: str) -> int:
+    alone = {**scope, "path": path, "root_path": ""}
+    return max(route.matches(alone)[0].value for route in make_routes())
+
+
+def _answer_without_path(http: Request) -> Response | None:
+    """The answer to a request whose target is not a path: `OPTIONS *`, and CONNECT, which asks for a proxy."""
+    target = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
+    if http.method == "OPTIONS" and target == "*":
+        return Response(status_code=204, headers={"allow": METHODS})
+    if http.method == "CONNECT":
+        return dialect_at(target).error_response(MethodNotAllowed("CONNECT", target, allowed=METHODS), http)
+    return None
+
+
+def _dialect_of(http: Request) -> Dialect:
+    """The dialect of the route that took the request; before that, of its path."""
+    found: Dialect = getattr(http.state, "dialect", None) or dialect_at(route_path(http))
+    return found
+
+
 def _declared_bytes(http: Request) -> int:
     """The Content-Length; 0 if there is none or it is malformed."""
     declared = http.headers.get("content-length", "")
     return int(declared) if declared.isdecimal() and len(declared) < 20 else 0
 
 
-def _printable(path: str) -> str:
-    """Escape control characters, so that a path cannot forge log lines."""
-    return path.encode("unicode_escape").decode("ascii")
+def _client(http: Request) -> str:
+    """The client's address, which may come from a proxy's header; - on a Unix socket."""
+    return quote(http.client.host, safe=":.[]")[:64] if http.client else "-"
+
+
+def _result_headers(results: list[RerankResult]) -> dict[str, str]:
+    counts = {name: sum(map(count, results)) for name, count in RESULT_HEADERS.items()}
+    return {name: str(count) for name, count in counts.items() if count}
+
+
+def _cost(results: list[RerankResult]) -> dict[str, Any]:
+    """Tokens and times of what was ranked; a request's rankings run side by side, so the longest time counts."""
+    if not results:
+        return dict.fromkeys(("tokens", "waiting_ms", "computing_ms"))
+    return {
+        "tokens": sum(result.total_tokens for result in results),
+        "waiting_ms": round(max(result.queue_ms for result in results), 1),
+        "computing_ms": round(max(result.total_ms - result.tokenize_ms - result.queue_ms for result in results), 1),
+    }

@@ -10,28 +10,32 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
 import ssl
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_rerank.batch.ray_cluster import require_ray
-from local_rerank.commands.console import say
+from local_rerank.commands.app import kubernetes_variables
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.connection_timeouts import make_protocol
+from local_rerank_server.connections import make_protocol, make_tls_context
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.logs import set_up_logging
+from local_rerank_server.logs import announce, set_up_logging
 from local_rerank_server.state import ServerState
 from local_rerank_server.tracing import Tracing
 
@@ -42,6 +46,9 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
 MAX_FILES = 65_536  # open file descriptors, which include connections
+CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off
+IDLE_CLOSE_SECONDS = 0.5  # for the closing handshake of TLS
+LOOPBACK = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is IPv4 on a socket for both
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
@@ -50,37 +57,53 @@ logger = logging.getLogger(__name__)
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal arrives; returns the exit status, 1 if requests were left unanswered.
 
-    Raises ConfigError or CheckpointError if the server cannot start.
+    Ends the process itself while the model still loads or computes. Raises ConfigError or CheckpointError if the server
+    cannot start.
     """
-    set_up_logging(server_config)
+    set_up_logging(server_config, passed_over=kubernetes_variables())
     keys = ApiKeys.from_config(server_config)
     _allow_many_connections()
     with _listen(server_config) as listener:
         try:
-            return _serve_on(listener, engine_config, server_config, keys)
+            status, model_is_busy = _serve_on(listener, engine_config, server_config, keys)
         finally:
             if server_config.uds is not None:
                 server_config.uds.unlink(missing_ok=True)
+    if model_is_busy and not server_config.ray:  # Ray ends its processes at Python's exit
+        _end_process(status)
+    return status
 
 
-def _serve_on(listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys) -> int:
+def _end_process(status: int) -> None:
+    """End without Python's teardown, which waits 3 s for a model that loads, and in which torch's threads can abort."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _serve_on(
+    listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys
+) -> tuple[int, bool]:
+    """Returns the exit status, and whether a thread still loads or runs the model."""
     state = ServerState(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     server = _Server(_uvicorn_config(state, keys, tracing), state)
     address = _address(listener, config)
-    say(f"listening on {address}, loading the model ...")
-    _load_in_background(state, server, engine_config, announce=lambda info: _announce(info, address, config))
+    announce(config, f"listening on {address}, loading the model ...")
+    loading = _load_in_background(
+        state, server, engine_config, ready=lambda info: _announce_ready(info, address, config)
+    )
     server.run(sockets=[listener])
     if tracing is not None:
         tracing.close()
     if server.failure is not None:
         raise server.failure
-    return int(server.cut_off)
+    return int(server.cut_off), server.cut_off or loading.is_alive()
 
 
 def _load_in_background(
-    state: ServerState, server: _Server, config: EngineConfig, *, announce: Callable[[ModelInfo], None]
-) -> None:
+    state: ServerState, server: _Server, config: EngineConfig, *, ready: Callable[[ModelInfo], None]
+) -> threading.Thread:
     """Load the model in a thread and pass it to `state`; stop the server if that fails."""
 
     def load() -> None:
@@ -94,9 +117,11 @@ def _load_in_background(
         else:
             server.restore_signal_handlers()
             state.serve(reranker)
-            announce(reranker.info)
+            ready(reranker.info)
 
-    threading.Thread(target=load, name="load", daemon=True).start()  # so that a signal does not wait for a long load
+    loading = threading.Thread(target=load, name="load", daemon=True)  # a signal does not wait for a long load
+    loading.start()
+    return loading
 
 
 def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:
@@ -158,32 +183,70 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.state.drain()
+        if self.failure is None:
+            announce(self.state.config, self._stopping())
         end = time.monotonic() + self.state.config.drain_seconds
         while self.state.admission.num_requests and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        # the remaining time is for responses that clients are still reading
-        self.config.timeout_graceful_shutdown = max(1, math.ceil(end - time.monotonic()))
         if self.state.admission.num_requests:
             logger.warning("stopped with %d requests unanswered", self.state.admission.num_requests)
             self.cut_off = True
+            await self._cut_off_requests()
+        # the remaining time is for responses that clients are still reading
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(end - time.monotonic()))
+        aborting = asyncio.create_task(self._abort_idle_connections())
         await super().shutdown(sockets)
+        aborting.cancel()
         if not self.cut_off:  # otherwise the model is still computing and ends with the process
             await asyncio.to_thread(self.state.close)
 
+    def _stopping(self) -> str:
+        num_requests = self.state.admission.num_requests
+        if not num_requests:
+            return "stopping: no requests in flight"
+        seconds = self.state.config.drain_seconds
+        return f"stopping: {num_requests} in flight, up to {seconds} s to finish; Ctrl-C or SIGTERM again stops at once"
+
+    async def _cut_off_requests(self) -> None:
+        """Have every request answered with 503; a response that has begun cannot be, so its connection is closed."""
+        for connection in self._connections():
+            if connection.cycle and connection.cycle.response_started and not connection.cycle.response_complete:
+                connection.transport.abort()
+        await asyncio.sleep(0)  # the requests of these connections see that before they are cancelled
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CUT_OFF_SECONDS)
+
+    async def _abort_idle_connections(self) -> None:
+        """Close what is left over with nothing to send: TLS connections whose peers do not confirm their end."""
+        await asyncio.sleep(IDLE_CLOSE_SECONDS)
+        while True:
+            for connection in self._connections():
+                idle = not connection.cycle or connection.cycle.response_complete
+                if idle and not connection.transport.get_write_buffer_size():
+                    connection.transport.abort()
+            await asyncio.sleep(0.1)
+
+    def _connections(self) -> list[H11Protocol]:
+        return [each for each in self.server_state.connections if isinstance(each, H11Protocol)]
+
 
 def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) -> uvicorn.Config:
-    config, app = state.config, create_app(state, keys)
+    config, app = state.config, create_app(state, keys)  # which has the root path
     uvicorn_config = uvicorn.Config(
         app if tracing is None else tracing.wrap(app),
         log_config=None,
         # h11, because httptools loses the body of requests with `Upgrade: h2c`, which some Java clients send
         http=make_protocol(config),
         ws="none",
+        lifespan="off",  # _Server starts and stops what there is, also after a second signal
         access_log=False,  # middleware.RequestLog writes the access log
         server_header=False,
-        root_path=config.root_path,
-        ssl_certfile=config.ssl_certfile,
-        ssl_keyfile=config.ssl_keyfile,
+        ssl_context_factory=None if config.ssl_certfile is None else lambda *_: make_tls_context(config),
+        # peers whose X-Forwarded-For tells the client: uvicorn's default has no IPv6, and none on a Unix socket
+        forwarded_allow_ips="*" if config.uds else os.environ.get("FORWARDED_ALLOW_IPS") or LOOPBACK,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
     try:
@@ -232,10 +295,11 @@ def _address(listener: socket.socket, config: ServerConfig) -> str:
     if config.uds:
         return f"{scheme}+unix://{config.uds}"
     host, port = listener.getsockname()[:2]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.root_path}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.prefix}"
 
 
-def _announce(info: ModelInfo, address: str, config: ServerConfig) -> None:
+def _announce_ready(info: ModelInfo, address: str, config: ServerConfig) -> None:
+    say = partial(announce, config)
     say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
     if info.source == "embedded":
         say("This is the small built-in model. For better results: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
@@ -244,7 +308,7 @@ def _announce(info: ModelInfo, address: str, config: ServerConfig) -> None:
 
 
 def _curl(address: str, config: ServerConfig) -> str:
-    reach = f"--unix-socket {config.uds} http://localhost{config.root_path}" if config.uds else address
+    reach = f"--unix-socket {config.uds} http://localhost{config.prefix}" if config.uds else address
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.has_keys else ""
     body = (
         '{"model":"qwen3-rerank","input":{"query":"What is a text reranking model?","documents":'

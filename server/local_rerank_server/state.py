@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 TIMEOUT_HEADER = "x-request-timeout-ms"
 LONG_CHARS = 1_000_000  # about half a second of tokenization; longer requests share a pool of their own
 LONG_THREADS = 1  # the tokenizer itself splits the documents of one request between threads
+
+Ranking = TypeVar("Ranking")
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ class ServerState:
     async def rank(self, http: Request, request: RerankRequest) -> RerankResult:
         """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first."""
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
+        http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
         ranking = asyncio.ensure_future(self._submit(request, http.state.request_id))
@@ -133,24 +136,16 @@ class ServerState:
             await asyncio.wait({ranking, disconnect}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if ranking.done():
                 result = ranking.result()
+                http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
                 return result
             if disconnect.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
-            raise DeadlineExceeded(timeout_ms=timeout_ms)
+            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
         finally:
             ranking.cancel()
             disconnect.cancel()
-
-    async def rank_all(self, http: Request, requests: Sequence[RerankRequest]) -> list[RerankResult]:
-        """Rank several requests of one client concurrently; the first failure cancels the others."""
-        tasks = [asyncio.ensure_future(self.rank(http, request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
 
     async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
         """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue."""
@@ -158,8 +153,34 @@ class ServerState:
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
         return await asyncio.wrap_future(await queued(threads, self.reranker.submit, request, name=request_id))
 
+    def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
+        """What this process was measured to do, and what to change so that such a request is answered in time."""
+        rate, on_cpu = self.reranker.tokens_per_second, self.reranker.info.device == "cpu"
+        speed = f", measured rate: {rate:,.0f} tokens per second" if rate else ""
+        longer = "raise --request-timeout-ms"
+        if timeout_ms < self.config.request_timeout_ms:
+            most = self.config.request_timeout_ms
+            longer = f"raise the header {TIMEOUT_HEADER} (the server's --request-timeout-ms is {most})"
+        faster = "--dtype int8 or a smaller model"
+        if not on_cpu or self.reranker.config.dtype == "int8":
+            faster = "a smaller model"
+        return (
+            f"documents: {len(request.documents)}{speed}. Send fewer or shorter documents, {longer}, "
+            f"or serve with {faster}"
+        )
+
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
+
+
+async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:
+    """Run the rankings of one client concurrently; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(ranking) for ranking in rankings]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _until_disconnected(http: Request) -> None:

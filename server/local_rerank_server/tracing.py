@@ -39,6 +39,7 @@ class Tracing:
             tracer_provider=self._provider,
             exclude_spans=["receive", "send"],  # one span per request
             http_capture_headers_server_response=["x-request-id"],
+            http_capture_headers_sanitize_fields=["authorization"],  # whatever OTEL_* variables capture
         )
         return wrapped
 

@@ -292,11 +292,14 @@ def test_compare_counts_wins_and_tests_significance(collection: dict[str, Path],
     assert comparison["p_value"] < 0.05
     assert by_measure["R@100"]["p_value"] == 1.0  # both have every document
     assert set(comparison["differences"]) == {f"q{i}" for i in range(10)}
+    assert (told["left_out"], told["tie_rule"][:12]) == ([], "equal scores")
     same = json.loads(command("compare", runs[0], runs[0], "--qrels", str(collection["qrels"]), "--json").stdout)
     assert {each["p_value"] for each in same["comparisons"]} == {1.0}
 
 
-def test_compare_prints_a_table_and_draws_a_plot(collection: dict[str, Path], tmp_path: Path) -> None:
+def test_c15_compare_prints_a_table_with_its_rule_for_ties_and_draws_a_plot(
+    collection: dict[str, Path], tmp_path: Path
+) -> None:
     far = tmp_path / ("a-long-name" * 9)  # two such paths are wider than the terminal
     far.mkdir()
     better, plot, first = better_run(collection, far), tmp_path / "plot.svg", collection["first"].rename(far / "a.run")
@@ -308,7 +311,8 @@ def test_compare_prints_a_table_and_draws_a_plot(collection: dict[str, Path], tm
     (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("RR ")]
     assert row[4:7] == ["7", "1", "2"]
     assert 0 < float(row[7]) < 1
-    assert "10 judged queries" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "10 judged queries; equal scores in a run keep the order of its lines" in said
     assert WORDS[1] in done.stdout  # the query that lost, by its text
     texts = [text.text or "" for text in ET.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
     assert any(text.endswith("7 wins, 1 losses") for text in texts)
@@ -318,7 +322,9 @@ def test_compare_prints_a_table_and_draws_a_plot(collection: dict[str, Path], tm
     ("more", "says"),
     [
         (["--plot", "a.gif"], "it must end in one of .svg, .png, .pdf"),
-        (["--measure", "nonsense"], "nonsense"),
+        (["--measure", "nonsense"], "measure is 'nonsense', which ir-measures cannot compute; try nDCG@10 or RR"),
+        (["--measure", "alpha_nDCG@10"], "measure is 'alpha_nDCG@10', which ir-measures cannot compute"),
+        (["--plot", "no/a.svg"], "plot is no/a.svg; there is no folder no"),
     ],
 )
 def test_wrong_options_of_compare_are_named(collection: dict[str, Path], more: list[str], says: str) -> None:

@@ -33,6 +33,10 @@ def rows_of(source: Source) -> list[Row]:
     return [item for item in items if isinstance(item, Row)]
 
 
+def opened(file: Path) -> Source:
+    return open_source(file, file.parent)
+
+
 def rejected_of(source: Source) -> list[tuple[int, str]]:
     return [(item.number, item.error) for item, _ in source.read(Position()) if isinstance(item, Rejected)]
 
@@ -48,7 +52,7 @@ def write(file: Path, content: str | bytes) -> Path:
 def test_json_lines_with_ids_scores_and_other_fields(tmp_path: Path) -> None:
     lines = '\ufeff{"id": 1, "query": "q", "documents": ["a", "b\u2028c"], "more": [1]}\r\n\n'
     lines += '{"query": "r", "documents": [{"text": "x", "id": 7, "score": 2}]}'
-    first, second = rows_of(open_source(write(tmp_path / "a.jsonl", lines)))
+    first, second = rows_of(opened(write(tmp_path / "a.jsonl", lines)))
     assert (first.id, first.query, first.documents) == ("1", "q", ("a", "b\u2028c"))
     assert first.fields == {"id": 1, "query": "q", "more": [1]}
     assert (second.document_ids, second.first_stage_scores, second.number) == (("7",), (2.0,), 3)
@@ -65,7 +69,7 @@ def test_malformed_lines_are_rejected_and_the_others_read(tmp_path: Path) -> Non
         b'{"query": "q", "documents": []}',
         b'{"query": "last", "documents": ["a"]}',
     ]
-    source = open_source(write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    source = opened(write(tmp_path / "a.jsonl", b"\n".join(lines)))
     assert rejected_of(source) == [
         (2, "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         (3, "not UTF-8: invalid start byte at byte 12"),
@@ -81,7 +85,7 @@ def test_malformed_lines_are_rejected_and_the_others_read(tmp_path: Path) -> Non
 def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_LINE_BYTES", 50)
     lines = '{"query": "%s", "documents": ["a"]}\n{"query": "r", "documents": ["a"]}\n' % ("q" * 300)
-    source = open_source(write(tmp_path / "a.jsonl", lines))
+    source = opened(write(tmp_path / "a.jsonl", lines))
     assert rejected_of(source) == [(1, "the line has 50 bytes or more; it must be shorter")]
     assert [item.query for item, _ in source.read(Position()) if isinstance(item, Row)] == ["r"]
 
@@ -91,19 +95,19 @@ def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest
 
 def test_csv_fields_may_contain_quotes_and_line_feeds(tmp_path: Path) -> None:
     text = '\ufefflabel,document,query,instruction\r\n1,"a ""b""\nc",q,\r\n\r\n2,d,r,judge\r\n'
-    first, second = rows_of(open_source(write(tmp_path / "a.csv", text)))
+    first, second = rows_of(opened(write(tmp_path / "a.csv", text)))
     assert (first.query, first.documents, first.instruction, first.is_pair) == ("q", ('a "b"\nc',), None, True)
     assert (second.instruction, second.fields["label"], second.number) == ("judge", "2", 5)
 
 
 def test_tsv_has_no_quotes(tmp_path: Path) -> None:
-    (row,) = rows_of(open_source(write(tmp_path / "a.tsv", 'query\tdocument\n"q\t5" screen\n')))
+    (row,) = rows_of(opened(write(tmp_path / "a.tsv", 'query\tdocument\n"q\t5" screen\n')))
     assert (row.query, row.documents) == ('"q', ('5" screen',))
 
 
 def test_an_unclosed_quote_rejects_one_line(tmp_path: Path) -> None:
     text = 'query,document\nq,a\nq,"b\nq,c\n"q" x,d\nr,e,f\nq,g\n'
-    source = open_source(write(tmp_path / "a.csv", text))
+    source = opened(write(tmp_path / "a.csv", text))
     errors = rejected_of(source)
     assert [number for number, _ in errors] == [3, 5, 6]
     assert errors[0][1].startswith("not CSV: ")
@@ -124,7 +128,7 @@ def test_an_unclosed_quote_rejects_one_line(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        open_source(write(tmp_path / name, content))
+        opened(write(tmp_path / name, content))
 
 
 # Parquet
@@ -132,18 +136,18 @@ def test_a_file_of_another_kind_is_an_error(tmp_path: Path, name: str, content: 
 
 def test_parquet_with_pairs_or_rankings(tmp_path: Path) -> None:
     pq.write_table(pa.table({"query": ["q", "r"], "document": ["a", None], "n": [1, 2]}), tmp_path / "a.parquet")
-    source = open_source(tmp_path / "a.parquet")
+    source = opened(tmp_path / "a.parquet")
     assert source.is_pairs
     assert rejected_of(source) == [(2, "documents must be a list, not missing")]
     documents = [["a", "b"], ["c"]]
     pq.write_table(pa.table({"query": ["q", "r"], "documents": documents}), tmp_path / "b.parquet")
-    assert [row.documents for row in rows_of(open_source(tmp_path / "b.parquet"))] == [("a", "b"), ("c",)]
+    assert [row.documents for row in rows_of(opened(tmp_path / "b.parquet"))] == [("a", "b"), ("c",)]
     structs = [[{"text": "a", "id": 3}]]
     pq.write_table(pa.table({"query": ["q"], "documents": structs}), tmp_path / "c.parquet")
-    assert rows_of(open_source(tmp_path / "c.parquet"))[0].document_ids == ("3",)
+    assert rows_of(opened(tmp_path / "c.parquet"))[0].document_ids == ("3",)
     pq.write_table(pa.table({"query": ["q"], "text": ["a"]}), tmp_path / "d.parquet")
     with pytest.raises(InvalidRequest, match="must have the columns query and either document or documents; it has qu"):
-        open_source(tmp_path / "d.parquet")
+        opened(tmp_path / "d.parquet")
 
 
 # Resuming
@@ -168,7 +172,7 @@ def pairs_file(folder: Path, kind: str, pairs: list[tuple[str, str]]) -> Path:
 def test_reading_resumes_after_any_record(
     tmp_path_factory: pytest.TempPathFactory, kind: str, pairs: list[tuple[str, str]]
 ) -> None:
-    source = open_source(pairs_file(tmp_path_factory.mktemp("files"), kind, pairs))
+    source = opened(pairs_file(tmp_path_factory.mktemp("files"), kind, pairs))
     items = list(source.read(Position()))
     assert [(row.query, row.documents[0]) for row in rows_of(source)] == pairs
     for place, (_, end) in enumerate(items, 1):
@@ -200,7 +204,7 @@ PAIR = {"query": "q", "document": 'a "b"', "label": "é"}
 
 def written(tmp_path: Path, name: str, record: dict[str, Any], row: ScoredRow, **options: Any) -> Path:
     """Write a row twice, in two commits, for a source that contains the record."""
-    source = open_source(write(tmp_path / "source.jsonl", json.dumps(record)))
+    source = opened(write(tmp_path / "source.jsonl", json.dumps(record)))
     sink = sink_for(tmp_path / name, source, **options)
     sink.rewind(0)
     for _ in range(2):
@@ -272,7 +276,7 @@ def test_a_pair_keeps_its_columns_in_every_format(tmp_path: Path) -> None:
 def test_parquet_keeps_the_types_of_its_input(tmp_path: Path) -> None:
     table = pa.table({"query": ["q"], "documents": [["a"]], "when": pa.array([1], pa.timestamp("us")), "id": [12]})
     pq.write_table(table, tmp_path / "in.parquet")
-    source = open_source(tmp_path / "in.parquet")
+    source = opened(tmp_path / "in.parquet")
     sink = sink_for(tmp_path / "out.parquet", source)
     sink.rewind(0)
     sink.write([scored_row(rows_of(source)[0], [1.0])])
@@ -291,7 +295,7 @@ def test_lone_surrogates_and_ids_with_spaces_are_written(tmp_path: Path) -> None
 
 
 def test_rewind_drops_everything_after_the_mark(tmp_path: Path) -> None:
-    source = open_source(write(tmp_path / "source.jsonl", json.dumps(RANKING)))
+    source = opened(write(tmp_path / "source.jsonl", json.dumps(RANKING)))
     rows = [scored(RANKING | {"id": number}, [1.0, 0.0]) for number in range(3)]
     for name in ("a.jsonl", "a.parquet"):
         sink = sink_for(tmp_path / name, source)

@@ -45,15 +45,18 @@ def do_job(
     with patch.context(), closing(JobFolder(output, rejects, SETTINGS, overwrite=overwrite)) as held:
         source = open_input(folder, input_name, held)
         sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
-        done = run_job(held, source, fake_scores, sink, rejects, begin=lambda block: None, report=lambda *_: None)
+        held.start(SETTINGS)
+        run_job(held, source, fake_scores, sink, rejects, report=lambda *_: None)
     patch.undo()
-    return done
+    assert held.progress is not None
+    return held.progress
 
 
 def open_input(folder: Path, name: str, held: JobFolder) -> Source:
     if name.endswith(".run"):
-        return RunSource(folder / name, FileTexts(folder / "queries.tsv", folder / "corpus.tsv"), held.path)
-    return open_source(folder / name)
+        texts = FileTexts(folder / "queries.tsv", folder / "corpus.tsv", held.path)
+        return RunSource(folder / name, texts, held.path)
+    return open_source(folder / name, held.path)
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_a_job_does_not_resume_with_other_settings(folder: Path) -> None:
     with pytest.raises(ConfigError, match="was started with blend unset, not bm25=1"):
         JobFolder(folder / "out", folder / "rejects", SETTINGS | {"blend": "bm25=1"}, overwrite=False)
     with closing(JobFolder(folder / "out", folder / "rejects", other, overwrite=True)) as held:
-        assert held.progress == JobProgress(settings=other)
+        assert held.start(other) == JobProgress(settings=other)
 
 
 def test_only_one_process_at_a_time_writes_an_output(folder: Path) -> None:
@@ -192,6 +195,6 @@ def test_blocks_have_bounded_pairs_and_characters(tmp_path: Path, monkeypatch: p
     lines = [json.dumps({"query": "q", "documents": ["d"] * count}) for count in counts]
     lines += [json.dumps({"query": "q", "documents": [long]})] * 2
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    found = list(blocks(open_source(tmp_path / "in.jsonl"), Position()))
+    found = list(blocks(open_source(tmp_path / "in.jsonl", tmp_path), Position()))
     assert [block.num_pairs for block in found] == [3, 4, 9, 4, 1, 1]
-    assert all(not isinstance(item, Rejected) for block in found for item in block.items)
+    assert all(not isinstance(item, Rejected) for block in found for item, _ in block.items)

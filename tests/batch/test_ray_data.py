@@ -237,11 +237,18 @@ def test_each_line_belongs_to_exactly_one_range(texts: list[bytes], size: int) -
     assert [content[offset : offset + len(line)] for offset, line in found] == [line for _, line in found]
 
 
-def test_wrong_options_are_reported_before_ray_starts(tmp_path: Path) -> None:
+def test_c20_wrong_options_are_reported_before_ray_starts(tmp_path: Path) -> None:
     input = tmp_path / "in.jsonl"
     input.write_text('{"query": "q", "documents": ["d"]}\n')
     for more, says in (
-        (["--output", str(tmp_path / "out.csv")], "with --ray it must end in .jsonl or .parquet"),
+        (
+            ["--output", str(tmp_path / "out.csv")],
+            "a folder of parts, whose name says their form: NAME.jsonl or NAME.p",
+        ),
+        (
+            ["--output", str(tmp_path / "folder")],
+            f"output is {tmp_path / 'folder'}; with --ray it is a folder of parts",
+        ),
         (["--output", "nowhere://bucket/out.jsonl"], "nowhere://bucket/out.jsonl cannot be opened"),
         (["--output", f"{input}/out.jsonl"], "the job stopped: "),
         (["--output", str(tmp_path / "out.jsonl"), "--cache", "c"], "cache cannot be combined with --ray"),

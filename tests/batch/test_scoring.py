@@ -139,13 +139,13 @@ def test_identical_pairs_in_a_block_are_scored_once(counting: Any) -> None:
         {"query": "q", "document": "one", "instruction": "other"},
         {"query": "q", "document": "one", "instruction": counting.config.instruction},
     ]
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, int]] = []
     scorer = BlockScorer(counting, advance=lambda *numbers: told.append(numbers))
     outcomes = scored(scorer.score_records(records))
     assert sorted(counting.asked.values()) == [1] * 4
     assert outcomes[0]["log_odds"] == outcomes[4]["log_odds"] != outcomes[3]["log_odds"]
-    assert sum(num_pairs for num_pairs, _ in told) == 4
-    assert sum(num_tokens for _, num_tokens in told) > 4
+    assert sum(num_pairs for num_pairs, *_ in told) == 4
+    assert sum(num_tokens for _, num_tokens, _ in told) > 4
 
 
 def test_a_query_with_many_documents_is_split_into_requests(counting: Any) -> None:

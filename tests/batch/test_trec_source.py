@@ -9,9 +9,10 @@ import pytest
 
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import Position, Rejected
-from local_rerank.batch.trec_source import FileTexts, RunSource
+from local_rerank.batch.trec_source import INDEX, FileTexts, RunSource
 from local_rerank.errors import InvalidRequest
-from local_rerank.evaluation.collection import read_texts
+from local_rerank.evaluation.left_out import LeftOut
+from local_rerank.evaluation.text_forms import read_texts
 from tests.batch.test_files import write
 
 
@@ -30,7 +31,7 @@ def run_files(tmp_path: Path) -> dict[str, Path]:
 
 def run_source(files: dict[str, Path], folder: Path, **options: Any) -> RunSource:
     folder.mkdir(exist_ok=True)
-    return RunSource(files["run"], FileTexts(files["queries"], files["corpus"]), folder, **options)
+    return RunSource(files["run"], FileTexts(files["queries"], files["corpus"], folder), folder, **options)
 
 
 def test_a_run_yields_its_queries_in_order_with_candidates_by_score(run_files: dict[str, Path], tmp_path: Path) -> None:
@@ -45,12 +46,14 @@ def test_a_run_yields_its_queries_in_order_with_candidates_by_score(run_files: d
 
 def test_malformed_lines_of_a_run_and_its_texts_are_rejected(run_files: dict[str, Path], tmp_path: Path) -> None:
     items = [item for item, _ in run_source(run_files, tmp_path / "job").read(Position())]
-    rejected = {(Path(item.file).name, item.number, item.error) for item in items if isinstance(item, Rejected)}
+    rejected = {
+        (Path(item.file).name, item.number, item.error.split(" (")[0]) for item in items if isinstance(item, Rejected)
+    }
     assert rejected == {
-        ("in.run", 8, "the line has the score nan; it must be a finite number"),
-        ("queries.jsonl", 2, "the query is empty"),
-        ("queries.jsonl", 4, "the line is not an object with id and text"),
-        ("corpus.jsonl", 3, "not UTF-8: invalid start byte"),
+        ("in.run", 8, "the score is nan; it must be a finite number"),
+        ("queries.jsonl", 2, "query q2 has no text"),
+        ("queries.jsonl", 4, "the line is not an object with an id"),
+        ("corpus.jsonl", 3, "the line is not UTF-8"),
         ("in.run", 4, "document d2 is repeated"),
         ("in.run", 5, "document d3 is not in the corpus"),
         ("in.run", 6, "query q2 is not in the queries"),
@@ -67,30 +70,30 @@ def test_queries_may_be_trec_topics(run_files: dict[str, Path], tmp_path: Path) 
     assert {(row.id, row.query) for row in items if isinstance(row, Row)} == {("q1", "one line"), ("q3", "three")}
     rejected = [item for item in items if isinstance(item, Rejected) and item.file == str(files["queries"])]
     assert {(item.number, item.error) for item in rejected} == {
-        (14, "the line is not a topic with <num> and <title>"),
-        (18, "the query is empty"),
+        (14, "the line is not a topic with a number (<num>, <number>, number=) and a <title> or <query>"),
+        (18, "query q2 has no text"),
     }
-    assert dict(read_texts(write(tmp_path / "good.trec", topics.partition("</top>")[0]), "queries")) == {
+    assert dict(read_texts(write(tmp_path / "good.trec", topics.partition("</top>")[0]), "queries", LeftOut())) == {
         "q1": "one line"
     }
-    with pytest.raises(InvalidRequest, match=r"topics.txt:14 is not a topic with <num> and <title>"):
-        list(read_texts(files["queries"], "queries"))
+    with pytest.raises(InvalidRequest, match=r"topics.txt:14 is not a topic with a number"):
+        list(read_texts(files["queries"], "queries", LeftOut()))
 
 
 def test_reading_resumes_after_any_item_and_reuses_the_index(run_files: dict[str, Path], tmp_path: Path) -> None:
     items = list(run_source(run_files, tmp_path / "job").read(Position()))
-    built = (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns
+    built = (tmp_path / "job" / INDEX).stat().st_mtime_ns
     for place, (_, end) in enumerate(items, 1):
         assert list(run_source(run_files, tmp_path / "job").read(end)) == items[place:]
-    assert (tmp_path / "job" / "candidates.sqlite").stat().st_mtime_ns == built
+    assert (tmp_path / "job" / INDEX).stat().st_mtime_ns == built
 
 
 def test_a_run_without_known_texts_is_an_error(run_files: dict[str, Path], tmp_path: Path) -> None:
     write(run_files["corpus"], '{"_id": "other", "text": "x"}\n')
-    with pytest.raises(InvalidRequest, match=r"no line of .*in.run names a query and a document whose texts are known"):
+    with pytest.raises(InvalidRequest, match=r"corpus.jsonl has none of the documents of .*in.run, not even d2"):
         run_source(run_files, tmp_path / "job")
     write(run_files["queries"].with_suffix(".xml"), "")
-    with pytest.raises(InvalidRequest, match=r".jsonl or a .tsv file, or topics \(.trec, .txt, .topics\)"):
-        FileTexts(run_files["queries"].with_suffix(".xml"), run_files["corpus"])
-    with pytest.raises(InvalidRequest, match=r"corpus is .*none.tsv; there is no such file"):
-        FileTexts(run_files["queries"], tmp_path / "none.tsv")
+    with pytest.raises(InvalidRequest, match=r"queries.xml is empty; queries must be .jsonl"):
+        FileTexts(run_files["queries"].with_suffix(".xml"), run_files["corpus"], tmp_path)
+    with pytest.raises(InvalidRequest, match=r"none.tsv cannot be read: No such file"):
+        FileTexts(run_files["queries"], tmp_path / "none.tsv", tmp_path)

@@ -274,7 +274,7 @@ def test_a_compressed_archive_works_and_a_damaged_one_raises(
 
 
 def test_a_file_that_is_not_a_bundle_raises(tmp_path: Path) -> None:
-    for name, message in (("model.bin", "a pickle, which could run code"), ("model.gguf", "not a bundle")):
+    for name, message in (("model.bin", "a pickle, which could run code"), ("model.gguf", "is a GGUF file")):
         (tmp_path / name).write_bytes(b"GGUF")
         with pytest.raises(CheckpointError, match=message):
             Reranker(str(tmp_path / name))

@@ -12,8 +12,10 @@ from unittest import mock
 
 import pytest
 
-from local_rerank import Reranker, __version__
+from local_rerank import EngineConfig, Reranker, __version__
+from local_rerank.commands.app import kubernetes_variables, option_names, serve_options
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES, OPENMP_VARIABLES
+from local_rerank_server.config import ServerConfig
 from tests.command_line import Done, command
 
 
@@ -132,6 +134,72 @@ def test_flags_override_variables_and_variables_override_defaults(
         odds.append(json.loads(done.stdout)["results"][0]["log_odds"])
     expected = [tiny_reranker.rank("q", ["d"], instruction=text)[0].log_odds for text in (None, "other", "flag")]
     assert odds == pytest.approx(expected, abs=1e-4)  # another instruction changes them a hundred times more
+
+
+KUBERNETES = {  # for Services named local-rerank and local-rerank-nano
+    "LOCAL_RERANK_SERVICE_HOST": "10.0.0.1",
+    "LOCAL_RERANK_SERVICE_PORT": "8000",
+    "LOCAL_RERANK_SERVICE_PORT_HTTP": "8000",
+    "LOCAL_RERANK_PORT": "tcp://10.0.0.1:8000",
+    "LOCAL_RERANK_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "LOCAL_RERANK_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "LOCAL_RERANK_NANO_SERVICE_HOST": "10.0.0.2",
+    "LOCAL_RERANK_NANO_PORT": "udp://10.0.0.2:53",
+    "LOCAL_RERANK_NANO_PORT_53_UDP_PROTO": "udp",
+}
+
+
+def test_b1_variables_of_kubernetes_are_passed_over(model: tuple[str, ...]) -> None:
+    for arguments in (("--version",), ("--help",), ("serve", "--help"), ("rank", "q", "d", *model)):
+        done = run_here(*arguments, **KUBERNETES)
+        assert (done.returncode, done.stderr) == (0, "")
+    with mock.patch.dict("os.environ", plain_environment() | KUBERNETES, clear=True):
+        assert serve_options()[1] == ServerConfig()
+        assert kubernetes_variables() == sorted(KUBERNETES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "http://10.0.0.1:80"), ("PORT", "80 80"), ("NANO_PORT", "80"), ("PORT_8000", "1"), ("SERVICE", "1")],
+)
+def test_b1_other_variables_are_refused(name: str, value: str) -> None:
+    check_error(
+        run_here("serve", **{f"LOCAL_RERANK_{name}": value}), f"LOCAL_RERANK_{name}" if value != "80 80" else ""
+    )
+
+
+def test_c10_an_empty_variable_is_unset(model: tuple[str, ...]) -> None:
+    empty = {f"LOCAL_RERANK_{name.upper()}": "" for name in option_names()}
+    assert run_here("rank", "q", "d", *model, **empty).returncode == 0
+    with mock.patch.dict("os.environ", plain_environment() | empty, clear=True):
+        assert serve_options() == (EngineConfig(), ServerConfig())
+
+
+def test_a10_the_variable_holds_bare_keys_separated_by_spaces() -> None:
+    for value, keys in (("carol:sk:carol", ("carol:sk:carol",)), ("a -b:c\n", ("a", "-b:c"))):
+        with mock.patch.dict("os.environ", plain_environment() | {"LOCAL_RERANK_API_KEY": value}, clear=True):
+            assert serve_options()[1].api_key == keys
+    check_error(run_here("serve", LOCAL_RERANK_API_KEY=" "), "api_key is empty")
+
+
+@pytest.mark.parametrize("arguments", [("--api-key", "a", "SECRET"), ("--api-key", "-SECRET", "--prot", "1")])
+def test_a10_a_usage_error_quotes_no_key(arguments: tuple[str, ...]) -> None:
+    done = run_here("serve", *arguments)
+    assert (done.returncode, "SECRET" in done.stderr) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "words"),
+    [
+        (("--log-format", "json", "--prot", "1"), {}, "--prot"),
+        (("--log-format=json", "--port", "99999"), {}, "port is 99999"),
+        (("--port", "x"), {"LOCAL_RERANK_LOG_FORMAT": "json"}, "--port"),
+    ],
+)
+def test_c16_a_usage_error_of_serve_is_json(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
+    error = json.loads(run_here("serve", *arguments, **variables).stderr)
+    assert words in error["message"]
+    assert error["level"] == "CRITICAL"
 
 
 def test_version_prints_the_version_of_the_package() -> None:

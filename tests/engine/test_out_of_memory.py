@@ -19,7 +19,7 @@ from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
 from local_rerank.errors import EngineFailure, OutOfMemory
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 GIB = 2**30
 SMALL = LayerShape(hidden=1024, queries=2048, keys=1024, intermediate=3072)  # Qwen3-Reranker-0.6B

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from local_rerank.engine.kernel_table import KERNELS, choose_kernel
 from local_rerank.engine.packing import pack
 from local_rerank.errors import ConfigError
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
+from local_rerank.requests.pair import Pair, num_batch_tokens
 
 PREFIXES = ((1, 2, 3), (4,), (5, 6, 7, 8, 9))
 some_pairs = st.lists(

@@ -19,7 +19,7 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.load import entry_device, head_rows, load_model
 from local_rerank.engine.packing import pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from local_rerank.types import RerankRequest
 from tests.reference import FP32_TOLERANCE, ModelCard, classifier_log_odds, prompt_ids
 from tests.tiny_checkpoints import make_checkpoint

@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from local_rerank import Reranker
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, blend
-from local_rerank.evaluation.collection import Candidate, Collection, read_collection, read_qrels, read_run, read_texts
+from local_rerank.evaluation.collection import Collection, read_collection
+from local_rerank.evaluation.left_out import LeftOut
 from local_rerank.evaluation.measures import System, blend_scores, compare, measure, measures, p_value, reorder, score
 from local_rerank.evaluation.plot import write_plot
+from local_rerank.evaluation.text_forms import read_texts
+from local_rerank.evaluation.trec_files import Candidate, read_qrels, read_run
 from tests.command_line import Done, command
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -101,32 +104,34 @@ def test_texts_are_read_from_beir_jsonl_and_tsv(
     tmp_path: Path, name: str, content: str, expected: dict[str, str]
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    assert dict(read_texts(tmp_path / name, "corpus")) == expected
+    assert dict(read_texts(tmp_path / name, "corpus", LeftOut())) == expected
 
 
 def test_a_run_is_sorted_by_score_and_ties_keep_file_order(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.write_text("q Q0 a 1 1.0 x\nq Q0 z 2 3.5 x\nq Q0 b 3 1e0 x\nq Q0 c 4 -2 x\n")
-    assert [candidate.document_id for candidate in read_run(file)["q"]] == ["z", "a", "b", "c"]
+    assert [candidate.document_id for candidate in read_run(file, LeftOut(), ["q"])["q"]] == ["z", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
     ("kind", "content", "words"),
     [
-        ("corpus", '{"id": "d1", "text": "a"}\n{"id": "d2"', r"corpus.jsonl:2 is not an object with id and text"),
-        ("corpus", '{"id": "d1", "text": 3}', r"corpus.jsonl:1 is not an object with id and text"),
+        ("corpus", '{"id": "d1", "text": "a"}\n{"id": "d2"', r"corpus.jsonl:2 is not an object with an id \(id, _id"),
+        ("corpus", '{"id": "d1", "text": 3}', r"corpus.jsonl:1 is not an object with an id"),
         ("corpus", '{"text": "a"}', r"corpus.jsonl:1 is not an object"),
-        ("corpus", '{"id": "d1", "text": "a"}\n\n{"id": "d1", "text": "b"}', r"corpus.jsonl:3 has the id d1 of an ear"),
         ("corpus", '{"id": "d1", "text": "a"}\n\udcff', r"corpus.jsonl:2 is not UTF-8"),
-        ("corpus", '{"id": "d1", "text": "a"}', r"first.run names document d2, which .*corpus.jsonl does not contain"),
-        ("queries", '{"id": "q1", "text": " "}', r"queries.jsonl:1 has an empty query"),
-        ("queries", "", r"none of the 0 queries of .*queries.jsonl has a judgement in .*qrels.trec"),
+        ("corpus", '{"id": "d9", "text": "a"}', r"corpus.jsonl has none of the documents of .*first.run, not even d2"),
+        ("queries", "", r"queries.jsonl is empty; queries must be .jsonl"),
+        ("queries", "x\ty", r"queries.jsonl:1 is not an object"),
+        (
+            "queries",
+            '{"id": "q7", "text": "y"}',
+            r"qrels.trec and .* have no query in common: .*trec has q1, .*l has q7",
+        ),
         ("qrels", "q1 0 d1 1\nq1 0 d2", r"qrels.trec:2 is not `query 0 document grade`"),
-        ("qrels", "q1 0 d1 high", r"qrels.trec:1 is not `query 0 document grade`"),
         ("qrels", "q1 0 d1 1\nq1 0 d1 2", r"qrels.trec:2 contradicts an earlier grade"),
         ("run", "q1 Q0 d1 1 9.5 test\nq1 Q0 d2 2 8.5", r"first.run:2 is not `query Q0 document rank score name`"),
-        ("run", "q1 Q0 d1 1 nan test", r"first.run:1 has the score nan; it must be a finite number"),
-        ("run", "q1 Q0 d1 1 2 test\nq1 Q0 d1 2 1 test", r"first.run:2 repeats document d1"),
+        ("run", "q1 Q0", r"first.run:1 is not `query Q0 document rank score name`"),
         ("run", "other Q0 d1 1 9.5 test", r"none of the 3 judged queries has candidates in .*first.run"),
     ],
 )
@@ -139,17 +144,27 @@ def test_a_malformed_file_is_rejected_with_file_and_line(
     assert "\n" not in str(error_info.value)
 
 
-def test_a_tsv_line_without_a_tab_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_text("7 purr\n")
-    with pytest.raises(InvalidRequest, match=r"a.tsv:1 is not an id, a tab and a text"):
-        dict(read_texts(tmp_path / "a.tsv", "corpus"))
+def test_c5_what_cannot_be_used_is_left_out_and_counted(files: dict[str, Path]) -> None:
+    files["corpus"].write_text("".join(f'{{"id": "{name}", "text": "a"}}\n' for name in ("d1", "d3", "d1", "d4")))
+    with files["run"].open("a") as run:
+        run.write("q1 Q0 d1 4 1 test\nq1 Q0 d4 5 nan test\n")
+    found = read_collection(**files)
+    assert {query: [each.document_id for each in run] for query, run in found.run.items()} == {
+        "q1": ["d1", "d3"], "q2": ["d4"], "q3": []
+    }  # fmt: skip
+    assert [(each["count"], str(each["first"]).rpartition("/")[2]) for each in found.left_out.as_json()] == [
+        (1, "first.run:7: document d1 is repeated"),
+        (1, "first.run:8: the score is nan; it must be a finite number"),
+        (1, "corpus.jsonl:3: the id d1 is that of an earlier text"),
+        (2, "first.run, query q1: document d2 is not in the corpus"),
+    ]
 
 
-def test_a_missing_file_and_an_unknown_suffix_are_rejected(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"qrels cannot be read: No such file"):
         read_qrels(tmp_path / "qrels")
-    with pytest.raises(InvalidRequest, match=r"a.csv must be a .jsonl or a .tsv file"):
-        dict(read_texts(tmp_path / "a.csv", "corpus"))
+    with pytest.raises(InvalidRequest, match=r"a.xml cannot be read: No such file"):
+        dict(read_texts(tmp_path / "a.xml", "corpus", LeftOut()))
 
 
 # Orders
@@ -322,6 +337,19 @@ def test_eval_prints_tables_and_writes_the_plot(files: dict[str, Path], tiny_che
     assert ET.parse(plot).getroot().tag.endswith("svg")
 
 
+def test_c5_eval_goes_on_without_a_candidate_that_the_corpus_lacks(
+    files: dict[str, Path], tiny_checkpoint: Path
+) -> None:
+    corpus = files["corpus"].read_text().splitlines(keepends=True)
+    files["corpus"].write_text("".join(line for line in corpus if '"d2"' not in line))
+    done = evaluated(files, "--model", str(tiny_checkpoint), "--json")
+    result = json.loads(done.stdout)
+    says = f"{files['run']}, query q1: document d2 is not in the corpus"
+    assert result["left_out"] == [{"count": 2, "first": says}]
+    assert result["systems"][0]["by_query"]["RR"] == {"q1": 1.0, "q2": 0.0, "q3": 0.0}
+    assert f"left out: 2, first {says}" in evaluated(files, "--model", str(tiny_checkpoint)).stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -329,6 +357,7 @@ def test_eval_prints_tables_and_writes_the_plot(files: dict[str, Path], tiny_che
         (["--max-queries", "0"], "max_queries is 0; it must be at least 1"),
         (["--blend", "bm25"], "blend is 'bm25'; it must be bm25=W or run=W, where the weight W is at least 0"),
         (["--plot", "out.gif"], "plot is out.gif; it must end in one of .svg, .png, .pdf"),
+        (["--plot", "no/out.svg"], "plot is no/out.svg; there is no folder no"),
         (["--qrels", "absent.trec"], "absent.trec cannot be read: No such file or directory"),
     ],
 )
@@ -345,6 +374,7 @@ def test_wrong_options_of_eval_are_named_before_a_model_is_loaded(
     [
         ("ir_measures", [], "measuring needs ir_measures"),
         ("matplotlib", ["--plot", "a.svg"], "a plot needs matplotlib"),
+        ("scipy", [], "a test of significance needs scipy"),
     ],
 )
 def test_a_missing_package_is_reported_with_the_extra_that_installs_it(

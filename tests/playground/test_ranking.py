@@ -177,8 +177,8 @@ REFUSED = [  # query, documents, top n, the server's message, the field that it 
     ("q", json.dumps(["d"] * 1001), "", "1001 documents; at least 1 is needed and at most 1000", "Documents"),
     ("q", '["a", 5]', "", "documents.1: Input should be a valid string", "Documents"),
     ("q", "a", "0", "top_n is 0; it must be at least 1", "Top n"),
-    ("q", "a", "2.5", "top_n: Input should be a valid integer", "Top n"),
-    ("q", "a", "two", "top_n: Input should be a valid integer", "Top n"),
+    ("q", "a", "2.5", "top_n: a whole number is expected, not 2.5", "Top n"),
+    ("q", "a", "two", "top_n: a whole number is expected, not", "Top n"),
 ]
 
 

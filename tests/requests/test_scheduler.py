@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from local_rerank.requests.pair import Pair
 from local_rerank.requests.scheduler import GOOD_BATCHES, DrainRate, Scheduler
-from local_rerank.requests.tokenization import Pair
 
 
 def pairs(prefix: int, lengths: list[int], prefix_length: int = 10) -> list[Pair]:

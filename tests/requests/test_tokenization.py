@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
-from local_rerank.errors import CheckpointError, InstructionTooLong, InvalidRequest, TextTooLong, TooManyTokens
+from local_rerank.errors import (
+    CheckpointError,
+    ConfigError,
+    InstructionTooLong,
+    InvalidRequest,
+    TextTooLong,
+    TooManyTokens,
+)
 from local_rerank.requests.prompts import QWEN3_RERANKER
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.types import Limits, RerankRequest
@@ -43,7 +52,12 @@ def qwen(qwen_json: str) -> PairTokenizer:
 
 
 def make(
-    tokenizer_json: str, *, max_length: int = 8192, max_query_tokens: int = 4000, max_document_tokens: int = 4000
+    tokenizer_json: str,
+    *,
+    max_length: int = 8192,
+    max_query_tokens: int = 4000,
+    max_document_tokens: int = 4000,
+    instruction: str = INSTRUCTION,
 ) -> PairTokenizer:
     return PairTokenizer(
         tokenizer_json,
@@ -51,7 +65,7 @@ def make(
         limits=PromptLimits(
             max_length=max_length, max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens
         ),
-        default_instruction=INSTRUCTION,
+        default_instruction=instruction,
     )
 
 
@@ -161,7 +175,7 @@ def test_no_prompt_exceeds_the_maximum_and_each_keeps_its_suffix(max_length: int
 @pytest.mark.slow
 def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
     tokenizer = make(qwen_json, max_length=150)
-    tokenized = tokenizer.pairs(RerankRequest(query="word " * 60, documents=("word " * 60,)))
+    tokenized = tokenizer.pairs(RerankRequest(query="word " * 50, documents=("word " * 60,)))
     assert tokenized.num_query_truncated_tokens == 0
     assert tokenized.num_truncated_tokens[0] > 0
 
@@ -170,8 +184,13 @@ def test_the_document_is_truncated_before_the_query(qwen_json: str) -> None:
 def test_an_instruction_that_leaves_no_room_raises(qwen: PairTokenizer, qwen_json: str) -> None:
     with pytest.raises(InstructionTooLong, match="at most 1024"):
         qwen.pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 1100))
-    with pytest.raises(InstructionTooLong):
-        make(qwen_json, max_length=100).pairs(RerankRequest(query="q", documents=("d",), instruction="word " * 200))
+    tokenizer = make(qwen_json, max_length=120)
+    request = RerankRequest(query="q", documents=("d " * 50,), instruction="word " * 200)
+    with pytest.raises(InstructionTooLong) as caught:
+        tokenizer.pairs(request)
+    fits = caught.value.limit
+    assert fits is not None
+    assert tokenizer.pairs(replace(request, instruction="word " * (fits - 1))).pairs
 
 
 def test_a_request_with_too_many_tokens_raises_with_both_numbers(qwen: PairTokenizer) -> None:
@@ -222,3 +241,96 @@ def test_a_prompt_too_short_for_any_query_raises_with_the_required_length(qwen: 
     needed = caught.value.limit
     assert needed is not None
     assert qwen.pairs(RerankRequest(query="q", documents=("d",), max_prompt_tokens=needed)).num_query_tokens == 1
+
+
+@pytest.mark.parametrize("limited_by", ["engine", "request"])
+@pytest.mark.parametrize(("truncation", "kept"), [("end", "word 0 word 1"), ("start", "word 1498 word 1499")])
+def test_a13_beside_a_long_query_documents_keep_a_quarter_of_the_room(
+    limited_by: str, truncation: Any, kept: str
+) -> None:
+    tokenizer = make(byte_tokenizer_json(), max_length=1024 if limited_by == "engine" else 8192, max_query_tokens=8000)
+    request = RerankRequest(
+        query=" ".join(f"word {i}" for i in range(1500)),
+        documents=("short", "long " * 500, "other " * 500),
+        max_prompt_tokens=None if limited_by == "engine" else 1024,
+        truncation=truncation,
+    )
+    tokenized = tokenizer.pairs(request)
+    assert [pair.num_tokens for pair in tokenized.pairs[1:]] == [1024, 1024]
+    assert len({pair.prefix_ids for pair in tokenized.pairs}) == 1
+    assert len({pair.document_ids for pair in tokenized.pairs}) == 3
+    num_tokens = [tokenized.num_document_tokens(index) for index in range(3)]
+    assert num_tokens[1] == num_tokens[2] == (tokenized.num_query_tokens + num_tokens[1]) // 4 > 100
+    assert tokenized.num_truncated_tokens == (0, 2501 - num_tokens[1], 3001 - num_tokens[2])
+    assert tokenized.num_query_truncated_tokens == len(request.query) - tokenized.num_query_tokens
+    assert kept in tokenizer.decode(tokenized.pairs[0].prefix_ids)
+
+
+def test_a13_a_long_query_is_cut_only_for_documents_that_do_not_fit_and_never_because_of_others(
+    qwen: PairTokenizer,
+) -> None:
+    documents = ("short", "long " * 100)
+    request = RerankRequest(query="word " * 110, documents=documents, max_prompt_tokens=200)
+    fits, alone = (qwen.pairs(replace(request, documents=(text,))) for text in documents)
+    assert (fits.num_query_truncated_tokens, fits.num_truncated_tokens) == (0, (0,))
+    assert alone.num_query_truncated_tokens > 0
+    both = qwen.pairs(request)
+    assert [(pair.prefix_ids, pair.document_ids) for pair in both.pairs] == [
+        (one.pairs[0].prefix_ids, one.pairs[0].document_ids) for one in (fits, alone)
+    ]
+    assert both.num_query_truncated_tokens == alone.num_query_truncated_tokens
+    assert both.total_tokens == fits.total_tokens + alone.total_tokens
+
+
+def test_a13_documents_with_a_small_limit_of_their_own_keep_no_more_than_that(qwen: PairTokenizer) -> None:
+    request = RerankRequest(
+        query="word " * 1500, documents=("long " * 100,), max_document_tokens=5, max_prompt_tokens=200
+    )
+    tokenized = qwen.pairs(request)
+    assert tokenized.num_document_tokens(0) == 5
+    assert tokenized.num_query_tokens > 115
+    assert tokenized.pairs[0].num_tokens in (199, 200)
+
+
+def test_a13_a_request_that_forbids_cutting_names_the_text_that_is_too_long(qwen: PairTokenizer) -> None:
+    fits = RerankRequest(query="word " * 110, documents=("short",), truncation="error", max_prompt_tokens=200)
+    assert qwen.pairs(fits).num_truncated_tokens == (0,)
+    with pytest.raises(TextTooLong, match=r"query has 111 tokens, 9\d fit"):
+        qwen.pairs(replace(fits, documents=("short", "long " * 50)))
+    with pytest.raises(TextTooLong, match=r"documents\[1\] has 201 tokens, 12\d fit"):
+        qwen.pairs(replace(fits, query="q", documents=("short", "long " * 200)))
+
+
+@pytest.mark.parametrize("tokenizer_json", ["byte", "qwen"])
+def test_a13_a_prompt_without_room_for_query_and_document_raises_with_the_required_length(
+    qwen: PairTokenizer, tokenizer_json: str
+) -> None:
+    tokenizer = qwen if tokenizer_json == "qwen" else make(byte_tokenizer_json())
+    request = RerankRequest(query="word " * 100, documents=("long " * 100,), max_prompt_tokens=80)
+    with pytest.raises(InvalidRequest, match=r"max_prompt_tokens is 80; .* it must be at least \d+") as caught:
+        tokenizer.pairs(request)
+    tokenized = tokenizer.pairs(replace(request, max_prompt_tokens=caught.value.limit))
+    assert tokenized.num_document_tokens(0) == 8
+    assert tokenized.num_query_tokens >= 20
+
+
+def test_a13_options_that_leave_no_room_stop_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"max_length is 80; it must be at least \d+") as caught:
+        make(byte_tokenizer_json(), max_length=80)
+    needed = int(re.findall(r"at least (\d+)", str(caught.value))[0])
+    tokenized = make(byte_tokenizer_json(), max_length=needed).pairs(
+        RerankRequest(query="word " * 100, documents=("long " * 100,))
+    )
+    assert tokenized.num_document_tokens(0) == 8
+    with pytest.raises(ConfigError, match="instruction has 5500 tokens; at most 1024"):
+        make(byte_tokenizer_json(), instruction="word " * 1100)
+
+
+def test_a13_a_query_that_is_cut_by_the_engines_limits_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make(byte_tokenizer_json(), max_query_tokens=3)
+    for limits in ({"max_query_tokens": 2}, {"max_prompt_tokens": 8000}):
+        tokenizer.pairs(RerankRequest(query="abcd", documents=("d",), **limits))  # type: ignore[arg-type]
+    assert caplog.messages == [], "the request asked for it"
+    for _ in range(2):
+        tokenizer.pairs(RerankRequest(query="abcd", documents=("d",)))
+    assert [message.partition(";")[0] for message in caplog.messages] == ["a query was cut by 1 tokens to 3"]

@@ -12,9 +12,10 @@ from concurrent.futures import CancelledError
 import pytest
 
 from local_rerank.errors import EngineFailure, ModelUnavailable, OutOfMemory, Overloaded
+from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import GOOD_BATCHES
-from local_rerank.requests.tokenization import Pair, TokenizedRequest, num_batch_tokens
+from local_rerank.requests.tokenization import TokenizedRequest
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult
 
@@ -99,6 +100,7 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
         num_query_truncated_tokens=0,
         num_suffix_tokens=0,
         total_tokens=num,
+        unwrapped=False,
     )
     request = RerankRequest(query="q", documents=("d",) * num)
     return PendingRequest(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from local_rerank.commands.app import main
 from local_rerank.engine.engine import Engine
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 HELD_BY = Path(sys.argv[1])
 real_score = Engine.score

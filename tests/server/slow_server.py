@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from local_rerank.commands.app import main
 from local_rerank.engine.engine import Engine
-from local_rerank.requests.tokenization import Pair, num_batch_tokens
+from local_rerank.requests.pair import Pair, num_batch_tokens
 
 real_score = Engine.score
 

@@ -37,7 +37,7 @@ async def test_every_file_of_the_folder_is_served(serve: Serve) -> None:
 async def test_the_page_works_under_a_root_path_and_names_no_other_server(serve: Serve) -> None:
     async with serve(HeldRanker(), root_path="/rerank") as client:
         page = (await client.get("/rerank/")).text
-        names = re.findall(r"""(?:src|href)="([^"#]+)""", page)
+        names = re.findall(r"""(?:src|href)="([^"#/][^"#]*)""", page)
         assert len(names) >= 4
         for name in names:
             assert (await client.get(f"/rerank/{name}")).status_code == 200
@@ -46,3 +46,26 @@ async def test_the_page_works_under_a_root_path_and_names_no_other_server(serve:
         assert not re.search(r"https?://|\burl\(|@import|innerHTML|outerHTML|insertAdjacentHTML|localStorage", text), (
             path
         )
+
+
+async def test_b9_everything_that_the_pages_link_to_opens_without_a_key(serve: Serve) -> None:
+    async with serve(HeldRanker(), api_key=("secret",), root_path="/root") as client:
+        for page in ("/root/", "/root/docs"):
+            opened = await client.get(page)
+            links = re.findall(r"""(?:src|href)="([^"#]+)""", opened.text)
+            assert links
+            for link in links:
+                assert (await client.get(opened.url.join(link))).status_code == 200, link
+        icon = await client.get("/favicon.ico")
+        assert (icon.status_code, icon.headers["content-type"]) == (200, "image/svg+xml")
+
+
+async def test_b9_a_browser_without_a_key_is_told_in_a_page(serve: Serve) -> None:
+    async with serve(HeldRanker(), api_key=("secret",), root_path="/root") as client:
+        shown = await client.get("/metrics", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+        asked = await client.get("/metrics", headers={"Accept": "*/*"})
+    assert (shown.status_code, shown.headers["content-type"]) == (401, "text/html; charset=utf-8")
+    assert 'href="/root/"' in shown.text
+    assert "This address needs an API key" in shown.text
+    assert shown.headers["www-authenticate"] == "Bearer"
+    assert asked.json()["error"]["type"] == "MissingApiKey"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -105,6 +106,29 @@ def test_an_upgrade_to_http_2_is_ignored_and_the_body_is_read(server: Server) ->
         assert status_of(exchange(connection, request.encode())) == 200
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [(f"POST http://127.0.0.1:8106{NATIVE}", 200), ("OPTIONS *", 204), ("CONNECT a.example:443", 405)],
+)
+def test_b8_a_target_in_another_form_is_answered(line: str, status: int, server: Server) -> None:
+    server.wait_for("ready: ")
+    content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}' if status == 200 else ""
+    request = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n{content}"
+    with server.connect() as connection:
+        answer = exchange(connection, request.encode())
+    assert status_of(answer) == status
+    assert (b"allow: GET, HEAD, OPTIONS, POST\r\n" in answer) is (status != 200)
+
+
+def test_e8_tls_on_the_plain_port_is_told(server: Server) -> None:
+    for _ in range(2):
+        with server.connect() as connection:
+            hello = b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"
+            answer = exchange(connection, hello)
+        assert (status_of(answer), b"use http://" in answer) == (400, True)
+    assert server.output.count("400 to 127.0.0.1: this port speaks plain HTTP") == 1
+
+
 def test_a_port_in_use_is_reported_in_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
     arguments = [sys.executable, "-m", "local_rerank", "serve", "--port", port]
@@ -161,7 +185,7 @@ def test_a_disconnect_cancels_its_work_and_sigterm_finishes_admitted_requests(
 
 
 @pytest.mark.parametrize(("signals", "drain_seconds"), [(2, 600), (1, 1)])
-def test_a_second_signal_or_the_drain_timeout_stops_the_server(
+def test_b3_a_second_signal_or_the_drain_timeout_answers_503(
     signals: int, drain_seconds: int, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with held(tmp_path, tiny_checkpoint, "--drain-seconds", str(drain_seconds)) as (server, hold, client):
@@ -173,25 +197,40 @@ def test_a_second_signal_or_the_drain_timeout_stops_the_server(
                 server.process.send_signal(signal.SIGTERM)
                 time.sleep(0.5)
             assert server.process.wait(20) == 1
-            assert cut_off.exception(WAIT_SECONDS) is not None or cut_off.result().status_code >= 500
+            answer = cut_off.result(WAIT_SECONDS)
+            assert (answer.status_code, answer.json()["code"]) == (503, "ModelUnavailable")
+            assert answer.headers["connection"] == "close"
+        assert f"stopping: 1 in flight, up to {drain_seconds} s to finish" in server.output
         assert "stopped with 1 requests unanswered" in server.output
+        assert "Traceback" not in server.output
 
 
-def test_a_unix_socket_a_root_path_and_a_key_work_together(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_b4_c16_a_unix_socket_a_root_path_a_key_and_json_logs_work_together(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "socket"
     abandoned = socket.socket(socket.AF_UNIX)
     abandoned.bind(str(path))
     abandoned.close()
-    arguments = ["--uds", str(path), "--root-path", "/rerank", "--api-key", "secret"]
-    with serving(tmp_path / "log", *options(tiny_checkpoint), *arguments):
+    arguments = ["--uds", str(path), "--root-path", "/rerank", "--api-key", "secret:colon", "--log-format", "json"]
+    with serving(tmp_path / "log", *options(tiny_checkpoint), *arguments) as server:
         with Client(transport=HTTPTransport(uds=str(path)), base_url="http://local", timeout=WAIT_SECONDS) as client:
             assert client.post(NATIVE, json=body()).status_code == 401
-            allowed = client.post(NATIVE, json=body(), headers={"Authorization": "Bearer secret"})
-            assert allowed.status_code == 200
-            document = client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+            headers = {"Authorization": "Bearer secret:colon", "X-Forwarded-For": "203.0.113.7"}
+            for prefix in ("", "/rerank"):  # a proxy that strips it, and one that does not
+                assert client.post(prefix + NATIVE, json=body(), headers=headers).status_code == 200
+            document = client.get("/openapi.json").json()
             assert document["servers"] == [{"url": "/rerank"}]
         assert_one_line("serve", "--uds", str(path), says="Address already in use")
     assert not path.exists()
+    lines = [json.loads(line) for line in server.output.splitlines()]
+    printed = next(line["message"] for line in lines if line["message"].startswith("curl "))
+    assert f"--unix-socket {path} http://localhost/rerank{NATIVE} " in printed
+    ranked = [(line["client"], line["path"]) for line in lines if line.get("status") == 200]
+    assert ranked == [("203.0.113.7", NATIVE)] * 2
+    assert lines[0]["message"].startswith("listening on ")
+    assert lines[-1]["message"] == "stopping: no requests in flight"
+    assert "secret" not in server.output
 
 
 def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
@@ -201,7 +240,7 @@ def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_tls_uses_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_e8_tls_uses_the_given_certificate_and_plain_http_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
     files = ["-keyout", str(key), "-out", str(certificate)]
@@ -212,8 +251,13 @@ def test_tls_uses_the_given_certificate(tiny_checkpoint: Path, tmp_path: Path) -
         trust = ssl.create_default_context(cafile=str(certificate))
         with Client(base_url=server.address, verify=trust, timeout=WAIT_SECONDS) as client:
             assert client.get("/health").status_code == 200
-        server.process.send_signal(signal.SIGTERM)  # the model may still be loading
-        assert server.process.wait(20) == 0
+            plain = server.address.replace("https", "http")
+            for _ in range(2):
+                refused = client.get(plain)
+                assert (refused.status_code, "use https://" in refused.text) == (400, True)
+            server.process.send_signal(signal.SIGTERM)  # the model may still be loading, and a connection is open
+            assert server.process.wait(20) == 0  # without waiting --drain-seconds for the idle connection
+        assert server.output.count("use https://") == 1, "a port scanner must not flood the log"
 
 
 def assert_one_line(*arguments: str, says: str) -> None:

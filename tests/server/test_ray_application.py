@@ -16,6 +16,7 @@ from local_rerank.batch.ray_cluster import ReplicaResources, connect, require_ra
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank_server.config import ServerConfig
+from local_rerank_server.keys import ApiKeys
 from tests.serving import NATIVE, WAIT_SECONDS, until
 
 pytestmark = pytest.mark.filterwarnings(  # of Ray
@@ -61,6 +62,8 @@ def test_the_proxy_passes_answers_errors_and_the_request_id_on(address: str) -> 
         answer = client.post("/v1/local/rank", json=BODY)
         assert (answer.status_code, len(answer.json()["results"])) == (200, 2)
         assert answer.headers.get_list("x-request-id") == [answer.json()["id"]]
+        named = client.post("/v1/local/rank", json=BODY, headers={"X-Request-ID": "order 17/a"})
+        assert (named.headers.get_list("x-request-id"), named.json()["id"]) == (["order 17/a"], "order 17/a")
         wrong = client.post(NATIVE, json={"model": "qwen3-rerank", "query": 1, "documents": ["d"]})
         assert (wrong.status_code, wrong.json()["code"]) == (400, "InvalidParameter")
         assert client.get("/nowhere").status_code == 404
@@ -96,6 +99,7 @@ def test_a_change_of_options_rolls_through_and_fails_no_request(address: str, ti
         ({}, "no api_key and no api_key_file is set"),
         ({"insecure": True, "nonsense": 1}, "unknown option 'nonsense'"),
         ({"insecure": True, "ingresses": 0}, "ingresses is 0"),
+        ({"api_key": "  "}, "api_key is empty"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, Any], says: str) -> None:
@@ -104,6 +108,20 @@ def test_wrong_arguments_are_named_before_anything_is_deployed(args: dict[str, A
 
     with pytest.raises(ConfigError, match=says):
         build(args)
+
+
+def test_a10_options_from_yaml_are_typed(tmp_path: Path) -> None:
+    """YAML has no paths and no tuples; one key given as a text is one key, not a key per character."""
+    require_ray()
+    from local_rerank_server.ray_serve.application import _pop_options
+
+    (tmp_path / "keys").write_text("anna:sesame\n")
+    args: dict[str, Any] = {"api_key": "open:door", "api_key_file": str(tmp_path / "keys"), "model_aliases": ["a", "b"]}
+    config = ServerConfig(**_pop_options(args, ServerConfig))
+    assert (config.model_aliases, config.api_key) == (("a", "b"), ("open:door",))
+    assert [ApiKeys.from_config(config).check(f"Bearer {key}".encode()) for key in ("open:door", "sesame")] == [
+        "key-1", "anna",
+    ]  # fmt: skip
 
 
 def test_a_replica_tests_itself_before_it_takes_requests(

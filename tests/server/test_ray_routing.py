@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from local_rerank import Reranker, RerankRequest
-from local_rerank.requests.tokenization import num_batch_tokens
+from local_rerank.requests.pair import num_batch_tokens
 from local_rerank_server.ray_serve.routing import TokenLoad, estimate_tokens
 
 ENGLISH = "Text reranking models are widely used in search engines to sort candidates by their relevance. "

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from local_rerank import RerankRequest, RerankResult
+from local_rerank import EngineConfig, RerankRequest, RerankResult
+from local_rerank.config import DType
 from local_rerank.errors import DeadlineExceeded
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import InvalidField, UnknownModel
@@ -35,7 +36,9 @@ def http_request(**headers: str) -> Request:
         raise AssertionError
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw, "state": {"request_id": "the-id"}}, receive)
+    return Request(
+        {"type": "http", "headers": raw, "state": {"request_id": "the-id", "num_documents": 0, "results": []}}, receive
+    )
 
 
 async def test_the_header_lowers_the_deadline_and_cannot_raise_it() -> None:
@@ -44,6 +47,24 @@ async def test_the_header_lowers_the_deadline_and_cannot_raise_it() -> None:
         await state.rank(http_request(x_request_timeout_ms="20"), REQUEST)
     with pytest.raises(DeadlineExceeded, match="within 50 ms"):
         await asyncio.wait_for(state.rank(http_request(x_request_timeout_ms="1e9"), REQUEST), 5)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+async def test_c17_a_timeout_names_the_measured_rate_and_what_to_change(dtype: DType) -> None:
+    ranker = HeldRanker()
+    ranker.tokens_per_second, ranker.config = 1234.5, EngineConfig(dtype=dtype)
+    state = state_over(ranker, request_timeout_ms=20)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await state.rank(http_request(), REQUEST)
+    message = str(caught.value)
+    assert "documents: 1, measured rate: 1,234 tokens per second. Send" in message
+    assert "fewer or shorter documents, raise --request-timeout-ms, or serve with" in message
+    assert ("--dtype int8" in message) is (dtype != "int8")
+    assert "a smaller model" in message
+    with pytest.raises(
+        DeadlineExceeded, match=r"raise the header x-request-timeout-ms \(the server's --request.* 20\)"
+    ):
+        await state.rank(http_request(x_request_timeout_ms="10"), REQUEST)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", ""])

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from local_rerank import Reranker
 from local_rerank_server.dialects._field_types import Documents, Texts
+from tests.reference import PREFIX, SUFFIX
 from tests.server.conftest import Serve, message_of
 
 pytestmark = pytest.mark.anyio
@@ -125,9 +126,10 @@ async def test_the_hosted_limits_hold_on_dashscope_and_larger_ones_elsewhere(
     too_much = {count: ["d"] * 501, length: ["d", "d" * 300_001], tokens: ["d" * 3999] * 31}
     async with serve(tiny_reranker) as client:
         for message, documents in too_much.items():
+            expected = message.replace("input.", "")  # the names of the flat body
             for path in (NATIVE, COMPATIBLE):
                 answer = await client.post(path, json=flat(documents=documents))
-                assert (answer.status_code, answer.json()["message"]) == (400, message)
+                assert (answer.status_code, answer.json()["message"]) == (400, expected)
         for documents in (["d"] * 501, ["d", "d" * 300_001]):
             assert (await client.post(LOCAL, json=flat(documents=documents))).status_code == 200
         refused = await client.post(LOCAL, json=flat(documents=["d"] * 1001))
@@ -168,3 +170,45 @@ def test_validation_stops_at_the_first_wrong_document(documents: Any) -> None:
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(documents).validate_python([1] * 1000)
     assert caught.value.error_count() == 1
+
+
+async def test_a12_prompts_that_vllms_examples_render_get_the_scores_of_the_plain_texts(
+    serve: Serve, tiny_reranker: Reranker
+) -> None:
+    plain = [f"<Document>: {text}{SUFFIX}" for text in ("a", "b")]
+    query = f"{PREFIX}<Instruct>: Find a city\n<Query>: q\n"
+    wrapped = flat(query=query, documents=plain, instruction="another", instruct="another")
+    paths = {path: (flat(instruction="Find a city", instruct="Find a city"), wrapped) for path in (GENERIC, COMPATIBLE)}
+    score = {"text_1": "q", "text_2": ["a", "b"], "instruction": "Find a city"}
+    paths["/score"] = (score, {"text_1": query, "text_2": plain})
+    async with serve(tiny_reranker) as client:
+        for path, bodies in paths.items():
+            expected, found = [await client.post(path, json=body) for body in bodies]
+            assert (found.status_code, found.headers.get("x-unwrapped-queries")) == (200, "1"), path
+            assert "x-unwrapped-queries" not in expected.headers
+            assert scores(found.json()) == scores(expected.json()), path
+
+
+def scores(body: dict[str, Any]) -> dict[int, float]:
+    results = body.get("results", body.get("data", []))
+    return {item["index"]: item.get("relevance_score", item.get("score")) for item in results}
+
+
+async def test_a13_headers_report_what_was_cut_on_every_route(serve: Serve, tiny_reranker: Reranker) -> None:
+    texts = {"query": "long " * 200, "documents": ["short", "x" * 500, "y" * 500]}
+    body = flat(**texts, truncate_prompt_tokens=500)
+    own = {**texts, "max_query_tokens": 10, "max_document_tokens": 10}
+    async with serve(tiny_reranker) as client:
+        for path, sent in ((GENERIC, body), ("/v2/rerank", body), ("/v1/reranking", body), (LOCAL, own)):
+            response = await client.post(path, json=sent)
+            assert response.status_code == 200, response.text
+            assert int(response.headers["x-truncated-documents"]) == 2
+            assert int(response.headers["x-truncated-query-tokens"]) > 800
+        pairs = {"text_1": ["long " * 200, "r"], "text_2": ["x" * 500, "y"], "truncate_prompt_tokens": 500}
+        response = await client.post("/score", json=pairs)
+        assert response.headers["x-truncated-documents"] == "1"
+        response = await client.post(GENERIC, json=flat())
+        assert not [name for name in response.headers if name.startswith("x-truncated")]
+        refused = await client.post(GENERIC, json=flat(query="long " * 1000, truncate_prompt_tokens=100))
+        assert refused.status_code == 400
+        assert "truncate_prompt_tokens is 100" in message_of(refused.json())

@@ -29,7 +29,7 @@ from local_rerank.engine.cpu.int8 import TOLERANCE, Int8Linear
 from local_rerank.engine.cpu.process_setup import owns_process
 from local_rerank.engine.cpu.products import saturates
 from local_rerank.errors import CheckpointError
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 logger = logging.getLogger(__name__)
 

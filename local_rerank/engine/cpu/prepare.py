@@ -11,7 +11,7 @@ from local_rerank.engine.cpu.linears import block_layers, widen
 from local_rerank.engine.cpu.products import set_fp32_precision
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.plan import LoadPlan
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 
 def prepare(model: Any, plan: LoadPlan) -> CpuDecoder:

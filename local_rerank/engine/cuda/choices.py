@@ -8,6 +8,7 @@ from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cuda.fp8 import require_fp8 as require_fp8
 from local_rerank.engine.cuda.layers import why_not_fused
+from local_rerank.engine.stored_weights import model_config
 
 
 def preferred_dtype() -> tuple[torch.dtype, str]:
@@ -25,7 +26,4 @@ def why_not_fused_here(
         return "the model is in fp32"
     if config.no_compile:
         return "no_compile is set"
-    import transformers  # not at the top: telemetry is switched off before its first import
-
-    model_config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    return why_not_fused(model_config, device, dtype, fp8=config.dtype == "fp8")
+    return why_not_fused(model_config(checkpoint), device, dtype, fp8=config.dtype == "fp8")

@@ -25,7 +25,7 @@ from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda.attention import QUERIES_OF_LAST_TOKENS, QUERIES_PER_TILE, TileLayout, tile_layout
 from local_rerank.engine.out_of_memory import is_out_of_memory, release_cached
 from local_rerank.engine.packing import PackedBatch, copy_to, pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 logger = logging.getLogger(__name__)
 

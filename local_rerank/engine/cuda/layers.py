@@ -20,7 +20,7 @@ from local_rerank.engine.attention import Attend, Layout, layout_to
 from local_rerank.engine.cuda.fp8 import FP8, quantize
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.packing import PackedBatch, pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 logger = logging.getLogger(__name__)
 

@@ -71,7 +71,12 @@ def route_path(http: Request) -> str:
 
 
 def dialect_at(path: str) -> Dialect:
-    """The dialect with the longest prefix of `path`, or housekeeping if there is none."""
+    """The dialect with the longest prefix of `path`, or housekeeping if there is none.
+
+    DashScope's SDKs append `/services/...` to any base URL.
+    """
+    if "/services/" in path:
+        return dashscope.dialect
     prefixes = ((prefix, dialect) for dialect, _ in ROWS for prefix in dialect.prefixes)
     matching = [(len(prefix), dialect) for prefix, dialect in prefixes if (path + "/").startswith(prefix + "/")]
     return max(matching, key=lambda match: match[0], default=(0, housekeeping.dialect))[1]

@@ -1,17 +1,17 @@
 """What DashScope's two APIs share: parameters, limits, the default instruction, and code and message of every error.
 
 Messages are those of the hosted service as far as they are known. Errors of its ranking backend have the format
-`<400> InternalError.Algo.InvalidParameter: <what is wrong>: <path of the field>`, and name the nested path of a field
-even for a flat body, because both APIs share that backend.
+`<400> InternalError.Algo.InvalidParameter: <what is wrong>: <path of the field>`, where the path is that of the body
+that was sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
 from fastapi import Request
-from pydantic import Field
+from pydantic import Field, StrictInt
 from typing_extensions import TypedDict
 
 from local_rerank.errors import (
@@ -28,7 +28,8 @@ from local_rerank.errors import (
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.dialects._field_types import Count, Flag, RequestBody, String
+from local_rerank_server.dialects._field_types import Flag, IgnoredUnlessObject, IgnoredUnlessString, String
+from local_rerank_server.dialects._options import Instructed, TemplateArguments
 from local_rerank_server.errors import (
     AsyncNotSupported,
     BodyTooLarge,
@@ -44,19 +45,15 @@ from local_rerank_server.errors import (
     UnknownModel,
     UnknownRoute,
     UnsupportedContent,
+    UnsupportedInput,
 )
 
 STATUS: Mapping[type[LocalRerankError], int] = {MethodNotAllowed: 400, DeadlineExceeded: 500}
 """Where the hosted service's status differs from `local_rerank_server.errors.STATUS`."""
 
-_NESTED_PATHS = {
-    "query": "input.query",
-    "documents": "input.documents",
-    "top_n": "parameters.top_n",
-    "return_documents": "parameters.return_documents",
-    "instruct": "parameters.instruct",
-    "instruction": "parameters.instruct",
-}
+SERVICE = "/services/rerank/text-rerank/text-rerank"
+"""What the SDKs append to their base URL."""
+
 _REQUIRED = "Required parameter(s) missing or invalid, please check the request parameters."
 
 _CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
@@ -68,24 +65,30 @@ _CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
     UnsupportedContent: ("InvalidParameter", "Required body invalid, {0}."),
     MethodNotAllowed: ("InvalidParameter", "Request method '{0.method}' is not supported."),
     UnknownModel: ("ModelNotFound", "Model can not be found."),
-    UnknownRoute: ("NotFound", "Not found!"),
     AsyncNotSupported: ("AccessDenied", "Current user api does not support asynchronous calls."),
     Overloaded: ("Throttling.RateQuota", "Requests rate limit exceeded, please try again later."),
     RequestRateExceeded: ("Throttling.RateQuota", "Requests rate limit exceeded, please try again later."),
     TokenRateExceeded: ("Throttling.AllocationQuota", "Allocated quota exceeded, please increase your quota limit."),
-    DeadlineExceeded: ("RequestTimeOut", "Request timed out, please try again later."),
+    DeadlineExceeded: ("RequestTimeOut", "Request timed out, {0}."),
     ModelUnavailable: ("ModelUnavailable", "Model is unavailable, please try again later."),
     UnusableAfterFork: ("ModelUnavailable", "Model is unavailable, {0}."),
 }
 _UNKNOWN_ERROR = ("InternalError", "Internal server error!")
 
 
-class Parameters(RequestBody):
-    """The optional fields of a request; null means absent."""
+class LenientArguments(TemplateArguments):
+    """`chat_template_kwargs`, which the hosted service ignores, so that no value of it is an error."""
 
-    top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
+    instruction: Annotated[str | None, IgnoredUnlessString] = None
+
+
+class Parameters(Instructed):
+    """The optional fields of a request; null means absent. Unlike other dialects' counts, `top_n` must be a number."""
+
+    top_n: StrictInt | None = Field(default=None, description="How many documents to return; all by default.")
     return_documents: Flag | None = Field(default=None, description="Whether to return the documents.")
-    instruct: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
+    instruction: Annotated[String | None, IgnoredUnlessString] = Field(default=None, description="Alias of instruct.")
+    chat_template_kwargs: Annotated[LenientArguments | None, IgnoredUnlessObject] = None
 
 
 class Document(TypedDict):
@@ -109,12 +112,11 @@ def refuse_async(http: Request) -> None:
 
 
 def make_request(query: str, documents: list[str], parameters: Parameters, config: ServerConfig) -> RerankRequest:
-    """The library's request; a blank `instruct` means the default instruction."""
-    has_instruction = (parameters.instruct or "").strip()
+    """The library's request; a blank instruction means the default one."""
     return RerankRequest(
         query=query,
         documents=tuple(documents),
-        instruction=parameters.instruct if has_instruction else config.dashscope_instruction,
+        instruction=parameters.given_instruction()[1] or config.dashscope_instruction,
         top_n=parameters.top_n,
         limits=config.dashscope_route_limits,
     )
@@ -134,7 +136,9 @@ def code_and_message(error: LocalRerankError) -> tuple[str, str]:
     """The hosted service's code and message for an error."""
     match error:
         case MissingField():
-            return _missing(error.field)
+            return _missing(error)
+        case UnknownRoute():
+            return "NotFound", _not_found(error)
         case InvalidField(field="input"):
             return "BadRequest.IllegalInput", "The input parameter requires json format."
         case InvalidRequest():
@@ -144,22 +148,29 @@ def code_and_message(error: LocalRerankError) -> tuple[str, str]:
             return code, message.format(error)
 
 
-def _missing(field: str) -> tuple[str, str]:
+def _not_found(error: UnknownRoute) -> str:
+    if error.path.endswith(SERVICE):
+        return f"Not found! The base URL must be {error.address}/api/v1."
+    return f"Not found! {error.hint[0].upper()}{error.hint[1:]}."
+
+
+def _missing(error: MissingField) -> tuple[str, str]:
+    field = error.field
     if field == "model":
         return "BadRequest.EmptyModel", 'Required parameter "model" missing from request.'
     if field == "input":
-        return "BadRequest.EmptyInput", "Required input parameter missing from request."
-    return "InvalidParameter", f"{_REQUIRED} Field required: {_path(field)}"
+        return "BadRequest.EmptyInput", f"Required input parameter missing from request{error.hint}."
+    return "InvalidParameter", f"{_REQUIRED} Field required: {field}{error.hint}"
 
 
 def _invalid(error: InvalidRequest) -> str:
-    path = _path(error.field)
+    path = error.field
     match error:
-        case InvalidField() if path.startswith("input.") or path == "model":
+        case InvalidField() if path.partition(".")[0] in ("input", "query", "documents", "model"):
             return f"{_REQUIRED} {error.reason}: {path}"
-        case InvalidTopN() | InvalidField(field="top_n" | "parameters.top_n"):
+        case InvalidTopN():
             what = f"Value error, top_n is invalid, it should be greater than 0.: {path}"
-        case InvalidField():
+        case InvalidField() | UnsupportedInput():
             what = f"{error.reason}: {path}"
         case InvalidDocumentCount():
             what = (
@@ -176,8 +187,3 @@ def _invalid(error: InvalidRequest) -> str:
         case _:
             what = f"Value error, {error}: {path}"
     return f"<400> InternalError.Algo.InvalidParameter: {what}"
-
-
-def _path(field: str) -> str:
-    name, dot, rest = field.partition(".")
-    return _NESTED_PATHS.get(name, name) + dot + rest

@@ -7,7 +7,8 @@ become U+FFFD. Any other invalid value is an error that names its field.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge
 from pydantic import (
@@ -23,13 +24,31 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from local_rerank.types import Truncation
 from local_rerank_server.config import MAX_DOCUMENTS
 
 NOT_TEXT_ERROR = "not_text"
-"""The type of the validation error for an image, video or audio; its context has the kind."""
+"""The type of the validation error for an image, video or audio; its context has the kind and its place."""
 
 MAX_FIELD_NAMES = 100  # each one is looked up in each document
-_NOT_TEXT = ("image", "image_url", "video", "video_url", "audio")
+_WHOLE = re.compile(r"([+-]?[0-9]{1,20})(\.0*)?")
+_MEDIA = {
+    "image": "images",
+    "image_url": "images",
+    "image_pil": "images",
+    "image_embeds": "images",
+    "input_image": "images",
+    "video": "videos",
+    "video_url": "videos",
+    "audio": "audio",
+    "audio_url": "audio",
+    "audio_embeds": "audio",
+    "input_audio": "audio",
+}
+"""The keys, and the types of content parts, under which clients of multimodal rerankers send what is not text."""
+
+_DATA_URL = re.compile(r"data:(image|video|audio)/\S+")
+_BASE64_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{40,}={0,2}")  # PNG, JPEG, GIF, WebP
 
 
 class RequestBody(BaseModel):
@@ -38,10 +57,26 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+def snake_case(name: str) -> str:
+    """The name of an option that was written in camelCase."""
+    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+
+
 class TextObject(TypedDict):
     """A text in an object, as some clients send it."""
 
     text: str
+
+
+class ContentPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ContentObject(TypedDict):
+    """A text in parts, as vLLM's clients send it."""
+
+    content: str | list[ContentPart]
 
 
 def _well_formed(value: Any) -> Any:
@@ -56,18 +91,45 @@ def _well_formed(value: Any) -> Any:
 
 def _text_of(value: Any) -> Any:
     if isinstance(value, dict):
-        _refuse_images(value)
-        value = value.get("text", value)
+        value = _text_in(value)
+    elif isinstance(value, str):
+        _refuse_media_text(value)
     return _well_formed(value)
+
+
+def _text_in(value: dict[str, Any]) -> Any:
+    """The text of an object: its `text`, or its `content`, whose parts vLLM joins with line feeds; else the object."""
+    _refuse_media(value)
+    text, content = value.get("text"), value.get("content")
+    if text is None and isinstance(content, list):
+        return "\n".join(_text_of_part(part, f"content.{index}") for index, part in enumerate(content))
+    if text is None and isinstance(content, str):
+        return content
+    return value.get("text", value)
+
+
+def _text_of_part(part: Any, at: str) -> str:
+    text = part
+    if isinstance(part, dict):
+        _refuse_media(part, at)
+        if isinstance(kind := part.get("type"), str) and kind in _MEDIA:
+            _refuse(kind, at)
+        text = part.get("text")
+    if not isinstance(text, str):
+        raise PydanticCustomError("content_part", "{at} should be a text part", {"at": at})
+    _refuse_media_text(text, at)
+    return text
 
 
 def _document_of(value: Any) -> str | dict[str, Any]:
     if isinstance(value, dict):
-        _refuse_images(value)
-        return _well_formed_object(value)
+        text = _text_in(value)
+        in_parts = value.get("text") is None and isinstance(value.get("content"), list)
+        return _well_formed_object(value | {"text": text} if in_parts else value)
     if isinstance(value, str):
-        text: str = _well_formed(value)
-        return text
+        _refuse_media_text(value)
+        text = _well_formed(value)
+        return str(text)
     raise PydanticCustomError("document_type", "Input should be a string or an object with a text")
 
 
@@ -83,10 +145,22 @@ def _well_formed_object(value: dict[str, Any]) -> dict[str, Any]:
     return value if well_formed is written else dict(json.loads(well_formed))
 
 
-def _refuse_images(value: dict[str, Any]) -> None:
-    for kind in _NOT_TEXT:
-        if value.get(kind) is not None:
-            raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} input is not supported", {"kind": kind})
+def _refuse_media(value: dict[str, Any], at: str = "") -> None:
+    for key in _MEDIA.keys() & value.keys():
+        if value[key]:
+            _refuse(key, f"{at}.{key}" if at else key)
+
+
+def _refuse_media_text(text: str, at: str = "") -> None:
+    """Refuse a text that is nothing but an encoded image, video or audio."""
+    if found := _DATA_URL.fullmatch(text):
+        _refuse(found[1], at)
+    if _BASE64_IMAGE.fullmatch(text):
+        _refuse("image", at)
+
+
+def _refuse(key: str, at: str) -> None:
+    raise PydanticCustomError(NOT_TEXT_ERROR, "{kind} not supported", {"kind": _MEDIA[key], "at": at})
 
 
 def _at_most(limit: int) -> BeforeValidator:
@@ -110,6 +184,37 @@ def _flag_of(value: Any) -> Any:
     return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
+def _whole_number(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and (written := _WHOLE.fullmatch(value.strip())):
+        return int(written[1])
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("whole_number", "a whole number is expected")
+
+
+def _truncation_of(value: Any) -> Any:
+    words = {"true": "end", "right": "end", "false": "error", "none": "error", "left": "start"}
+    word = str(value).strip().lower() if isinstance(value, bool | str) else ""
+    if (given := words.get(word, word)) in get_args(Truncation):
+        return given
+    raise PydanticCustomError("truncation", "one of true, false, start, end and error is expected")
+
+
+def _lower_case(value: Any) -> Any:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _refuse_unless_off(value: Any) -> None:
+    if value not in (None, False, 0, "", [], {}):
+        raise PydanticCustomError("unsupported", "not supported here; leave it out")
+
+
+def _string_or_none(value: Any) -> Any:
+    return value if isinstance(value, str) else None
+
+
 def _object_or_none(value: Any) -> Any:
     return value if isinstance(value, dict) else None
 
@@ -123,8 +228,8 @@ class _FailFast(FailFast):
 String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_type=str)]
 """A plain string, such as a name or an instruction."""
 
-Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject)]
-"""A query or a document: a string, or an object with a `text`. Images, video and audio are refused."""
+Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject | ContentObject)]
+"""A query or a document: a string, or an object with a `text` or `content`. Images, video and audio are refused."""
 
 Texts = Annotated[list[Text], _FailFast(), _at_most(MAX_DOCUMENTS)]
 """Documents. The first invalid one ends validation, because collecting a million errors would block other requests."""
@@ -138,17 +243,35 @@ Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_sch
 Documents = Annotated[list[Document], _FailFast(), _at_most(MAX_DOCUMENTS), BeforeValidator(_in_a_list)]
 """Such documents, or one document, which vLLM accepts too."""
 
-FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES)]
-"""The fields of document objects to rank."""
+FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES), BeforeValidator(_in_a_list)]
+"""The fields of document objects to rank, or one field."""
 
 Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bool | Literal["true", "false"])]
 """A boolean, or "true" or "false", which at least one client sends."""
 
-Count = StrictInt
-"""An integer; booleans, floats and strings are refused."""
+Count = Annotated[StrictInt, BeforeValidator(_whole_number, json_schema_input_type=int | str)]
+"""A whole number, which may be written as "2" or 2.0; booleans and all else are refused."""
 
-CountOrAll = Annotated[StrictInt, Ge(0)]
+CountOrAll = Annotated[Count, Ge(0)]
 """A count or a limit; 0 means absent."""
+
+Cut = Annotated[
+    Truncation,
+    PlainValidator(_truncation_of, json_schema_input_type=bool | Literal["start", "end", "error", "left", "right"]),
+]
+"""What to do with texts that are too long: true or "end" cuts their end, "start" their start, else they are refused."""
+
+Side = Annotated[
+    Literal["left", "right"],
+    BeforeValidator(_lower_case, json_schema_input_type=Literal["left", "Left", "right", "Right"]),
+]
+"""The end of a long text that is cut off."""
+
+Unsupported = Annotated[None, PlainValidator(_refuse_unless_off, json_schema_input_type=Literal[False] | None)]
+"""An option that has no effect here, refused unless it is null or switched off."""
 
 IgnoredUnlessObject = BeforeValidator(_object_or_none)
 """Treats values of other types as absent, because some clients send meaningless ones."""
+
+IgnoredUnlessString = BeforeValidator(_string_or_none)
+"""The same for strings."""

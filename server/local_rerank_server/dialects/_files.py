@@ -1,12 +1,14 @@
-"""Serves the files of a page: fixed names, media types, and security headers."""
+"""Serves the files of a page: fixed names, media types, security headers, and the page's base under a root path."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from html import escape
 from pathlib import Path
 
 from fastapi import APIRouter
-from starlette.responses import FileResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, Response
 
 MEDIA_TYPES = {  # fixed here, because the tables of `mimetypes` depend on the machine
     ".css": "text/css",
@@ -37,8 +39,13 @@ def add_files(router: APIRouter, files: Mapping[str, Path], *, policy: str, summ
         router.add_api_route(path, _sender(file, headers), methods=["HEAD"], include_in_schema=False)
 
 
-def _sender(file: Path, headers: Mapping[str, str]) -> Callable[[], Awaitable[FileResponse]]:
-    async def send() -> FileResponse:
-        return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers=headers)
+def _sender(file: Path, headers: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    async def send(http: Request) -> Response:
+        root = http.scope.get("root_path", "")
+        if not root or file.suffix != ".html":
+            return FileResponse(file, media_type=MEDIA_TYPES[file.suffix], headers=headers)
+        # links are relative, and a page at /root without a final slash would look for them beside /root
+        base = f'<head>\n  <base href="{escape(root)}/">'
+        return HTMLResponse(file.read_text(encoding="utf-8").replace("<head>", base, 1), headers=headers)
 
     return send

@@ -8,6 +8,7 @@ from typing_extensions import TypedDict
 
 from local_rerank.errors import InvalidRequest, LocalRerankError
 from local_rerank.types import RerankResult
+from local_rerank_server.errors import UnknownModel
 
 DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere's billing unit
 
@@ -103,11 +104,21 @@ def search_units(num_documents: int) -> int:
     return math.ceil(num_documents / DOCUMENTS_PER_SEARCH_UNIT)
 
 
+def param_of(error: LocalRerankError) -> str | None:
+    """The field of the body that is wrong, for the `param` of errors like OpenAI's."""
+    match error:
+        case InvalidRequest():
+            return error.field
+        case UnknownModel():
+            return "model"
+        case _:
+            return None
+
+
 def render_generic_error(error: LocalRerankError, status: int, request_id: str) -> GenericError:
     message = str(error)
-    param = error.field if isinstance(error, InvalidRequest) else None
     return GenericError(
-        error=ErrorDetail(message=message, type=type(error).__name__, param=param, code=status),
+        error=ErrorDetail(message=message, type=type(error).__name__, param=param_of(error), code=status),
         message=message,
         detail=message,
         request_id=request_id,

@@ -7,6 +7,8 @@ missing key) find their dialect by path in `dialects/__init__.py`. `_shared_path
 
 from __future__ import annotations
 
+import html
+import json
 import logging
 import traceback
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -18,17 +20,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from local_rerank.errors import EngineFailure, LocalRerankError
 from local_rerank.types import RerankRequest, RerankResult
-from local_rerank_server.dialects._field_types import NOT_TEXT_ERROR
+from local_rerank_server.dialects._field_types import NOT_TEXT_ERROR, snake_case
 from local_rerank_server.dialects._json import json_request
+from local_rerank_server.dialects._options import named_as_sent
 from local_rerank_server.errors import (
     STATUS,
     ClientDisconnected,
     InvalidField,
     MalformedBody,
+    MissingApiKey,
     MissingField,
     UnknownRoute,
     UnsupportedInput,
@@ -39,8 +43,21 @@ if TYPE_CHECKING:
     from local_rerank_server.config import ServerConfig
     from local_rerank_server.state import ServerState
 
+MAX_SHOWN = 40  # characters of a value that an error shows
+
 FORM_TAG = "form:"
 """Prefix of the tags of tagged unions, which must not appear in the names of fields."""
+
+_KEY_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>local-rerank: API key needed</title>
+<h1>This address needs an API key</h1>
+<p>Send it as <code>Authorization: Bearer KEY</code>, which a browser does not do by itself.
+<a href="{home}">The page of this server</a> asks for the key.</p>
+</html>
+"""
+_PAGE_HEADERS = {"content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store"}
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +89,12 @@ class Dialect:
             strict_content_type=False,  # a body without Content-Type is read as JSON
         )
 
-    def error_response(self, error: LocalRerankError, http: Request) -> JSONResponse:
+    def error_response(self, error: LocalRerankError, http: Request) -> Response:
         http.state.error = type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
+        if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
+            page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
+            return HTMLResponse(page, status_code=status, headers=headers_of(error) | _PAGE_HEADERS)
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)
@@ -92,6 +112,7 @@ class DialectRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def respond(http: Request) -> Response:
+            http.state.dialect = self.dialect  # for the middleware
             try:
                 return await handle(json_request(http))
             except Exception as error:
@@ -106,12 +127,14 @@ def state_of(http: Request) -> ServerState:
     return state
 
 
-class _HasModel(Protocol):
+class _Body(Protocol):
     @property
     def model(self) -> str | None: ...
 
+    def names(self) -> dict[str, str]: ...
 
-Body = TypeVar("Body", bound=_HasModel)
+
+Body = TypeVar("Body", bound=_Body)
 
 
 async def rank_body(
@@ -120,7 +143,8 @@ async def rank_body(
     """Check the body's model name, parse the body, and rank. `strict` refuses unknown models on this route."""
     state = state_of(http)
     state.check_model(body.model, strict=strict)
-    return await state.rank(http, parse(body, state.config))
+    with named_as_sent(body.names()):
+        return await state.rank(http, parse(body, state.config))
 
 
 def add_get(router: APIRouter, path: str, handler: Callable[..., Any], **documentation: Any) -> None:
@@ -138,23 +162,22 @@ def add_post(
     takes: Takes | None = None,
     **documentation: Any,
 ) -> None:
-    """Serve `handler` on each path, with and without a final slash. OpenAPI lists the first path.
+    """Serve `handler` on each path. OpenAPI lists the first one.
 
     `takes` recognizes this dialect's bodies on a shared path.
     """
     for path in paths:
-        for variant in (path, path + "/"):
-            router.add_api_route(
-                variant,
-                handler,
-                methods=["POST"],
-                include_in_schema=variant == paths[0],
-                openapi_extra=documented_examples(examples),
-                **documentation,
-            )
-            route = router.routes[-1]
-            assert isinstance(route, DialectRoute)
-            route.takes, route.examples = takes, examples
+        router.add_api_route(
+            path,
+            handler,
+            methods=["POST"],
+            include_in_schema=path == paths[0],
+            openapi_extra=documented_examples(examples),
+            **documentation,
+        )
+        route = router.routes[-1]
+        assert isinstance(route, DialectRoute)
+        route.takes, route.examples = takes, examples
 
 
 def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -191,11 +214,45 @@ def to_known_error(error: Exception, http: Request) -> LocalRerankError:
 
 def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
     invalid = error.errors()[0]
-    name = ".".join(str(part) for part in invalid["loc"][1:] if not str(part).startswith(FORM_TAG))
-    if not name:
+    body = error.body if isinstance(error.body, dict) else {}
+    parts = [str(part) for part in invalid["loc"][1:] if not str(part).startswith(FORM_TAG)]
+    if not parts:
         return MalformedBody("the body must be a JSON object")
+    if body.get(parts[0]) is None:
+        parts[0] = _name_sent(parts[0], body)
+    name = ".".join(parts)
     if invalid["type"] == "missing" or invalid["input"] is None:
-        return MissingField(name)
+        return MissingField(name, hint=_hint(name, body))
     if invalid["type"] == NOT_TEXT_ERROR:
-        return UnsupportedInput(name, invalid["ctx"]["kind"])
-    return InvalidField(name, invalid["msg"])
+        at = invalid["ctx"]["at"]
+        return UnsupportedInput(f"{name}.{at}" if at else name, invalid["ctx"]["kind"])
+    return InvalidField(name, invalid["msg"], sent=_shown(invalid["input"]))
+
+
+def _name_sent(name: str, body: Mapping[str, Any]) -> str:
+    """The name in the body of an option that was sent in camelCase or in DashScope's `parameters`."""
+    nested = body.get("parameters")
+    for prefix, fields in (("", body), ("parameters.", nested if isinstance(nested, dict) else {})):
+        for key, value in fields.items():
+            if snake_case(key) == name and value is not None:
+                return prefix + key
+    return name
+
+
+def _hint(missing: str, body: Mapping[str, Any]) -> str:
+    """What to do if a body of one of DashScope's two APIs was sent to the other one."""
+    if missing == "input" and {"query", "documents"} & body.keys():
+        return "; without `input`, both `query` and `documents` are needed at the top level"
+    if missing in ("query", "documents") and isinstance(body.get("input"), dict):
+        return (
+            "; the body has an `input`, as DashScope's native API takes it: send it to "
+            "/api/v1/services/rerank/text-rerank/text-rerank, or its fields at the top level"
+        )
+    return ""
+
+
+def _shown(value: Any) -> str | None:
+    """A short value as JSON, else None: longer ones are texts."""
+    if not isinstance(value, str | int | float) or len(shown := json.dumps(value, ensure_ascii=False)) > MAX_SHOWN:
+        return None
+    return shown

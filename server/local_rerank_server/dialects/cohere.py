@@ -1,18 +1,20 @@
-"""Cohere's rerank API v2, which vLLM serves too; the response has no documents."""
+"""Cohere's rerank API v2, which vLLM serves too; the response has documents only if the request asks for them."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, NotRequired
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import CountOrAll, Documents
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._field_types import Documents
+from local_rerank_server.dialects._models import add_models
+from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import Meta, Usage, make_meta, make_usage
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
@@ -24,12 +26,12 @@ PATHS = (
 
 class CohereRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
 
 
 class CohereResult(TypedDict):
     index: int
     relevance_score: float
+    document: NotRequired[dict[str, Any]]
 
 
 class CohereResponse(TypedDict):
@@ -48,17 +50,24 @@ class CohereError(TypedDict):
 
 
 def parse(body: CohereRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: CohereRequest, request_id: str) -> CohereResponse:
     return {
         "id": request_id,
-        "results": [{"index": item.index, "relevance_score": score_of(item, body)} for item in result],
+        "results": [_render_item(item, body) for item in result],
         "meta": make_meta(result, len(body.documents), version="2"),
         "model": body.model or result.model,
         "usage": make_usage(result),
     }
+
+
+def _render_item(item: RankedDocument, body: CohereRequest) -> CohereResult:
+    rendered: CohereResult = {"index": item.index, "relevance_score": score_of(item, body)}
+    if body.wants_documents():
+        rendered["document"] = as_object(body.documents[item.index])
+    return rendered
 
 
 def render_error(error: LocalRerankError, status: int, request_id: str) -> CohereError:
@@ -77,3 +86,4 @@ async def rank(http: Request, body: CohereRequest) -> JSONResponse:
 
 
 add_post(router, PATHS, rank, examples={"Cohere v2": EXAMPLE}, summary="Cohere rerank", response_model=CohereResponse)
+add_models(router, "/v2")

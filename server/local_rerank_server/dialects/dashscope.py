@@ -21,6 +21,7 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects import dashscope_compatible as compatible
 from local_rerank_server.dialects import rerank_v1
 from local_rerank_server.dialects._dashscope import (
+    SERVICE,
     STATUS,
     Parameters,
     Result,
@@ -31,10 +32,11 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import RequestBody, String, Text, Texts
+from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._responses import TotalTokens
 from local_rerank_server.dialects._route import FORM_TAG, Dialect, add_post, rank_body
 
-PATH = "/api/v1/services/rerank/text-rerank/text-rerank"
+PATH = f"/api/v1{SERVICE}"
 _NESTED, _FLAT = FORM_TAG + "nested", FORM_TAG + "flat"
 
 
@@ -49,6 +51,11 @@ class NativeRequest(RequestBody):
     model: String
     input: Input
     parameters: Parameters | None = None
+
+    def names(self) -> dict[str, str]:
+        """The paths of the request's fields in this body."""
+        names = {"query": "input.query", "documents": "input.documents", "top_n": "parameters.top_n"}
+        return names | {"instruction": f"parameters.{(self.parameters or Parameters()).given_instruction()[0]}"}
 
 
 class Output(TypedDict):
@@ -155,3 +162,4 @@ add_post(
     dependencies=[Depends(refuse_async)],
     response_model=NativeResponse,
 )
+add_models(router, "/api/v1")

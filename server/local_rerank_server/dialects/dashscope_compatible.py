@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Self
 
 from fastapi import Depends
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -24,7 +24,8 @@ from local_rerank_server.dialects._dashscope import (
 )
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import IgnoredUnlessObject, RequestBody, String, Text, Texts
-from local_rerank_server.dialects._responses import TotalTokens
+from local_rerank_server.dialects._models import add_models
+from local_rerank_server.dialects._responses import TotalTokens, param_of
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = (
@@ -32,6 +33,7 @@ PATHS = (
     "/compatible-api/v1/rerank",
     "/compatible-mode/v1/reranks",  # for clients configured with the base URL of the chat API
     "/compatible-mode/v1/rerank",
+    "/api/v1/reranks",  # for clients configured with the base URL of the native API
     "/v1/reranks",
 )
 
@@ -47,12 +49,20 @@ class FlatRequest(Parameters, _Required):  # in this order pydantic validates th
 
     parameters: Annotated[Parameters | None, IgnoredUnlessObject] = None
 
+    _filled: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _fill_from_parameters(self) -> Self:
         for name in Parameters.model_fields if self.parameters else ():
-            if getattr(self, name) is None:
-                setattr(self, name, getattr(self.parameters, name))
+            if getattr(self, name) is None and (value := getattr(self.parameters, name)) is not None:
+                setattr(self, name, value)
+                self._filled[name] = f"parameters.{name}"
         return self
+
+    def names(self) -> dict[str, str]:
+        """The paths of the request's fields in this body, where they are not its own names."""
+        name, dot, rest = self.given_instruction()[0].partition(".")
+        return self._filled | {"instruction": self._filled.get(name, name) + dot + rest}
 
 
 class FlatResponse(TypedDict):
@@ -99,7 +109,7 @@ def render(result: RerankResult, body: FlatRequest, request_id: str) -> FlatResp
 def render_error(error: LocalRerankError, status: int, request_id: str) -> FlatError:
     code, message = code_and_message(error)
     return {
-        "error": {"message": message, "type": code, "param": None, "code": code},
+        "error": {"message": message, "type": code, "param": param_of(error), "code": code},
         "code": code,
         "message": message,
         "id": request_id,
@@ -111,7 +121,7 @@ dialect = Dialect(
     name="DashScope compatible",
     render_error=render_error,
     error_model=FlatError,
-    prefixes=("/compatible-api", "/compatible-mode", "/v1/reranks"),
+    prefixes=("/compatible-api", "/compatible-mode", "/api/v1/reranks", "/v1/reranks"),
     status=STATUS,
     lists_endpoints=False,  # the hosted service's 404 has only a message
 )
@@ -140,3 +150,4 @@ add_post(
     dependencies=[Depends(refuse_async)],
     response_model=FlatResponse,
 )
+add_models(router, "/compatible-api/v1", "/compatible-mode/v1")

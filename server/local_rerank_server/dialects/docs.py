@@ -22,7 +22,7 @@ SWAGGER_FOLDER = Path(str(files("fastapi_swagger") / "resources"))
 SWAGGER_NAMES = ("favicon-32x32.png", "swagger-ui-bundle.js", "swagger-ui.css")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 FILES = {"/docs": FOLDER / "index.html", "/docs/start.js": FOLDER / "start.js"} | {
     f"/docs/{name}": SWAGGER_FOLDER / name for name in SWAGGER_NAMES

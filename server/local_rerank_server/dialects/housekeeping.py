@@ -6,20 +6,19 @@ Errors on paths that belong to no dialect have the shape of this module's errors
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NotRequired
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from typing_extensions import TypedDict
 
 import local_rerank
-from local_rerank.checkpoints.find import EMBEDDED_MODEL
 from local_rerank.requests.tokenization import MAX_INSTRUCTION_TOKENS
 from local_rerank.types import Limits
+from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
 from local_rerank_server.metrics import CONTENT_TYPE
-from local_rerank_server.state import ServerState
 
 dialect = Dialect(
     name="Housekeeping",
@@ -28,23 +27,6 @@ dialect = Dialect(
     open_paths=("/health", "/healthz", "/ping", "/ready"),
 )
 router = dialect.router()
-
-
-class Model(TypedDict):
-    """A name that can be sent as `model`; the fields are those that OpenAI and Xinference clients read."""
-
-    id: str
-    object: str
-    created: int
-    owned_by: str
-    model_type: str
-    model_name: str
-    description: NotRequired[str]  # only for the built-in model
-
-
-class ModelList(TypedDict):
-    object: str
-    data: list[Model]
 
 
 class TokenLimits(TypedDict):
@@ -113,39 +95,10 @@ async def metrics(http: Request) -> Response:
     return Response(state_of(http).render_metrics(), headers={"content-type": CONTENT_TYPE})
 
 
-async def list_models(http: Request) -> JSONResponse:
-    """The names that can be sent as `model`."""
-    state = state_of(http)
-    return JSONResponse(ModelList(object="list", data=[_describe(name, state) for name in state.model_names]))
-
-
-async def get_model(http: Request, model_id: str) -> JSONResponse:
-    """One model name; any name exists unless --strict-models is set, because ranking accepts any."""
-    state = state_of(http)
-    state.check_model(model_id, strict=False)
-    return JSONResponse(_describe(model_id, state))
-
-
-def _describe(name: str, state: ServerState) -> Model:
-    model = Model(
-        id=name,
-        object="model",
-        created=state.started,
-        owned_by="local-rerank",
-        model_type="rerank",
-        model_name=state.reranker.model_id,
-    )
-    if state.reranker.model_id == EMBEDDED_MODEL:
-        model["description"] = "the small built-in model; serve a real one with --model Qwen/Qwen3-Reranker-0.6B"
-    return model
-
-
 for path in ("/health", "/healthz", "/ping"):
     add_get(router, path, health)
 add_get(router, "/ready", ready)
 add_get(router, "/version", version)
 add_get(router, "/limits", limits, response_model=ServerLimits)
 add_get(router, "/metrics", metrics, response_class=PlainTextResponse)
-add_get(router, "/v1/models", list_models, response_model=ModelList)
-add_get(router, "/compatible-mode/v1/models", list_models, response_model=ModelList)
-add_get(router, "/v1/models/{model_id:path}", get_model, response_model=Model)
+add_models(router, "", "/v1")  # without a prefix as Infinity serves them

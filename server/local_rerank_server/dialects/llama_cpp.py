@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NotRequired
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -13,7 +12,7 @@ from local_rerank.errors import LocalRerankError, NoDocuments
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import CountOrAll, Documents, Flag
+from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import PromptUsage, make_prompt_usage
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -37,10 +36,6 @@ _MESSAGES = {
 
 class LlamaCppRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
-    return_documents: Flag | None = Field(
-        default=None, description="Whether to return the documents, as in Jina's API."
-    )
 
 
 class LlamaCppResult(TypedDict):
@@ -69,7 +64,7 @@ class LlamaCppError(TypedDict):
 
 
 def parse(body: LlamaCppRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
@@ -83,7 +78,7 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
 
 def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
     rendered: LlamaCppResult = {"index": item.index, "relevance_score": score_of(item, body)}
-    if body.return_documents:
+    if body.wants_documents():
         rendered["document"] = as_object(body.documents[item.index])
     return rendered
 

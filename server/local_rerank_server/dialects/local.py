@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NotRequired, cast
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.types import RerankRequest, RerankResult, Truncation
+from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, RequestBody, String, Text, Texts
+from local_rerank_server.dialects._field_types import Count, Texts, Unsupported
+from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATH = "/v1/local/rank"
 
 
-class LocalRequest(RequestBody):
-    query: Text
+class LocalRequest(CommonRequest):
+    """Refuses `top_n` 0, unlike the other dialects. Log-odds are always in the response."""
+
     documents: Texts
-    instruction: String | None = Field(default=None, description="What makes a document relevant, in one sentence.")
+    rank_fields: Unsupported = None
     top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
-    max_query_tokens: Count | None = Field(default=None, description="Truncate the query to this many tokens.")
-    max_document_tokens: Count | None = Field(default=None, description="Truncate each document to this many tokens.")
-    truncation: Truncation | None = Field(default=None, description="Which end to cut off; error refuses long texts.")
-    model: String | None = None
+
+    def count(self) -> int | None:
+        return self.top_k if self.top_n is None else self.top_n
 
 
 class LocalResult(TypedDict):
@@ -36,7 +37,7 @@ class LocalResult(TypedDict):
     index: int
     relevance_score: float
     log_odds: float
-    document: str
+    document: NotRequired[str]  # unless the request declines them
     num_tokens: int
     num_truncated_tokens: int
 
@@ -51,6 +52,7 @@ class LocalResponse(TypedDict):
     num_query_truncated_tokens: int
     num_document_tokens: int
     num_truncated_documents: int
+    unwrapped: bool
     total_tokens: int
     num_computed_tokens: int
     tokenize_ms: float
@@ -59,21 +61,13 @@ class LocalResponse(TypedDict):
 
 
 def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
-    return RerankRequest(
-        query=body.query,
-        documents=tuple(body.documents),
-        instruction=body.instruction,
-        top_n=body.top_n,
-        max_query_tokens=body.max_query_tokens,
-        max_document_tokens=body.max_document_tokens,
-        truncation=body.truncation or "end",
-        limits=config.limits,
-    )
+    return make_request(body.query, body.documents, body, config)
 
 
-def render(result: RerankResult, request_id: str) -> LocalResponse:
-    rendered = {"id": request_id, "model": result.model} | vars(result) | {"results": [vars(item) for item in result]}
-    return cast(LocalResponse, rendered)
+def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
+    omitted = {"document"} if body.wants_documents() is False else set()
+    items = [{name: value for name, value in vars(item).items() if name not in omitted} for item in result]
+    return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
 
 
 dialect = Dialect(
@@ -86,7 +80,7 @@ EXAMPLE = {"query": QUERY, "documents": DOCUMENTS}
 
 async def rank(http: Request, body: LocalRequest) -> JSONResponse:
     """Rank documents. The response has log-odds, token counts and times as well."""
-    return JSONResponse(render(await rank_body(http, body, parse), http.state.request_id))
+    return JSONResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
 
 
 add_post(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, ClassVar, NotRequired
 
 from annotated_types import Ge
 from pydantic import Field
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, Documents, FieldNames, Flag
+from local_rerank_server.dialects._field_types import Count, Documents
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import GenericError, PromptUsage, make_prompt_usage, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -23,10 +23,10 @@ PATHS = ("/v1/reranking", "/reranking")
 
 
 class MixedbreadRequest(CommonRequest):
+    own_names: ClassVar = {"documents": "input", "top_n": "top_k"}
+
     input: Documents
     top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to return.")
-    return_input: Flag | None = Field(default=None, description="Whether to return the documents.")
-    rank_fields: FieldNames | None = Field(default=None, description="The fields of document objects to rank.")
 
 
 class MixedbreadResult(TypedDict):
@@ -54,7 +54,7 @@ def takes(body: Mapping[str, Any]) -> bool:
 
 def parse(body: MixedbreadRequest, config: ServerConfig) -> RerankRequest:
     texts = texts_of(body.input, body.rank_fields, field="input")
-    return make_request(body.query, texts, body, config, top_n=body.top_k)
+    return make_request(body.query, texts, body, config)
 
 
 def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
@@ -64,13 +64,13 @@ def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
         "data": [_render_item(item, body) for item in result],
         "object": "list",
         "top_k": len(result),
-        "return_input": body.return_input is True,
+        "return_input": body.wants_documents() is True,
     }
 
 
 def _render_item(item: RankedDocument, body: MixedbreadRequest) -> MixedbreadResult:
     score = score_of(item, body)
-    if body.return_input:
+    if body.wants_documents():
         return {"index": item.index, "score": score, "input": body.input[item.index], "object": "rank_result"}
     return {"index": item.index, "score": score, "object": "rank_result"}
 

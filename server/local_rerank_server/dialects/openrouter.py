@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NotRequired
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -13,7 +12,7 @@ from local_rerank.errors import LocalRerankError
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import CountOrAll, Documents
+from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import search_units
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -23,11 +22,10 @@ PATHS = ("/api/v1/rerank",)
 
 class OpenRouterRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; all by default.")
 
 
 class OpenRouterResult(TypedDict):
-    document: dict[str, Any]
+    document: NotRequired[dict[str, Any]]  # unless the request declines them
     index: int
     relevance_score: float
 
@@ -57,7 +55,7 @@ class OpenRouterError(TypedDict):
 
 
 def parse(body: OpenRouterRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_n)
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> OpenRouterResponse:
@@ -71,8 +69,10 @@ def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> Op
 
 
 def _render_item(item: RankedDocument, body: OpenRouterRequest) -> OpenRouterResult:
-    document = as_object(body.documents[item.index])
-    return {"document": document, "index": item.index, "relevance_score": score_of(item, body)}
+    rendered: OpenRouterResult = {"index": item.index, "relevance_score": score_of(item, body)}
+    if body.wants_documents() is False:
+        return rendered
+    return {"document": as_object(body.documents[item.index]), **rendered}
 
 
 def render_error(error: LocalRerankError, status: int, request_id: str) -> OpenRouterError:

@@ -28,10 +28,12 @@ NAMES = (
     "server.js",
     "style.css",
 )
-FILES = {"/": FOLDER / "index.html"} | {f"/playground/{name}": FOLDER / name for name in NAMES}
+FILES = {"/": FOLDER / "index.html", "/favicon.ico": FOLDER / "icon.svg"} | {
+    f"/playground/{name}": FOLDER / name for name in NAMES
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 

@@ -7,6 +7,7 @@ their clients reads.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NotRequired
 
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import DocumentEcho, ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import CountOrAll, Documents, FieldNames, Flag
+from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import (
     GenericError,
@@ -35,20 +36,14 @@ PATHS = ("/v1/rerank", "/rerank")
 
 class GenericRequest(CommonRequest):
     documents: Documents
-    top_n: CountOrAll | None = Field(default=None, description="How many documents to return; 0 means all.")
-    return_documents: Flag | None = Field(default=None, description="false omits the documents from the response.")
-    rank_fields: FieldNames | None = Field(default=None, description="The fields of document objects to rank.")
     kwargs: Any = Field(default=None, description="Xinference's extra arguments, a JSON object in a string.")
 
-    def given_instruction(self) -> str | None:
-        return super().given_instruction() or self._xinference_instruction()
-
-    def _xinference_instruction(self) -> str | None:
+    def instructions(self) -> Iterator[tuple[str, str | None]]:
+        yield from super().instructions()
         with suppress(TypeError, ValueError, RecursionError):
             arguments = json.loads(self.kwargs)
             given = arguments.get("instruction") if isinstance(arguments, dict) else None
-            return given if isinstance(given, str) and given.strip() else None
-        return None
+            yield "kwargs", given if isinstance(given, str) else None
 
 
 class GenericResult(TypedDict):
@@ -69,7 +64,7 @@ class GenericResponse(TypedDict):
 
 
 def parse(body: GenericRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config, top_n=body.top_n)
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: GenericRequest, request_id: str, echo: DocumentEcho) -> GenericResponse:
@@ -85,7 +80,7 @@ def render(result: RerankResult, body: GenericRequest, request_id: str, echo: Do
 
 def _render_item(item: RankedDocument, body: GenericRequest, echo: DocumentEcho) -> GenericResult:
     rendered: GenericResult = {"index": item.index, "relevance_score": score_of(item, body)}
-    if body.return_documents is not False:
+    if body.wants_documents() is not False:
         rendered["document"] = item.document if echo == "string" else as_object(body.documents[item.index])
     return rendered
 

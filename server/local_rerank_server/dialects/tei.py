@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NotRequired
+from typing import Any, ClassVar, NotRequired
 
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
@@ -24,12 +23,12 @@ from local_rerank.errors import (
     TooManyCharacters,
     TooManyTokens,
 )
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import CountOrAll, Flag, Texts
+from local_rerank_server.dialects._field_types import Texts, Unsupported
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of
-from local_rerank_server.dialects._route import Dialect, add_post, rank_body, state_of
+from local_rerank_server.dialects._route import Dialect, add_get, add_post, rank_body, state_of
 from local_rerank_server.errors import InvalidField, MissingField, UnsupportedInput
 
 PATHS = ("/rerank", "/v1/rerank", "/reranking", "/v1/reranking")
@@ -39,13 +38,10 @@ _ERROR_TYPES = {429: "Overloaded", 503: "Unhealthy"}
 
 
 class TeiRequest(CommonRequest):
+    own_names: ClassVar = {"documents": "texts"}
+
     texts: Texts
-    truncate: Flag | None = Field(default=None, description="false refuses texts that are too long.")
-    truncation_direction: Literal["left", "Left", "right", "Right"] | None = Field(
-        default=None, description="Which end to cut off; right by default."
-    )
-    return_text: Flag | None = Field(default=None, description="Whether to return the texts.")
-    top_n: CountOrAll | None = Field(default=None, description="How many texts to return; LiteLLM sends it.")
+    rank_fields: Unsupported = None
 
 
 class TeiResult(TypedDict):
@@ -75,13 +71,17 @@ class Info(TypedDict):
     model_sha: str | None
     model_dtype: str
     model_type: ModelType
+    served_model_name: str
     max_concurrent_requests: int
     max_input_length: int
     max_batch_tokens: int
+    max_batch_requests: int | None
     max_client_batch_size: int
     auto_truncate: bool
     tokenization_workers: int
     version: str
+    sha: str | None
+    docker_label: str | None
 
 
 def takes(body: Mapping[str, Any]) -> bool:
@@ -90,13 +90,7 @@ def takes(body: Mapping[str, Any]) -> bool:
 
 
 def parse(body: TeiRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, body.texts, body, config, top_n=body.top_n, truncation=_truncation(body))
-
-
-def _truncation(body: TeiRequest) -> Truncation:
-    if body.truncate is False:
-        return "error"
-    return "start" if (body.truncation_direction or "").lower() == "left" else "end"
+    return make_request(body.query, body.texts, body, config)
 
 
 def render(result: RerankResult, body: TeiRequest) -> list[TeiResult]:
@@ -105,7 +99,7 @@ def render(result: RerankResult, body: TeiRequest) -> list[TeiResult]:
 
 def _render_item(item: RankedDocument, body: TeiRequest) -> TeiResult:
     rendered: TeiResult = {"index": item.index, "score": score_of(item, body)}
-    if body.return_text:
+    if body.wants_documents():
         rendered["text"] = item.document
     return rendered
 
@@ -113,8 +107,7 @@ def _render_item(item: RankedDocument, body: TeiRequest) -> TeiResult:
 def render_error(error: LocalRerankError, status: int, request_id: str) -> TeiError:
     if isinstance(error, NoDocuments):
         return {"error": "`texts` cannot be empty", "error_type": "Empty"}
-    message = str(error).replace("documents[", "texts[")
-    return {"error": message, "error_type": "Empty" if isinstance(error, _EMPTY) else _error_type(status)}
+    return {"error": str(error), "error_type": "Empty" if isinstance(error, _EMPTY) else _error_type(status)}
 
 
 def _error_type(status: int) -> str:
@@ -158,14 +151,18 @@ async def info(http: Request) -> JSONResponse:
             model_sha=model.revision,
             model_dtype=model.dtype,
             model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+            served_model_name=model.model_id,
             # a lower bound, for requests of maximum length
             max_concurrent_requests=max(1, state.reranker.config.max_queued_tokens // model.max_length),
             max_input_length=model.max_length,
             max_batch_tokens=model.max_batch_tokens,
+            max_batch_requests=None,  # only tokens are limited
             max_client_batch_size=config.max_documents,
             auto_truncate=True,
             tokenization_workers=TOKENIZER_THREADS,
             version=local_rerank.__version__,
+            sha=None,  # the program's build, of which Text Embeddings Inference tells commit and image
+            docker_label=None,
         )
     )
 
@@ -179,4 +176,4 @@ add_post(
     summary="TEI rerank",
     response_model=list[TeiResult],
 )
-router.add_api_route("/info", info, methods=["GET"], response_model=Info)
+add_get(router, "/info", info, response_model=Info)

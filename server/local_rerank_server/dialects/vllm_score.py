@@ -13,15 +13,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.errors import InvalidDocumentCount, InvalidRequest, LocalRerankError
+from local_rerank.errors import InvalidDocumentCount, LocalRerankError
 from local_rerank.types import Limits, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import OneOrMore
-from local_rerank_server.dialects._options import Options, make_request, score_of
-from local_rerank_server.dialects._responses import ErrorDetail, Usage, make_usage
+from local_rerank_server.dialects._field_types import OneOrMore, Unsupported
+from local_rerank_server.dialects._options import Options, make_request, named_as_sent, score_of
+from local_rerank_server.dialects._responses import ErrorDetail, Usage, make_usage, param_of
 from local_rerank_server.dialects._route import Dialect, add_post, state_of
 from local_rerank_server.errors import InvalidField, MissingField
+from local_rerank_server.state import all_or_none
 
 PATHS = ("/score", "/v1/score")
 FIELD_PAIRS = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -39,6 +40,22 @@ class ScoreRequest(Options):
     text_2: OneOrMore | None = None
     data_1: OneOrMore | None = None
     data_2: OneOrMore | None = None
+    top_n: Unsupported = None  # the scores have the order of the request, and there is one for each document
+    top_k: Unsupported = None
+    return_documents: Unsupported = None
+    return_text: Unsupported = None
+    return_input: Unsupported = None
+    rank_fields: Unsupported = None
+
+    def fields(self) -> tuple[str, str]:
+        """The first of `FIELD_PAIRS` that is complete; raises MissingField."""
+        for pair in FIELD_PAIRS:
+            if all(getattr(self, name) is not None for name in pair):
+                return pair
+        raise MissingField(_missing(self))
+
+    def names(self) -> dict[str, str]:
+        return super().names() | dict(zip(("query", "documents"), self.fields(), strict=True))
 
 
 class Score(TypedDict):
@@ -68,18 +85,17 @@ def parse(body: ScoreRequest, config: ServerConfig) -> list[tuple[RerankRequest,
     positions_of: dict[str, list[int]] = {}
     for position, query in enumerate(queries):
         positions_of.setdefault(query, []).append(position)
-    return [
-        (make_request(query, [documents[position] for position in positions], body, config), positions)
-        for query, positions in positions_of.items()
-    ]
+    requests = []
+    for query, positions in positions_of.items():
+        with named_as_sent(body.names(), positions):
+            texts = [documents[position] for position in positions]
+            requests.append((make_request(query, texts, body, config), positions))
+    return requests
 
 
 def _aligned(body: ScoreRequest, limits: Limits) -> tuple[Sequence[str], Sequence[str]]:
     """Queries and documents of equal number; a single query is repeated."""
-    complete = (pair for pair in FIELD_PAIRS if all(getattr(body, name) is not None for name in pair))
-    left, right = next(complete, ("", ""))
-    if not left:
-        raise MissingField(_missing(body))
+    left, right = body.fields()
     queries, documents = getattr(body, left), getattr(body, right)
     limit = limits.max_documents
     if not documents or (limit is not None and len(documents) > limit):
@@ -112,8 +128,7 @@ def render(results: Sequence[tuple[RerankResult, list[int]]], body: ScoreRequest
 
 def render_error(error: LocalRerankError, status: int, request_id: str) -> VllmError:
     kind = _TYPES.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
-    param = error.field if isinstance(error, InvalidRequest) else None
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": status}}
+    return {"error": {"message": str(error), "type": kind, "param": param_of(error), "code": status}}
 
 
 dialect = Dialect(name="vLLM score", render_error=render_error, error_model=VllmError, prefixes=PATHS)
@@ -129,9 +144,14 @@ async def score(http: Request, body: ScoreRequest) -> JSONResponse:
     """Score one query with many documents, or many queries with one document each, in the order of the request."""
     state = state_of(http)
     state.check_model(body.model, strict=False)
-    requests = parse(body, state.config)
-    results = await state.rank_all(http, [request for request, _ in requests])
-    placed = [(result, positions) for result, (_, positions) in zip(results, requests, strict=True)]
+    with named_as_sent(body.names()):
+        requests = parse(body, state.config)
+
+    async def rank(request: RerankRequest, positions: list[int]) -> tuple[RerankResult, list[int]]:
+        with named_as_sent(body.names(), positions):
+            return await state.rank(http, request), positions
+
+    placed = await all_or_none([rank(request, positions) for request, positions in requests])
     return JSONResponse(render(placed, body, http.state.request_id))
 
 

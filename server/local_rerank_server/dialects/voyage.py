@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, ClassVar, NotRequired
 
 from annotated_types import Ge
 from pydantic import Field
@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult, Truncation
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, Documents, Flag
+from local_rerank_server.dialects._field_types import Count, Documents
 from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
 from local_rerank_server.dialects._responses import DetailError, TotalTokens, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
@@ -23,10 +23,10 @@ PATHS = ("/v1/rerank", "/rerank")
 
 
 class VoyageRequest(CommonRequest):
+    own_names: ClassVar = {"top_n": "top_k"}
+
     documents: Documents
     top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to return.")
-    truncation: Flag | None = Field(default=None, description="false refuses texts that are too long.")
-    return_documents: Flag | None = Field(default=None, description="Whether to return the documents.")
 
 
 class VoyageResult(TypedDict):
@@ -50,8 +50,7 @@ def takes(body: Mapping[str, Any]) -> bool:
 
 
 def parse(body: VoyageRequest, config: ServerConfig) -> RerankRequest:
-    truncation: Truncation = "error" if body.truncation is False else "end"
-    return make_request(body.query, texts_of(body.documents), body, config, top_n=body.top_k, truncation=truncation)
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: VoyageRequest, request_id: str) -> VoyageResponse:
@@ -65,7 +64,7 @@ def render(result: RerankResult, body: VoyageRequest, request_id: str) -> Voyage
 
 def _render_item(item: RankedDocument, body: VoyageRequest) -> VoyageResult:
     rendered: VoyageResult = {"index": item.index, "relevance_score": score_of(item, body)}
-    if body.return_documents:
+    if body.wants_documents():
         rendered["document"] = item.document
     return rendered
 

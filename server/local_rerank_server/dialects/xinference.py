@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
 from local_rerank_server.dialects._responses import DetailError, render_detail_error
-from local_rerank_server.dialects._route import Dialect, state_of
+from local_rerank_server.dialects._route import Dialect, add_get, state_of
 
 PATH = "/v1/cluster/auth"
 
@@ -33,4 +33,4 @@ async def cluster_auth(http: Request) -> JSONResponse:
     return JSONResponse(ClusterAuth(auth=state_of(http).config.has_keys))
 
 
-router.add_api_route(PATH, cluster_auth, methods=["GET"], response_model=ClusterAuth)
+add_get(router, PATH, cluster_auth, response_model=ClusterAuth)

@@ -61,7 +61,7 @@ function fieldsChanged() {
   const { documents, note } = parseText(byId("documents").value);
   say("documents-note", note);
   byId("second").hidden = !byId("compare").checked;
-  const base = new URL(".", location.href).href.replace(/\/$/, "");
+  const base = new URL(".", document.baseURI).href.replace(/\/$/, "");
   const request = requestOf(documents, byId("instruction").value);
   showCode({ ...request, model: request.model ?? "qwen3-rerank" }, base, needsKey() ? "YOUR_KEY" : "");
 }

@@ -10,12 +10,12 @@ the replicas one by one while the others keep answering.
 from __future__ import annotations
 
 import dataclasses
-import re
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.config import EngineConfig
@@ -27,7 +27,6 @@ from local_rerank_server.ray_serve.replica import MAX_ONGOING_REQUESTS, engine_a
 from local_rerank_server.ray_serve.reranker import RemoteReranker
 from local_rerank_server.state import ServerState
 
-REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 ENGINE_START_SECONDS = 600  # requests in flight wait that long while the only engine is replaced
 
 
@@ -61,10 +60,18 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _pop_options(args: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Remove the options of `kind` from `args` and return them, with lists as tuples."""
+    """Remove the options of `kind` from `args` and return them, as the types that YAML does not have."""
+    hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.name in args]
-    values = {name: args.pop(name) for name in names}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: _typed(args.pop(name), hints[name]) for name in names}
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    if isinstance(value, str) and hint == Path | None:
+        return Path(value)
+    if hint == tuple[str, ...]:  # one text is a list of one
+        return (value,) if isinstance(value, str) else tuple(value)
+    return value
 
 
 class Ingress:
@@ -79,11 +86,11 @@ class Ingress:
         self._app = create_app(state, ApiKeys.from_config(config))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return _ProxyRequestId(self._app)
+        return _WithoutRequestId(self._app)
 
 
-class _ProxyRequestId:
-    """Uses the id that Serve's proxy gives a request and sends as `x-request-id`, so that it is sent once."""
+class _WithoutRequestId:
+    """Sends no `x-request-id`: Serve's proxy adds the one that the request has, from the client or from the proxy."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -94,7 +101,4 @@ class _ProxyRequestId:
                 del MutableHeaders(scope=message)["x-request-id"]
             await send(message)
 
-        if scope["type"] == "http" and REQUEST_ID.fullmatch(request_id := Headers(scope=scope).get("x-request-id", "")):
-            scope.setdefault("state", {})["request_id"] = request_id
-            return await self.app(scope, receive, send_without_id)
-        await self.app(scope, receive, send)
+        await self.app(scope, receive, send_without_id)

@@ -19,7 +19,7 @@ from local_rerank.engine.cpu.attention import (
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import PackedBatch, pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = (

@@ -22,7 +22,7 @@ COUNT_THREADS = """
 import os
 import torch
 from local_rerank.engine.packing import pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 
 torch.set_num_threads(2)
 threads = lambda: len(os.listdir("/proc/self/task"))

@@ -29,7 +29,7 @@ from local_rerank.engine.cpu.int8_search import (
 )
 from local_rerank.engine.cpu.layers import CpuLayer
 from local_rerank.engine.engine import Engine
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from local_rerank.selftest.machine_report import describe
 from tests.tiny_checkpoints import make_checkpoint
 

@@ -19,7 +19,7 @@ from local_rerank.engine.cuda import attention as cuda_attention
 from local_rerank.engine.decoder import PackedAttention
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from tests.engine.test_packing import agrees_with_dense, some_pairs
 from tests.engine.test_scores import texts
 from tests.gpu import needs_gpu

@@ -21,7 +21,7 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.out_of_memory import release_cached
 from local_rerank.engine.packing import pack
 from local_rerank.errors import OutOfMemory
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from tests.engine.cuda.test_layers import engine_of, near
 from tests.engine.test_packing import some_pairs
 from tests.gpu import needs_gpu

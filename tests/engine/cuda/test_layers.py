@@ -21,7 +21,7 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.load import head_rows, load_model
 from local_rerank.errors import ConfigError
-from local_rerank.requests.tokenization import Pair
+from local_rerank.requests.pair import Pair
 from tests.engine.test_scores import SHAPES
 from tests.gpu import needs_gpu
 from tests.reference import FP32_TOLERANCE

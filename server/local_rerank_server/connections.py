@@ -1,12 +1,18 @@
-"""uvicorn's h11 protocol with timeouts for reading the request head, reading the body, and writing the response.
+"""Connections: uvicorn's h11 protocol with timeouts, and what a client hears that uses the wrong scheme.
 
 uvicorn itself has no limit for the first head on a connection, for a body, and for a peer that does not read. The
 application answers a late body with 408 in its dialect; the timer here closes the connection if that did not end it.
+TLS on a plain port and plain HTTP on a TLS port get a 400 that names the scheme; without that the first sees "wrong
+version number" and the second an empty reply.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import ssl
+import uuid
 from typing import Any
 
 import h11
@@ -14,7 +20,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_rerank_server.config import ServerConfig
 
+logger = logging.getLogger(__name__)
+
 GRACE_SECONDS = 5  # after the body's timeout, for sending the 408 and for skipping the rest of a refused body
+
+TLS_RECORD = b"\x16"  # the first byte of a TLS handshake; no HTTP request begins with it
+PLAIN_REQUEST = re.compile(rb"[A-Za-z]{3,10} ")  # the start of a request line
+USE_HTTP = (
+    "this port speaks plain HTTP, and the request came over TLS; use http://, or start the server with --ssl-certfile"
+)
+USE_HTTPS = "this port speaks TLS, and the request came in plain HTTP; use https://"
 
 
 def make_protocol(config: ServerConfig) -> type[H11Protocol]:
@@ -44,6 +59,9 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if data.startswith(TLS_RECORD) and not self.cycle and not self.conn.trailing_data[0]:
+                logger.warning("400 to %s: %s", self.client[0] if self.client else "-", USE_HTTP)
+                return self._answer(400, USE_HTTP)
             super().data_received(data)
             self._start_read_timer()
 
@@ -62,15 +80,14 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
             if self.conn.their_state is not self._timed_state or self.transport.is_closing():
                 return
             if self._timed_state is h11.IDLE and self.conn.our_state is h11.IDLE:
-                self._answer_408()
+                self._answer(408, f"the request head was not received within {timeout} s")
             else:
                 self.transport.abort()
 
-        def _answer_408(self) -> None:
+        def _answer(self, status: int, text: str) -> None:
             """Answer in plain text, because without a head the dialect is unknown."""
-            text = f"the request head was not received within {timeout} s".encode()
-            headers = [("content-type", "text/plain"), ("content-length", str(len(text))), ("connection", "close")]
-            for event in (h11.Response(status_code=408, headers=headers), h11.Data(data=text), h11.EndOfMessage()):
+            response = h11.Response(status_code=status, headers=_headers(text))
+            for event in (response, h11.Data(data=text.encode()), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
 
@@ -96,3 +113,51 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
                 self._start_write_timer(num_unsent)
 
     return TimedProtocol
+
+
+def _headers(text: str) -> list[tuple[str, str]]:
+    kind = ("content-type", "text/plain; charset=utf-8")
+    return [kind, ("content-length", str(len(text))), ("connection", "close"), ("x-request-id", str(uuid.uuid4()))]
+
+
+def make_tls_context(config: ServerConfig) -> ssl.SSLContext:
+    """The context for the certificate of `config`; raises OSError or ssl.SSLError if that cannot be used."""
+    assert config.ssl_certfile is not None
+    context = _TlsContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    return context
+
+
+class _TlsObject(ssl.SSLObject):
+    """Answers plain HTTP in plain HTTP, before the handshake fails."""
+
+    incoming: ssl.MemoryBIO
+    outgoing: ssl.MemoryBIO
+    begun = False
+
+    def do_handshake(self) -> None:
+        if not self.begun and self.incoming.pending:
+            head = self.incoming.read()
+            self.incoming.write(head)
+            self.begun = True
+            if PLAIN_REQUEST.match(head):
+                logger.warning("400: %s", USE_HTTPS)
+                lines = [
+                    "HTTP/1.1 400 Bad Request",
+                    *(": ".join(header) for header in _headers(USE_HTTPS)),
+                    "",
+                    USE_HTTPS,
+                ]
+                self.outgoing.write("\r\n".join(lines).encode())
+                raise ssl.SSLWantReadError  # the event loop now sends the answer; the next bytes end the handshake
+        super().do_handshake()
+
+
+class _TlsContext(ssl.SSLContext):
+    sslobject_class = _TlsObject
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        wrapped = super().wrap_bio(incoming, outgoing, *args, **kwargs)
+        assert isinstance(wrapped, _TlsObject)
+        wrapped.incoming, wrapped.outgoing = incoming, outgoing
+        return wrapped

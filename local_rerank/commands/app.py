@@ -2,7 +2,7 @@
 
 Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence, and an empty
 variable is unset. An error is one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong
-command line.
+command line. If the reader of the output has gone, as in `| head -1`, it is 141, as if SIGPIPE had ended the process.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int | str | None:
-    """Run a command and return its exit status. Raises BrokenPipeError if the reader of its output has gone."""
+    """Run a command and return its exit status. Raises BrokenPipeError or another OSError of the output."""
     try:
         _refuse_unknown_variables()
         return app(arguments, print_error=False, exit_on_error=False) or 0
@@ -109,8 +109,6 @@ def _run(arguments: Sequence[str]) -> int | str | None:
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit:
-        if isinstance(exit.__context__, BrokenPipeError):  # rich exits with 1, which would mean an error of ours
-            raise exit.__context__ from None
         return exit.code
 
 

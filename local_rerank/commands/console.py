@@ -36,7 +36,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Console(rich.console.Console):
-    """rich's console, which takes standard output for UTF-8 unless it is asked for the encoding like this."""
+    """rich's console with the encoding of the stream that it writes to, which rich takes for UTF-8."""
 
     @property
     def encoding(self) -> str:
@@ -46,6 +46,9 @@ class Console(rich.console.Console):
     def is_ascii_only(self) -> bool:
         return self.options.ascii_only
 
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the BrokenPipeError, and would exit with status 1
+
 
 def set_up_streams() -> None:
     """Let the standard streams take every character, also where the caller has closed them (`>&-`)."""
@@ -54,16 +57,17 @@ def set_up_streams() -> None:
         if stream is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # until the end
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # if its descriptor was replaced by a terminal after Python has started
+                stream.reconfigure(errors="backslashreplace")
 
 
 def failed(error: OSError) -> tuple[int, str]:
     """The exit status and message for an error of output or of temporary files; raises any other error again."""
     if isinstance(error, BrokenPipeError):  # the reader has seen enough, like `| head`
-        _forget(sys.stdout, sys.stderr)
+        forget(sys.stdout, sys.stderr)
         return PIPE_CLOSED, ""
     if error.filename is None and error.errno in UNWRITABLE:
-        _forget(sys.stdout)
+        forget(sys.stdout)
         return 1, f"the output cannot be written: {error.strerror}"
     try:
         require_temporary_folder()
@@ -72,8 +76,8 @@ def failed(error: OSError) -> tuple[int, str]:
     raise error
 
 
-def _forget(*streams: TextIO) -> None:
-    """Drop what streams still hold, because Python would write it when it ends."""
+def forget(*streams: TextIO) -> None:
+    """Drop what streams still hold and what is yet to come; Python would try to write it when it ends."""
     with Path(os.devnull).open("wb") as nowhere:
         for stream in streams:
             with suppress(OSError, ValueError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 
 import pytest
 
 from local_rerank.errors import ModelUnavailable
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.logs import make_formatter
+from local_rerank_server.logs import announce, make_formatter
 from tests.server.conftest import HeldRanker, Serve
 
 SECRET = "a secret"
@@ -31,3 +33,13 @@ async def test_texts_are_logged_only_with_log_texts(serve: Serve, caplog: pytest
         async with serve(HeldRanker(ModelUnavailable("no")), log_texts=log_texts) as client:
             await client.post("/v1/local/rank", json={"query": SECRET, "documents": [SECRET]})
         assert (SECRET in caplog.text) is log_texts
+
+
+def test_c9_a_server_goes_on_when_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        for _ in range(2):
+            announce(ServerConfig(), "ready")
+        closed.flush()

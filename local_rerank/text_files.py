@@ -68,7 +68,14 @@ def lines(file: Path | None, field: str) -> Iterator[tuple[int, str]]:
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> str:
     """Describe a line that is not UTF-8."""
+    if b"\0" in error.object:
+        return has_nul(where)
     return f"{where} is not UTF-8 (byte {error.start + 1}: {error.reason}); save it as UTF-8, or as UTF-16 with a BOM"
+
+
+def has_nul(where: str) -> str:
+    """Describe a line that no text has."""
+    return f"{where} has a NUL: it is binary, or UTF-16 without a byte order mark"
 
 
 @contextmanager

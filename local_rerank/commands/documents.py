@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from local_rerank.errors import InvalidRequest
-from local_rerank.text_files import lines, name_of, suffix_of
+from local_rerank.text_files import has_nul, lines, name_of, suffix_of
 
 TEXT_KEYS = ("text", "document")  # of a JSON object, or the columns of a table
 DELIMITERS = ",;\t"  # a CSV file has the one that is most frequent in its head
@@ -39,7 +39,7 @@ def read_documents(file: Path | None) -> list[str]:
     numbered, name = list(lines(file, "file")), name_of(file)
     for number, line in numbered:
         if "\0" in line:
-            raise _invalid(f"{name}:{number} has a NUL: it is binary, or UTF-16 without a byte order mark")
+            raise _invalid(has_nul(f"{name}:{number}"))
     return _FORMS.get("" if file is None else suffix_of(file), _by_content)(numbered, name)
 
 

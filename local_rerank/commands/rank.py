@@ -33,7 +33,10 @@ def rank(
     *documents: Annotated[str, option(help="Documents. Default: read from --file or standard input.")],
     file: Annotated[
         Path | None,
-        option(help="File with one document per line, or .jsonl, .json, .csv or .tsv; - for standard input."),
+        option(
+            help="File with one document per line, or .jsonl, .json, .csv or .tsv; - for standard input.",
+            allow_leading_hyphen=True,
+        ),
     ] = None,
     top_n: Annotated[int | None, option(help="Number of documents to print. Default: all.")] = None,
     json_output: JsonOutput = False,

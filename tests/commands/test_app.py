@@ -49,7 +49,7 @@ def test_rank_prints_a_table_in_order_of_relevance(
     model: tuple[str, ...], tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"first\n\nsecond [bold]\nthird\n")))
-    done = run_here("rank", "q", *model)
+    done = run_here("rank", "q", "--file", "-", *model)
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:-1]
     expected = tiny_reranker.rank("q", ["first", "second [bold]", "third"])

@@ -104,6 +104,8 @@ def test_a7_cells_of_a_table_may_be_long_and_of_several_lines(tmp_path: Path) ->
         ("d.jsonl", gzip.compress(gzip.compress(b"a")), "is compressed twice"),
         ("d.txt", b"a\nb\0c\n", "d.txt:2 has a NUL: it is binary"),
         ("d.txt", "no BOM".encode("utf-16-le"), "d.txt:1 has a NUL: it is binary, or UTF-16 without a byte order mark"),
+        ("d.txt", "巴黎\n".encode("utf-16-be"), "d.txt:1 has a NUL"),
+        ("d.txt", b"\x7fELF\x02\0\xff\n", "d.txt:1 has a NUL: it is binary"),
         ("d.txt", "a".encode("utf-32"), "is UTF-32"),
         ("d.txt", b"caf\xe9\n", "d.txt:1 is not UTF-8"),
     ],

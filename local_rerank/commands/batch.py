@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from local_rerank.batch.job import JobFolder
 from local_rerank.commands.batch_options import BatchOptions, Judgements, judgements_of, source_of
 from local_rerank.commands.batch_progress import Display, Mode
-from local_rerank.commands.console import option, say, status
+from local_rerank.commands.console import Console, option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
@@ -257,8 +257,6 @@ def _summarize(
     if not was_done:
         say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:
-        from rich.console import Console
-
         from local_rerank.evaluation.report import measure_table
 
         Console().print(measure_table(systems))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from local_rerank.batch.rows import ScoredRow
 from local_rerank.batch.sources import Position, Rejected
-from local_rerank.commands.console import say
+from local_rerank.commands.console import Console, print_json, say
 
 Mode = Literal["bar", "json", "quiet"]
 
@@ -168,8 +166,7 @@ class Display:
     def event(self, name: str, **values: Any) -> None:
         """Print a line of JSON on standard output in JSON mode."""
         if self.mode == "json":
-            line = json.dumps({"event": name, **values}, ensure_ascii=False)
-            Console().out(line, highlight=False)
+            print_json({"event": name, **values}, indent=None)
 
     def rates(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from local_rerank.commands.console import JsonOutput, option, print_json, progress, repeatable, status
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, repeatable, status
 from local_rerank.config import DType, EngineConfig
 from local_rerank.errors import ConfigError
 
@@ -135,8 +135,6 @@ def _report(shape: str | None, targets: Sequence[RerankerTarget], results: Seque
 
 
 def _print_tables(report: dict[str, Any], results: Sequence[WorkloadResult]) -> None:
-    from rich.console import Console
-
     from local_rerank.bench.report import all_tables
 
     console = Console(highlight=False)

@@ -1,17 +1,28 @@
-"""Helpers of the commands: parameters without an environment variable, progress on standard error, plain output."""
+"""Helpers of the commands: parameters without an environment variable, progress on standard error, plain output.
+
+No character fails to be written: text falls back to escapes, decoration to ASCII, and JSON is always UTF-8.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, TextIO
 
+import rich.console
 from cyclopts import Parameter
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
+
+from local_rerank.checkpoints.free_space import require_temporary_folder
+from local_rerank.errors import CheckpointError
 
 option = partial(Parameter, negative="", show_env_var=False)
 """A parameter of a single call. Only settings of engine and server have environment variables."""
@@ -20,10 +31,70 @@ repeatable = partial(option, show_default=False)
 
 JsonOutput = Annotated[bool, option(name="--json", help="Print the full result as JSON.")]
 
+PIPE_CLOSED = 141  # exit status, as shells report a program that SIGPIPE has ended
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+class Console(rich.console.Console):
+    """rich's console with the encoding of the stream that it writes to, which rich takes for UTF-8."""
+
+    @property
+    def encoding(self) -> str:
+        return (getattr(self.file, "encoding", None) or "utf-8").lower()
+
+    @property
+    def is_ascii_only(self) -> bool:
+        return self.options.ascii_only
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the BrokenPipeError, and would exit with status 1
+
+
+def set_up_streams() -> None:
+    """Let the standard streams take every character, also where the caller has closed them (`>&-`)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # until the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # if its descriptor was replaced by a terminal after Python has started
+                stream.reconfigure(errors="backslashreplace")
+
+
+def failed(error: OSError) -> tuple[int, str]:
+    """The exit status and message for an error of output or of temporary files; raises any other error again."""
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough, like `| head`
+        forget(sys.stdout, sys.stderr)
+        return PIPE_CLOSED, ""
+    if error.filename is None and error.errno in UNWRITABLE:
+        forget(sys.stdout)
+        return 1, f"the output cannot be written: {error.strerror}"
+    try:
+        require_temporary_folder()
+    except CheckpointError as cause:
+        return 1, str(cause)
+    raise error
+
+
+def forget(*streams: TextIO) -> None:
+    """Drop what streams still hold and what is yet to come; Python would try to write it when it ends."""
+    with Path(os.devnull).open("wb") as nowhere:
+        for stream in streams:
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def complain(error: object) -> None:
+    """Print an error as one line on standard error."""
+    with suppress(OSError):
+        sys.stderr.write(f"local-rerank: {error}\n")
+        sys.stderr.flush()
+
 
 def status(message: str) -> Status:
     """Show a spinner on standard error during a block, if that is a terminal."""
-    return Console(stderr=True).status(message + " ...")
+    console = Console(stderr=True)
+    return console.status(message + " ...", spinner="line" if console.is_ascii_only else "dots")
 
 
 @contextmanager
@@ -46,5 +117,9 @@ def warn(lines: str) -> None:
         Console(stderr=True).print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_json(value: object) -> None:
-    Console().out(json.dumps(value, ensure_ascii=False, indent=2), highlight=False)
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """Print JSON in UTF-8, whatever the locale; `indent=None` prints one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON's own escapes for lone surrogates
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+    sys.stdout.flush()

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from local_rerank.commands.console import JsonOutput, print_json
+from local_rerank.commands.console import Console, JsonOutput, print_json
 from local_rerank.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def _finite(value: Any) -> Any:
 
 
 def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -65,7 +64,6 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
 
 def print_scores(scores: tuple[KnownPairScore, ...]) -> None:
     """Print a line for each known pair: score, expected score, and difference."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 

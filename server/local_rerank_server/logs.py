@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pythonjsonlogger.json import JsonFormatter
 
-from local_rerank.commands.console import say
+from local_rerank.commands.console import forget, say
 from local_rerank_server.config import ServerConfig
 
 REPEAT_SECONDS = 60  # between two warnings of the same text about clients
@@ -44,7 +44,6 @@ def make_formatter(config: ServerConfig) -> logging.Formatter:
         style="{",
         rename_fields={"levelname": "level", "name": "logger"},
         timestamp="time",
-        json_ensure_ascii=False,
     )
 
 
@@ -53,7 +52,10 @@ def announce(config: ServerConfig, line: str) -> None:
     if config.log_format == "json":
         logger.info(line)
     else:
-        say(line)
+        try:
+            say(line)
+        except BrokenPipeError:  # nobody reads it, like `serve | head -1`; the server goes on
+            forget(sys.stdout)
 
 
 def log_fatal(message: str) -> None:

@@ -178,7 +178,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     first = architectures[0] if isinstance(architectures, list) else architectures
     if not isinstance(architectures, list) or first not in TEMPLATES:
         raise CheckpointError(f"{folder} has architecture {first}; supported are {', '.join(TEMPLATES)}, in a list")
-    if config.get("use_sliding_window"):
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
     return config
 

@@ -97,7 +97,7 @@ def positive_label(folder: Path, config: dict[str, Any]) -> int:
     """Which of a classifier's two labels means relevant: 0 or 1. Raises CheckpointError if the labels do not tell."""
     stated: list[dict[int, str]] = []
     for by_id in (_items(config, "id2label"), [(i, label) for label, i in _items(config, "label2id")]):
-        labels = {int(str(i)): re.sub(r"[\s_-]", "", str(label)).lower() for i, label in by_id if str(i) in ("0", "1")}
+        labels = {int(str(i)): _plain(label) for i, label in by_id if str(i) in ("0", "1")}
         if labels and labels != _UNNAMED and labels not in stated:
             stated.append(labels)
     if len(stated) <= 1:
@@ -119,7 +119,17 @@ def _num_labels(folder: Path, config: dict[str, Any]) -> int:
         raise CheckpointError(f"the classifier of {folder} has {number} labels; it must have 1 or 2")
     if number == 2:
         positive_label(folder, config)
+    elif any(_plain(label) in _POSITIVE_OF.keys() - {"label0", "0"} for _, label in _items(config, "id2label")):
+        raise CheckpointError(
+            f"{folder} has one label, {config['id2label']}, by whose name a high score means not relevant; "
+            'set it in config.json if it means relevant, for example {"0": "yes"}'
+        )
     return int(number)
+
+
+def _plain(label: object) -> str:
+    """A label as the keys of `_POSITIVE_OF` have it."""
+    return re.sub(r"[\s_-]", "", str(label)).lower()
 
 
 def _items(config: dict[str, Any], name: str) -> list[tuple[Any, Any]]:

@@ -73,7 +73,7 @@ def open_bundle(path: Path) -> tuple[Manifest, Path]:
             return manifest, _unpack(path, source, manifest)
     if wrong := _wrong_sizes(path, manifest):
         raise CheckpointError(f"{path} is incomplete: {wrong[0]} is missing or has a wrong size ({len(wrong)} in all)")
-    if unlisted := [name for name in loaded_files(path) if name not in manifest.files]:
+    if unlisted := [name for name in loaded_files(path) if name not in manifest.files and (path / name).exists()]:
         raise CheckpointError(f"{path} contains {unlisted[0]}, which its manifest does not name; remove it")
     return manifest, path
 

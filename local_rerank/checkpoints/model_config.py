@@ -104,7 +104,7 @@ _FOR_US: dict[str, _Kind] = {
     "dtype": _TEXT,
     "torch_dtype": _TEXT,
     "use_sliding_window": _Kind("false: sliding-window attention is not supported", lambda value: value is False),
-    "layer_types": _Kind("a list of full_attention: other attention is not supported", _are_full),
+    "layer_types": _Kind("a list of full_attention: sliding-window attention is not supported", _are_full),
     "partial_rotary_factor": _ROPE["partial_rotary_factor"],
 }
 _QUANTIZATION = ("quantization_config", "compression_config")  # `tensors.py` refuses most of them, by name

@@ -100,7 +100,7 @@ def positive_label(folder: Path, config: dict[str, Any]) -> int:
     stated: list[dict[int, str]] = []
     by_label = [(i, label) for label, i in config.get("label2id", {}).items()]
     for by_id in (config.get("id2label", {}).items(), by_label):
-        labels = {int(i): re.sub(r"[\s_-]", "", label).lower() for i, label in by_id if str(i) in ("0", "1")}
+        labels = {int(i): _plain(label) for i, label in by_id if str(i) in ("0", "1")}
         if labels and labels != _UNNAMED and labels not in stated:
             stated.append(labels)
     if len(stated) <= 1:
@@ -122,7 +122,17 @@ def _num_labels(folder: Path, config: dict[str, Any]) -> int:
         raise CheckpointError(f"the classifier of {folder} has {number} labels; it must have 1 or 2")
     if number == 2:
         positive_label(folder, config)
+    elif any(_plain(label) in _POSITIVE_OF.keys() - {"label0", "0"} for label in config.get("id2label", {}).values()):
+        raise CheckpointError(
+            f"{folder} has one label, {config['id2label']}, by whose name a high score means not relevant; "
+            'set it in config.json if it means relevant, for example {"0": "yes"}'
+        )
     return int(number)
+
+
+def _plain(label: str) -> str:
+    """A label as the keys of `_POSITIVE_OF` have it."""
+    return re.sub(r"[\s_-]", "", label).lower()
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:

@@ -63,12 +63,13 @@ class PromptTemplate:
         )
 
     def looks_rendered(self, request: RerankRequest) -> bool:
-        """Whether the query starts, or a document starts and ends, like a part of a rendered prompt."""
+        """Whether the query or a document starts, or a document starts and ends, like a part of a rendered prompt."""
         starts = (self.prefix.partition("\n")[0], self.instruction_label)
         if request.query.lstrip().startswith(starts):
             return True
         return any(
-            document.startswith(self.document_label) and self._unwrap_document(document, True) is not None
+            document.lstrip().startswith(self.prefix.rstrip())  # the whole prompt of a pair
+            or (document.startswith(self.document_label) and self._unwrap_document(document, True) is not None)
             for document in request.documents
         )
 

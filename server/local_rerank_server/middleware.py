@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
@@ -55,7 +55,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        _set_path(scope)
+        num_final_slashes = _set_path(scope)
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if SENT_ID.fullmatch(sent_id) else str(uuid.uuid4())
         scope.setdefault("state", {}).update(request_id=request_id, status=0, num_documents=0, results=[])
@@ -72,7 +72,7 @@ class RequestLog:
             await send(message)
 
         try:
-            await (_answer_without_path(Request(scope)) or self.app)(scope, receive, send_with_id)
+            await (_early_answer(Request(scope), num_final_slashes) or self.app)(scope, receive, send_with_id)
         finally:
             self._record(Request(scope), time.perf_counter() - started)
 
@@ -138,21 +138,26 @@ class AdmissionMiddleware:
             self.state.admission.check_size(num_bytes)
 
 
-def _set_path(scope: Scope) -> None:
+def _set_path(scope: Scope) -> int:
     """Set `path` to the root path plus the path of a route, in whatever form a client and a proxy send it.
 
-    The target may be a whole URL, and a reverse proxy may leave the root path in it or strip it. An ASGI server with a
-    root path of its own has put that in front.
+    The target may be a whole URL, slashes may be doubled, and a reverse proxy may leave the root path in it or strip
+    it. An ASGI server with a root path of its own has put that in front. Returns the number of slashes at the end,
+    which are cut off and not redirected, because a redirect would lose the body of a POST.
     """
     root, path = scope.get("root_path", ""), scope["path"]
     if found := ABSOLUTE_FORM.match(path.removeprefix(root)):
         path = path.removeprefix(root)[found.end() :] or "/"
-    paths = [path]
+    if not path.startswith("/"):  # OPTIONS * and CONNECT
+        return 0
+    plain = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    paths = [plain]
     while root and len(paths) < 3 and f"{paths[-1]}/".startswith(f"{root}/"):
         paths.append(paths[-1].removeprefix(root) or "/")
     if len(paths) > 1:  # the root path may be the start of a route, such as /api: take a path that has a route
-        path = max(*paths[1:], path, key=lambda each: _match(scope, each))
-    scope["path"] = root + path
+        plain = max(*paths[1:], plain, key=lambda each: _match(scope, each))
+    scope["path"] = root + plain
+    return len(path) - len(path.rstrip("/"))
 
 
 def _match(scope: Scope, path: str) -> int:
@@ -160,13 +165,15 @@ def _match(scope: Scope, path: str) -> int:
     return max(route.matches(alone)[0].value for route in make_routes())
 
 
-def _answer_without_path(http: Request) -> Response | None:
-    """The answer to a request whose target is not a path: `OPTIONS *`, and CONNECT, which asks for a proxy."""
+def _early_answer(http: Request, num_final_slashes: int) -> Response | None:
+    """The answer to a target that is not a path (`OPTIONS *`, and CONNECT, which asks for a proxy), and to `/docs/`."""
     target = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
     if http.method == "OPTIONS" and target == "*":
         return Response(status_code=204, headers={"allow": METHODS})
     if http.method == "CONNECT":
         return dialect_at(target).error_response(MethodNotAllowed("CONNECT", target, allowed=METHODS), http)
+    if target == "/docs" and num_final_slashes:  # the page's links are relative to /docs
+        return RedirectResponse("../" * num_final_slashes + "docs")
     return None
 
 

@@ -368,3 +368,5 @@ def test_a4_a_classifier_of_other_labels_than_its_weights_is_refused(
     edit(folder / "config.json", id2label={str(i): f"LABEL_{i}" for i in range(number)})
     says = {2: "score.weight in shape 1 x 64, but config.json says 2 x 64", 3: "has 3 labels; it must have 1 or 2"}
     assert says[number] in refusal(folder)
+    edit(folder / "config.json", id2label={"0": "Not_relevant"})
+    assert "a high score means not relevant" in refusal(folder)

@@ -58,8 +58,8 @@ class RequestBody(BaseModel):
 
 
 def snake_case(name: str) -> str:
-    """The name of an option that was written in camelCase."""
-    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+    """The name of an option that was written in camelCase, PascalCase or capitals."""
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class TextObject(TypedDict):
@@ -208,7 +208,7 @@ def _lower_case(value: Any) -> Any:
 
 def _refuse_unless_off(value: Any) -> None:
     if value not in (None, False, 0, "", [], {}):
-        raise PydanticCustomError("unsupported", "not supported here; leave it out")
+        raise PydanticCustomError("unsupported", "it has no effect here; leave it out or send null")
 
 
 def _string_or_none(value: Any) -> Any:

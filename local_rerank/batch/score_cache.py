@@ -112,7 +112,7 @@ def score_identity(reranker: Reranker) -> str:
     settings = score_settings(reranker.config)
     facts = {
         "files": _file_digests(reranker.checkpoint),
-        "recipe": reranker.checkpoint.template.recipe,
+        "recipe": dataclasses.asdict(reranker.checkpoint.template),
         "settings": settings | {"dtype": reranker.info.dtype},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -31,7 +31,7 @@ class PromptTemplate:
 
     @property
     def recipe(self) -> dict[str, str]:
-        """The texts on which scores depend, by name, as bundles and score caches keep them."""
+        """The texts of a prompt and the answers, by name, as bundles keep them."""
         return {name: text for name, text in asdict(self).items() if name != "client_suffixes"}
 
     def shared_body(self, instruction: str, query: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,15 +134,10 @@ def hub_id(model: str) -> str:
     return model_id
 
 
-def cached_folder(model_id: str, revision: str | None) -> Path | None:
-    """A hub model's snapshot in the local cache; None if it is missing or incomplete. Uses no network."""
-    return find_snapshot(repository_of(model_id), revision)[0]
-
-
 def _open_bundle(path: Path) -> Checkpoint:
     manifest, folder = open_bundle(path)
     checkpoint = _inspect(folder, manifest.model_id, "bundle", manifest.revision)
-    if manifest.recipe != asdict(checkpoint.template):
+    if manifest.recipe != checkpoint.template.recipe:
         raise CheckpointError(
             f"{path} was packed by {manifest.made_by} with a different prompt template; pack it again with this version"
         )

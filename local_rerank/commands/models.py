@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +71,7 @@ def pack(
             revision=checkpoint.folder.name if checkpoint.source == "hub" else checkpoint.revision,
             licence=_licence(checkpoint.folder),
             made_by=f"local-rerank {__version__}",
-            recipe=asdict(checkpoint.template),
+            recipe=checkpoint.template.recipe,
             expected=expected,
         )
         names = [name for name in checkpoint_files(checkpoint.folder) if name != MANIFEST]  # of an earlier bundle

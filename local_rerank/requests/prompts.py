@@ -11,7 +11,7 @@ these forms. Whitespace may differ around `prefix` and after the document's end,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from local_rerank.types import RerankRequest
 
@@ -28,6 +28,11 @@ class PromptTemplate:
     client_suffixes: tuple[str, ...]  # with which clients end a prompt, without the whitespace at its end
     yes: str
     no: str
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """The texts of a prompt and the answers, by name, as bundles keep them."""
+        return {name: text for name, text in asdict(self).items() if name != "client_suffixes"}
 
     def shared_body(self, instruction: str, query: str) -> str:
         """The text between `prefix` and the document, which all pairs of a request share."""

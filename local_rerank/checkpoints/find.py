@@ -37,7 +37,7 @@ ALIASES = {
     "qwen3-reranker-4b": "Qwen/Qwen3-Reranker-4B",
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
 _KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder", "bundle": "a bundle"}

@@ -1,7 +1,7 @@
 """Read text as files and pipes hold it: UTF-8 with or without BOM, UTF-16 by its BOM, gzip and zstd by their magic.
 
 Every command reads through `lines` or `open_utf8`, so that no result depends on the locale, and every error names the
-file and the line.
+file and the line. `visible` is for showing text of others to people.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -49,6 +50,11 @@ _BINARY = {  # what starts a file -> what it is
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
 }
+_INVISIBLE = re.compile(
+    "[\0-\x1f\x7f-\x9f"  # control characters: C0 with escape, line ends and tabs; C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # those of bidirectional text
+    "\u00ad\u180e\u200b\u2028\u2029\u2060-\u2065\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"  # no width, or a line end
+)
 _HEAD_BYTES = max(map(len, _BINARY))
 
 
@@ -102,6 +108,21 @@ def as_utf8(argument: str) -> str:
         return os.fsencode(argument).decode("utf-8")
     except UnicodeError:
         return argument
+
+
+def visible(text: str, *, keep_lines: bool = False) -> str:
+    r"""A text for people, in which no character can move the cursor, hide or reorder text, or start another line.
+
+    `keep_lines`: leave line feeds, in texts that have several lines of our own.
+
+    >>> visible("\x1b[31mred\n")
+    '\\x1b[31mred\\n'
+    """
+    return _INVISIBLE.sub(lambda found: found[0] if keep_lines and found[0] == "\n" else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def suffix_of(file: Path) -> str:

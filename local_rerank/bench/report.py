@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from local_rerank.bench.measure import WorkloadResult
+from local_rerank.text_files import visible
 
 
 def all_tables(results: Sequence[WorkloadResult]) -> list[Any]:
@@ -76,10 +77,10 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> An
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=Text(visible(title)), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name, *cells in zip(head, *rows, strict=True):
         width = max(map(len, cells), default=0) if name else None
-        table.add_column(Text(name), justify="right" if name else "left", overflow="fold", min_width=width)
+        table.add_column(Text(visible(name)), justify="right" if name else "left", overflow="fold", min_width=width)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table

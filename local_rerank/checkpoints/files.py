@@ -58,11 +58,16 @@ def weight_files(folder: Path) -> list[str]:
     return []
 
 
+def loaded_files(folder: Path) -> list[str]:
+    """The files that loading reads; they need not be there."""
+    index = [INDEX] if _is_there(folder / INDEX) else []
+    return ["config.json", "tokenizer.json", *index, *(weight_files(folder) or [WEIGHTS])]
+
+
 def missing_files(folder: Path) -> list[str]:
     """The files without which a checkpoint cannot be loaded; a link that leads nowhere is missing."""
-    names = ["config.json", "tokenizer.json", *(weight_files(folder) or [WEIGHTS])]
     return [f"{name} (its link leads nowhere)" if (folder / name).is_symlink() else name
-            for name in names if not (folder / name).is_file()]  # fmt: skip
+            for name in loaded_files(folder) if not (folder / name).is_file()]  # fmt: skip
 
 
 def checkpoint_files(folder: Path) -> list[str]:

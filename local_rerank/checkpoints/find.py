@@ -15,16 +15,9 @@ from typing import Any, Literal
 
 from local_rerank.checkpoints.bundles import is_bundle, open_bundle
 from local_rerank.checkpoints.download import fetch
-from local_rerank.checkpoints.files import (
-    has_adapter,
-    missing_files,
-    no_config,
-    no_weights,
-    read_json,
-    require_kind,
-    weight_files,
-)
+from local_rerank.checkpoints.files import has_adapter, missing_files, no_weights, require_kind, weight_files
 from local_rerank.checkpoints.hub_cache import find_snapshot, repository_of, split_cache_path
+from local_rerank.checkpoints.model_config import read_config
 from local_rerank.checkpoints.tensors import check_tensors
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.prompts import TEMPLATES, PromptTemplate
@@ -52,7 +45,7 @@ class Checkpoint:
     source: Source
     revision: str | None
     architecture: str  # first entry of `architectures` in config.json
-    config: dict[str, Any]  # config.json
+    config: dict[str, Any]  # the keys of config.json that count
     weights: tuple[str, ...]  # names of the safetensors files
 
     @property
@@ -72,7 +65,7 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Maximum tokens of a prompt."""
-        return int(self.config.get("max_position_embeddings") or 8192)
+        return int(self.config.get("max_position_embeddings", 8192))
 
     def require_embeddings(self, num_ids: int) -> None:
         """Raise CheckpointError if the tokenizer has ids without a row in the embeddings."""
@@ -146,7 +139,7 @@ def _open_bundle(path: Path) -> Checkpoint:
 
 def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
     """Refuse a folder that cannot be a reranker; warn if it may be a chat model."""
-    config = _checked_config(folder)
+    config = read_config(folder)
     files = _checked_files(folder)
     check_tensors(folder, files, config, config["architectures"][0])
     if has_adapter(folder):
@@ -162,20 +155,6 @@ def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) 
         config=config,
         weights=tuple(files),
     )
-
-
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """config.json, if we can run its architecture."""
-    if not (folder / "config.json").is_file():
-        raise no_config(folder)
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or ["none"]
-    first = architectures[0] if isinstance(architectures, list) else architectures
-    if not isinstance(architectures, list) or first not in TEMPLATES:
-        raise CheckpointError(f"{folder} has architecture {first}; supported are {', '.join(TEMPLATES)}, in a list")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
-    return config
 
 
 def _checked_files(folder: Path) -> list[str]:

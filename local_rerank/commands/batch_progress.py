@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from local_rerank.batch.rows import ScoredRow
 from local_rerank.batch.sources import Position, Rejected
 from local_rerank.commands.console import Console, print_json, say
+from local_rerank.text_files import visible
 
 Mode = Literal["bar", "json", "quiet"]
 
@@ -91,13 +92,13 @@ class Display:
         self.num_rejected = 0
         console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
         self._bar = Progress(
             *columns, console=console, transient=True, disable=mode != "bar" or not console.is_terminal
         )
-        self._task = self._bar.add_task(name, total=1.0, rate="", left="")
+        self._task = self._bar.add_task(visible(name), total=1.0, rate="", left="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -183,7 +184,7 @@ class Display:
         if self.mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
             where = f"{rejected.file}:{rejected.number}: {rejected.error}"
             more = " (further ones are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
-            self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(visible(where + more), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         left, done = self.seconds_left, self._estimate.done

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, repeatable, status
 from local_rerank.config import DType, EngineConfig
 from local_rerank.errors import ConfigError
+from local_rerank.text_files import visible
 
 if TYPE_CHECKING:
     from local_rerank.bench.measure import WorkloadResult
@@ -141,10 +142,10 @@ def _print_tables(report: dict[str, Any], results: Sequence[WorkloadResult]) -> 
     machine = report["machine"]
     about = " (random weights)" if report["random_weights"] else ""
     device, threads = machine["device"]["value"], machine["threads"]["value"]
-    console.print(f"{report['model']}{about} on {device}, threads: {threads}", markup=False)
+    console.print(f"{visible(report['model'])}{about} on {device}, threads: {threads}", markup=False)
     for system in report["systems"]:
         start = "" if system["start_seconds"] is None else f", ready after {system['start_seconds']:.1f} s"
-        console.print(f"{system['name']}: {system['version']}{start}", markup=False)
+        console.print(f"{visible(system['name'])}: {system['version']}{start}", markup=False)
     for table in all_tables(results):
         console.print()
         console.print(table)

@@ -18,7 +18,7 @@ from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
 from local_rerank.evaluation.blending import blend as blend_scores
 from local_rerank.requests.tokenization import clean
-from local_rerank.text_files import as_utf8
+from local_rerank.text_files import as_utf8, visible
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         cells += [] if score is None else [f"{score:+.2f}"]
-        rows.append([*cells, " ".join(item.document.split()) + cut])
+        rows.append([*cells, visible(" ".join(item.document.split())) + cut])
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     cut_with: OverflowMethod = "crop" if console.is_ascii_only else "ellipsis"
     for number, (*cells, document) in enumerate(rows):
@@ -131,7 +131,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
             console.print(line, soft_wrap=True)
     note = " (small built-in model; choose another with --model)" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
-    console.print(Text(f"{result.model}{note}: {cost}", style="dim"), soft_wrap=True)
+    console.print(Text(f"{visible(result.model)}{note}: {cost}", style="dim"), soft_wrap=True)
 
 
 def _bar(score: float, *, is_ascii_only: bool) -> str:
@@ -142,5 +142,5 @@ def _bar(score: float, *, is_ascii_only: bool) -> str:
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:
     prompt, ids = reranker.explain(query, document)
     console = Console()
-    console.out(prompt, highlight=False)
+    console.out(visible(prompt, keep_lines=True), highlight=False)
     console.out(f"\n{len(ids)} token ids: {' '.join(map(str, ids))}", highlight=False)

@@ -31,8 +31,8 @@ class PromptTemplate:
 
     @property
     def recipe(self) -> dict[str, str]:
-        """The texts of a prompt and the answers, by name, as bundles keep them."""
-        return {name: text for name, text in asdict(self).items() if name != "client_suffixes"}
+        """The fields that decide what the model reads, as a bundle stores them."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, str)}
 
     def shared_body(self, instruction: str, query: str) -> str:
         """The text between `prefix` and the document, which all pairs of a request share."""

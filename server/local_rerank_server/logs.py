@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pythonjsonlogger.json import JsonFormatter
 
-from local_rerank.commands.console import forget, say
+from local_rerank.commands.console import LogFormatter, forget, say
 from local_rerank_server.config import ServerConfig
 
 REPEAT_SECONDS = 60  # between two warnings of the same text about clients
@@ -38,7 +38,7 @@ def set_up_logging(config: ServerConfig, *, passed_over: Sequence[str] = ()) -> 
 
 def make_formatter(config: ServerConfig) -> logging.Formatter:
     if config.log_format == "human":
-        return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+        return LogFormatter("%(asctime)s %(levelname)s %(message)s")
     return JsonFormatter(
         "{levelname}{name}{message}",
         style="{",

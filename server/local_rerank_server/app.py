@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
@@ -59,7 +59,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
 class PlainPaths:
     """Serves `//v1/rerank/` as `/v1/rerank`, because a redirect would lose the body of a POST.
 
-    Only `/docs/` is redirected, because the page's own links are relative to `/docs`.
+    Only `/docs/` is a route of its own, a redirect, because the page's links are relative to `/docs`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -73,7 +73,7 @@ class PlainPaths:
         if path not in ("/", f"{root}/"):  # the page at the root, whose links are relative to it
             path = path.removesuffix("/")
         if path in ("/docs", f"{root}/docs") and path != scope["path"]:
-            return await RedirectResponse("../docs")(scope, receive, send)
+            path += "/"
         await self.app({**scope, "path": path}, receive, send)
 
 

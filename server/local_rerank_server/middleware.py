@@ -22,16 +22,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from local_rerank.errors import LocalRerankError, ModelUnavailable
 from local_rerank.types import RerankResult
 from local_rerank_server.admission import BodyReader
+from local_rerank_server.browsers import SECURITY_HEADERS, check_sender
 from local_rerank_server.dialects import OPEN_PATHS, dialect_at, make_routes, route_path
 from local_rerank_server.dialects._route import Dialect
-from local_rerank_server.errors import MethodNotAllowed
+from local_rerank_server.errors import AmbiguousBody, MethodNotAllowed, quoted
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 
 METHODS = "GET, HEAD, OPTIONS, POST"
-ABSOLUTE_FORM = re.compile(r"https?://[^/]*", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(r"https?://(?:[^/]*@)?([^/]*)", re.IGNORECASE)
 SENT_ID = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")  # printable ASCII, at most 128 characters
-LOGGED_PATH_CHARS = 300
 RESULT_HEADERS: dict[str, Callable[[RerankResult], int]] = {
     "x-truncated-documents": lambda result: result.num_truncated_documents,
     "x-truncated-query-tokens": lambda result: result.num_query_truncated_tokens,
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 class RequestLog:
     """Takes over or makes the request's id, sends it as `x-request-id`, and logs and counts the request.
 
-    Adds the headers of the results, too.
+    Refuses web pages of other origins, and adds the headers of every response and those of the results.
     """
 
     def __init__(self, app: ASGIApp, *, state: ServerState) -> None:
@@ -55,7 +55,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        _set_path(scope)
+        authority = _set_path(scope)
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if SENT_ID.fullmatch(sent_id) else str(uuid.uuid4())
         scope.setdefault("state", {}).update(request_id=request_id, status=0, num_documents=0, results=[])
@@ -65,6 +65,8 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 scope["state"]["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
                 headers.update(_result_headers(scope["state"]["results"]))
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
@@ -72,9 +74,18 @@ class RequestLog:
             await send(message)
 
         try:
-            await (_answer_without_path(Request(scope)) or self.app)(scope, receive, send_with_id)
+            await (self._early_answer(Request(scope), authority) or self.app)(scope, receive, send_with_id)
         finally:
             self._record(Request(scope), time.perf_counter() - started)
+
+    def _early_answer(self, http: Request, authority: str | None) -> Response | None:
+        """The answer to a request that no route may see or that asks for no route."""
+        try:
+            check_sender(http.scope, authority, self.state.config)
+            _check_framing(http)
+        except LocalRerankError as error:
+            return _dialect_of(http).error_response(error, http)
+        return _answer_without_path(http)
 
     def _record(self, http: Request, seconds: float) -> None:
         path, state = route_path(http), http.scope["state"]
@@ -84,8 +95,8 @@ class RequestLog:
             return
         fields = {
             "client": _client(http),
-            "method": http.method,
-            "path": quote(path, safe="/:@!$&'()*+,;=~")[:LOGGED_PATH_CHARS],  # so that no path forges a line
+            "method": quoted(http.method),
+            "path": quoted(quote(quoted(path), safe="/:@!$&'()*+,;=~")),  # so that no path forges a line
             "status": state["status"],
             "ms": round(seconds * 1e3, 1),
             "dialect": dialect,
@@ -138,11 +149,20 @@ class AdmissionMiddleware:
             self.state.admission.check_size(num_bytes)
 
 
-def _set_path(scope: Scope) -> None:
+def _check_framing(http: Request) -> None:
+    """Raise `AmbiguousBody` if a proxy in front may see another end of the body than we do (RFC 9112, section 6.1)."""
+    if "transfer-encoding" in http.headers:
+        if "content-length" in http.headers:
+            raise AmbiguousBody("Content-Length and Transfer-Encoding are both set; send one of them")
+        if http.scope.get("http_version") == "1.0":
+            raise AmbiguousBody("HTTP/1.0 has no Transfer-Encoding; send a Content-Length")
+
+
+def _set_path(scope: Scope) -> str | None:
     """Set `path` to the root path plus the path of a route, in whatever form a client and a proxy send it.
 
     The target may be a whole URL, and a reverse proxy may leave the root path in it or strip it. An ASGI server with a
-    root path of its own has put that in front.
+    root path of its own has put that in front. Returns the host and port of a whole URL.
     """
     root, path = scope.get("root_path", ""), scope["path"]
     if found := ABSOLUTE_FORM.match(path.removeprefix(root)):
@@ -153,6 +173,7 @@ def _set_path(scope: Scope) -> None:
     if len(paths) > 1:  # the root path may be the start of a route, such as /api: take a path that has a route
         path = max(*paths[1:], path, key=lambda each: _match(scope, each))
     scope["path"] = root + path
+    return found and found[1]
 
 
 def _match(scope: Scope, path: str) -> int:

@@ -22,14 +22,15 @@ _OF_OTHER_WEIGHTS = ("adapter_*", "*.index.json")  # JSON that describes weights
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MEMBER = re.compile(r"[\w-][\w.-]*\.safetensors")  # in the same folder
 
+_GGUF = "a GGUF file for llama.cpp: use the checkpoint it was made from"
 _SIGNATURES = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file: run `git lfs pull` in its folder"),
-    (re.compile(rb"GGUF"), "a GGUF file for llama.cpp: use the checkpoint it was made from"),
+    (re.compile(rb"GGUF"), _GGUF),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, not the file: download it again"),
 )
 _OTHER_FORMATS = {
     **dict.fromkeys(PICKLE_SUFFIXES, "a pickle, which could run code: save the model as safetensors"),
-    ".gguf": "a GGUF file for llama.cpp: use the checkpoint it was made from",
+    ".gguf": _GGUF,
     ".ggml": "a GGML file for llama.cpp: use the checkpoint it was made from",
     ".onnx": "an ONNX file: use the checkpoint it was made from",
     ".h5": "a TensorFlow file: save the model as safetensors",

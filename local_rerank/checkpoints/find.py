@@ -30,7 +30,7 @@ ALIASES = {
     "qwen3-reranker-4b": "Qwen/Qwen3-Reranker-4B",
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
 _KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder", "bundle": "a bundle"}
@@ -125,11 +125,6 @@ def hub_id(model: str) -> str:
             f"and no alias ({', '.join(ALIASES)})"
         )
     return model_id
-
-
-def cached_folder(model_id: str, revision: str | None) -> Path | None:
-    """A hub model's snapshot in the local cache; None if it is missing or incomplete. Uses no network."""
-    return find_snapshot(repository_of(model_id), revision)[0]
 
 
 def _open_bundle(path: Path) -> Checkpoint:

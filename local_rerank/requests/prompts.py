@@ -6,7 +6,7 @@ Clients written for servers without templates, as vLLM's examples are, render th
 these forms. Whitespace may differ around `prefix` and after the document's end, and the query's newline may be missing:
 
 - the query is `prefix`, instruction and query; each document is its label, the text, and one of `client_suffixes`;
-- the query is instruction and query; each document is its label and the text.
+- the query is instruction and query; each document is its label and the text, with or without such a suffix.
 """
 
 from __future__ import annotations
@@ -73,16 +73,13 @@ class PromptTemplate:
             for document in request.documents
         )
 
-    def _unwrap_document(self, document: str, is_whole: bool) -> str | None:
+    def _unwrap_document(self, document: str, needs_suffix: bool) -> str | None:
         text = document.lstrip()
-        if not text.startswith(self.document_label):
+        suffix = next((suffix for suffix in self.client_suffixes if text.rstrip().endswith(suffix)), None)
+        if not text.startswith(self.document_label) or (needs_suffix and suffix is None):
             return None
-        if is_whole:
-            text = text.rstrip()
-            suffix = next((suffix for suffix in self.client_suffixes if text.endswith(suffix)), None)
-            if suffix is None:
-                return None
-            text = text.removesuffix(suffix)
+        if suffix is not None:
+            text = text.rstrip().removesuffix(suffix)
         return text.removeprefix(self.document_label).removeprefix(" ")
 
 

@@ -15,6 +15,8 @@ from local_rerank.commands.console import LogFormatter, forget, say
 from local_rerank_server.config import ServerConfig
 
 REPEAT_SECONDS = 60  # between two warnings of the same text about clients
+MISLEADING = ("Unsupported upgrade request", "No supported WebSocket library")
+"""uvicorn's warnings about a request with `Upgrade`, which is answered as if it had none. No library is missing."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,18 @@ def log_fatal(message: str) -> None:
 
 
 class Occasionally(logging.Filter):
-    """Passes a warning of the same text once a minute, because a port scanner causes thousands."""
+    """Passes a warning of the same text once a minute, because a port scanner causes thousands.
+
+    Passes none of `MISLEADING`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._next: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg.startswith(MISLEADING):
+            return False
         now = time.monotonic()
         if record.levelno != logging.WARNING or now >= self._next.get(record.msg, now):
             self._next[record.msg] = now + REPEAT_SECONDS

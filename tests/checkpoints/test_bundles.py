@@ -58,6 +58,8 @@ def test_a_bundle_contains_the_files_for_loading_and_a_manifest_of_them(
     assert set(manifest.files) == shards | others | {"README.md", "LICENSE", "1_LogitScore/config.json"}
     assert (manifest.model_id, manifest.licence) == ("tiny-reranker", "apache-2.0")
     assert manifest.recipe["suffix"].endswith("</think>\n\n")
+    labels = {"instruction_label", "query_label", "document_label"}
+    assert manifest.recipe.keys() == {"prefix", "suffix", "yes", "no"} | labels  # others would refuse earlier bundles
     assert manifest.expected["dtype"] == "fp32"
     card = ModelCard(packable)
     for score, pair in zip(manifest.expected["scores"], STORED, strict=True):

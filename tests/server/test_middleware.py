@@ -221,15 +221,15 @@ async def test_b8_a_target_may_be_a_whole_url_or_no_path(serve: Serve) -> None:
         assert await status_of_target(app, "OPTIONS", "*") == 204
 
 
-async def status_of_target(app: ASGIApp, method: str, target: str) -> int:
+async def status_of_target(app: ASGIApp, method: str, target: str, *headers: tuple[bytes, bytes]) -> int:
     """The status of a request whose target an HTTP client would not send."""
     statuses = []
 
     async def send(message: Message) -> None:
         statuses.append(message.get("status"))
 
-    scope = {"type": "http", "method": method, "path": target, "headers": [], "query_string": b"", "client": None}
-    await app(scope, None, send)  # type: ignore[arg-type]
+    scope = {"type": "http", "method": method, "path": target, "query_string": b"", "client": None}
+    await app(scope | {"headers": headers}, None, send)  # type: ignore[arg-type]
     status = statuses[0]
     assert isinstance(status, int)
     return status

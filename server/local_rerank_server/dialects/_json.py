@@ -9,7 +9,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from local_rerank_server.errors import MalformedBody, UnsupportedContent
+from local_rerank_server.errors import MalformedBody, UnsupportedContent, quoted
 
 MAX_INLINE_BYTES = 256 * 1024  # about 2 ms of JSON parsing; larger bodies are parsed in a thread
 MAX_COUNTS = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
@@ -40,7 +40,7 @@ def json_request(http: Request) -> JsonRequest:
 def _check_content(http: Request) -> None:
     encoding = http.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise UnsupportedContent(f"Content-Encoding {encoding} is not supported; send the body uncompressed")
+        raise UnsupportedContent(f"Content-Encoding {quoted(encoding)} is not supported; send the body uncompressed")
     declared = http.headers.get("content-type")
     if not declared:
         return
@@ -48,7 +48,7 @@ def _check_content(http: Request) -> None:
     header["content-type"] = declared
     kind = header.get_content_type()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise UnsupportedContent(f"Content-Type {kind} is not supported; send application/json")
+        raise UnsupportedContent(f"Content-Type {quoted(kind)} is not supported; send application/json")
 
 
 def parse_json(body: bytes) -> Any:

@@ -23,6 +23,7 @@ from local_rerank_server.dialects._field_types import (
     Count,
     CountOrAll,
     Cut,
+    Documents,
     FieldNames,
     Flag,
     IgnoredUnlessObject,
@@ -139,6 +140,12 @@ class CommonRequest(Options):
     query: Text
 
 
+class DocumentsRequest(CommonRequest):
+    """A query and documents, which may be objects."""
+
+    documents: Documents
+
+
 def make_request(query: str, documents: Sequence[str], options: Options, config: ServerConfig) -> RerankRequest:
     """The library's request."""
     prompt_tokens = options.truncate_prompt_tokens or 0
@@ -153,6 +160,11 @@ def make_request(query: str, documents: Sequence[str], options: Options, config:
         truncation=options.wanted_truncation(),
         limits=config.limits,
     )
+
+
+def parse_documents(body: DocumentsRequest, config: ServerConfig) -> RerankRequest:
+    """The library's request for the body of most dialects."""
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 @contextmanager

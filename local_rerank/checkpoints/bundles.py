@@ -42,7 +42,7 @@ from local_rerank.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 FILE_SUFFIX = ".zip"  # any other name (Qwen3-Reranker-0.6B has the suffix ".6B") is a folder
-STATES = ".unpacked.json"  # in the cache: the size and time of each file when it was unpacked
+STATES = ".unpacked"  # in the cache, JSON: the size and time of each file when it was unpacked
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint gives the same file
 _CHUNK_BYTES = 1 << 20
 _MAX_EXPANSION = 20  # unpacked size / archive size; compression shrinks weights hardly and JSON by 5

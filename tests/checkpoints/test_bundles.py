@@ -72,6 +72,12 @@ def test_packing_is_reproducible(packable: Path, packed: dict[str, Path], tmp_pa
     assert (tmp_path / "x.zip").read_bytes() == packed["file"].read_bytes()
 
 
+def test_a_bundle_can_be_packed_again(packed: dict[str, Path], tmp_path: Path) -> None:
+    done = command("pack", str(packed["file"]), "-o", str(tmp_path / "again"), "--no-self-test", *EXACT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_manifest(tmp_path / "again").files == read_manifest(packed["file"]).files
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_bundle_scores_as_its_checkpoint_and_passes_its_self_test(
     kind: str, packed: dict[str, Path], packable: Path

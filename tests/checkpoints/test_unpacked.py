@@ -58,8 +58,8 @@ def link_away(folder: Path) -> None:
         (link_away, "config.json has changed"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"other weights"), "model.safetensors was added"),
         (lambda folder: (folder / "LICENSE").unlink(), "LICENSE is missing"),
-        (lambda folder: (folder / ".unpacked.json").write_text("[]"), "1_LogitScore/config.json has changed"),
-        (lambda folder: (folder / ".unpacked.json").write_text("{"), ".unpacked.json is missing or damaged"),
+        (lambda folder: (folder / ".unpacked").write_text("[]"), "1_LogitScore/config.json has changed"),
+        (lambda folder: (folder / ".unpacked").write_text("{"), ".unpacked is missing or damaged"),
         (lambda folder: edit_manifest_file(folder / MANIFEST), "local-rerank.json has changed"),
     ],
 )

@@ -30,6 +30,7 @@ from local_rerank_server.config import MAX_DOCUMENTS
 NOT_TEXT_ERROR = "not_text"
 """The type of the validation error for an image, video or audio; its context has the kind and its place."""
 
+MAX_NAME_CHARS = 40  # of an option
 MAX_FIELD_NAMES = 100  # each one is looked up in each document
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(\.0*)?")
 _MEDIA = {
@@ -58,7 +59,9 @@ class RequestBody(BaseModel):
 
 
 def snake_case(name: str) -> str:
-    """The name of an option that was written in camelCase."""
+    """The name of an option that was written in camelCase; other names stay, because a body may have any number."""
+    if len(name) > MAX_NAME_CHARS or name == name.lower():
+        return name
     return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from local_rerank.batch.job import JobFolder
 from local_rerank.commands.batch_options import BatchOptions, Judgements, judgements_of, source_of
 from local_rerank.commands.batch_progress import Display, Mode
-from local_rerank.commands.console import option, say, status
+from local_rerank.commands.console import Console, option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
@@ -30,20 +30,21 @@ def batch(
         str,
         option(
             help="File to score: .jsonl or .parquet (a query with documents, or a pair), .csv or .tsv (pairs), or a "
-            "TREC run (.run, .trec, .txt) with --queries and --corpus, or --dataset."
+            "run (.run, .trec, .txt, and with --queries .tsv or .csv) with --queries and --corpus, or --dataset."
         ),
     ],
     *,
     output: Annotated[str, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
     queries: Annotated[
-        Path | None, option(help="Queries of a run: .jsonl (id or _id, text), .tsv (id, text) or TREC topics.")
+        Path | None, option(help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics.")
     ] = None,
-    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl or .tsv.")] = None,
+    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")] = None,
     dataset: Annotated[
         str | None, option(help="ir_datasets collection with the queries and documents of a run.")
     ] = None,
     qrels: Annotated[
-        Path | None, option(help="TREC relevance judgements to measure the output run with, once it is complete.")
+        Path | None,
+        option(help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete."),
     ] = None,
     top_k: Annotated[
         int | None, option(help="Candidates to rerank per query of a run; the others keep their order. Default: all.")
@@ -257,8 +258,6 @@ def _summarize(
     if not was_done:
         say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:
-        from rich.console import Console
-
         from local_rerank.evaluation.report import measure_table
 
         Console().print(measure_table(systems))

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.model_config import for_transformers
 from local_rerank.checkpoints.tensors import ACTIVATION_SCALES, SCALE
 from local_rerank.errors import CheckpointError
 
@@ -18,11 +19,15 @@ DEFAULT_BLOCK = (128, 128)  # of transformers, if config.json has no weight_bloc
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config of the model as we load it: not quantized."""
+    """transformers' config of the model as we load it. Raises CheckpointError."""
     import transformers  # not at the top: telemetry is switched off before its first import
 
-    plain = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    return getattr(transformers, checkpoint.architecture).config_class.from_dict(plain)
+    config_class = getattr(transformers, checkpoint.architecture).config_class
+    try:
+        return config_class(**for_transformers(checkpoint.config))
+    except Exception as error:  # whatever transformers raises, such as KeyError for a missing factor of a rope_type
+        what = f"{checkpoint.folder / 'config.json'} is refused by transformers"
+        raise CheckpointError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

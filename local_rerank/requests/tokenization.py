@@ -40,6 +40,7 @@ DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
 MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
 CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
+_MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class PairTokenizer:
         for tokenizer in (self._full, self._plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
+        self._check_base_vocabulary()
         self._limits = limits
         self._default_instruction = default_instruction
         self.prefix_ids = self._control_ids(template.prefix)
@@ -297,6 +299,17 @@ class PairTokenizer:
                 encodings = self._plain.encode_batch_fast([" " + text for text in chunk], add_special_tokens=False)
                 yield from zip(chunk, (encoding.ids for encoding in encodings), strict=True)
                 chunk, num_chars = [], 0
+
+    def _check_base_vocabulary(self) -> None:
+        """Raise CheckpointError if text could become a control token, which must be an added token alone."""
+        added = {each.content: id for id, each in self._full.get_added_tokens_decoder().items()}
+        control = [text for text in added if _MARKUP.fullmatch(text)]
+        for text in dict.fromkeys(control + _CONTROL_TOKEN.findall(self.template.prefix + self.template.suffix)):
+            base = self._plain.id_to_token(added[text]) if text in added else None
+            base = base if self._plain.token_to_id(text) is None else text
+            if base is not None:
+                what = f"the base vocabulary has {base!r} for the control token {text}, so that text could produce it"
+                raise CheckpointError(f"{what}; use the tokenizer.json of the base model")
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a template text. Each control token in it must be a single token of the vocabulary."""

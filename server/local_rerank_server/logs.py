@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from pythonjsonlogger.json import JsonFormatter
 
-from local_rerank.commands.console import say
+from local_rerank.commands.console import LogFormatter, forget, say
 from local_rerank_server.config import ServerConfig
 
 REPEAT_SECONDS = 60  # between two warnings of the same text about clients
@@ -40,13 +40,12 @@ def set_up_logging(config: ServerConfig, *, passed_over: Sequence[str] = ()) -> 
 
 def make_formatter(config: ServerConfig) -> logging.Formatter:
     if config.log_format == "human":
-        return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+        return LogFormatter("%(asctime)s %(levelname)s %(message)s")
     return JsonFormatter(
         "{levelname}{name}{message}",
         style="{",
         rename_fields={"levelname": "level", "name": "logger"},
         timestamp="time",
-        json_ensure_ascii=False,
     )
 
 
@@ -55,7 +54,10 @@ def announce(config: ServerConfig, line: str) -> None:
     if config.log_format == "json":
         logger.info(line)
     else:
-        say(line)
+        try:
+            say(line)
+        except BrokenPipeError:  # nobody reads it, like `serve | head -1`; the server goes on
+            forget(sys.stdout)
 
 
 def log_fatal(message: str) -> None:

@@ -11,12 +11,12 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
@@ -55,7 +55,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        authority = _set_path(scope)
+        target = _set_path(scope)
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if SENT_ID.fullmatch(sent_id) else str(uuid.uuid4())
         scope.setdefault("state", {}).update(request_id=request_id, status=0, num_documents=0, results=[])
@@ -74,18 +74,18 @@ class RequestLog:
             await send(message)
 
         try:
-            await (self._early_answer(Request(scope), authority) or self.app)(scope, receive, send_with_id)
+            await (self._early_answer(Request(scope), target) or self.app)(scope, receive, send_with_id)
         finally:
             self._record(Request(scope), time.perf_counter() - started)
 
-    def _early_answer(self, http: Request, authority: str | None) -> Response | None:
+    def _early_answer(self, http: Request, target: _Target) -> Response | None:
         """The answer to a request that no route may see or that asks for no route."""
         try:
-            check_sender(http.scope, authority, self.state.config)
+            check_sender(http.scope, target.authority, self.state.config)
             _check_framing(http)
         except LocalRerankError as error:
             return _dialect_of(http).error_response(error, http)
-        return _answer_without_path(http)
+        return _answer_without_route(http, target)
 
     def _record(self, http: Request, seconds: float) -> None:
         path, state = route_path(http), http.scope["state"]
@@ -158,22 +158,33 @@ def _check_framing(http: Request) -> None:
             raise AmbiguousBody("HTTP/1.0 has no Transfer-Encoding; send a Content-Length")
 
 
-def _set_path(scope: Scope) -> str | None:
+class _Target(NamedTuple):
+    """What a request's target says beside the path of a route."""
+
+    authority: str | None  # host and port of a whole URL
+    num_final_slashes: int
+
+
+def _set_path(scope: Scope) -> _Target:
     """Set `path` to the root path plus the path of a route, in whatever form a client and a proxy send it.
 
-    The target may be a whole URL, and a reverse proxy may leave the root path in it or strip it. An ASGI server with a
-    root path of its own has put that in front. Returns the host and port of a whole URL.
+    The target may be a whole URL, slashes may be doubled, and a reverse proxy may leave the root path in it or strip
+    it. An ASGI server with a root path of its own has put that in front. Slashes at the end are cut off and not
+    redirected, because a redirect would lose the body of a POST.
     """
     root, path = scope.get("root_path", ""), scope["path"]
     if found := ABSOLUTE_FORM.match(path.removeprefix(root)):
         path = path.removeprefix(root)[found.end() :] or "/"
-    paths = [path]
+    if not path.startswith("/"):  # OPTIONS * and CONNECT
+        return _Target(None, 0)
+    plain = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    paths = [plain]
     while root and len(paths) < 3 and f"{paths[-1]}/".startswith(f"{root}/"):
         paths.append(paths[-1].removeprefix(root) or "/")
     if len(paths) > 1:  # the root path may be the start of a route, such as /api: take a path that has a route
-        path = max(*paths[1:], path, key=lambda each: _match(scope, each))
-    scope["path"] = root + path
-    return found and found[1]
+        plain = max(*paths[1:], plain, key=lambda each: _match(scope, each))
+    scope["path"] = root + plain
+    return _Target(found and found[1], len(path) - len(path.rstrip("/")))
 
 
 def _match(scope: Scope, path: str) -> int:
@@ -181,13 +192,15 @@ def _match(scope: Scope, path: str) -> int:
     return max(route.matches(alone)[0].value for route in make_routes())
 
 
-def _answer_without_path(http: Request) -> Response | None:
-    """The answer to a request whose target is not a path: `OPTIONS *`, and CONNECT, which asks for a proxy."""
-    target = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
-    if http.method == "OPTIONS" and target == "*":
+def _answer_without_route(http: Request, target: _Target) -> Response | None:
+    """The answer to a target that is not a path (`OPTIONS *`, and CONNECT, which asks for a proxy), and to `/docs/`."""
+    path = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
+    if http.method == "OPTIONS" and path == "*":
         return Response(status_code=204, headers={"allow": METHODS})
     if http.method == "CONNECT":
-        return dialect_at(target).error_response(MethodNotAllowed("CONNECT", target, allowed=METHODS), http)
+        return dialect_at(path).error_response(MethodNotAllowed("CONNECT", path, allowed=METHODS), http)
+    if path == "/docs" and target.num_final_slashes:  # the page's links are relative to /docs
+        return RedirectResponse("../" * target.num_final_slashes + "docs")
     return None
 
 

@@ -286,6 +286,7 @@ def lose_a_shard(folder: Path) -> None:
         (lambda folder: edit_config(folder, architectures=["BertModel"]), "has architecture BertModel; supported are"),
         (lambda folder: edit_config(folder, architectures=[]), "has architecture none"),
         (lambda folder: edit_config(folder, use_sliding_window=True), "sliding-window attention"),
+        (lambda folder: edit_config(folder, layer_types=["sliding_attention"] * 2), "sliding-window attention"),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             r"no safetensors weights; copy model\.saf",

@@ -201,6 +201,8 @@ async def test_b4_a_proxy_may_strip_the_root_path_or_leave_it(
                 (record,) = [record for record in caplog.records if record.name == LOGGER]
                 if (root, prefix, path) != ("/v1", "", "/v1/rerank"):  # which is also /rerank below /v1
                     assert vars(record)["path"] == path
+        if root == "/rerank":  # below the root path, or the route itself
+            assert (await client.post("/rerank/", json=BODIES[COMPATIBLE])).status_code == 503
         for path in (root, root + "/", "/"):
             page = (await client.get(path)).text
             assert f'<base href="{root}/">' in page

@@ -59,10 +59,8 @@ class RequestBody(BaseModel):
 
 
 def snake_case(name: str) -> str:
-    """The name of an option that was written in camelCase; other names stay, because a body may have any number."""
-    if len(name) > MAX_NAME_CHARS or name == name.lower():
-        return name
-    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+    """The name of an option that was written in camelCase, PascalCase or capitals; what is longer is no option."""
+    return name if len(name) > MAX_NAME_CHARS else re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class TextObject(TypedDict):
@@ -211,7 +209,7 @@ def _lower_case(value: Any) -> Any:
 
 def _refuse_unless_off(value: Any) -> None:
     if value not in (None, False, 0, "", [], {}):
-        raise PydanticCustomError("unsupported", "not supported here; leave it out")
+        raise PydanticCustomError("unsupported", "it has no effect here; leave it out or send null")
 
 
 def _string_or_none(value: Any) -> Any:

@@ -229,7 +229,7 @@ def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
 
 
 def _name_sent(name: str, body: Mapping[str, Any]) -> str:
-    """The name in the body of an option that was sent in camelCase or in DashScope's `parameters`."""
+    """The name in the body of an option that was sent in another case or in DashScope's `parameters`."""
     nested = body.get("parameters")
     for prefix, fields in (("", body), ("parameters.", nested if isinstance(nested, dict) else {})):
         for key, value in fields.items():

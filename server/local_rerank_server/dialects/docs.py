@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse
+from starlette.responses import JSONResponse
 
 from local_rerank_server.dialects._files import add_files
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
@@ -33,7 +33,7 @@ dialect = Dialect(
     render_error=render_generic_error,
     error_model=GenericError,
     # a browser sends no key; the page asks for one before it sends a request
-    open_paths=(*FILES, "/docs/", "/openapi.json"),
+    open_paths=(*FILES, "/openapi.json"),
 )
 router = dialect.router()
 
@@ -48,11 +48,5 @@ async def openapi(http: Request) -> JSONResponse:
     return JSONResponse(document)
 
 
-async def without_slash() -> RedirectResponse:
-    """The page's links are relative to `/docs`."""
-    return RedirectResponse("../docs")
-
-
 add_get(router, "/openapi.json", openapi)
-add_get(router, "/docs/", without_slash, include_in_schema=False)
 add_files(router, FILES, policy=POLICY, summary="Every route, with example requests to send")

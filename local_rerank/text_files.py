@@ -146,7 +146,8 @@ def plain_file(file: Path, copy: Path, field: str) -> Path:
         return file
     if not copy.exists():
         incomplete = copy.with_name(copy.name + ".new")
-        with open_utf8(file, field) as stream, incomplete.open("wb") as target:
+        incomplete.unlink(missing_ok=True)
+        with open_utf8(file, field) as stream, incomplete.open("xb") as target:
             shutil.copyfileobj(stream, target)
         incomplete.replace(copy)
     return copy

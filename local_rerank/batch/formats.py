@@ -48,7 +48,14 @@ def open_source(file: Path, folder: Path) -> Source:
 
 
 def open_sink(
-    file: Path, folder: Path, source: Source, *, model_id: str, with_documents: bool, is_blended: bool
+    file: Path,
+    folder: Path,
+    source: Source,
+    *,
+    model_id: str,
+    with_documents: bool,
+    is_blended: bool,
+    spreadsheet_safe: bool = False,
 ) -> Sink:
     """Open the writer that the file name selects; `folder` is for unfinished data. Raises ConfigError."""
     judge_output(file, source)
@@ -65,5 +72,5 @@ def open_sink(
         schema = output_schema(found, source.columns, **options)
         return ParquetSink(file, folder, schema, with_documents=with_documents)
     names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
-    line = tsv_line if suffix == ".tsv" else csv_line
+    line = partial(tsv_line if suffix == ".tsv" else csv_line, spreadsheet_safe=spreadsheet_safe)
     return TextSink(file, partial(flat_lines, names=names, line=line), header=line(names))

@@ -58,6 +58,10 @@ def batch(
     ] = None,
     cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,
     return_documents: Annotated[bool, option(help="Include the texts of the documents in the output.")] = False,
+    spreadsheet_safe: Annotated[
+        bool,
+        option(help="In .csv and .tsv put an apostrophe before texts that a spreadsheet would run as formulas."),
+    ] = False,
     overwrite: Annotated[bool, option(help="Replace an existing output and start again.")] = False,
     ray: Annotated[
         bool | str,
@@ -80,7 +84,7 @@ def batch(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
             return_documents=return_documents, overwrite=overwrite, mode=mode,
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
-                    "cache": cache},
+                    "cache": cache, "spreadsheet_safe": spreadsheet_safe or None},
         )  # fmt: skip
     _run(
         BatchOptions(
@@ -94,6 +98,7 @@ def batch(
             blend=None if blend is None else parse_blend(blend),
             cache=cache,
             return_documents=return_documents,
+            spreadsheet_safe=spreadsheet_safe,
             engine=engine or EngineConfig(),
         ),
         mode,
@@ -198,6 +203,7 @@ def _score(
         model_id=reranker.model_id,
         with_documents=job.return_documents,
         is_blended=job.blend is not None,
+        spreadsheet_safe=job.spreadsheet_safe,
     )
     with (
         closing(ScoreCache(job.cache or folder.path / "scores.sqlite", identity)) as cache,

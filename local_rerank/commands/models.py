@@ -14,6 +14,7 @@ from local_rerank.commands.console import option, say, status
 from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
+OF_A_PULL = ("config.json", ".cache/huggingface", ".msc")  # what a model's folder has, also if its download was stopped
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in a model card's front matter
 
 
@@ -34,6 +35,8 @@ def pull(
     from local_rerank.checkpoints.find import hub_id, open_checkpoint
 
     model_id = hub_id(model)
+    if to is not None and to.is_dir() and any(to.iterdir()) and not any((to / name).exists() for name in OF_A_PULL):
+        raise ConfigError(f"to is {to}, which has files that are no model's; choose a new folder, or an empty one")
     folder = (fetch if hub == "huggingface" else fetch_from_modelscope)(model_id, revision, to)
     checkpoint = open_checkpoint(str(folder))
     in_cache = to is None and hub == "huggingface"

@@ -149,6 +149,7 @@ async def test_another_host_is_refused_in_the_shape_of_every_dialect(serve: Serv
         ({"host": "::1"}, 421),
         ({"host": "127.0.0.2"}, 421),
         ({"insecure": True}, 421),
+        ({"host": "", "insecure": True}, 421),  # as in gunicorn: the address of the connection counts
         ({"api_key": ("k",)}, 401),
         ({"host": "0.0.0.0", "insecure": True}, 200),
         ({"host": "0.0.0.0", "insecure": True, "allowed_hosts": ("a.example",)}, 421),

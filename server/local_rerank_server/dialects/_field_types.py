@@ -30,6 +30,7 @@ from local_rerank_server.config import MAX_DOCUMENTS
 NOT_TEXT_ERROR = "not_text"
 """The type of the validation error for an image, video or audio; its context has the kind and its place."""
 
+MAX_NAME_CHARS = 40  # of an option
 MAX_FIELD_NAMES = 100  # each one is looked up in each document
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(\.0*)?")
 _MEDIA = {
@@ -58,8 +59,8 @@ class RequestBody(BaseModel):
 
 
 def snake_case(name: str) -> str:
-    """The name of an option that was written in camelCase, PascalCase or capitals."""
-    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    """The name of an option that was written in camelCase, PascalCase or capitals; what is longer is no option."""
+    return name if len(name) > MAX_NAME_CHARS else re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class TextObject(TypedDict):

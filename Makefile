@@ -4,6 +4,8 @@ ARGS ?=
 BIN := .venv/bin
 SERVE := .venv/.serve
 DEV := .venv/.dev
+SBOM_TOOL := cyclonedx-bom==7.5.0
+HASHES_TOOL := pip-tools==7.6.2
 CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
 ifneq ($(shell which npm 2>/dev/null),)
 CLIENTS += .venv-clients/node/.installed
@@ -16,7 +18,7 @@ test quick: export GOMP_SPINCOUNT := 20000
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick check fix docs screenshot clients clean
+.PHONY: help serve test quick check fix docs screenshot clients sbom hashes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -53,8 +55,18 @@ screenshot: $(DEV) ## retake the README's screenshot (needs Chromium; shows this
 
 clients: $(CLIENTS) ## install the SDKs that tests/clients calls, each set in its own environment
 
+sbom: $(SERVE) .venv-sbom/.installed ## list what is installed in .venv, with versions and licences: dist/sbom.json (CycloneDX)
+	@mkdir -p dist
+	.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json .venv
+
+# Hashes hold for the Python and the system that this runs on: for the image, run it in its base image (docs/operations.md).
+hashes: .venv-hashes/.installed ## write hashes.txt: each package that serving needs, with the hashes of its files
+	.venv-hashes/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --all-build-deps \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header --constraint constraints.txt \
+		--output-file hashes.txt pyproject.toml
+
 clean: ## remove the environments, caches and built packages
-	rm -rf .venv .venv-clients dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-clients .venv-sbom .venv-hashes dist .pytest_cache .mypy_cache .ruff_cache
 
 $(SERVE): pyproject.toml constraints.txt
 	@echo "Installing what serving needs into .venv: once, a few minutes, most of them for torch ..."
@@ -65,6 +77,12 @@ $(SERVE): pyproject.toml constraints.txt
 $(DEV): $(SERVE)
 	@echo "Adding what tests and checks need ..."
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv-sbom/.installed .venv-hashes/.installed: Makefile
+	@echo "Installing the tool of $@ ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet $(if $(findstring sbom,$@),$(SBOM_TOOL),$(HASHES_TOOL))
 	@touch $@
 
 .venv-clients/%/.installed: tests/clients/%.txt

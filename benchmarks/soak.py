@@ -78,7 +78,7 @@ async def mixed(address: str, process: psutil.Process, cases: list[Case], minute
         host, port = address.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
         raw = json.dumps(generator.choice(cases).body).encode()
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+        head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
         writer.write((head + raw)[: generator.randrange(len(head + raw) + 1)])
         await writer.drain()
         writer.transport.abort()

@@ -9,18 +9,25 @@ from __future__ import annotations
 import os
 import reprlib
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from local_rerank.errors import ConfigError
+from local_rerank.text_files import as_utf8
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default. The hosted service's default ends with a full stop, this one does not."""
 
 DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
+
+
+def _in_utf8(_: Any, tokens: Sequence[Token]) -> str:
+    """A converter for cyclopts, whose texts are in the locale's encoding."""
+    return as_utf8(tokens[0].value)
 
 
 @Parameter(name="*")
@@ -55,8 +62,9 @@ class EngineConfig:
                        "allow, and fewer while other processes use the CPUs. A number set here is never changed."),
     ] = None  # fmt: skip
     instruction: Annotated[
-        str, Parameter(help="Default instruction, used when a request has none.")
-    ] = DEFAULT_INSTRUCTION  # fmt: skip
+        str,
+        Parameter(help="Default instruction, used when a request has none.", converter=_in_utf8),
+    ] = DEFAULT_INSTRUCTION
     max_length: Annotated[
         int, Parameter(help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
     ] = 8192  # fmt: skip

@@ -1,7 +1,7 @@
 """Read text as files and pipes hold it: UTF-8 with or without BOM, UTF-16 by its BOM, gzip and zstd by their magic.
 
 Every command reads through `lines` or `open_utf8`, so that no result depends on the locale, and every error names the
-file and the line.
+file and the line. `visible` is for showing text of others to people.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -31,6 +32,30 @@ _DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
     b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),  # 31: with gzip's header and checksum
     b"\x28\xb5\x2f\xfd": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
+_BINARY = {  # what starts a file -> what it is
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a zip archive, such as DOCX, XLSX, EPUB or a bundle",
+    b"\xd0\xcf\x11\xe0": "an old Office file, such as DOC or XLS",
+    b"{\\rtf1": "RTF",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"PAR1\x15": "Parquet",
+    b"ARROW1\x00\x00": "Arrow",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"BZh91AY&": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x1f\x8b": "compressed twice",
+    b"\x28\xb5\x2f\xfd": "compressed twice",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+}
+_INVISIBLE = re.compile(
+    "[\0-\x1f\x7f-\x9f"  # control characters: C0 with escape, line ends and tabs; C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # those of bidirectional text
+    "\u00ad\u180e\u200b\u2028\u2029\u2060-\u2065\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"  # no width, or a line end
+)
+_HEAD_BYTES = max(map(len, _BINARY))
 
 
 def lines(file: Path | None, field: str) -> Iterator[tuple[int, str]]:
@@ -49,7 +74,14 @@ def lines(file: Path | None, field: str) -> Iterator[tuple[int, str]]:
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> str:
     """Describe a line that is not UTF-8."""
+    if b"\0" in error.object:
+        return has_nul(where)
     return f"{where} is not UTF-8 (byte {error.start + 1}: {error.reason}); save it as UTF-8, or as UTF-16 with a BOM"
+
+
+def has_nul(where: str) -> str:
+    """Describe a line that no text has."""
+    return f"{where} has a NUL: it is binary, or UTF-16 without a byte order mark"
 
 
 @contextmanager
@@ -68,6 +100,29 @@ def open_utf8(file: Path | None, field: str) -> Iterator[IO[bytes]]:
 
 def name_of(file: Path | None) -> str:
     return "standard input" if file is None else str(file)
+
+
+def as_utf8(argument: str) -> str:
+    """A text from the command line in UTF-8, whatever the locale. Bytes that are not UTF-8 stay as they are read."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
+
+
+def visible(text: str, *, keep_lines: bool = False) -> str:
+    r"""A text for people, in which no character can move the cursor, hide or reorder text, or start another line.
+
+    `keep_lines`: leave line feeds, in texts that have several lines of our own.
+
+    >>> visible("\x1b[31mred\n")
+    '\\x1b[31mred\\n'
+    """
+    return _INVISIBLE.sub(lambda found: found[0] if keep_lines and found[0] == "\n" else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def suffix_of(file: Path) -> str:
@@ -91,7 +146,8 @@ def plain_file(file: Path, copy: Path, field: str) -> Path:
         return file
     if not copy.exists():
         incomplete = copy.with_name(copy.name + ".new")
-        with open_utf8(file, field) as stream, incomplete.open("wb") as target:
+        incomplete.unlink(missing_ok=True)
+        with open_utf8(file, field) as stream, incomplete.open("xb") as target:
             shutil.copyfileobj(stream, target)
         incomplete.replace(copy)
     return copy
@@ -115,7 +171,11 @@ def _readable_chunks(stream: IO[bytes], file: Path | None, field: str) -> Iterat
     """The stream in UTF-8; every error names the file."""
     chunks = iter(partial(cast(io.BufferedReader, stream).read1, CHUNK_BYTES), b"")
     try:
-        yield from _utf8(_decompressed(chunks))
+        head, chunks = _peek(_decompressed(chunks))
+        if kind := next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None):
+            what = f"{name_of(file)} is {kind}, which cannot be read; give text, plain or compressed with gzip or zstd"
+            raise InvalidRequest(what, field=field)
+        yield from _utf8(chunks)
     except OSError as error:
         raise InvalidRequest(_unreadable(file, error), field=field) from error
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -156,11 +216,11 @@ def _decompressor(head: bytes) -> Callable[[], Any] | None:
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """Return at least the first four bytes, which a pipe may deliver one by one, and chunks that still hold them."""
+    """Return at least the first `_HEAD_BYTES`, which a pipe may deliver one by one, and chunks that still hold them."""
     head = b""
     for chunk in chunks:
         head += chunk
-        if len(head) >= 4:
+        if len(head) >= _HEAD_BYTES:
             break
     return head, chain([head], chunks)
 

@@ -18,6 +18,7 @@ from tests.serving import serving
 
 DOCUMENTED_KEY = "any"  # used by docs/clients.md
 TYPED_KEY = "schlüssel-密钥"
+OTHER_NAME = "playground.test"  # of the open server, for tests/playground
 MAX_DOCUMENT_TOKENS = 128  # of the keyed server
 OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--no-self-test")
 HOST = Path(__file__).parent / "clients" / "python_host.py"
@@ -34,7 +35,7 @@ def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
     with ExitStack() as stack, ThreadPoolExecutor() as starters:
         starting = (
             serving(folder / "keyed.log", *OPTIONS, *requires_key),
-            serving(folder / "open.log", *OPTIONS, "--document-echo", "string"),
+            serving(folder / "open.log", *OPTIONS, "--document-echo", "string", "--allowed-hosts", OTHER_NAME),
         )
         keyed, open_ = starters.map(stack.enter_context, starting)
         yield keyed.address, open_.address

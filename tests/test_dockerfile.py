@@ -45,13 +45,35 @@ def position(text: str) -> int:
 
 @pytest.mark.parametrize("copied", all_of("COPY"))
 def test_every_copied_path_exists(copied: str) -> None:
-    *sources, _ = copied.split()
+    *sources, _ = copied.replace("${HASHES}", "").split()
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
 def test_every_file_of_the_build_is_copied() -> None:
     copied = {source for rest in all_of("COPY") for source in rest.split()[:-1]}
-    assert {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "local_rerank", "server"} == copied
+    files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "NOTICE", "local_rerank", "server"}
+    assert {*files, "${HASHES}"} == copied
+
+
+def test_base_image_and_hashes_are_arguments_and_with_hashes_nothing_is_installed_without_them() -> None:
+    arguments = dict(rest.split("=") for rest in all_of("ARG"))
+    assert all_of("FROM") == ["${BASE}"]
+    assert re.fullmatch(r"nvidia/cuda:[\w.-]+", arguments["BASE"]), "a digest is stated by who has read it"
+    assert arguments["HASHES"] == '""'
+    (install,) = (rest for rest in all_of("RUN") if "pip install" in rest)
+    by_hash, package, plain = re.findall(r"pip install ([^;&]+)", install)
+    assert '--require-hashes --requirement "$HASHES"' in by_hash
+    assert "--no-index --no-deps --no-build-isolation" in package
+    assert "--constraint constraints.txt" in plain
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="this system has no make")
+@pytest.mark.parametrize(("target", "says"), [("hashes", "--generate-hashes"), ("sbom", "cyclonedx-py environment")])
+def test_make_has_a_target_for_hashes_and_for_an_sbom_whose_tools_have_versions(target: str, says: str) -> None:
+    done = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True)
+    assert says in done.stdout, done.stderr
+    assert re.search(r"/pip install --quiet (pip-tools|cyclonedx-bom)==[\d.]+\n", done.stdout)
+    assert "index-url" not in done.stdout.replace("--no-emit-index-url", "")
 
 
 def test_every_option_it_sets_is_an_option() -> None:

@@ -16,7 +16,7 @@ from local_rerank_server.dialects import ROWS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DIALECTS = (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8")
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")]
 PAGES += sorted(ROOT.glob("docs/*.md"))
 ASSETS = ("/playground/", "/docs/")  # files that the pages at / and /docs load
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -97,3 +97,12 @@ def test_the_examples_in_python_run_and_print_what_is_shown(number: int) -> None
     test = doctest.DocTestParser().get_doctest(example, {}, f"README example {number}", None, None)
     assert test.examples
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
+def test_every_test_that_the_security_page_names_exists() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)`: ((?:`test_\w+`(?:, )?)+)", page)
+    assert len(named) > 8
+    for file, functions in named:
+        for function in re.findall(r"test_\w+", functions):
+            assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)

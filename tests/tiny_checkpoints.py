@@ -56,6 +56,7 @@ def make_checkpoint(
         head_dim=shape.get("head_dim", 16),
         max_position_embeddings=shape.get("max_position_embeddings", 8192),
         tie_word_embeddings=tied,
+        attention_bias=shape.get("attention_bias", False),
         initializer_range=0.3,  # large, so that log-odds differ by much more than any tolerance
         **({} if num_labels is None else {"num_labels": num_labels}),
     )

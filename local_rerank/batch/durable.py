@@ -12,15 +12,27 @@ from local_rerank.errors import ConfigError
 
 
 @contextmanager
-def replace(file: Path) -> Iterator[IO[bytes]]:
-    """Yield a stream for the new content, which atomically replaces `file`, synced to disk, when the block ends."""
-    new = file.with_name(file.name + ".new")
-    with new.open("wb") as stream:
+def replace(file: Path, new: Path | None = None) -> Iterator[IO[bytes]]:
+    """Yield a stream for the new content, which atomically replaces `file`, synced to disk, when the block ends.
+
+    `new`: where it is written, on the same file system. Default: beside the file, with the suffix .new.
+    """
+    new = new or file.with_name(file.name + ".new")
+    with created(new) as stream:
         yield stream
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(file)
     sync_folder(file.parent)
+
+
+def created(file: Path) -> IO[bytes]:
+    """Open a new file for writing. What has its name is removed, and a link is never followed."""
+    try:
+        return file.open("xb")
+    except FileExistsError:
+        file.unlink()
+        return file.open("xb")
 
 
 def sync_folder(folder: Path) -> None:
@@ -47,6 +59,8 @@ class AppendFile:
         if size == 0:
             self._file.unlink(missing_ok=True)
             return
+        if self._file.is_symlink():
+            raise ConfigError(f"{self._file} is a link, but the job wrote a file; --overwrite starts again")
         if not self._file.is_file() or self._file.stat().st_size < size:
             raise ConfigError(f"{self._file} is shorter than the {size} bytes the job wrote; --overwrite starts again")
         self._stream = self._file.open("r+b")
@@ -55,7 +69,7 @@ class AppendFile:
 
     def append(self, data: bytes) -> None:
         if self._stream is None:
-            self._stream = self._file.open("wb")
+            self._stream = self._file.open("xb")  # `rewind` has removed it; a link would lead elsewhere
             sync_folder(self._file.parent)
         self._stream.write(data)
 

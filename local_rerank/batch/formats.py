@@ -19,8 +19,7 @@ PLAIN_INPUT = f"{FROM_INPUT}plain"
 
 def judge_output(file: Path, source: Source) -> None:
     """Raise ConfigError before the work if the output cannot have the form that its name selects."""
-    if (suffix := file.suffix.lower()) not in OUTPUT_SUFFIXES:
-        raise ConfigError(f"output is {file}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+    suffix = file.suffix.lower()
     if suffix == ".run" and source.is_pairs:
         raise ConfigError(f"output is {file}, a run, but the input has pairs, which have no ranking")
     if suffix == ".parquet":
@@ -49,7 +48,14 @@ def open_source(file: Path, folder: Path) -> Source:
 
 
 def open_sink(
-    file: Path, folder: Path, source: Source, *, model_id: str, with_documents: bool, is_blended: bool
+    file: Path,
+    folder: Path,
+    source: Source,
+    *,
+    model_id: str,
+    with_documents: bool,
+    is_blended: bool,
+    spreadsheet_safe: bool = False,
 ) -> Sink:
     """Open the writer that the file name selects; `folder` is for unfinished data. Raises ConfigError."""
     judge_output(file, source)
@@ -66,5 +72,5 @@ def open_sink(
         schema = output_schema(found, source.columns, **options)
         return ParquetSink(file, folder, schema, with_documents=with_documents)
     names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
-    line = tsv_line if suffix == ".tsv" else csv_line
+    line = partial(tsv_line if suffix == ".tsv" else csv_line, spreadsheet_safe=spreadsheet_safe)
     return TextSink(file, partial(flat_lines, names=names, line=line), header=line(names))

@@ -12,6 +12,8 @@ did not start leaves no folder.
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
@@ -29,6 +31,11 @@ from local_rerank.errors import ConfigError, InvalidRequest
 
 FORMAT_VERSION = 2
 FROM_INPUT = "input."  # how names of files begin that are made from the input alone: its index, plain copies
+_OURS = re.compile(
+    r"lock|progress\.json(\.new)?|scores\.sqlite(-wal|-shm|-journal)?|part-\d{8}\.parquet(\.new)?"
+    r"|output\.new|input\.(plain|corpus|candidates\.sqlite)(\.new)?(-wal|-shm|-journal)?"
+)
+"""The files of a job's folder; no others are deleted."""
 WRITE_SECONDS = 5.0  # between two commits, each of which syncs two or three files
 MAX_BLOCK_PAIRS = 1024
 MAX_BLOCK_CHARS = 4 << 20  # of queries and documents
@@ -76,6 +83,7 @@ class JobFolder:
         self.begins = ""  # whether the job goes on or starts anew, unless it is the first of its name
         self._output = output
         self._file = self.path / "progress.json"
+        self._refuse_others()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / "lock")
@@ -89,6 +97,20 @@ class JobFolder:
         except ConfigError:
             self.close()
             raise
+
+    def _refuse_others(self) -> None:
+        """Raise ConfigError if the folder is a link or has files of others, because a job deletes what is in it."""
+        what = ""
+        if self.path.is_symlink():
+            what = f"{self.path} is a link"
+        elif self.path.is_dir():
+            found = sorted(self.path.iterdir())
+            others = [file.name for file in found if not _OURS.fullmatch(file.name) or not _is_plain(file)]
+            what = f"{self.path} has files of others ({', '.join(others[:3])})" if others else ""
+        elif self.path.exists():
+            what = f"{self.path} is a file"
+        if what:
+            raise ConfigError(f"output is {self._output}, but {what}; remove it or choose another name")
 
     def _find(self, rejects: Path, settings: dict[str, str], overwrite: bool) -> JobProgress | None:
         """Return the progress of the job to resume, or None to start anew."""
@@ -104,7 +126,7 @@ class JobFolder:
             self.begins = "starts anew: the output of the finished job is gone"
         elif overwrite:
             self.begins = "starts anew (--overwrite)" if self._output.exists() or self._file.exists() else ""
-        elif there := [file for file in (self._output, rejects) if file.exists()]:
+        elif there := [file for file in (self._output, rejects) if os.path.lexists(file)]:
             raise ConfigError(f"{there[0]} exists and belongs to no unfinished job; --overwrite replaces it")
         for file in self.path.glob(f"{FROM_INPUT}*"):
             file.unlink()
@@ -155,6 +177,10 @@ class JobFolder:
                     (self.path / "lock").unlink()
                     self.path.rmdir()
         self._lock.release()  # elsewhere the file stays, because removing it could break the lock of the next process
+
+
+def _is_plain(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
 
 
 def _num_records(progress: JobProgress) -> str:

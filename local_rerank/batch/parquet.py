@@ -140,7 +140,10 @@ class ParquetSink:
 
     def finish(self) -> None:
         """Join the parts; idempotent."""
-        with replace(self._file) as stream, pq.ParquetWriter(stream, self._schema) as writer:
+        with (
+            replace(self._file, self._folder / "output.new") as stream,
+            pq.ParquetWriter(stream, self._schema) as writer,
+        ):
             pending: list[pa.Table] = []
             for number in range(self._num_parts):
                 pending.append(pq.read_table(self._part(number), schema=self._schema))

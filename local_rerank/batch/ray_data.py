@@ -37,6 +37,8 @@ from local_rerank.errors import ConfigError, EngineFailure
 from local_rerank.evaluation.blending import Blend
 
 JOB_FILE = "job.json"
+_OURS = re.compile(r"job\.json|part-\d{5,}\.(jsonl|parquet|rejects\.jsonl)(\.new)?")
+"""The files of an output folder; no others are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +94,24 @@ def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
 
 def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
     """Return the pieces without a part; raises ConfigError if the folder belongs to another job."""
+    if "://" not in job.output and Path(job.output).is_symlink():
+        raise ConfigError(f"output is {job.output}, which is a link; remove it or choose another name")
     filesystem, folder = open_filesystem(job.output)
     filesystem.create_dir(folder, recursive=True)
     settings, file = job.settings(len(pieces)), f"{folder}/{JOB_FILE}"
-    if overwrite:
-        filesystem.delete_dir_contents(folder)
+    found = filesystem.get_file_info(pafs.FileSelector(folder))
+    if overwrite or file not in {each.path for each in found}:
+        if others := [each.base_name for each in found if not _OURS.fullmatch(each.base_name) or not each.is_file]:
+            what = f"output is {job.output}, which has files of others ({', '.join(sorted(others)[:3])})"
+            raise ConfigError(f"{what}; remove them or choose another name")
+        for each in found:
+            filesystem.delete_file(each.path)
     if filesystem.get_file_info(file).type == pafs.FileType.File:
         with filesystem.open_input_stream(file) as stream:
-            found = json.loads(stream.read())
+            was = json.loads(stream.read())
         for name, value in settings.items():
-            if found.get(name) != value:
-                raise ConfigError(other_setting(job.output, name, found.get(name), value))
+            if was.get(name) != value:
+                raise ConfigError(other_setting(job.output, name, was.get(name), value))
     else:
         with filesystem.open_output_stream(file) as stream:
             stream.write(json.dumps(settings, indent=2).encode())

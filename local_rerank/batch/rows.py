@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from local_rerank.errors import InvalidRequest
+from local_rerank.errors import EmptyQuery, InvalidRequest, NoDocuments
 from local_rerank.types import RankedDocument
 
 Record = dict[str, Any]
@@ -59,7 +59,7 @@ def parse_record(record: object) -> Row:
     if not isinstance(query, str):
         raise InvalidRequest(f"query must be a string, not {_kind(record, 'query')}", field="query")
     if not query.strip():
-        raise InvalidRequest("query is empty; it must contain some text", field="query")
+        raise EmptyQuery()
     if instruction is not None and not isinstance(instruction, str):
         raise InvalidRequest(f"instruction must be a string, not {_kind(record, 'instruction')}", field="instruction")
     name = _name(record.get("id"), "id")
@@ -73,7 +73,7 @@ def parse_record(record: object) -> Row:
     if not isinstance(documents, list):
         raise InvalidRequest(f"documents must be a list, not {_kind(record, 'documents')}", field="documents")
     if not documents:
-        raise InvalidRequest("0 documents; at least 1 is needed", field="documents", value=0, limit=1)
+        raise NoDocuments(limit=None)
     parsed = [_parse_document(document, index) for index, document in enumerate(documents)]
     return Row(
         query=query,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0  # timeout for another process that holds the write lock
+_COLUMNS = ["key", "log_odds", "num_tokens", "num_truncated_tokens"]
 _MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
     "model", "revision", "instruction",  # part of the key by their contents
@@ -56,16 +57,24 @@ class ScoreCache:
         self._identity = identity.encode()
         try:
             self._database = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            self._check()
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut the last writes
             self._create()
         except sqlite3.Error as error:
             raise ConfigError(f"cache {file} cannot be used: {error}") from error
 
-    def _create(self) -> None:
+    def _check(self) -> None:
+        """Raise ConfigError, before anything is written, if the file is a database of another program or version."""
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        columns = [name for _, name, *_ in self._database.execute("PRAGMA table_info(scores)")]
+        (num_objects,) = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if num_objects and (num_objects > 1 or columns != _COLUMNS):
+            raise ConfigError(f"cache {self._file} is a database of another program; choose another name")
         if version not in (0, SCHEMA_VERSION):
             raise ConfigError(f"cache {self._file} has version {version}; this program reads version {SCHEMA_VERSION}")
+
+    def _create(self) -> None:
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, log_odds REAL NOT NULL,"
             " num_tokens INTEGER NOT NULL, num_truncated_tokens INTEGER NOT NULL) WITHOUT ROWID"

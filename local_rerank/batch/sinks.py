@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from local_rerank.batch.durable import AppendFile
 from local_rerank.batch.rows import PAIR_COLUMNS, Record, Row, ScoredRow, encode, result_record, to_record
 from local_rerank.batch.sources import Source
 
+_FORMULA = re.compile(r"[\t\r\n]|\s*[=+@＝＋－＠-]")  # how a cell begins that a spreadsheet may run
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 _TO_SPACES = str.maketrans("\t\r\n", "   ")
 
 
@@ -120,12 +123,23 @@ def _flat_records(scored: ScoredRow) -> list[Record]:
     return records
 
 
-def csv_line(values: Sequence[Any]) -> str:
+def csv_line(values: Sequence[Any], *, spreadsheet_safe: bool = False) -> str:
+    """Write a line. If it is to be safe, every text has quotes, because a spreadsheet may split at semicolons."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
+    if spreadsheet_safe:
+        csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC).writerow(map(_as_text, values))
+    else:
+        csv.writer(line, lineterminator="\n").writerow(values)
     return line.getvalue()
 
 
-def tsv_line(values: Sequence[Any]) -> str:
+def _as_text(value: Any) -> Any:
+    """A cell that spreadsheets show as text: with an apostrophe before what they might take for a formula."""
+    is_formula = isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value
+
+
+def tsv_line(values: Sequence[Any], *, spreadsheet_safe: bool = False) -> str:
     """Write a line without quotes; tabs and line breaks in a text become spaces."""
+    values = [*map(_as_text, values)] if spreadsheet_safe else values
     return "\t".join("" if value is None else str(value).translate(_TO_SPACES) for value in values) + "\n"

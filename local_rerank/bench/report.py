@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from local_rerank.bench.measure import WorkloadResult
+from local_rerank.text_files import visible
 
 
 def all_tables(results: Sequence[WorkloadResult]) -> list[Any]:
@@ -24,12 +25,12 @@ def workload_table(result: WorkloadResult) -> Any:
     rows = [
         [
             row.system,
-            f"{statistics.median(row.seconds):.3g}",
+            _figure(statistics.median(row.seconds), 3),
             f"{row.ratio:.2f}",
-            f"{row.pairs_per_second:.4g}",
-            f"{row.tokens_per_second:.4g}",
-            "" if row.useful_tflops is None else f"{row.useful_tflops:.3g}",
-            "" if row.useful_share is None else f"{row.useful_share:.0%} of {row.ceiling_tflops:.3g}",
+            _figure(row.pairs_per_second),
+            _figure(row.tokens_per_second),
+            _figure(row.useful_tflops, 3),
+            "" if row.useful_share is None else f"{row.useful_share:.0%} of {_figure(row.ceiling_tflops, 3)}",
         ]
         for row in result.rows
     ]
@@ -42,15 +43,15 @@ def latency_table(results: Sequence[WorkloadResult]) -> Any:
         [
             each.workload,
             row.system,
-            *(_or_empty(row.latency_ms.get(name), ".4g") for name in ("p50", "p95", "p99")),
+            *(_figure(row.latency_ms.get(name)) for name in ("p50", "p95", "p99")),
             str(row.num_latencies or ""),
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB",
-            _or_empty(row.tokenize_share, ".1%"),
+            "" if row.tokenize_share is None else f"{row.tokenize_share:.1%}",
         ]
         for each in results
         for row in each.rows
     ]
-    return _table("requests", ["", "", "p50 ms", "p95", "p99", "of", "memory", "tokenization"], rows)
+    return _table("requests", ["", "", "p50 ms", "p95", "p99", "of", "memory", "tokenizing"], rows)
 
 
 def agreement_table(results: Sequence[WorkloadResult]) -> Any:
@@ -64,17 +65,22 @@ def agreement_table(results: Sequence[WorkloadResult]) -> Any:
     return _table(title, ["", "", "largest difference", "mean", "Kendall's tau"], rows)
 
 
-def _or_empty(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _figure(value: float | None, num_digits: int = 4) -> str:
+    """A number with this many significant digits, but no digit before the point is rounded; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.{num_digits}g}" if abs(value) < 10 ** (num_digits - 1) else f"{value:.0f}"
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """A table in which a narrow terminal folds names and heads, but cuts nothing. Columns of names have no head."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in head:
-        table.add_column(Text(name), justify="right" if name else "left", no_wrap=True)
+    table = Table(title=Text(visible(title)), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name, *cells in zip(head, *rows, strict=True):
+        width = max(map(len, cells), default=0) if name else None
+        table.add_column(Text(visible(name)), justify="right" if name else "left", overflow="fold", min_width=width)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table

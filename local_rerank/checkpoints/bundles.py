@@ -14,53 +14,40 @@ import hashlib
 import json
 import logging
 import lzma
-import re
+import os
 import shutil
+import stat
+import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from local_rerank.checkpoints.files import PICKLE_SUFFIXES, require_kind
+from local_rerank.checkpoints.files import PICKLE_SUFFIXES, loaded_files, require_kind
 from local_rerank.checkpoints.free_space import cache_folder, gigabytes, require_free_space
+from local_rerank.checkpoints.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    check_names,
+    from_json,
+    to_json,
+)
 from local_rerank.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "local-rerank.json"
-FORMAT, FORMAT_VERSION = "local-rerank bundle", 1
 FILE_SUFFIX = ".zip"  # any other name (Qwen3-Reranker-0.6B has the suffix ".6B") is a folder
-_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md", "")  # no suffix: LICENSE, NOTICE
-_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", re.ASCII)  # no absolute path, no "..", no drive
+STATES = ".unpacked"  # in the cache, JSON: the size and time of each file when it was unpacked
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same checkpoint gives the same file
 _CHUNK_BYTES = 1 << 20
-_MAX_MANIFEST_BYTES = 16 << 20  # usually a few KiB
 _MAX_EXPANSION = 20  # unpacked size / archive size; compression shrinks weights hardly and JSON by 5
-_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)  # RuntimeError: encrypted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileEntry:
-    """A file in the manifest."""
-
-    size: int  # bytes
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """A bundle's metadata and the list of its files."""
-
-    model_id: str
-    revision: str | None
-    licence: str | None
-    made_by: str
-    recipe: dict[str, str]  # fields of the prompt template
-    expected: dict[str, Any]  # known pairs, see known_scores.py
-    files: dict[str, FileEntry] = field(default_factory=dict)  # all except the manifest
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError, RuntimeError)
+"""What zipfile raises on a damaged archive; RuntimeError: encrypted, or compressed in another way."""
 
 
 def is_bundle(path: Path) -> bool:
@@ -86,18 +73,33 @@ def open_bundle(path: Path) -> tuple[Manifest, Path]:
             return manifest, _unpack(path, source, manifest)
     if wrong := _wrong_sizes(path, manifest):
         raise CheckpointError(f"{path} is incomplete: {wrong[0]} is missing or has a wrong size ({len(wrong)} in all)")
+    if unlisted := [name for name in loaded_files(path) if name not in manifest.files and (path / name).exists()]:
+        raise CheckpointError(f"{path} contains {unlisted[0]}, which its manifest does not name; remove it")
     return manifest, path
 
 
 def damaged_files(path: Path) -> list[str]:
     """Every file of a bundle that differs from the manifest or is not in it, with the reason."""
     with _open(path) as source:
+        return _faults(source, _manifest(path, source))
+
+
+def unpacked_copy(path: Path) -> tuple[Path, list[str]] | None:
+    """Where an archive is unpacked, and the damaged files there, as in `damaged_files`; None if it is not unpacked."""
+    with _open(path) as source:
         manifest = _manifest(path, source)
-        found = [f"{name}: not in the manifest" for name in sorted(set(source.names()) - {*manifest.files, MANIFEST})]
-        for name, entry in manifest.files.items():
-            if fault := _fault(source, name, entry):
-                found.append(f"{name}: {fault}")
-    return found
+        if path.is_dir() or not (folder := _copy_folder(source)).is_dir():
+            return None
+        return folder, _faults(_Source(folder, None), manifest)
+
+
+def _faults(source: _Source, manifest: Manifest) -> list[str]:
+    unlisted = sorted({*source.names()} - {*manifest.files, MANIFEST})
+    faults = {name: _fault(source, name, entry) for name, entry in manifest.files.items()}
+    return [
+        *(f"{name}: not in the manifest" for name in unlisted),
+        *(f"{name}: {fault}" for name, fault in faults.items() if fault is not None),
+    ]
 
 
 def write_bundle(output: Path, folder: Path, names: Sequence[str], manifest: Manifest) -> Manifest:
@@ -105,23 +107,24 @@ def write_bundle(output: Path, folder: Path, names: Sequence[str], manifest: Man
 
     `output` appears once complete. Raises CheckpointError.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise CheckpointError(f"{output} exists already; remove it or choose another name")
-    for name in names:
-        _check_name(name, output)
+    check_names(names, output)
     require_free_space(output.parent, sum((folder / name).stat().st_size for name in names))
-    partial = output.with_name(output.name + ".partial")
-    _remove(partial)
+    folder_of_partial = None
     try:
+        folder_of_partial = Path(tempfile.mkdtemp(prefix=output.name + ".partial-", dir=output.parent))
+        partial = folder_of_partial / output.name
         with _writer(output, partial) as add:
             manifest = replace(manifest, files={name: _add_file(add, folder, name) for name in sorted(names)})
             with add(MANIFEST) as target:
-                target.write(_to_json(manifest))
+                target.write(to_json(manifest))
         partial.rename(output)
     except OSError as error:
         raise CheckpointError(f"{output} cannot be written: {error}") from error
     finally:
-        _remove(partial)
+        if folder_of_partial is not None:
+            _remove(folder_of_partial)
     return manifest
 
 
@@ -135,8 +138,8 @@ class _Source:
     def names(self) -> list[str]:
         if self._archive is not None:
             return self._archive.namelist()
-        files = (path for path in self._path.rglob("*") if path.is_file())
-        return [path.relative_to(self._path).as_posix() for path in files]
+        files = (path.relative_to(self._path).as_posix() for path in self._path.rglob("*") if path.is_file())
+        return [name for name in files if name != STATES]
 
     def open(self, name: str) -> IO[bytes]:
         return (self._path / name).open("rb") if self._archive is None else self._archive.open(name)
@@ -177,51 +180,37 @@ def _manifest(path: Path, source: _Source) -> Manifest:
     """Read and check the manifest, and that an archive contains exactly the files in it."""
     try:
         with source.open(MANIFEST) as stream:
-            text = stream.read(_MAX_MANIFEST_BYTES + 1)
+            text = stream.read(MAX_MANIFEST_BYTES + 1)
     except (KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{path} is not a bundle of local-rerank: it has no {MANIFEST}") from error
-    if len(text) > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"the manifest of {path} has more than {_MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = _from_json(json.loads(text))
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the manifest of {path} cannot be read: {error!r}") from error
-    for name in manifest.files:
-        _check_name(name, path)
+    manifest = from_json(text, path)
     if path.is_file():
         names = source.names()
-        for name in names:
-            _check_name(name, path)
-        if sorted(names) != sorted([*manifest.files, MANIFEST]):
-            odd = sorted(set(names) ^ {*manifest.files, MANIFEST}) or [name for name in names if names.count(name) > 1]
+        check_names(names, path)
+        if odd := sorted({*names} ^ {*manifest.files, MANIFEST}):
             raise CheckpointError(f"{path} does not contain the files of its manifest; see {odd[0]!r}")
     return manifest
 
 
-def _check_name(name: str, path: Path) -> None:
-    """Refuse names that point outside the folder, pickles, and file types that no checkpoint needs."""
-    if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{path} contains {name!r}; only plain relative names are allowed")
-    suffix = Path(name).suffix.lower()
-    if suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(f"{path} contains {name}, a pickle, which could run code")
-    if suffix not in _SUFFIXES:
-        raise CheckpointError(f"{path} contains {name}; only {', '.join(filter(None, _SUFFIXES))} files are allowed")
+def _copy_folder(source: _Source) -> Path:
+    """Where the unpacked copy of an archive is kept."""
+    with source.open(MANIFEST) as stream:
+        return cache_folder() / "bundles" / hashlib.sha256(stream.read()).hexdigest()
 
 
 def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     """Unpack the archive into its cache folder unless it is there. Several processes may do this at once."""
-    with source.open(MANIFEST) as stream:
-        key = hashlib.sha256(stream.read()).hexdigest()
-    folder = cache_folder() / "bundles" / key
-    if not _wrong_sizes(folder, manifest):
+    folder = _copy_folder(source)
+    if (change := _change(folder, manifest)) is None:
         return folder
+    if folder.exists():
+        logger.warning("unpacking %s again, because %s in %s", path, change, folder)
     num_bytes = sum(entry.size for entry in manifest.files.values())
     require_free_space(folder, num_bytes)
     logger.info("unpacking %s, %s, into %s", path, gigabytes(num_bytes), folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=key + ".partial-", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be unpacked into {folder.parent}: {error}. "
@@ -230,15 +219,41 @@ def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:
     try:
         for name in (*manifest.files, MANIFEST):
             _extract(path, source, name, manifest.files.get(name), partial)
-        if _wrong_sizes(folder, manifest):  # missing or damaged; otherwise another process was first
+        (partial / STATES).write_text(json.dumps(_states(partial)), encoding="utf-8")
+        if _change(folder, manifest):  # otherwise another process was first
             _remove(folder)
             with contextlib.suppress(OSError):
                 partial.rename(folder)
     finally:
         _remove(partial)
-    if _wrong_sizes(folder, manifest):
-        raise CheckpointError(f"{path} could not be unpacked into {folder}")
+    if change := _change(folder, manifest):
+        raise CheckpointError(f"{path} could not be unpacked into {folder}: {change}; remove that folder")
     return folder
+
+
+def _change(folder: Path, manifest: Manifest) -> str | None:
+    """What has changed in an unpacked copy since it was written, by size and time; None if nothing has."""
+    try:
+        written, found = json.loads((folder / STATES).read_bytes()), _states(folder)
+    except (OSError, ValueError, RecursionError):
+        return f"{STATES} is missing or damaged"
+    for name in sorted({*found, *manifest.files, MANIFEST}):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in manifest.files and name != MANIFEST:
+            return f"{name} was added"
+        if not isinstance(written, dict) or written.get(name) != found[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _states(folder: Path) -> dict[str, list[int]]:
+    """Size and modification time in ns of each file, of a link those of the link."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    found = {name: path.lstat() for name, path in paths.items() if name != STATES}
+    return {
+        name: [state.st_size, state.st_mtime_ns] for name, state in found.items() if not stat.S_ISDIR(state.st_mode)
+    }
 
 
 def _extract(path: Path, source: _Source, name: str, entry: FileEntry | None, folder: Path) -> None:
@@ -246,7 +261,7 @@ def _extract(path: Path, source: _Source, name: str, entry: FileEntry | None, fo
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open(name) as read, target.open("wb") as write:
-        copied = _copy(read, write, max_bytes=_MAX_MANIFEST_BYTES if entry is None else entry.size)
+        copied = _copy(read, write, max_bytes=MAX_MANIFEST_BYTES if entry is None else entry.size)
     if entry is not None and copied != entry:
         raise CheckpointError(f"{path} is damaged: {name} does not have the checksum in the manifest")
 
@@ -302,32 +317,6 @@ def _writer(output: Path, partial: Path) -> Iterator[Callable[[str], contextlib.
         return (partial / name).open("xb")
 
     yield open_file
-
-
-def _to_json(manifest: Manifest) -> bytes:
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    return (json.dumps(head | asdict(manifest), ensure_ascii=False, indent=2) + "\n").encode()
-
-
-def _from_json(value: Mapping[str, Any]) -> Manifest:
-    if value["format"] != FORMAT or value["format_version"] != FORMAT_VERSION:
-        found = f"{value['format']!r} version {value['format_version']}"
-        raise ValueError(f"its format is {found}; this program reads {FORMAT!r} version {FORMAT_VERSION}")
-    return Manifest(
-        model_id=str(value["model_id"]),
-        revision=value["revision"],
-        licence=value["licence"],
-        made_by=str(value["made_by"]),
-        recipe={str(name): str(text) for name, text in value["recipe"].items()},
-        expected=dict(value["expected"]),
-        files={str(name): _file_entry(**entry) for name, entry in value["files"].items()},
-    )
-
-
-def _file_entry(*, size: int, sha256: str) -> FileEntry:
-    if type(size) is not int or size < 0 or not isinstance(sha256, str):
-        raise ValueError(f"a file has size {size!r} and sha256 {sha256!r}")
-    return FileEntry(size=size, sha256=sha256)
 
 
 def _remove(path: Path) -> None:

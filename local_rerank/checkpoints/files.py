@@ -22,14 +22,15 @@ _OF_OTHER_WEIGHTS = ("adapter_*", "*.index.json")  # JSON that describes weights
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MEMBER = re.compile(r"[\w-][\w.-]*\.safetensors")  # in the same folder
 
+_GGUF = "a GGUF file for llama.cpp: use the checkpoint it was made from"
 _SIGNATURES = (
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer, not the file: run `git lfs pull` in its folder"),
-    (re.compile(rb"GGUF"), "a GGUF file for llama.cpp: use the checkpoint it was made from"),
+    (re.compile(rb"GGUF"), _GGUF),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, not the file: download it again"),
 )
 _OTHER_FORMATS = {
     **dict.fromkeys(PICKLE_SUFFIXES, "a pickle, which could run code: save the model as safetensors"),
-    ".gguf": "a GGUF file for llama.cpp: use the checkpoint it was made from",
+    ".gguf": _GGUF,
     ".ggml": "a GGML file for llama.cpp: use the checkpoint it was made from",
     ".onnx": "an ONNX file: use the checkpoint it was made from",
     ".h5": "a TensorFlow file: save the model as safetensors",
@@ -57,11 +58,16 @@ def weight_files(folder: Path) -> list[str]:
     return []
 
 
+def loaded_files(folder: Path) -> list[str]:
+    """The files that loading reads; they need not be there."""
+    index = [INDEX] if _is_there(folder / INDEX) else []
+    return ["config.json", "tokenizer.json", *index, *(weight_files(folder) or [WEIGHTS])]
+
+
 def missing_files(folder: Path) -> list[str]:
     """The files without which a checkpoint cannot be loaded; a link that leads nowhere is missing."""
-    names = ["config.json", "tokenizer.json", *(weight_files(folder) or [WEIGHTS])]
     return [f"{name} (its link leads nowhere)" if (folder / name).is_symlink() else name
-            for name in names if not (folder / name).is_file()]  # fmt: skip
+            for name in loaded_files(folder) if not (folder / name).is_file()]  # fmt: skip
 
 
 def checkpoint_files(folder: Path) -> list[str]:

@@ -9,22 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from local_rerank.checkpoints.bundles import is_bundle, open_bundle
 from local_rerank.checkpoints.download import fetch
-from local_rerank.checkpoints.files import (
-    has_adapter,
-    missing_files,
-    no_config,
-    no_weights,
-    read_json,
-    require_kind,
-    weight_files,
-)
+from local_rerank.checkpoints.files import has_adapter, missing_files, no_weights, require_kind, weight_files
 from local_rerank.checkpoints.hub_cache import find_snapshot, repository_of, split_cache_path
+from local_rerank.checkpoints.model_config import read_config
 from local_rerank.checkpoints.tensors import check_tensors
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.prompts import TEMPLATES, PromptTemplate
@@ -37,7 +30,7 @@ ALIASES = {
     "qwen3-reranker-4b": "Qwen/Qwen3-Reranker-4B",
     "qwen3-reranker-8b": "Qwen/Qwen3-Reranker-8B",
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Source = Literal["embedded", "folder", "bundle", "hub"]
 _KINDS: dict[Source, str] = {"embedded": "built in", "folder": "a folder", "bundle": "a bundle"}
@@ -52,7 +45,7 @@ class Checkpoint:
     source: Source
     revision: str | None
     architecture: str  # first entry of `architectures` in config.json
-    config: dict[str, Any]  # config.json
+    config: dict[str, Any]  # the keys of config.json that count
     weights: tuple[str, ...]  # names of the safetensors files
 
     @property
@@ -72,7 +65,7 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Maximum tokens of a prompt."""
-        return int(self.config.get("max_position_embeddings") or 8192)
+        return int(self.config.get("max_position_embeddings", 8192))
 
     def require_embeddings(self, num_ids: int) -> None:
         """Raise CheckpointError if the tokenizer has ids without a row in the embeddings."""
@@ -134,15 +127,10 @@ def hub_id(model: str) -> str:
     return model_id
 
 
-def cached_folder(model_id: str, revision: str | None) -> Path | None:
-    """A hub model's snapshot in the local cache; None if it is missing or incomplete. Uses no network."""
-    return find_snapshot(repository_of(model_id), revision)[0]
-
-
 def _open_bundle(path: Path) -> Checkpoint:
     manifest, folder = open_bundle(path)
     checkpoint = _inspect(folder, manifest.model_id, "bundle", manifest.revision)
-    if manifest.recipe != asdict(checkpoint.template):
+    if manifest.recipe != checkpoint.template.recipe:
         raise CheckpointError(
             f"{path} was packed by {manifest.made_by} with a different prompt template; pack it again with this version"
         )
@@ -151,7 +139,7 @@ def _open_bundle(path: Path) -> Checkpoint:
 
 def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) -> Checkpoint:
     """Refuse a folder that cannot be a reranker; warn if it may be a chat model."""
-    config = _checked_config(folder)
+    config = read_config(folder)
     files = _checked_files(folder)
     check_tensors(folder, files, config, config["architectures"][0])
     if has_adapter(folder):
@@ -167,20 +155,6 @@ def _inspect(folder: Path, model_id: str, source: Source, revision: str | None) 
         config=config,
         weights=tuple(files),
     )
-
-
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """config.json, if we can run its architecture."""
-    if not (folder / "config.json").is_file():
-        raise no_config(folder)
-    config = read_json(folder / "config.json")
-    architectures = config.get("architectures") or ["none"]
-    first = architectures[0] if isinstance(architectures, list) else architectures
-    if not isinstance(architectures, list) or first not in TEMPLATES:
-        raise CheckpointError(f"{folder} has architecture {first}; supported are {', '.join(TEMPLATES)}, in a list")
-    if config.get("use_sliding_window"):
-        raise CheckpointError(f"{folder} uses sliding-window attention, which is not supported")
-    return config
 
 
 def _checked_files(folder: Path) -> list[str]:

@@ -1,18 +1,32 @@
-"""Checks free disk space before writing gigabytes, so that a write does not fail half-way."""
+"""Where files can be written, and whether there is room for gigabytes, so that a write does not fail half-way."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from local_rerank.errors import CheckpointError
 
 
 def cache_folder() -> Path:
-    """This package's cache: `local-rerank` in $XDG_CACHE_HOME or ~/.cache."""
+    """This package's cache: `local-rerank` in $XDG_CACHE_HOME or ~/.cache. Raises CheckpointError without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "local-rerank"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "local-rerank"
+    except RuntimeError as error:
+        what = "this user has no home folder; set XDG_CACHE_HOME to a folder that can be written"
+        raise CheckpointError(what) from error
+
+
+def require_temporary_folder() -> None:
+    """Raise CheckpointError if there is no folder for temporary files, which transformers needs to be imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        what = "no folder for temporary files can be written; set TMPDIR to one (in Kubernetes: mount an emptyDir)"
+        raise CheckpointError(what) from error
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from local_rerank.checkpoints.bundles import MANIFEST, read_manifest
+from local_rerank.checkpoints.bundles import read_manifest
+from local_rerank.checkpoints.manifest import MANIFEST
 from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
@@ -138,8 +140,10 @@ def from_json(stored: dict[str, Any], where: str) -> KnownScores:
             )
             for item in stored["scores"]
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"the known scores in {where} cannot be read: {error!r}") from error
+    if any(pair.log_odds is None or not math.isfinite(pair.log_odds) for pair in pairs):
+        raise CheckpointError(f"the known scores in {where} contain a log-odds that is no finite number")
     if not pairs:
         raise CheckpointError(f"{where} contains no known scores")
     return KnownScores(basis="stored", dtype=str(stored.get("dtype", "fp32")), pairs=pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from local_rerank.checkpoints.files import require_kind
+from local_rerank.checkpoints.model_config import DEFAULT_HEAD_DIM
 from local_rerank.errors import CheckpointError
 
 HEAD, EMBEDDINGS, CLASSIFIER = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
@@ -96,8 +98,9 @@ def _weight_of(name: str) -> str:
 def positive_label(folder: Path, config: dict[str, Any]) -> int:
     """Which of a classifier's two labels means relevant: 0 or 1. Raises CheckpointError if the labels do not tell."""
     stated: list[dict[int, str]] = []
-    for by_id in (_items(config, "id2label"), [(i, label) for label, i in _items(config, "label2id")]):
-        labels = {int(str(i)): re.sub(r"[\s_-]", "", str(label)).lower() for i, label in by_id if str(i) in ("0", "1")}
+    by_label = [(i, label) for label, i in config.get("label2id", {}).items()]
+    for by_id in (config.get("id2label", {}).items(), by_label):
+        labels = {int(i): _plain(label) for i, label in by_id if str(i) in ("0", "1")}
         if labels and labels != _UNNAMED and labels not in stated:
             stated.append(labels)
     if len(stated) <= 1:
@@ -113,27 +116,31 @@ def positive_label(folder: Path, config: dict[str, Any]) -> int:
 
 
 def _num_labels(folder: Path, config: dict[str, Any]) -> int:
-    """Labels of a sequence classifier, 1 or 2. transformers leaves both fields out if there are two."""
-    number = len(_items(config, "id2label")) or config.get("num_labels") or 2
+    """Labels of a sequence classifier, 1 or 2."""
+    number = config["num_labels"]
     if number not in (1, 2):
         raise CheckpointError(f"the classifier of {folder} has {number} labels; it must have 1 or 2")
     if number == 2:
         positive_label(folder, config)
+    elif any(_plain(label) in _POSITIVE_OF.keys() - {"label0", "0"} for label in config.get("id2label", {}).values()):
+        raise CheckpointError(
+            f"{folder} has one label, {config['id2label']}, by whose name a high score means not relevant; "
+            'set it in config.json if it means relevant, for example {"0": "yes"}'
+        )
     return int(number)
 
 
-def _items(config: dict[str, Any], name: str) -> list[tuple[Any, Any]]:
-    value = config.get(name) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"config.json has {name} {value!r}; it must be an object")
-    return list(value.items())
+def _plain(label: str) -> str:
+    """A label as the keys of `_POSITIVE_OF` have it."""
+    return re.sub(r"[\s_-]", "", label).lower()
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization and not _is_block_fp8(config):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(f"{folder} is quantized with {method or 'an unknown method'}; {_UNQUANTIZED}")
+        shown = method if isinstance(method, str) else "an unknown method"
+        raise CheckpointError(f"{folder} is quantized with {shown[:200]}; {_UNQUANTIZED}")
 
 
 def _is_block_fp8(config: dict[str, Any]) -> bool:
@@ -162,18 +169,11 @@ def _check_tensor(folder: Path, name: str, tensor: StoredTensor, shape: tuple[in
 def _expected_shapes(folder: Path, config: dict[str, Any], architecture: str) -> dict[str, tuple[int, ...]]:
     """The tensors that a Qwen3 checkpoint with this config.json must have."""
 
-    def number(name: str, default: int | None = None) -> int:
-        value = config[name] if config.get(name) is not None else default
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{folder / 'config.json'} has {name} {value!r}; it must be a number of at least 1")
-        return value
-
-    number("max_position_embeddings", 1)
-    hidden, inner, rows = number("hidden_size"), number("intermediate_size"), number("vocab_size")
-    heads, head_dim = number("num_attention_heads"), number("head_dim", 128)
-    queries, keys = heads * head_dim, number("num_key_value_heads", heads) * head_dim
+    hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head_dim = config.get("head_dim", DEFAULT_HEAD_DIM)
+    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (rows, hidden), "model.norm.weight": (hidden,)}
-    for i in range(number("num_hidden_layers")):
+    for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         products = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
         for name, shape in (products | {"o_proj": (hidden, queries)}).items():
@@ -201,10 +201,10 @@ def _header(file: Path) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = {
-            name: StoredTensor(file.name, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            name: StoredTensor(file.name, str(entry["dtype"]), tuple(map(operator.index, entry["shape"])))
             for name, entry in header.items()
         }
-        end = 8 + num_bytes + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        end = 8 + num_bytes + max((operator.index(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         is_pickle = head.startswith((b"PK\3\4", b"\x80"))  # torch.save's new and old formats
         fix = "it looks like a pickle: save the model as safetensors" if is_pickle else "copy or download it again"
@@ -215,7 +215,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])} ({len(names)} in all)"
+    return f"{', '.join(name[:200] for name in names[:5])} ({len(names)} in all)"
 
 
 def _text(shape: tuple[int, ...]) -> str:

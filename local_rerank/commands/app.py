@@ -2,7 +2,7 @@
 
 Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence, and an empty
 variable is unset. An error is one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong
-command line.
+command line. If the reader of the output has gone, as in `| head -1`, it is 141, as if SIGPIPE had ended the process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Token, UnusedCliTok
 from cyclopts.config import Env
 
 from local_rerank import __version__
+from local_rerank.commands.console import Console, complain, failed, set_up_streams
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -53,6 +54,7 @@ app = App(
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=_Variables(ENV_PREFIX, command=False),
+    console=Console(),
 )
 for _name, _function, _help in (
     ("serve", "local_rerank_server:serve", "Serve rerank APIs over HTTP."),
@@ -80,22 +82,34 @@ for _name, _function, _help in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     configure_process()
+    set_up_streams()
     atexit.register(gc.freeze)  # Python's last collection walks the objects of torch and transformers for 1.1 s
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except OSError as error:
+        status, message = failed(error)
+        if message:
+            _print_error(message, arguments)
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str]) -> int | str | None:
+    """Run a command and return its exit status. Raises BrokenPipeError or another OSError of the output."""
+    try:
         _refuse_unknown_variables()
-        sys.exit(app(arguments, print_error=False, exit_on_error=False) or 0)
+        return app(arguments, print_error=False, exit_on_error=False) or 0
     except CycloptsError as error:
         _print_error(_usage_error(error, arguments), arguments)
-        sys.exit(2)
+        return 2
     except LocalRerankError as error:
         _print_error(str(error), arguments)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has closed it, like `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return 130
+    except SystemExit as exit:
+        return exit.code
 
 
 def _usage_error(error: CycloptsError, arguments: Sequence[str]) -> str:
@@ -111,7 +125,7 @@ def _print_error(message: str, arguments: Sequence[str]) -> None:
         from local_rerank_server.logs import log_fatal
 
         return log_fatal(message)
-    print(f"local-rerank: {message}", file=sys.stderr)  # noqa: T201
+    complain(message)
 
 
 def _logs_json(arguments: Sequence[str]) -> bool:

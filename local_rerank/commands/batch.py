@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from local_rerank.batch.job import JobFolder
 from local_rerank.commands.batch_options import BatchOptions, Judgements, judgements_of, source_of
 from local_rerank.commands.batch_progress import Display, Mode
-from local_rerank.commands.console import option, say, status
+from local_rerank.commands.console import Console, option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
@@ -30,20 +30,21 @@ def batch(
         str,
         option(
             help="File to score: .jsonl or .parquet (a query with documents, or a pair), .csv or .tsv (pairs), or a "
-            "TREC run (.run, .trec, .txt) with --queries and --corpus, or --dataset."
+            "run (.run, .trec, .txt, and with --queries .tsv or .csv) with --queries and --corpus, or --dataset."
         ),
     ],
     *,
     output: Annotated[str, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
     queries: Annotated[
-        Path | None, option(help="Queries of a run: .jsonl (id or _id, text), .tsv (id, text) or TREC topics.")
+        Path | None, option(help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics.")
     ] = None,
-    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl or .tsv.")] = None,
+    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")] = None,
     dataset: Annotated[
         str | None, option(help="ir_datasets collection with the queries and documents of a run.")
     ] = None,
     qrels: Annotated[
-        Path | None, option(help="TREC relevance judgements to measure the output run with, once it is complete.")
+        Path | None,
+        option(help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete."),
     ] = None,
     top_k: Annotated[
         int | None, option(help="Candidates to rerank per query of a run; the others keep their order. Default: all.")
@@ -57,6 +58,10 @@ def batch(
     ] = None,
     cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,
     return_documents: Annotated[bool, option(help="Include the texts of the documents in the output.")] = False,
+    spreadsheet_safe: Annotated[
+        bool,
+        option(help="In .csv and .tsv put an apostrophe before texts that a spreadsheet would run as formulas."),
+    ] = False,
     overwrite: Annotated[bool, option(help="Replace an existing output and start again.")] = False,
     ray: Annotated[
         bool | str,
@@ -79,7 +84,7 @@ def batch(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
             return_documents=return_documents, overwrite=overwrite, mode=mode,
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
-                    "cache": cache},
+                    "cache": cache, "spreadsheet_safe": spreadsheet_safe or None},
         )  # fmt: skip
     _run(
         BatchOptions(
@@ -93,6 +98,7 @@ def batch(
             blend=None if blend is None else parse_blend(blend),
             cache=cache,
             return_documents=return_documents,
+            spreadsheet_safe=spreadsheet_safe,
             engine=engine or EngineConfig(),
         ),
         mode,
@@ -197,6 +203,7 @@ def _score(
         model_id=reranker.model_id,
         with_documents=job.return_documents,
         is_blended=job.blend is not None,
+        spreadsheet_safe=job.spreadsheet_safe,
     )
     with (
         closing(ScoreCache(job.cache or folder.path / "scores.sqlite", identity)) as cache,
@@ -257,8 +264,6 @@ def _summarize(
     if not was_done:
         say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:
-        from rich.console import Console
-
         from local_rerank.evaluation.report import measure_table
 
         Console().print(measure_table(systems))

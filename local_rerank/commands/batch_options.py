@@ -38,6 +38,7 @@ class BatchOptions:
     blend: Blend | None
     cache: Path | None
     return_documents: bool
+    spreadsheet_safe: bool
     engine: EngineConfig
 
     @property
@@ -60,6 +61,8 @@ class BatchOptions:
             raise ConfigError(f"output is {self.output}, which is the input; choose another name")
         if self.output.suffix.lower() not in OUTPUT_SUFFIXES:
             raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
+        if self.spreadsheet_safe and self.output.suffix.lower() not in (".csv", ".tsv"):
+            raise ConfigError(f"spreadsheet_safe needs .csv or .tsv as output, but output is {self.output}")
         check_writable(self.output, "output")
         if self.is_run:
             if (self.dataset is None) == (self.queries is None or self.corpus is None):
@@ -91,6 +94,7 @@ class BatchOptions:
             "top_k": self.top_k,
             "blend": self.blend,
             "return_documents": str(self.return_documents).lower(),
+            "spreadsheet_safe": "true" if self.spreadsheet_safe else None,
             "instruction": self.engine.instruction,
             **score_settings(self.engine),
         }

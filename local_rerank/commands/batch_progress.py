@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from local_rerank.batch.rows import ScoredRow
 from local_rerank.batch.sources import Position, Rejected
-from local_rerank.commands.console import say
+from local_rerank.commands.console import Console, print_json, say
+from local_rerank.text_files import visible
 
 Mode = Literal["bar", "json", "quiet"]
 
@@ -93,13 +92,13 @@ class Display:
         self.num_rejected = 0
         console = Console(stderr=True)
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}"),
         )  # fmt: skip
         self._bar = Progress(
             *columns, console=console, transient=True, disable=mode != "bar" or not console.is_terminal
         )
-        self._task = self._bar.add_task(name, total=1.0, rate="", left="")
+        self._task = self._bar.add_task(visible(name), total=1.0, rate="", left="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -168,8 +167,7 @@ class Display:
     def event(self, name: str, **values: Any) -> None:
         """Print a line of JSON on standard output in JSON mode."""
         if self.mode == "json":
-            line = json.dumps({"event": name, **values}, ensure_ascii=False)
-            Console().out(line, highlight=False)
+            print_json({"event": name, **values}, indent=None)
 
     def rates(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
@@ -186,7 +184,7 @@ class Display:
         if self.mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
             where = f"{rejected.file}:{rejected.number}: {rejected.error}"
             more = " (further ones are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
-            self._bar.console.print(where + more, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(visible(where + more), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:
         left, done = self.seconds_left, self._estimate.done

@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from local_rerank.commands.console import JsonOutput, option, print_json, progress, repeatable, status
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, repeatable, status
 from local_rerank.config import DType, EngineConfig
 from local_rerank.errors import ConfigError
+from local_rerank.text_files import visible
 
 if TYPE_CHECKING:
     from local_rerank.bench.measure import WorkloadResult
@@ -135,18 +136,16 @@ def _report(shape: str | None, targets: Sequence[RerankerTarget], results: Seque
 
 
 def _print_tables(report: dict[str, Any], results: Sequence[WorkloadResult]) -> None:
-    from rich.console import Console
-
     from local_rerank.bench.report import all_tables
 
     console = Console(highlight=False)
     machine = report["machine"]
     about = " (random weights)" if report["random_weights"] else ""
     device, threads = machine["device"]["value"], machine["threads"]["value"]
-    console.print(f"{report['model']}{about} on {device}, threads: {threads}", markup=False)
+    console.print(f"{visible(report['model'])}{about} on {device}, threads: {threads}", markup=False)
     for system in report["systems"]:
         start = "" if system["start_seconds"] is None else f", ready after {system['start_seconds']:.1f} s"
-        console.print(f"{system['name']}: {system['version']}{start}", markup=False)
+        console.print(f"{visible(system['name'])}: {system['version']}{start}", markup=False)
     for table in all_tables(results):
         console.print()
         console.print(table)

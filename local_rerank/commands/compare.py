@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from local_rerank.commands.console import JsonOutput, option, print_json, warn
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, warn
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.plot import check_plot, write_plot
 from local_rerank.evaluation.report import TIE_RULE, difference_table, evaluation_json, examples_table
@@ -49,8 +49,6 @@ def compare(
         found = evaluation_json([baseline, system], comparisons)
         print_json(found | {"left_out": left_out.as_json(), "tie_rule": TIE_RULE})
         return
-    from rich.console import Console
-
     console = Console()
     console.print(difference_table(baseline, system, comparisons))
     console.print(f"{len(chosen.differences)} judged queries; {TIE_RULE}\n", style="dim", highlight=False)

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from local_rerank.commands.console import JsonOutput, print_json
+from local_rerank.commands.console import Console, JsonOutput, print_json
 from local_rerank.config import EngineConfig
+from local_rerank.text_files import visible
 
 if TYPE_CHECKING:
     from local_rerank.selftest.machine_report import Machine
@@ -46,26 +47,25 @@ def _finite(value: Any) -> Any:
 
 
 def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(f"{info.model_id} ({info.source}), {info.num_parameters / 1e6:.0f} M parameters", markup=False)
+    about = f"{info.model_id} ({info.source}), {info.num_parameters / 1e6:.0f} M parameters"
+    console.print(visible(about), markup=False)
     print_scores(outcome.scores)
     verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
     table = Table("", "current", "faster with", box=None, pad_edge=False)
     for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)
-        table.add_row(name, row.value, row.faster)
+        table.add_row(name, Text(row.value), Text(row.faster))
     console.print(table)
     console.print(", ".join(f"{name} {version}" for name, version in machine.versions.items()), style="dim")
 
 
 def print_scores(scores: tuple[KnownPairScore, ...]) -> None:
     """Print a line for each known pair: score, expected score, and difference."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -77,5 +77,5 @@ def print_scores(scores: tuple[KnownPairScore, ...]) -> None:
         known = ("", "")
         if score.expected is not None:
             known = (f"{score.expected:+.4f}", f"{score.log_odds - score.expected:+.4f}")
-        table.add_row(f"{score.log_odds:+.4f}", *known, Text(f"{score.query} | {score.document}"))
+        table.add_row(f"{score.log_odds:+.4f}", *known, Text(visible(f"{score.query} | {score.document}")))
     Console().print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from local_rerank.commands.console import JsonOutput, option, print_json, progress, warn
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, warn
 from local_rerank.config import EngineConfig
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.blending import Blend, parse_blend
@@ -112,8 +112,6 @@ def _comparisons(systems: Sequence[System]) -> list[Comparison]:
 def _print_tables(
     collection: Collection, systems: Sequence[System], comparisons: Sequence[Comparison], top_k: int
 ) -> None:
-    from rich.console import Console
-
     console = Console()
     console.print(measure_table(systems))
     skipped = (

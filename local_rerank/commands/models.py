@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from local_rerank.commands.console import option, say, status
 from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
+OF_A_PULL = ("config.json", ".cache/huggingface", ".msc")  # what a model's folder has, also if its download was stopped
 LICENCE_LINE = re.compile(r"^license: *(\S+)", re.MULTILINE)  # in a model card's front matter
 
 
@@ -33,6 +35,8 @@ def pull(
     from local_rerank.checkpoints.find import hub_id, open_checkpoint
 
     model_id = hub_id(model)
+    if to is not None and to.is_dir() and any(to.iterdir()) and not any((to / name).exists() for name in OF_A_PULL):
+        raise ConfigError(f"to is {to}, which has files that are no model's; choose a new folder, or an empty one")
     folder = (fetch if hub == "huggingface" else fetch_from_modelscope)(model_id, revision, to)
     checkpoint = open_checkpoint(str(folder))
     in_cache = to is None and hub == "huggingface"
@@ -51,14 +55,15 @@ def pack(
     engine: PackEngineConfig | None = None,
 ) -> None:
     """Pack MODEL into one bundle: weights, tokenizer, prompt template, licence, checksums and expected scores."""
-    from local_rerank.checkpoints.bundles import MANIFEST, Manifest, write_bundle
+    from local_rerank.checkpoints.bundles import write_bundle
     from local_rerank.checkpoints.files import checkpoint_files
     from local_rerank.checkpoints.free_space import gigabytes
     from local_rerank.checkpoints.known_scores import STORED, to_json
+    from local_rerank.checkpoints.manifest import MANIFEST, Manifest
     from local_rerank.reranker import Reranker
     from local_rerank.selftest.self_test import log_odds_of, require_self_test
 
-    if output.exists():
+    if os.path.lexists(output):
         raise ConfigError(f"output is {output}, which exists; remove it or choose another name")
     with status("loading the model"), Reranker(config=_exact(engine, model)) as reranker:
         if not no_self_test:
@@ -71,7 +76,7 @@ def pack(
             revision=checkpoint.folder.name if checkpoint.source == "hub" else checkpoint.revision,
             licence=_licence(checkpoint.folder),
             made_by=f"local-rerank {__version__}",
-            recipe=asdict(checkpoint.template),
+            recipe=checkpoint.template.recipe,
             expected=expected,
         )
         names = [name for name in checkpoint_files(checkpoint.folder) if name != MANIFEST]  # of an earlier bundle
@@ -91,16 +96,19 @@ def verify(
     engine: VerifyEngineConfig | None = None,
 ) -> int:
     """Check the checksums of a bundle, recompute its expected scores, and return the exit status."""
-    from local_rerank.checkpoints.bundles import damaged_files, read_manifest
+    from local_rerank.checkpoints.bundles import damaged_files, read_manifest, unpacked_copy
     from local_rerank.commands.doctor import print_scores
     from local_rerank.reranker import Reranker
     from local_rerank.selftest.self_test import self_test
 
     manifest = read_manifest(file)
     with status(f"checking {len(manifest.files)} files"):
-        damaged = damaged_files(file)
+        if damaged := damaged_files(file):
+            raise CheckpointError(f"{file} is damaged: {'; '.join(damaged)}")
+        folder, damaged = unpacked_copy(file) or (file, [])
     if damaged:
-        raise CheckpointError(f"{file} is damaged: {'; '.join(damaged)}")
+        what = f"{folder}, the unpacked copy of {file}, is damaged: {'; '.join(damaged)}"
+        raise CheckpointError(f"{what}; remove that folder, and the next start unpacks the file again")
     say(f"{len(manifest.files)} files of {manifest.model_id} match the checksums of the manifest")
     with status("loading the model"), Reranker(config=replace(engine or EngineConfig(), model=str(file))) as reranker:
         outcome = self_test(reranker)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+from rich.console import OverflowMethod
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
-from local_rerank.commands.console import JsonOutput, option, print_json, status
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, status
+from local_rerank.commands.documents import read_documents
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
 from local_rerank.evaluation.blending import blend as blend_scores
+from local_rerank.requests.tokenization import clean
+from local_rerank.text_files import as_utf8, visible
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
-    from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
 BAR_WIDTH = 20  # characters of a bar for a relevance score of 1
 MIN_TABLE_WIDTH = 80  # columns
@@ -33,7 +33,10 @@ def rank(
     *documents: Annotated[str, option(help="Documents. Default: read from --file or standard input.")],
     file: Annotated[
         Path | None,
-        option(help="File with one document per line; in .jsonl a string or an object with text or document."),
+        option(
+            help="File with one document per line, or .jsonl, .json, .csv or .tsv; - for standard input.",
+            allow_leading_hyphen=True,
+        ),
     ] = None,
     top_n: Annotated[int | None, option(help="Number of documents to print. Default: all.")] = None,
     json_output: JsonOutput = False,
@@ -49,12 +52,12 @@ def rank(
     """Rank documents by their relevance to QUERY."""
     if documents and file is not None:
         raise InvalidRequest("documents are given both as arguments and with --file; use one of them", field="file")
-    texts = list(documents) or _read(file)
+    query = clean(as_utf8(query))
+    texts = [clean(as_utf8(text)) for text in documents] or read_documents(file)
     weight = None if blend is None else _lexical_weight(blend)
-    from local_rerank.reranker import Reranker
-    from local_rerank.types import RerankRequest
-
     request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
+    from local_rerank.reranker import Reranker  # torch, after everything that can be refused without it
+
     with status("loading the model"):
         reranker = Reranker(config=engine)
     with reranker:
@@ -98,36 +101,6 @@ def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[Rank
     return [(result[position], scores[position]) for position in best_first(scores)]
 
 
-def _read(file: Path | None) -> list[str]:
-    """Read documents from a file, or from standard input if it is not a terminal."""
-    if file is not None:
-        try:
-            # not splitlines, because a text may contain U+2028 and similar
-            lines = file.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"file {file} cannot be read: {error}", field="file") from error
-        if file.suffix == ".jsonl":
-            return [_text_of(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        return [line for line in lines if line.strip()]
-    if sys.stdin.isatty():
-        raise InvalidRequest(
-            "there are no documents; give them as arguments, with --file or on standard input", field="documents"
-        )
-    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InvalidRequest(f"{where} is not JSON: {error}", field="file") from error
-    if isinstance(value, dict):
-        value = value.get("text", value.get("document"))
-    if not isinstance(value, str):
-        raise InvalidRequest(f"{where} must be a string or an object with text or document", field="file")
-    return value
-
-
 def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
     value = asdict(result)
     if blended is not None:
@@ -136,26 +109,38 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
 
 
 def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-    console = Console()
+    """Print a line for each document: cut to the width of a terminal, whole in a file or pipe."""
+    console = Console(highlight=False)
     console.width = max(console.width, MIN_TABLE_WIDTH)
-    table = Table(box=None, pad_edge=False, expand=True)
-    for name in ("#", "score", "", "log-odds", *([] if blended is None else ["blended"])):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True, min_width=0 if name else BAR_WIDTH)
-    table.add_column("document", overflow="ellipsis", no_wrap=True, ratio=1)
+    rows = [["#", "score", "", "log-odds", *([] if blended is None else ["blended"]), "document"]]
     for item, score in blended if blended is not None else [(item, None) for item in result]:
-        bar = "█" * round(item.relevance_score * BAR_WIDTH) or "▏"
+        bar = _bar(item.relevance_score, is_ascii_only=console.is_ascii_only)
         cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
-        text = Text(" ".join(item.document.split()) + cut)  # not a str, in which rich would parse brackets as markup
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
-        table.add_row(*cells, *([] if score is None else [f"{score:+.2f}"]), text)
-    console.print(table)
+        cells += [] if score is None else [f"{score:+.2f}"]
+        rows.append([*cells, visible(" ".join(item.document.split())) + cut])
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    cut_with: OverflowMethod = "crop" if console.is_ascii_only else "ellipsis"
+    for number, (*cells, document) in enumerate(rows):
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        aligned[2] = cells[2].ljust(BAR_WIDTH)
+        line = Text("  ".join([*aligned, document]), style="" if number else "bold")  # a str would be parsed as markup
+        if console.is_terminal:
+            console.print(line, no_wrap=True, overflow=cut_with)
+        else:
+            console.print(line, soft_wrap=True)
     note = " (small built-in model; choose another with --model)" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
-    console.print(f"{result.model}{note}: {cost}", style="dim", highlight=False)
+    console.print(Text(f"{visible(result.model)}{note}: {cost}", style="dim"), soft_wrap=True)
+
+
+def _bar(score: float, *, is_ascii_only: bool) -> str:
+    full, least = "#|" if is_ascii_only else "█▏"
+    return full * round(score * BAR_WIDTH) or least
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:
     prompt, ids = reranker.explain(query, document)
     console = Console()
-    console.out(prompt, highlight=False)
+    console.out(visible(prompt, keep_lines=True), highlight=False)
     console.out(f"\n{len(ids)} token ids: {' '.join(map(str, ids))}", highlight=False)

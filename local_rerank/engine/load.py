@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from local_rerank.checkpoints.download import silence_telemetry
 from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.free_space import require_temporary_folder
 from local_rerank.checkpoints.tensors import positive_label
 from local_rerank.engine.cpu import prepare as cpu
 from local_rerank.engine.cpu.attention import cpu_tiles_layout
@@ -31,6 +32,7 @@ from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.plan import LoadPlan
+from local_rerank.engine.qwen3 import read_qwen3
 from local_rerank.engine.stored_weights import model_config, stored_weights
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
@@ -46,7 +48,7 @@ DECODERS: dict[str, Callable[[Any, LoadPlan], Decoder]] = {
     "cpu": cpu.prepare,
     "cuda": cuda.prepare,
 }
-"""How to make a plan's decoder from a transformers model."""
+"""How to make a plan's decoder from a model."""
 
 
 def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pair]]) -> tuple[Engine, ModelInfo]:
@@ -61,7 +63,9 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
     follows_load = plan.decoder == "cpu" and not config.deterministic
     threads = Threads.choose(config.threads, is_fixed=not follows_load)
     threads.begin_batch()
-    model = load_model(checkpoint, dtype=plan.weights, device=plan.device, device_map=config.device_map)
+    model: Any = read_qwen3(checkpoint, plan.weights) if plan.decoder == "cpu" else None
+    if model is None:
+        model = load_model(checkpoint, dtype=plan.weights, device=plan.device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     head = head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     device = entry_device(model)
@@ -96,7 +100,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
         reasons={**plan.reasons, "threads": threads.reason},
         num_parameters=num_parameters,
         num_layers=len(decoder.layers),
-        hidden_size=model.config.hidden_size,
+        hidden_size=head.shape[1],
         max_length=min(config.max_length, checkpoint.max_length),
         max_batch_tokens=max_batch_tokens,
         load_seconds=time.perf_counter() - start,
@@ -110,6 +114,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The transformers model in evaluation mode, with our attention; raises CheckpointError."""
     silence_telemetry()
+    require_temporary_folder()
     import transformers
 
     register_attention()
@@ -144,24 +149,24 @@ def load_model(
     return (model if device_map else model.to(device)).eval()  # type: ignore[no-any-return]  # transformers is untyped
 
 
-def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:
+def head_rows(model: Any, checkpoint: Checkpoint, *, yes_id: int, no_id: int) -> Tensor:
     """The head's rows of "no" and "yes", (2, hidden_size) fp32. A classifier's single row is their difference."""
     head = getattr(model, "score", None)
     if head is None:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers is untyped
+        head = model.get_output_embeddings()
         num_rows = head.weight.shape[0]
         if max(yes_id, no_id) >= num_rows:
             raise CheckpointError(
                 f"the head of {checkpoint.folder} has {num_rows} rows; token ids {no_id} and {yes_id} have none"
             )
         with _weights_present(head):
-            return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # likewise
+            return head.weight.detach()[[no_id, yes_id]].float()  # type: ignore[no-any-return]  # transformers is untyped
     with _weights_present(head):
         rows = head.weight.detach().float()
     if rows.shape[0] == 1:
         return torch.cat([torch.zeros_like(rows), rows])
     yes_row = positive_label(checkpoint.folder, checkpoint.config)
-    return rows[[1 - yes_row, yes_row]]  # type: ignore[no-any-return]  # transformers is untyped
+    return rows[[1 - yes_row, yes_row]]  # type: ignore[no-any-return]  # likewise
 
 
 def entry_device(model: PreTrainedModel) -> torch.device:

@@ -15,6 +15,7 @@ from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu import choices as cpu
 from local_rerank.engine.cuda import choices as cuda
+from local_rerank.engine.cuda.fp8 import require_fp8
 from local_rerank.engine.dtypes import Preferred, choose_dtypes, name_of
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.errors import ConfigError
@@ -144,7 +145,7 @@ def _quantization(config: EngineConfig, device: torch.device) -> Literal["int8",
     if config.dtype == "fp8":
         if config.device_map is not None:
             raise ConfigError("dtype is 'fp8' and device_map is set; fp8 needs a model on one GPU")
-        cuda.require_fp8(device)
+        require_fp8(device)
         return "fp8"
     if config.dtype == "int8":
         if device.type != "cpu" or config.device_map is not None:

@@ -7,10 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.model_config import for_transformers
 from local_rerank.checkpoints.tensors import ACTIVATION_SCALES, SCALE
 from local_rerank.errors import CheckpointError
 
@@ -18,11 +19,15 @@ DEFAULT_BLOCK = (128, 128)  # of transformers, if config.json has no weight_bloc
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config of the model as we load it: not quantized."""
+    """transformers' config of the model as we load it. Raises CheckpointError."""
     import transformers  # not at the top: telemetry is switched off before its first import
 
-    plain = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    return getattr(transformers, checkpoint.architecture).config_class.from_dict(plain)
+    config_class = getattr(transformers, checkpoint.architecture).config_class
+    try:
+        return config_class(**for_transformers(checkpoint.config))
+    except Exception as error:  # whatever transformers raises, such as KeyError for a missing factor of a rope_type
+        what = f"{checkpoint.folder / 'config.json'} is refused by transformers"
+        raise CheckpointError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -30,17 +35,25 @@ def stored_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[dict[
     """The weights by name, as safetensors' slices, which are read when indexed, or as tensors of `dtype`.
 
     Valid within the block. The files are those that `checkpoints/files.py` names, and no others.
+    Raises CheckpointError.
     """
     with ExitStack() as files:
         slices: dict[str, Any] = {}
         for name in checkpoint.weights:
-            file = files.enter_context(safe_open(checkpoint.folder / name, framework="pt"))
-            slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+            path = checkpoint.folder / name
+            try:
+                file = files.enter_context(safe_open(path, framework="pt"))
+                slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+            except SafetensorError as error:  # it checks each offset, we only the last
+                raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
         scales = {key.removesuffix(SCALE): slices.pop(key) for key in list(slices) if key.endswith(SCALE)}
         slices = {key: value for key, value in slices.items() if not key.endswith(ACTIVATION_SCALES)}
         block = (checkpoint.config.get("quantization_config") or {}).get("weight_block_size", DEFAULT_BLOCK)
         for key, scale in scales.items():
-            slices[key] = dequantized(slices[key][...], scale[...], block, key).to(dtype)
+            try:
+                slices[key] = dequantized(slices[key][...], scale[...], block, key).to(dtype)
+            except (RuntimeError, ValueError) as error:  # of shapes that do not fit
+                raise CheckpointError(f"{checkpoint.folder} has scales that do not fit {key}: {error}") from error
         yield slices
 
 

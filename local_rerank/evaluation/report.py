@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from local_rerank.text_files import visible
+
 if TYPE_CHECKING:
     from local_rerank.evaluation.measures import Comparison, System
 
@@ -76,11 +78,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, cells in enumerate(zip(head, *rows, strict=True)):
         if i == 0:
-            table.add_column(Text(head[0]), overflow="fold")
+            table.add_column(Text(visible(head[0])), overflow="fold")
         else:
             table.add_column(
-                Text(head[i]), justify="right", overflow="fold", min_width=max(map(len, cells[1:]), default=0)
+                Text(visible(head[i])), justify="right", overflow="fold", min_width=max(map(len, cells[1:]), default=0)
             )
     for row in rows:
-        table.add_row(*map(Text, row))  # Text, because rich would read brackets in a query as markup
+        table.add_row(
+            *(Text(visible(cell)) for cell in row)
+        )  # Text, because rich would read brackets in a query as markup
     return table

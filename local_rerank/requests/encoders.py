@@ -27,6 +27,14 @@ SURROGATES = range(0xD800, 0xE000)
 logger = logging.getLogger(__name__)
 
 
+def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer for text in which control tokens mean nothing; it shares the vocabulary."""
+    plain = Tokenizer(tokenizer.model)
+    plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    plain.post_processor = tokenizer.post_processor  # it trims offsets
+    return plain
+
+
 def with_tokenizers(tokenizer: Tokenizer) -> Encode:
     def encode(texts: Sequence[str]) -> list[bytes]:
         if len(texts) == 1:  # without waking its threads

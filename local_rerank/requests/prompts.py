@@ -6,12 +6,12 @@ Clients written for servers without templates, as vLLM's examples are, render th
 these forms. Whitespace may differ around `prefix` and after the document's end, and the query's newline may be missing:
 
 - the query is `prefix`, instruction and query; each document is its label, the text, and one of `client_suffixes`;
-- the query is instruction and query; each document is its label and the text.
+- the query is instruction and query; each document is its label and the text, with or without such a suffix.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from local_rerank.types import RerankRequest
 
@@ -28,6 +28,11 @@ class PromptTemplate:
     client_suffixes: tuple[str, ...]  # with which clients end a prompt, without the whitespace at its end
     yes: str
     no: str
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """The fields that decide what the model reads, as a bundle stores them."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, str)}
 
     def shared_body(self, instruction: str, query: str) -> str:
         """The text between `prefix` and the document, which all pairs of a request share."""
@@ -58,25 +63,23 @@ class PromptTemplate:
         )
 
     def looks_rendered(self, request: RerankRequest) -> bool:
-        """Whether the query starts, or a document starts and ends, like a part of a rendered prompt."""
+        """Whether the query or a document starts, or a document starts and ends, like a part of a rendered prompt."""
         starts = (self.prefix.partition("\n")[0], self.instruction_label)
         if request.query.lstrip().startswith(starts):
             return True
         return any(
-            document.startswith(self.document_label) and self._unwrap_document(document, True) is not None
+            document.lstrip().startswith(self.prefix.rstrip())  # the whole prompt of a pair
+            or (document.startswith(self.document_label) and self._unwrap_document(document, True) is not None)
             for document in request.documents
         )
 
-    def _unwrap_document(self, document: str, is_whole: bool) -> str | None:
+    def _unwrap_document(self, document: str, needs_suffix: bool) -> str | None:
         text = document.lstrip()
-        if not text.startswith(self.document_label):
+        suffix = next((suffix for suffix in self.client_suffixes if text.rstrip().endswith(suffix)), None)
+        if not text.startswith(self.document_label) or (needs_suffix and suffix is None):
             return None
-        if is_whole:
-            text = text.rstrip()
-            suffix = next((suffix for suffix in self.client_suffixes if text.endswith(suffix)), None)
-            if suffix is None:
-                return None
-            text = text.removesuffix(suffix)
+        if suffix is not None:
+            text = text.rstrip().removesuffix(suffix)
         return text.removeprefix(self.document_label).removeprefix(" ")
 
 

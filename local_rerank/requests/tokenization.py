@@ -29,7 +29,7 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
-from local_rerank.requests.encoders import fastest, with_tokenizers
+from local_rerank.requests.encoders import fastest, with_tokenizers, without_added_tokens
 from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes, to_ids
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
@@ -40,6 +40,7 @@ DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
 MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
 CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
+_MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
@@ -108,8 +109,9 @@ class PairTokenizer:
         self._full = Tokenizer.from_str(tokenizer_json)
         self._full.no_truncation()
         self._full.no_padding()
-        self._plain = _without_added_tokens(self._full)
+        self._plain = without_added_tokens(self._full)
         self._encode = with_tokenizers(self._plain)
+        self._check_base_vocabulary()
         self._limits = limits
         self._default_instruction = default_instruction
         self.prefix_ids = self._control_ids(template.prefix)
@@ -303,6 +305,17 @@ class PairTokenizer:
                 yield from zip(chunk, self._encode([" " + text for text in chunk]), strict=True)
                 chunk, num_chars = [], 0
 
+    def _check_base_vocabulary(self) -> None:
+        """Raise CheckpointError if text could become a control token, which must be an added token alone."""
+        added = {each.content: id for id, each in self._full.get_added_tokens_decoder().items()}
+        control = [text for text in added if _MARKUP.fullmatch(text)]
+        for text in dict.fromkeys(control + _CONTROL_TOKEN.findall(self.template.prefix + self.template.suffix)):
+            base = self._plain.id_to_token(added[text]) if text in added else None
+            base = base if self._plain.token_to_id(text) is None else text
+            if base is not None:
+                what = f"the base vocabulary has {base!r} for the control token {text}, so that text could produce it"
+                raise CheckpointError(f"{what}; use the tokenizer.json of the base model")
+
     def _control_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a template text. Each control token in it must be a single token of the vocabulary."""
         encoding = self._full.encode(text, add_special_tokens=False)
@@ -330,11 +343,3 @@ def clean(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return _LONE_SURROGATES.sub("\ufffd", text)
-
-
-def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer for text in which control tokens mean nothing; it shares the vocabulary."""
-    plain = Tokenizer(tokenizer.model)
-    plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    plain.post_processor = tokenizer.post_processor  # it trims offsets
-    return plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 
 from fastapi import FastAPI
@@ -11,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
@@ -53,7 +52,6 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
             expose_headers=["x-request-id", "retry-after", *RESULT_HEADERS],
         )
     app.add_middleware(RequestLog, state=state)
-    app.add_middleware(PlainPaths)
     app.add_exception_handler(404, _no_such_route)
     app.add_exception_handler(405, _no_such_route)
     return app
@@ -76,27 +74,6 @@ class PostsByPath:
                 scope["route"], respond = found
                 return await (await respond(http))(scope, receive, send)
         await self.app(scope, receive, send)
-
-
-class PlainPaths:
-    """Serves `//v1/rerank/` as `/v1/rerank`, because a redirect would lose the body of a POST.
-
-    Only `/docs/` is redirected, because the page's own links are relative to `/docs`.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        path = re.sub("(?<!:)/{2,}", "/", scope["path"])  # but not in https://
-        root = scope.get("root_path", "")
-        if path not in ("/", f"{root}/"):  # the page at the root, whose links are relative to it
-            path = path.removesuffix("/")
-        if path in ("/docs", f"{root}/docs") and path != scope["path"]:
-            return await RedirectResponse("../docs")(scope, receive, send)
-        await self.app({**scope, "path": path}, receive, send)
 
 
 async def _no_such_route(http: Request, error: Exception) -> Response:

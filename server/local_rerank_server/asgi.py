@@ -14,6 +14,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -49,7 +50,8 @@ def create() -> ASGIApp:
     set_up_logging(config, passed_over=kubernetes_variables())
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     _import_transformers()
-    state, reranker = ServerState(config), AsyncReranker(config=engine_config)
+    # the server of this application listens, on an address that is unknown here
+    state, reranker = ServerState(replace(config, host="")), AsyncReranker(config=engine_config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -7,6 +7,7 @@ validates its values when it is created; it reads no file and opens no socket.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,9 @@ MAX_QUERY_CHARS = 300_000
 MAX_INSTRUCTION_CHARS = 50_000
 MAX_DOCUMENT_CHARS = 2_000_000  # about a second of tokenization; documents are cut to max_document_tokens anyway
 BODIES_HELD = 8  # bodies of the maximum size that may be in memory at once
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+")  # as browsers send it
+HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
 
 DashScopeLimits = Literal["hosted", "server"]
 DocumentEcho = Literal["object", "string"]
@@ -95,6 +99,12 @@ class ServerConfig:
         tuple[str, ...],
         Parameter(help="Origin whose web pages may call this server, or * for all. May be repeated."),
     ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Parameter(help="Name under which clients reach this server besides localhost and IP addresses; *.NAME for all "
+                       "names below one, * for all. May be repeated. Other names get 421; by default that holds "
+                       "only on loopback without a key."),
+    ] = ()  # fmt: skip
     max_body_bytes: Annotated[
         int, Parameter(help="Maximum bytes of a request body; larger ones get 413. All bodies may total 8 times that.")
     ] = 64 * 1024 * 1024
@@ -187,7 +197,19 @@ class ServerConfig:
             raise ConfigError("api_key must be a tuple of texts")
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; leave it out to serve without a key")
-        if not (self.has_keys or self.insecure or self.uds or _is_loopback(self.host)):
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"cors_origins is {origin!r}; an origin is SCHEME://HOST or SCHEME://HOST:PORT in lower case, such "
+                    "as https://a.example, and * means all"
+                )
+        for name in self.allowed_hosts:
+            if not HOST_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"allowed_hosts is {name!r}; give a name without scheme and port, such as rerank.example, *.NAME "
+                    "for all names below one, or * for all"
+                )
+        if not (self.has_keys or self.insecure or self.uds or is_loopback(self.host)):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set one, or allow this with --insecure"
@@ -247,8 +269,10 @@ _MINIMUM = {
 _MAXIMUM = {"port": 65535, "max_documents": MAX_DOCUMENTS}
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine only."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host == "localhost"

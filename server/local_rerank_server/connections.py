@@ -1,9 +1,9 @@
-"""Connections: uvicorn's h11 protocol with timeouts, and what a client hears that uses the wrong scheme.
+"""Connections: uvicorn's h11 protocol with timeouts, stricter heads, and the answers that no route gives.
 
 uvicorn itself has no limit for the first head on a connection, for a body, and for a peer that does not read. The
 application answers a late body with 408 in its dialect; the timer here closes the connection if that did not end it.
 TLS on a plain port and plain HTTP on a TLS port get a 400 that names the scheme; without that the first sees "wrong
-version number" and the second an empty reply.
+version number" and the second an empty reply. A request that is not HTTP gets a 400, a head over 64 KiB a 431.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ import logging
 import re
 import ssl
 import uuid
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from local_rerank_server.browsers import SECURITY_HEADERS
 from local_rerank_server.config import ServerConfig
+from local_rerank_server.errors import quoted
 
 logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 5  # after the body's timeout, for sending the 408 and for skipping the rest of a refused body
 
 TLS_RECORD = b"\x16"  # the first byte of a TLS handshake; no HTTP request begins with it
+FOLDED_LINE = re.compile(rb"\n[ \t]")  # a header that goes on in the next line (RFC 9112, section 5.2)
+END_OF_HEAD = re.compile(rb"\n\r?\n")
 PLAIN_REQUEST = re.compile(rb"[A-Za-z]{3,10} ")  # the start of a request line
 USE_HTTP = (
     "this port speaks plain HTTP, and the request came over TLS; use http://, or start the server with --ssl-certfile"
@@ -42,6 +47,7 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.conn: _StrictConnection = _StrictConnection(h11.SERVER)
             self._read_timer: asyncio.TimerHandle | None = None
             self._timed_state: Any = None  # the client's h11 state that the read timer is for
             self._write_timer: asyncio.TimerHandle | None = None
@@ -84,9 +90,17 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
             else:
                 self.transport.abort()
 
+        def send_400_response(self, msg: str) -> None:
+            """Answer a request that is not HTTP and close the connection, unless the request was answered before."""
+            error = self.conn.refused
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or error is None:
+                return self.transport.close()
+            status = 431 if error.error_status_hint == 431 else 400
+            self._answer(status, f"the request is not valid HTTP: {quoted(str(error))}")
+
         def _answer(self, status: int, text: str) -> None:
             """Answer in plain text, because without a head the dialect is unknown."""
-            response = h11.Response(status_code=status, headers=_headers(text))
+            response = h11.Response(status_code=status, headers=_headers(text), reason=HTTPStatus(status).phrase)
             for event in (response, h11.Data(data=text.encode()), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
             self.transport.close()
@@ -115,9 +129,28 @@ def make_protocol(config: ServerConfig) -> type[H11Protocol]:
     return TimedProtocol
 
 
+class _StrictConnection(h11.Connection):
+    """Refuses folded headers, which proxies read in different ways, and keeps the error of a refused request."""
+
+    refused: h11.RemoteProtocolError | None = None
+
+    def next_event(self) -> Any:
+        try:
+            if self.their_state is h11.IDLE:
+                received = self.trailing_data[0]
+                end = END_OF_HEAD.search(received)
+                if FOLDED_LINE.search(received, 0, end.start() + 1 if end else len(received)):
+                    raise h11.RemoteProtocolError("a header is folded into several lines")
+            return super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.refused = error
+            raise
+
+
 def _headers(text: str) -> list[tuple[str, str]]:
     kind = ("content-type", "text/plain; charset=utf-8")
-    return [kind, ("content-length", str(len(text))), ("connection", "close"), ("x-request-id", str(uuid.uuid4()))]
+    own = [kind, ("content-length", str(len(text))), ("connection", "close"), ("x-request-id", str(uuid.uuid4()))]
+    return own + list(SECURITY_HEADERS.items())
 
 
 def make_tls_context(config: ServerConfig) -> ssl.SSLContext:

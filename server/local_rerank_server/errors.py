@@ -12,6 +12,9 @@
     ├── UnknownModel                  the request names a model that is not served
     ├── UnknownRoute                  the path does not exist
     ├── MethodNotAllowed              the path exists, the method does not
+    ├── ForeignOrigin                 the request comes from a web page of another server
+    ├── UnknownHost                   ... or names a host that this server is not
+    ├── AmbiguousBody                 the head has two lengths for the body
     ├── Overloaded
     │   ├── RequestRateExceeded       the key has used its requests of this minute
     │   └── TokenRateExceeded         the key has used its tokens of this minute
@@ -52,12 +55,19 @@ from local_rerank.errors import (
     WrongType,
 )
 
+QUOTED_CHARS = 200
+
+
+def quoted(sent: str) -> str:
+    """What a client sent, cut for an error or the log: a head may have 64 KiB, a body 64 MiB."""
+    return sent if len(sent) <= QUOTED_CHARS else f"{sent[: QUOTED_CHARS - 3]}..."
+
 
 class MissingField(InvalidRequest):
     """`hint` says where the field is instead; it is empty or ends a sentence."""
 
     def __init__(self, field: str, *, hint: str = "") -> None:
-        super().__init__(f"{field} is missing{hint}", field=field)
+        super().__init__(f"{quoted(field)} is missing{hint}", field=quoted(field))
         self.hint = hint
 
 
@@ -65,7 +75,7 @@ class InvalidField(InvalidRequest):
     """`reason` says what is wrong or what is expected, without a full stop; `sent` is the value."""
 
     def __init__(self, field: str, reason: str, *, sent: str | None = None) -> None:
-        super().__init__(f"{field}: {reason}" + (f", not {sent}" if sent else ""), field=field)
+        super().__init__(f"{quoted(field)}: {reason}" + (f", not {quoted(sent)}" if sent else ""), field=quoted(field))
         self.reason = reason
 
 
@@ -74,7 +84,7 @@ class UnsupportedInput(InvalidRequest):
 
     def __init__(self, field: str, kind: str) -> None:
         self.reason = f"{kind} {'is' if kind == 'audio' else 'are'} not supported; this model ranks text"
-        super().__init__(f"{field}: {self.reason}", field=field)
+        super().__init__(f"{quoted(field)}: {self.reason}", field=quoted(field))
 
 
 class MalformedBody(LocalRerankError):
@@ -98,8 +108,8 @@ class UnsupportedContent(LocalRerankError):
 
 class UnknownModel(LocalRerankError):
     def __init__(self, name: str, *, known: Sequence[str]) -> None:
-        super().__init__(f"model {name!r} is not served; the server has {', '.join(known)}")
-        self.name = name
+        super().__init__(f"model {quoted(name)!r} is not served; the server has {', '.join(known)}")
+        self.name = quoted(name)
 
 
 class UnknownRoute(LocalRerankError):
@@ -107,17 +117,35 @@ class UnknownRoute(LocalRerankError):
 
     def __init__(self, path: str, *, endpoints: Sequence[str], nearest: str | None, address: str) -> None:
         self.hint = f"the nearest path is {nearest}" if nearest else "see the routes at /docs"
-        super().__init__(f"unknown path {path}; {self.hint}")
+        super().__init__(f"unknown path {quoted(path)}; {self.hint}")
         self.path = path
         self.endpoints = endpoints
-        self.address = address
+        self.address = quoted(address)
 
 
 class MethodNotAllowed(LocalRerankError):
     def __init__(self, method: str, path: str, *, allowed: str) -> None:
-        super().__init__(f"{path} does not take {method}; it takes {allowed}")
-        self.method = method
+        self.method = quoted(method)
+        super().__init__(f"{quoted(path)} does not take {self.method}; it takes {allowed}")
         self.allowed = allowed
+
+
+class ForeignOrigin(LocalRerankError):
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"web pages of {quoted(origin)} may not use this server; --cors-origins allows an origin")
+
+
+class UnknownHost(LocalRerankError):
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"host {quoted(host)} is not served; use localhost or an IP address, or start the server with "
+            "--allowed-hosts NAME"
+        )
+
+
+class AmbiguousBody(LocalRerankError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the length of the body is ambiguous: {reason}")
 
 
 class RequestRateExceeded(Overloaded):
@@ -172,6 +200,9 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     UnknownModel: 404,
     UnknownRoute: 404,
     MethodNotAllowed: 405,
+    ForeignOrigin: 403,
+    UnknownHost: 421,
+    AmbiguousBody: 400,
     MissingApiKey: 401,
     InvalidApiKey: 401,
     AsyncNotSupported: 403,
@@ -194,8 +225,8 @@ def headers_of(error: LocalRerankError) -> dict[str, str]:
     match error:
         case Overloaded():
             return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
-        case BodyTooSlow():
-            return {"connection": "close"}  # do not wait for the rest of the body
+        case BodyTooSlow() | AmbiguousBody():
+            return {"connection": "close"}  # do not wait for the rest of the body, nor read it as a request
         case DeadlineExceeded():
             return {"x-should-retry": "false"}  # a retry would exceed the same deadline
         case MissingApiKey() | InvalidApiKey():

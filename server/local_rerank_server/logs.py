@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 from pythonjsonlogger.json import JsonFormatter
 
-from local_rerank.commands.console import say
+from local_rerank.commands.console import LogFormatter, forget, say
 from local_rerank_server.config import ServerConfig
 
 REPEAT_SECONDS = 60  # between two warnings of the same text about clients
+MISLEADING = ("Unsupported upgrade request", "No supported WebSocket library")
+"""uvicorn's warnings about a request with `Upgrade`, which is answered as if it had none. No library is missing."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +40,12 @@ def set_up_logging(config: ServerConfig, *, passed_over: Sequence[str] = ()) -> 
 
 def make_formatter(config: ServerConfig) -> logging.Formatter:
     if config.log_format == "human":
-        return logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+        return LogFormatter("%(asctime)s %(levelname)s %(message)s")
     return JsonFormatter(
         "{levelname}{name}{message}",
         style="{",
         rename_fields={"levelname": "level", "name": "logger"},
         timestamp="time",
-        json_ensure_ascii=False,
     )
 
 
@@ -53,7 +54,10 @@ def announce(config: ServerConfig, line: str) -> None:
     if config.log_format == "json":
         logger.info(line)
     else:
-        say(line)
+        try:
+            say(line)
+        except BrokenPipeError:  # nobody reads it, like `serve | head -1`; the server goes on
+            forget(sys.stdout)
 
 
 def log_fatal(message: str) -> None:
@@ -63,13 +67,18 @@ def log_fatal(message: str) -> None:
 
 
 class Occasionally(logging.Filter):
-    """Passes a warning of the same text once a minute, because a port scanner causes thousands."""
+    """Passes a warning of the same text once a minute, because a port scanner causes thousands.
+
+    Passes none of `MISLEADING`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._next: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg.startswith(MISLEADING):
+            return False
         now = time.monotonic()
         if record.levelno != logging.WARNING or now >= self._next.get(record.msg, now):
             self._next[record.msg] = now + REPEAT_SECONDS

@@ -11,27 +11,27 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
 from local_rerank.types import RerankResult
 from local_rerank_server.admission import BodyReader
+from local_rerank_server.browsers import SECURITY_HEADERS, check_sender
 from local_rerank_server.dialects import OPEN_PATHS, dialect_at, make_routes, route_path
 from local_rerank_server.dialects._route import Dialect
-from local_rerank_server.errors import MethodNotAllowed
+from local_rerank_server.errors import AmbiguousBody, MethodNotAllowed, quoted
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.state import ServerState
 
 METHODS = "GET, HEAD, OPTIONS, POST"
-ABSOLUTE_FORM = re.compile(r"https?://[^/]*", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(r"https?://(?:[^/]*@)?([^/]*)", re.IGNORECASE)
 SENT_ID = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")  # printable ASCII, at most 128 characters
-LOGGED_PATH_CHARS = 300
 RESULT_HEADERS: dict[str, Callable[[RerankResult], int]] = {
     "x-truncated-documents": lambda result: result.num_truncated_documents,
     "x-truncated-query-tokens": lambda result: result.num_query_truncated_tokens,
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 class RequestLog:
     """Takes over or makes the request's id, sends it as `x-request-id`, and logs and counts the request.
 
-    Adds the headers of the results, too.
+    Refuses web pages of other origins, and adds the headers of every response and those of the results.
     """
 
     def __init__(self, app: ASGIApp, *, state: ServerState) -> None:
@@ -55,7 +55,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        _set_path(scope)
+        target = _set_path(scope)
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if SENT_ID.fullmatch(sent_id) else str(uuid.uuid4())
         scope.setdefault("state", {}).update(request_id=request_id, status=0, num_documents=0, results=[])
@@ -65,6 +65,8 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 scope["state"]["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
                 headers.update(_result_headers(scope["state"]["results"]))
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
@@ -72,9 +74,18 @@ class RequestLog:
             await send(message)
 
         try:
-            await (_answer_without_path(Request(scope)) or self.app)(scope, receive, send_with_id)
+            await (self._early_answer(Request(scope), target) or self.app)(scope, receive, send_with_id)
         finally:
             self._record(Request(scope), time.perf_counter() - started)
+
+    def _early_answer(self, http: Request, target: _Target) -> Response | None:
+        """The answer to a request that no route may see or that asks for no route."""
+        try:
+            check_sender(http.scope, target.authority, self.state.config)
+            _check_framing(http)
+        except LocalRerankError as error:
+            return _dialect_of(http).error_response(error, http)
+        return _answer_without_route(http, target)
 
     def _record(self, http: Request, seconds: float) -> None:
         path, state = route_path(http), http.scope["state"]
@@ -84,8 +95,8 @@ class RequestLog:
             return
         fields = {
             "client": _client(http),
-            "method": http.method,
-            "path": quote(path, safe="/:@!$&'()*+,;=~")[:LOGGED_PATH_CHARS],  # so that no path forges a line
+            "method": quoted(http.method),
+            "path": quoted(quote(quoted(path), safe="/:@!$&'()*+,;=~")),  # so that no path forges a line
             "status": state["status"],
             "ms": round(seconds * 1e3, 1),
             "dialect": dialect,
@@ -139,21 +150,42 @@ class AdmissionMiddleware:
             self.state.admission.check_size(num_bytes)
 
 
-def _set_path(scope: Scope) -> None:
+def _check_framing(http: Request) -> None:
+    """Raise `AmbiguousBody` if a proxy in front may see another end of the body than we do (RFC 9112, section 6.1)."""
+    if "transfer-encoding" in http.headers:
+        if "content-length" in http.headers:
+            raise AmbiguousBody("Content-Length and Transfer-Encoding are both set; send one of them")
+        if http.scope.get("http_version") == "1.0":
+            raise AmbiguousBody("HTTP/1.0 has no Transfer-Encoding; send a Content-Length")
+
+
+class _Target(NamedTuple):
+    """What a request's target says beside the path of a route."""
+
+    authority: str | None  # host and port of a whole URL
+    num_final_slashes: int
+
+
+def _set_path(scope: Scope) -> _Target:
     """Set `path` to the root path plus the path of a route, in whatever form a client and a proxy send it.
 
-    The target may be a whole URL, and a reverse proxy may leave the root path in it or strip it. An ASGI server with a
-    root path of its own has put that in front.
+    The target may be a whole URL, slashes may be doubled, and a reverse proxy may leave the root path in it or strip
+    it. An ASGI server with a root path of its own has put that in front. Slashes at the end are cut off and not
+    redirected, because a redirect would lose the body of a POST.
     """
     root, path = scope.get("root_path", ""), scope["path"]
     if found := ABSOLUTE_FORM.match(path.removeprefix(root)):
         path = path.removeprefix(root)[found.end() :] or "/"
-    paths = [path]
+    if not path.startswith("/"):  # OPTIONS * and CONNECT
+        return _Target(None, 0)
+    plain = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    paths = [plain]
     while root and len(paths) < 3 and f"{paths[-1]}/".startswith(f"{root}/"):
         paths.append(paths[-1].removeprefix(root) or "/")
     if len(paths) > 1:  # the root path may be the start of a route, such as /api: take a path that has a route
-        path = max(*paths[1:], path, key=lambda each: _match(scope, each))
-    scope["path"] = root + path
+        plain = max(*paths[1:], plain, key=lambda each: _match(scope, each))
+    scope["path"] = root + plain
+    return _Target(found and found[1], len(path) - len(path.rstrip("/")))
 
 
 def _match(scope: Scope, path: str) -> int:
@@ -161,13 +193,15 @@ def _match(scope: Scope, path: str) -> int:
     return max(route.matches(alone)[0].value for route in make_routes())
 
 
-def _answer_without_path(http: Request) -> Response | None:
-    """The answer to a request whose target is not a path: `OPTIONS *`, and CONNECT, which asks for a proxy."""
-    target = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
-    if http.method == "OPTIONS" and target == "*":
+def _answer_without_route(http: Request, target: _Target) -> Response | None:
+    """The answer to a target that is not a path (`OPTIONS *`, and CONNECT, which asks for a proxy), and to `/docs/`."""
+    path = http.scope["path"].removeprefix(http.scope.get("root_path", ""))
+    if http.method == "OPTIONS" and path == "*":
         return Response(status_code=204, headers={"allow": METHODS})
     if http.method == "CONNECT":
-        return dialect_at(target).error_response(MethodNotAllowed("CONNECT", target, allowed=METHODS), http)
+        return dialect_at(path).error_response(MethodNotAllowed("CONNECT", path, allowed=METHODS), http)
+    if path == "/docs" and target.num_final_slashes:  # the page's links are relative to /docs
+        return RedirectResponse("../" * target.num_final_slashes + "docs")
     return None
 
 

@@ -72,6 +72,7 @@ class ServerState:
         self.admission = Admission(self.config, retry_after=self._retry_after)
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._long_tokenizers = ThreadPoolExecutor(LONG_THREADS, thread_name_prefix="tokenize-long")
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")  # one, because the JSON parser holds the GIL
 
     def renew(self) -> None:
         """Start counting from zero in a forked child, with threads of its own."""
@@ -112,7 +113,7 @@ class ServerState:
         """Close the model and the thread pools; requests still waiting get `ModelUnavailable`."""
         if self._reranker is not None:
             self._reranker.close()
-        for threads in (self._tokenizers, self._long_tokenizers):
+        for threads in (self._tokenizers, self._long_tokenizers, self._parser):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def render_metrics(self) -> bytes:
@@ -123,6 +124,10 @@ class ServerState:
         """Raise `UnknownModel` if `name` is not served and either `strict` or --strict-models asks for the check."""
         if (strict or self.config.strict_models) and name is not None and name not in self.model_names:
             raise UnknownModel(name, known=self.model_names)
+
+    async def parse(self, parse: Callable[[bytes], Any], body: bytes) -> Any:
+        """Parse a large body in a thread, after those that wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
 
     async def rank(self, http: Request, request: RerankRequest) -> RerankResult:
         """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first."""

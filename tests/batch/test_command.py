@@ -65,7 +65,7 @@ def test_json_lists_rejected_records_and_the_summary(rankings: Path, tmp_path: P
     done = batch(rankings, "--output", tmp_path / "out.jsonl", "--json", *model)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     rejected = [(event["line"], event["error"].split(":")[0]) for event in events if event["event"] == "rejected"]
-    assert rejected == [(3, "not JSON"), (8, "query is empty; it must contain some text")]
+    assert rejected == [(3, "not JSON"), (8, "query is empty; it must hold some text")]
     (last,) = [event for event in events if event["event"] == "done"]
     assert last == events[-1]
     assert {name: last[name] for name in ("rows", "pairs", "rejected", "model_pairs")} == {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from local_rerank import Reranker, __version__
 from local_rerank.bench.flops import DecoderShape, useful_flops
-from local_rerank.bench.measure import kendall_tau
+from local_rerank.bench.measure import Agreement, TargetResult, WorkloadResult, kendall_tau
+from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.workloads import WORKLOADS, make_requests
 from local_rerank.types import RerankRequest
@@ -95,6 +98,29 @@ def test_bench_prints_tables(tiny_checkpoint: Path) -> None:
     assert "pairs/s" in done.stdout
     assert "p95" in done.stdout
     assert "Kendall's tau" in done.stdout
+
+
+def test_c18_tables_of_large_figures_fit_in_80_columns() -> None:
+    row = TargetResult(
+        system="local-rerank fp32", seconds=(12345.6,), pairs_per_second=12345.6, tokens_per_second=9876543.2,
+        ratio=123.456, useful_tflops=1234.5, ceiling_tflops=1979.0, useful_share=0.62,
+        latency_ms={"p50": 12345.6, "p95": 123456.7, "p99": 123456.7}, num_latencies=12345,
+        peak_bytes=123456 * 2**20, tokenize_share=0.123, agreement=Agreement(largest=1e-5, mean=1e-6, kendall_tau=1.0),
+    )  # fmt: skip
+    result = WorkloadResult(
+        workload="longquery", about="a query as long as a passage", num_requests=64, num_pairs=6400,
+        num_tokens=12345678, rows=(row, row),
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    for table in all_tables([result]):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    for figure in ("12346", "9876543", "123.46", "62% of 1979", "123457", "123456 MiB", "12.3%", "1e-05", "1.0000"):
+        assert figure in printed
+    assert "…" not in printed
+    assert all(word in " ".join(printed.split()) for word in ("longquery", "local-rerank", "tokenizing"))
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -13,48 +13,18 @@ from typing import Any
 import pytest
 
 from local_rerank import Reranker
-from local_rerank.checkpoints.bundles import MANIFEST, damaged_files, open_bundle, read_manifest
+from local_rerank.checkpoints.bundles import damaged_files, open_bundle, read_manifest
 from local_rerank.checkpoints.free_space import require_free_space
-from local_rerank.checkpoints.known_scores import STORED
+from local_rerank.checkpoints.known_scores import STORED, from_json
+from local_rerank.checkpoints.manifest import MANIFEST
 from local_rerank.errors import CheckpointError
 from local_rerank.selftest.self_test import self_test
+from tests.checkpoints.conftest import EXACT
 from tests.command_line import command
 from tests.reference import ModelCard
 from tests.tiny_checkpoints import make_checkpoint
 
-EXACT = ("--device", "cpu", "--dtype", "fp32", "--threads", "1")
 PAIRS = [("q", "a"), ("q", "bb"), ("r", "a")]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In several shards, with a licence, a marker in a subfolder, and files that do not belong in a bundle."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("packed") / "tiny-reranker", seed=21, max_shard_size="40KB")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA random reranker.\n", encoding="utf-8")
-    (folder / "LICENSE").write_text("Apache License\n", encoding="utf-8")
-    (folder / "1_LogitScore").mkdir()
-    (folder / "1_LogitScore" / "config.json").write_text("{}", encoding="utf-8")
-    for name in ("pytorch_model.bin", "modeling.py", "other.safetensors", ".gitattributes"):
-        (folder / name).write_bytes(b"not to be packed")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The checkpoint packed as a file and as a folder."""
-    where = tmp_path_factory.mktemp("bundles")
-    bundles = {"file": where / "tiny.zip", "folder": where / "tiny-0.6B"}
-    for bundle in bundles.values():
-        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
-        assert done.returncode == 0, done.stderr
-        assert str(bundle) in done.stdout
-    return bundles
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "local-rerank" / "bundles"
 
 
 def rewrite(
@@ -79,57 +49,46 @@ def edit_manifest(members: dict[str, bytes], **changes: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_bundle_contains_the_files_for_loading_and_a_manifest_of_them(
-    kind: str, packed: dict[str, Path], checkpoint: Path
+    kind: str, packed: dict[str, Path], packable: Path
 ) -> None:
     manifest = read_manifest(packed[kind])
-    shards = {path.name for path in checkpoint.glob("model-*.safetensors")}
+    shards = {path.name for path in packable.glob("model-*.safetensors")}
     assert len(shards) > 1
     others = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"}
     assert set(manifest.files) == shards | others | {"README.md", "LICENSE", "1_LogitScore/config.json"}
     assert (manifest.model_id, manifest.licence) == ("tiny-reranker", "apache-2.0")
     assert manifest.recipe["suffix"].endswith("</think>\n\n")
+    labels = {"instruction_label", "query_label", "document_label"}
+    assert manifest.recipe.keys() == {"prefix", "suffix", "yes", "no"} | labels  # others would refuse earlier bundles
     assert manifest.expected["dtype"] == "fp32"
-    card = ModelCard(checkpoint)
+    card = ModelCard(packable)
     for score, pair in zip(manifest.expected["scores"], STORED, strict=True):
         assert score["log_odds"] == pytest.approx(card.pair(pair.query, pair.document, pair.instruction), abs=1e-4)
     assert damaged_files(packed[kind]) == []
 
 
-def test_packing_is_reproducible(checkpoint: Path, packed: dict[str, Path], tmp_path: Path) -> None:
-    assert command("pack", str(checkpoint), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
+def test_packing_is_reproducible(packable: Path, packed: dict[str, Path], tmp_path: Path) -> None:
+    assert command("pack", str(packable), "-o", str(tmp_path / "x.zip"), "--no-self-test", *EXACT).returncode == 0
     assert (tmp_path / "x.zip").read_bytes() == packed["file"].read_bytes()
+
+
+def test_a_bundle_can_be_packed_again(packed: dict[str, Path], tmp_path: Path) -> None:
+    done = command("pack", str(packed["file"]), "-o", str(tmp_path / "again"), "--no-self-test", *EXACT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_manifest(tmp_path / "again").files == read_manifest(packed["file"]).files
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_bundle_scores_as_its_checkpoint_and_passes_its_self_test(
-    kind: str, packed: dict[str, Path], checkpoint: Path
+    kind: str, packed: dict[str, Path], packable: Path
 ) -> None:
-    with Reranker(str(checkpoint), device="cpu", dtype="fp32") as reranker:
+    with Reranker(str(packable), device="cpu", dtype="fp32") as reranker:
         expected = reranker.score(PAIRS, logits=True)
     with Reranker(str(packed[kind]), device="cpu", dtype="fp32") as reranker:
         assert reranker.score(PAIRS, logits=True) == pytest.approx(expected, abs=1e-4)  # in different batches
         assert (reranker.model_id, reranker.info.source) == ("tiny-reranker", "bundle")
         assert self_test(reranker).basis == "stored"
         assert self_test(reranker).passed
-
-
-def test_a_file_is_unpacked_once_and_a_folder_used_in_place(packed: dict[str, Path], cache: Path) -> None:
-    assert open_bundle(packed["folder"])[1] == packed["folder"]
-    assert not cache.exists()
-    _, folder = open_bundle(packed["file"])
-    assert folder.parent == cache
-    inode = (folder / "config.json").stat().st_ino
-    moved = shutil.copy(packed["file"], cache.parent / "elsewhere.zip")
-    assert open_bundle(Path(moved))[1] == folder
-    assert (folder / "config.json").stat().st_ino == inode
-    assert [path.name for path in cache.iterdir()] == [folder.name]
-
-
-def test_a_cache_folder_that_lost_a_file_is_unpacked_again(packed: dict[str, Path]) -> None:
-    _, folder = open_bundle(packed["file"])
-    (folder / "tokenizer.json").unlink()
-    assert open_bundle(packed["file"])[1] == folder
-    assert (folder / "tokenizer.json").is_file()
 
 
 def test_an_archive_unpacked_by_hand_is_a_folder_bundle(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -208,6 +167,15 @@ def add_file(name: str) -> Callable[[dict[str, bytes]], object]:
         (lambda members: edit_manifest(members, files={"config.json": {"size": 1}}), "manifest .* cannot be read"),
         (lambda members: edit_manifest(members, files={"a": {"size": "1", "sha256": ""}}), "a file has size '1'"),
         (lambda members: edit_manifest(members, files={"a": {"size": -1, "sha256": ""}}), "a file has size -1"),
+        (lambda members: edit_manifest(members, files={"a": {"size": 10**400, "sha256": ""}}), "a file has size 100"),
+        (lambda members: edit_manifest(members, files=[]), "manifest .* cannot be read"),
+        (lambda members: edit_manifest(members, model_id=["x"]), "model_id must be a string of at most 300 characters"),
+        (lambda members: edit_manifest(members, model_id="x" * 301), "model_id must be a string of at most 300"),
+        (lambda members: edit_manifest(members, model_id="\ud800"), "manifest .* cannot be read: UnicodeEncodeError"),
+        (lambda members: edit_manifest(members, revision=1), "revision must be a string"),
+        (add_file("license"), "contains LICENSE twice; each name must be there once, whatever its case"),
+        (add_file(MANIFEST.upper()), f"contains {MANIFEST.upper()} twice"),
+        (add_file("LICENSE/inside.txt"), "cannot be read: .*LICENSE"),
         (lambda members: members.update({MANIFEST: b"[" * 100_000}), "manifest .* cannot be read: RecursionError"),
         (lambda members: edit_manifest(members, recipe={"prefix": "x"}), "a different prompt template"),
         (lambda members: members.update({"config.json": members["config.json"] + b" "}), "config.json does not have"),
@@ -273,6 +241,21 @@ def test_a_compressed_archive_works_and_a_damaged_one_raises(
         open_bundle(bundle)
 
 
+def test_an_archive_with_a_name_twice_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "twice.zip"
+    shutil.copy(packed["file"], bundle)
+    with zipfile.ZipFile(bundle, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("config.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"contains config\.json twice"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "x", None])
+def test_known_scores_that_are_no_numbers_are_refused(value: object) -> None:
+    with pytest.raises(CheckpointError, match="known scores in here c"):
+        from_json({"scores": [{"query": "q", "document": "d", "log_odds": value}]}, "here")
+
+
 def test_a_file_that_is_not_a_bundle_raises(tmp_path: Path) -> None:
     for name, message in (("model.bin", "a pickle, which could run code"), ("model.gguf", "is a GGUF file")):
         (tmp_path / name).write_bytes(b"GGUF")
@@ -304,11 +287,22 @@ def test_verify_has_no_model_option_and_pack_a_hidden_one() -> None:
     assert "model 'y' is no folder" in command("pack", "--model", "y", "-o", "z.zip").stderr
 
 
-def test_pack_overwrites_nothing(packed: dict[str, Path], checkpoint: Path) -> None:
+def test_pack_overwrites_nothing(packed: dict[str, Path], packable: Path) -> None:
     for bundle in packed.values():
-        done = command("pack", str(checkpoint), "-o", str(bundle), "--no-self-test", *EXACT)
+        done = command("pack", str(packable), "-o", str(bundle), "--no-self-test", *EXACT)
         assert done.returncode == 1
         assert "which exists" in done.stderr
+
+
+def test_pack_removes_nothing_beside_its_output(packable: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial" / "notes.txt").write_text("keep", encoding="utf-8")
+    (tmp_path / "linked").symlink_to("nowhere")
+    options = ("--no-self-test", *EXACT)
+    assert command("pack", str(packable), "-o", str(tmp_path / "x"), *options).returncode == 0
+    assert "which exists" in command("pack", str(packable), "-o", str(tmp_path / "linked"), *options).stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linked", "x", "x.partial"]
+    assert (tmp_path / "x.partial" / "notes.txt").read_text(encoding="utf-8") == "keep"
 
 
 def test_too_little_disk_space_raises_before_anything_is_written(

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from local_rerank import Reranker
 from local_rerank.checkpoints.download import fetch
-from local_rerank.checkpoints.files import checkpoint_files
+from local_rerank.checkpoints.files import INDEX, checkpoint_files
 from local_rerank.checkpoints.find import EMBEDDED_MODEL, open_checkpoint
+from local_rerank.checkpoints.manifest import FORMAT, MANIFEST
 from local_rerank.checkpoints.tensors import EMBEDDINGS
 from local_rerank.errors import CheckpointError
 from tests.command_line import command
@@ -214,11 +215,6 @@ def test_c6_an_adapter_alone_is_named(with_config: bool, whole: Path, tmp_path: 
             lambda folder: (folder / "model.safetensors").rename(folder / "model.fp16.safetensors"),
             "model.fp16.safetensors is not read; rename a file with all weights to model.safetensors",
         ),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
-            "names '../b'; only safetensors files in the same folder are read",
-        ),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
         *(
             (
                 lambda folder, method=method: edit(
@@ -250,21 +246,29 @@ def test_c7_json_files_may_have_a_bom(codec: str, folder: Path) -> None:
     Reranker(str(folder), device="cpu", dtype="fp32").close()
 
 
+@pytest.mark.parametrize("bundled", [False, True])
 @pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"architectures": "Qwen3ForCausalLM"}, "has architecture Qwen3ForCausalLM; supported are "),
-        ({"architectures": {"a": 1}}, "has architecture {'a': 1}; supported are"),
-        ({"hidden_size": "64"}, "has hidden_size '64'; it must be a number"),
-        ({"max_position_embeddings": "many"}, "has max_position_embeddings 'many'; it must be a number"),
-        ({"quantization_config": [1]}, "is quantized with an unknown method"),
-    ],
-)
-def test_c7_a_config_with_values_of_another_kind_is_refused(
-    changes: dict[str, object], says: str, folder: Path
+    "shard",
+    ["pytorch_model.bin", "weights.json", "../x.safetensors", "/x.safetensors", "a/x.safetensors", ".x.safetensors",
+     "x.safetensors.bin", "x.safetensors\n", "C:\\x.safetensors", "", 1, None, ["x.safetensors"]],
+)  # fmt: skip
+def test_an_index_that_names_anything_but_safetensors_in_its_folder_is_refused(
+    shard: object, bundled: bool, folder: Path
 ) -> None:
-    edit(folder / "config.json", **changes)
-    assert says in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {EMBEDDINGS: shard}}), encoding="utf-8")
+    if bundled:
+        listed = {"files": {INDEX: {"size": (folder / INDEX).stat().st_size, "sha256": ""}}}
+        manifest = {"format": FORMAT, "format_version": 1, "model_id": "x", "revision": None, "licence": None,
+                    "made_by": "x", "recipe": {}, "expected": {}} | listed  # fmt: skip
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert f"{INDEX} names {shard!r}; only safetensors files in the same folder are read" in refusal(folder)
+
+
+@pytest.mark.parametrize("weight_map", [["a", 1], "a", 1, None, {}, True])
+def test_a_weight_map_of_another_kind_is_refused_by_name(weight_map: object, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert "model.safetensors.index.json has no weight_map, which names the file of each" in refusal(folder)
 
 
 def test_c7_a_cut_off_file_is_named_with_both_sizes(folder: Path) -> None:
@@ -364,3 +368,5 @@ def test_a4_a_classifier_of_other_labels_than_its_weights_is_refused(
     edit(folder / "config.json", id2label={str(i): f"LABEL_{i}" for i in range(number)})
     says = {2: "score.weight in shape 1 x 64, but config.json says 2 x 64", 3: "has 3 labels; it must have 1 or 2"}
     assert says[number] in refusal(folder)
+    edit(folder / "config.json", id2label={"0": "Not_relevant"})
+    assert "a high score means not relevant" in refusal(folder)

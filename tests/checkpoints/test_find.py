@@ -214,6 +214,13 @@ def test_pull_to_a_folder_downloads_only_missing_files(checkpoint: Path, hub: Fa
     assert not (tmp_path / "home" / "hub" / "models--owner--tiny" / "blobs").exists()
 
 
+def test_pull_replaces_no_files_of_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("keep", encoding="utf-8")
+    done = command("pull", "owner/tiny", "--to", str(tmp_path))
+    assert (done.returncode, "which has files that are no model's; choose a new folder" in done.stderr) == (1, True)
+    assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [("README.md", "keep")]
+
+
 def test_pull_checks_free_disk_space_before_downloading(hub: FakeHub, tmp_path: Path) -> None:
     hub.claimed_size = 10**18
     done = pull(tmp_path, "owner/tiny", "--to", str(tmp_path / "models"), HF_ENDPOINT=hub.url)
@@ -286,6 +293,7 @@ def lose_a_shard(folder: Path) -> None:
         (lambda folder: edit_config(folder, architectures=["BertModel"]), "has architecture BertModel; supported are"),
         (lambda folder: edit_config(folder, architectures=[]), "has architecture none"),
         (lambda folder: edit_config(folder, use_sliding_window=True), "sliding-window attention"),
+        (lambda folder: edit_config(folder, layer_types=["sliding_attention"] * 2), "sliding-window attention"),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             r"no safetensors weights; copy model\.saf",

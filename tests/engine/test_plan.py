@@ -88,7 +88,6 @@ def test_a_cpu_with_slow_bf16_computes_in_fp32(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"dtype": "fp4"}, "dtype is 'fp4'; it must be auto, fp32, bf16, fp16, fp8, int8"),
         ({"dtype": "fp8"}, "dtype is 'fp8', which needs a GPU of compute capability 8.9; the device is cpu"),
         ({"dtype": "fp8", "device_map": "auto"}, "device_map is set; fp8 needs a model on one GPU"),
         ({"dtype": "int8", "device_map": "auto"}, "dtype int8 runs on a CPU; the device is auto"),

@@ -55,6 +55,35 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return fp8, plain
 
 
+@pytest.mark.parametrize("offsets", [[0, 1], [-8, 4], [0.0, 4]])
+def test_a_file_whose_offsets_are_wrong_is_named(
+    offsets: list[float], checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoints[1], tmp_path / "tiny-reranker")
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["model.layers.0.input_layernorm.weight"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is .*damaged"):
+        Reranker(str(folder), device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize("scale", [torch.ones(2, 3, 4), torch.ones(7)])
+def test_scales_of_another_shape_are_named(scale: Tensor, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints[0], tmp_path / "tiny-reranker")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight_scale_inv"] = scale
+    save_file(weights, folder / "model.safetensors")
+    for block in (list(BLOCK), None):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"]["weight_block_size"] = block
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(CheckpointError, match="scales"):
+            Reranker(str(folder), device="cpu", dtype="fp32")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_b5_a_block_fp8_checkpoint_scores_as_its_dequantized_weights(
     dtype: str, checkpoints: tuple[Path, Path]

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Route, expect, sync_playwright
 
+from tests.client_servers import OTHER_NAME  # resolves to this machine; browsers offer no clipboard for it
 from tests.client_servers import TYPED_KEY as KEY
 
-__all__ = ["KEY"]
+__all__ = ["KEY", "OTHER_NAME"]
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = "the tests of the page need Chromium: apt-get install --no-install-recommends chromium"
@@ -28,8 +29,9 @@ QUIET = [  # no requests other than the page's
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-features=LocalNetworkAccessChecks",  # so that requests of other pages reach the server
 ]
-OTHER_NAME = "playground.test"  # resolves to this machine; browsers offer no clipboard for it
+EVIL_NAME = "evil.test"  # resolves to this machine, as an attacker's name server can arrange
 expect.set_options(timeout=60_000)
 
 
@@ -41,7 +43,7 @@ def chromium() -> Iterator[Browser]:
     if program is None:
         pytest.skip(MISSING)
     with sync_playwright() as playwright:
-        rules = f"--host-resolver-rules=MAP {OTHER_NAME} 127.0.0.1"
+        rules = f"--host-resolver-rules=MAP {OTHER_NAME} 127.0.0.1,MAP {EVIL_NAME} 127.0.0.1"
         browser = playwright.chromium.launch(executable_path=program, args=[*QUIET, rules])
         yield browser
         browser.close()

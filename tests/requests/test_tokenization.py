@@ -241,6 +241,46 @@ def test_a_tokenizer_without_one_of_the_control_tokens_raises(token: str) -> Non
         make(json.dumps(content))
 
 
+def with_base_token(text: str, id: int | None = None) -> str:
+    """The byte tokenizer with a token in its base vocabulary that no merge makes, at a new id or that of another."""
+    value = json.loads(byte_tokenizer_json())
+    vocabulary = value["model"]["vocab"]
+    free = 1 + max(*vocabulary.values(), *(token["id"] for token in value["added_tokens"]))
+    vocabulary[text] = free if id is None else id
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "</think>", "<tool_call>"])
+@pytest.mark.parametrize("is_added", [True, False])
+def test_a_tokenizer_whose_base_vocabulary_has_a_control_token_is_refused(token: str, is_added: bool) -> None:
+    value = json.loads(with_base_token(token))
+    if not is_added:
+        if token not in QWEN3_RERANKER.prefix + QWEN3_RERANKER.suffix:
+            return  # a word like any other
+        value["added_tokens"] = [each for each in value["added_tokens"] if each["content"] != token]
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"base vocabulary has {token!r} for the control token {token}")
+    ):
+        make(json.dumps(value))
+
+
+def test_a_tokenizer_whose_base_vocabulary_has_another_word_for_a_control_token_is_refused() -> None:
+    added = {each["content"]: each["id"] for each in json.loads(byte_tokenizer_json())["added_tokens"]}
+    with pytest.raises(CheckpointError, match=r"base vocabulary has 'qq' for the control token <"):
+        make(with_base_token("qq", added["<|im_end|>"]))
+
+
+def test_text_that_a_normalizer_turns_into_a_control_token_stays_text() -> None:
+    value = json.loads(byte_tokenizer_json())
+    value["normalizer"] = {"type": "NFKC"}
+    tokenizer = make(json.dumps(value))
+    control = {each["id"] for each in value["added_tokens"]}
+    request = RerankRequest(query="＜|im_end|＞", documents=("＜/think＞ <|im_start|>",))
+    (pair,) = tokenizer.pairs(request).pairs
+    fixed = len(tokenizer.prefix_ids), len(tokenizer.suffix_ids)
+    assert not control & {*pair.prefix_ids[fixed[0] :], *pair.document_ids[: -fixed[1]]}
+
+
 def test_a_tokenizer_that_splits_the_answers_raises() -> None:
     content = json.loads(byte_tokenizer_json())
     content["model"]["merges"] = []

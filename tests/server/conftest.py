@@ -88,7 +88,7 @@ def serve() -> Serve:
         if reranker is not None:
             state.serve(reranker)  # type: ignore[arg-type]
         app = create_app(state, ApiKeys.from_config(config))
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as made:
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as made:
             made.state = state  # type: ignore[attr-defined]
             yield made
 

@@ -145,7 +145,7 @@ def _post(state: ServerState) -> tuple[int, Any, int]:
 
     async def post() -> tuple[int, Any, int]:
         transport = ASGITransport(create_app(state, ApiKeys({})))
-        async with AsyncClient(transport=transport, base_url="http://test") as client:
+        async with AsyncClient(transport=transport, base_url="http://localhost") as client:
             response = await client.post("/v1/rerank", json=BODY)
             page = (await client.get("/metrics")).text
             counts = re.findall(r"^local_rerank_requests_total{.*} (\S+)", page, re.MULTILINE)

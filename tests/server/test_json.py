@@ -18,7 +18,7 @@ values = st.recursive(
     max_leaves=12,
 )
 ODD = ["-0", "-0.0", "1e5", "0." + "1" * 400, "1e-400", '{"a": 1, "a": 2}', '"\\ud83d\\ude00 \\/ \\ud800"', "\ufeff[1]"]
-WRONG = [*"01 1. .5 NaN -Infinity [1,] {'a':1} tru".split(), '"\t"', "", "[1] x", "1" * 5000, "[" * 9999 + "]" * 9999]
+WRONG = [*"01 1. .5 NaN -Infinity [1,] {'a':1} tru".split(), '"\t"', "", "[1] x", "[" * 9999 + "]" * 9999]
 
 
 def exactly(value: Any) -> str:

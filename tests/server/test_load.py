@@ -61,7 +61,7 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 def raw_request(body: dict[str, object], more: str = "") -> bytes:
     content = json.dumps(body).encode()
-    return f"POST {PATH} HTTP/1.1\r\nHost: x\r\n{more}Content-Length: {len(content)}\r\n\r\n".encode() + content
+    return f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 def test_ten_times_its_capacity_is_answered_with_200_and_429(slow_server: Server, cases: list[Case]) -> None:
@@ -127,10 +127,10 @@ def test_hundreds_of_connections_at_once_get_their_own_right_answers(server: Ser
 
 def test_a_head_that_does_not_come_is_answered_408(server: Server) -> None:
     """The first one of a connection and the second one."""
-    beginnings = [b"", b"POST ", f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-Slow".encode()]
+    beginnings = [b"", b"POST ", f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nX-Slow".encode()]
     with ExitStack() as stack:
         connections = [stack.enter_context(server.connect()) for _ in (*beginnings, "second")]
-        connections[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connections[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connections[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
         for connection, sent in zip(connections, (*beginnings, b"GET /hea"), strict=True):
             connection.sendall(sent)
@@ -142,7 +142,7 @@ def test_a_head_that_does_not_come_is_answered_408(server: Server) -> None:
 
 def test_a_body_that_trickles_is_answered_408_and_its_connection_closed(server: Server) -> None:
     with server.connect() as connection:
-        connection.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        connection.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
         connection.settimeout(0.1)
         answer = b""
         for _ in range(200):  # a byte every tenth of a second

@@ -201,6 +201,8 @@ async def test_b4_a_proxy_may_strip_the_root_path_or_leave_it(
                 (record,) = [record for record in caplog.records if record.name == LOGGER]
                 if (root, prefix, path) != ("/v1", "", "/v1/rerank"):  # which is also /rerank below /v1
                     assert vars(record)["path"] == path
+        if root == "/rerank":  # below the root path, or the route itself
+            assert (await client.post("/rerank/", json=BODIES[COMPATIBLE])).status_code == 503
         for path in (root, root + "/", "/"):
             page = (await client.get(path)).text
             assert f'<base href="{root}/">' in page
@@ -219,15 +221,15 @@ async def test_b8_a_target_may_be_a_whole_url_or_no_path(serve: Serve) -> None:
         assert await status_of_target(app, "OPTIONS", "*") == 204
 
 
-async def status_of_target(app: ASGIApp, method: str, target: str) -> int:
+async def status_of_target(app: ASGIApp, method: str, target: str, *headers: tuple[bytes, bytes]) -> int:
     """The status of a request whose target an HTTP client would not send."""
     statuses = []
 
     async def send(message: Message) -> None:
         statuses.append(message.get("status"))
 
-    scope = {"type": "http", "method": method, "path": target, "headers": [], "query_string": b"", "client": None}
-    await app(scope, None, send)  # type: ignore[arg-type]
+    scope = {"type": "http", "method": method, "path": target, "query_string": b"", "client": None}
+    await app(scope | {"headers": headers}, None, send)  # type: ignore[arg-type]
     status = statuses[0]
     assert isinstance(status, int)
     return status

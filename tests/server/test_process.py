@@ -79,7 +79,7 @@ def test_a_client_that_sends_too_large_a_body_can_read_the_error(server: Server)
 def test_one_connection_serves_many_requests_including_errors(server: Server) -> None:
     server.wait_for("ready: ")
     requests = [
-        f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+        f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
         for content in ('{"model":"qwen3-rerank","query":"q","documents":["d"]}', "{", '{"model":"x"}') * 3
     ]
     with server.connect() as connection:
@@ -90,7 +90,7 @@ def test_one_connection_serves_many_requests_including_errors(server: Server) ->
 def test_an_incomplete_body_does_not_affect_other_requests(server: Server) -> None:
     server.wait_for("ready: ")
     with server.connect() as connection:
-        connection.sendall(f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode())
+        connection.sendall(f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{{".encode())
     until(lambda: f"POST {NATIVE} 499" in server.output)
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
         assert client.post(NATIVE, json=body()).status_code == 200
@@ -101,7 +101,7 @@ def test_an_upgrade_to_http_2_is_ignored_and_the_body_is_read(server: Server) ->
     server.wait_for("ready: ")
     content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}'
     offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
-    request = f"POST {NATIVE} HTTP/1.1\r\nHost: x\r\n{offer}Content-Length: {len(content)}\r\n\r\n{content}"
+    request = f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\n{offer}Content-Length: {len(content)}\r\n\r\n{content}"
     with server.connect() as connection:
         assert status_of(exchange(connection, request.encode())) == 200
 
@@ -113,9 +113,9 @@ def test_an_upgrade_to_http_2_is_ignored_and_the_body_is_read(server: Server) ->
 def test_b8_a_target_in_another_form_is_answered(line: str, status: int, server: Server) -> None:
     server.wait_for("ready: ")
     content = '{"model":"qwen3-rerank","query":"q","documents":["d"]}' if status == 200 else ""
-    request = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n{content}"
+    head = f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     with server.connect() as connection:
-        answer = exchange(connection, request.encode())
+        answer = exchange(connection, f"{head}{content}".encode())
     assert status_of(answer) == status
     assert (b"allow: GET, HEAD, OPTIONS, POST\r\n" in answer) is (status != 200)
 

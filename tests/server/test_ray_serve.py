@@ -163,7 +163,7 @@ def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Ser
     server.wait_for("ready: ")
     processes = descendants(server)
     body = json.dumps(request(1, num_documents=40)).encode()
-    head = f"POST {LOCAL} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {LOCAL} HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(head.encode())
         assert b" 100 " in connection.recv(1000)  # the handler asks for the body: the request was accepted

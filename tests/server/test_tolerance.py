@@ -105,7 +105,7 @@ async def test_a_byte_order_mark_and_escapes_and_plain_utf8_mean_the_same(
 
 async def test_a_top_n_above_the_count_gives_all_however_large(serve: Serve, tiny_reranker: Reranker) -> None:
     async with serve(tiny_reranker) as client:
-        for top_n in (2, 3, 10**30):
+        for top_n in (2, 3, 10**19):
             for path in ROUTES:
                 answer = await client.post(path, json=flat(top_n=top_n))
                 assert len(_results(answer.json())) == 2

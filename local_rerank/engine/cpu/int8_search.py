@@ -28,6 +28,7 @@ from local_rerank.checkpoints.known_scores import MAX_MISORDERED, num_misordered
 from local_rerank.engine.cpu.int8 import TOLERANCE, Int8Linear
 from local_rerank.engine.cpu.process_setup import owns_process
 from local_rerank.engine.cpu.products import saturates
+from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def read_choice(facts: Facts, groups: Iterable[LinearGroup]) -> set[str] | None:
             raise ValueError("its layers are not this model's")
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # RuntimeError: no home folder
+    except (OSError, CheckpointError, RecursionError, ValueError, TypeError, KeyError) as error:
         logger.info("cannot use the cached choice of int8 layers, so it is searched again: %r", error)
         return None
     logger.info("read the choice of int8 layers from %s: %d linear layers stay in fp32", path, len(names))
@@ -285,7 +286,7 @@ def write_choice(facts: Facts, names: Iterable[str]) -> None:
             partial = Path(folder) / path.name
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)  # atomic, so that another process reads a whole file or none
-    except (OSError, RuntimeError) as error:
+    except (OSError, CheckpointError) as error:
         logger.info("cannot cache the choice of int8 layers, so the next start searches again: %r", error)
     else:
         logger.info("cached the choice of int8 layers in %s", path)

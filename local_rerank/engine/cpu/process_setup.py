@@ -22,6 +22,8 @@ CACHE_VARIABLES = {
     "LRU_CACHE_CAPACITY": "16",  # torch's cache in front of oneDNN's
 }
 
+NO_HOME = "/"  # as docker sets it; without one, libraries raise errors for caches that they only look for
+
 KEPT_BYTES = 2**30  # free memory kept at the top of the heap (M_TRIM_THRESHOLD); a layer's tensors take less
 MAPPED_BYTES = 2**25  # larger blocks are mapped one by one (M_MMAP_THRESHOLD); the maximum of old glibc versions
 
@@ -36,11 +38,13 @@ def configure_process() -> None:
     """Configure a process that we own. Call before importing torch.
 
     Sets OpenMP's wait policy and oneDNN's kernel-cache size, unless the environment does, and a single malloc arena,
-    before a thread starts that would get another one.
+    before a thread starts that would get another one. A user without a home folder, as containers have, gets `NO_HOME`.
     """
     global _is_owned
     _is_owned = True
     use_one_arena()
+    if os.path.expanduser("~") == "~":  # noqa: PTH111  # pathlib raises an error
+        os.environ["HOME"] = NO_HOME
     if not OPENMP_VARIABLES.keys() & os.environ.keys():
         os.environ.update(OPENMP_VARIABLES)
     for name, value in CACHE_VARIABLES.items():

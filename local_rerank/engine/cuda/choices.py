@@ -6,7 +6,6 @@ import torch
 
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import EngineConfig
-from local_rerank.engine.cuda.fp8 import require_fp8 as require_fp8
 from local_rerank.engine.cuda.layers import why_not_fused
 from local_rerank.engine.stored_weights import model_config
 

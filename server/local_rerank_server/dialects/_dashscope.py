@@ -31,9 +31,11 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._field_types import Flag, IgnoredUnlessObject, IgnoredUnlessString, String
 from local_rerank_server.dialects._options import Instructed, TemplateArguments
 from local_rerank_server.errors import (
+    AmbiguousBody,
     AsyncNotSupported,
     BodyTooLarge,
     BodyTooSlow,
+    ForeignOrigin,
     InvalidApiKey,
     InvalidField,
     MalformedBody,
@@ -42,6 +44,7 @@ from local_rerank_server.errors import (
     MissingField,
     RequestRateExceeded,
     TokenRateExceeded,
+    UnknownHost,
     UnknownModel,
     UnknownRoute,
     UnsupportedContent,
@@ -65,6 +68,9 @@ _CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
     UnsupportedContent: ("InvalidParameter", "Required body invalid, {0}."),
     MethodNotAllowed: ("InvalidParameter", "Request method '{0.method}' is not supported."),
     UnknownModel: ("ModelNotFound", "Model can not be found."),
+    ForeignOrigin: ("AccessDenied", "Access denied, {0}."),
+    UnknownHost: ("AccessDenied", "Access denied, {0}."),
+    AmbiguousBody: ("InvalidParameter", "Required body invalid, {0}."),
     AsyncNotSupported: ("AccessDenied", "Current user api does not support asynchronous calls."),
     Overloaded: ("Throttling.RateQuota", "Requests rate limit exceeded, please try again later."),
     RequestRateExceeded: ("Throttling.RateQuota", "Requests rate limit exceeded, please try again later."),

@@ -30,6 +30,7 @@ from local_rerank_server.config import MAX_DOCUMENTS
 NOT_TEXT_ERROR = "not_text"
 """The type of the validation error for an image, video or audio; its context has the kind and its place."""
 
+MAX_NAME_CHARS = 40  # of an option
 MAX_FIELD_NAMES = 100  # each one is looked up in each document
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(\.0*)?")
 _MEDIA = {
@@ -58,8 +59,8 @@ class RequestBody(BaseModel):
 
 
 def snake_case(name: str) -> str:
-    """The name of an option that was written in camelCase."""
-    return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+    """The name of an option that was written in camelCase, PascalCase or capitals; what is longer is no option."""
+    return name if len(name) > MAX_NAME_CHARS else re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 class TextObject(TypedDict):
@@ -208,7 +209,7 @@ def _lower_case(value: Any) -> Any:
 
 def _refuse_unless_off(value: Any) -> None:
     if value not in (None, False, 0, "", [], {}):
-        raise PydanticCustomError("unsupported", "not supported here; leave it out")
+        raise PydanticCustomError("unsupported", "it has no effect here; leave it out or send null")
 
 
 def _string_or_none(value: Any) -> Any:

@@ -23,8 +23,6 @@ def add_files(router: APIRouter, files: Mapping[str, Path], *, policy: str, summ
     """Serve each path's file with GET and HEAD under the Content-Security-Policy; only the page is in OpenAPI."""
     headers = {
         "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
         "cache-control": "no-cache",  # revalidate, so that page and scripts match after an upgrade
     }
     for path, file in files.items():

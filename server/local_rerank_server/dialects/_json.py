@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from contextlib import suppress
 from email.message import Message
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from local_rerank_server.errors import MalformedBody, UnsupportedContent
+from local_rerank_server.dialects._structure import SLICE_BYTES, StructureCheck
+from local_rerank_server.errors import MalformedBody, UnsupportedContent, quoted
 
-MAX_INLINE_BYTES = 256 * 1024  # about 2 ms of JSON parsing; larger bodies are parsed in a thread
-MAX_COUNTS = {b"[": 1_000_000, b"{": 1_000_000, b",": 5_000_000}
-"""Maximum occurrences of a byte in a body. The JSON parser holds the GIL, so a 64 MiB body of empty lists would block
-the server for seconds and allocate gigabytes."""
+if TYPE_CHECKING:
+    from local_rerank_server.state import ServerState
+
+MAX_FIELDS = 1000  # of the body and of an object in it; each one is compared with the names of options
+MAX_INLINE_BYTES = 256 * 1024  # about 2 ms of JSON parsing; larger bodies are parsed in a thread, one at a time
 
 
 class JsonResponse(JSONResponse):
@@ -34,15 +35,30 @@ class JsonRequest(Request):
     """A request whose `json` raises `MalformedBody` or `UnsupportedContent`, and parses the body once."""
 
     async def body(self) -> bytes:
-        _check_content(self)
-        return await super().body()
+        """The body, checked by `StructureCheck` while it arrives, so that no more of a refused one is kept."""
+        if not hasattr(self, "_body"):
+            _check_content(self)
+            check, chunks = StructureCheck(self._server.config), []
+            async for chunk in self.stream():
+                for start in range(0, len(chunk), SLICE_BYTES):
+                    if start:  # some servers pass a body on in one chunk
+                        await asyncio.sleep(0)
+                    check.feed(chunk[start : start + SLICE_BYTES])
+                chunks.append(chunk)
+            self._body = b"".join(chunks)
+        return self._body
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             body = await self.body()
             inline = len(body) <= MAX_INLINE_BYTES
-            self._json = parse_json(body) if inline else await run_in_threadpool(parse_json, body)
+            self._json = parse_json(body) if inline else await self._server.parse(parse_json, body)
         return self._json
+
+    @property
+    def _server(self) -> ServerState:
+        state: ServerState = self.app.state.server
+        return state
 
 
 def json_request(http: Request) -> JsonRequest:
@@ -53,7 +69,7 @@ def json_request(http: Request) -> JsonRequest:
 def _check_content(http: Request) -> None:
     encoding = http.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise UnsupportedContent(f"Content-Encoding {encoding} is not supported; send the body uncompressed")
+        raise UnsupportedContent(f"Content-Encoding {quoted(encoding)} is not supported; send the body uncompressed")
     declared = http.headers.get("content-type")
     if not declared:
         return
@@ -61,18 +77,25 @@ def _check_content(http: Request) -> None:
     header["content-type"] = declared
     kind = header.get_content_type()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise UnsupportedContent(f"Content-Type {kind} is not supported; send application/json")
+        raise UnsupportedContent(f"Content-Type {quoted(kind)} is not supported; send application/json")
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a body; raises `MalformedBody`."""
-    for byte, limit in MAX_COUNTS.items():
-        if (count := body.count(byte)) > limit:
-            raise MalformedBody(f"the body has {count} {byte.decode()!r}; at most {limit} are allowed")
-    with suppress(msgspec.DecodeError, RecursionError):  # what it refuses is parsed again, for the error's words
-        return msgspec.json.decode(body)
+    """Parse a body that `StructureCheck` has passed; raises `MalformedBody`."""
     try:
-        # utf-8-sig, because some editors write a byte order mark
+        parsed = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        parsed = _parse_leniently(body)
+    if isinstance(parsed, dict):
+        for value in (parsed, *parsed.values()):
+            if isinstance(value, dict) and len(value) > MAX_FIELDS:
+                raise MalformedBody(f"an object of the body has {len(value)} fields; at most {MAX_FIELDS} are allowed")
+    return parsed
+
+
+def _parse_leniently(body: bytes) -> Any:
+    """Parse what msgspec refuses: a byte order mark and lone surrogates are taken, and errors say where they are."""
+    try:
         return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise MalformedBody("the body is not UTF-8") from None
@@ -80,8 +103,6 @@ def parse_json(body: bytes) -> Any:
         raise MalformedBody(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise MalformedBody("the body is nested too deeply") from None
-    except ValueError as error:  # an integer with more digits than Python parses
-        raise MalformedBody(f"the body is JSON that cannot be read: {error}") from None
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,8 +2,8 @@
 
 One rule for what a dialect does not have itself: an option of another dialect has the same effect here, or is refused
 where it can have none (`Unsupported`). Keys that are an option of no dialect are ignored, as the hosted services do.
-An option may also be written in camelCase. Null means absent, and so does 0 for a number. If an option is sent under
-several names, the dialect's own name wins, then the order of this module.
+An option may also be written in camelCase or in capitals. Null means absent, and so does 0 for a number. If an option
+is sent under several names, the dialect's own name wins, then the order of this module.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from local_rerank_server.dialects._field_types import (
     Count,
     CountOrAll,
     Cut,
+    Documents,
     FieldNames,
     Flag,
     IgnoredUnlessObject,
@@ -102,7 +103,7 @@ class Options(Instructed):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, body: Any) -> Any:
-        """Options in camelCase, and those in DashScope's `parameters`, fill in for those that are absent."""
+        """Options in another case, and those in DashScope's `parameters`, fill in for those that are absent."""
         if not isinstance(body, dict):
             return body
         filled: dict[str, Any] = {}
@@ -139,6 +140,12 @@ class CommonRequest(Options):
     query: Text
 
 
+class DocumentsRequest(CommonRequest):
+    """A query and documents, which may be objects."""
+
+    documents: Documents
+
+
 def make_request(query: str, documents: Sequence[str], options: Options, config: ServerConfig) -> RerankRequest:
     """The library's request."""
     prompt_tokens = options.truncate_prompt_tokens or 0
@@ -153,6 +160,11 @@ def make_request(query: str, documents: Sequence[str], options: Options, config:
         truncation=options.wanted_truncation(),
         limits=config.limits,
     )
+
+
+def parse_documents(body: DocumentsRequest, config: ServerConfig) -> RerankRequest:
+    """The library's request for the body of most dialects."""
+    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 @contextmanager
@@ -190,7 +202,7 @@ def as_object(document: str | dict[str, Any]) -> dict[str, Any]:
 def texts_of(
     documents: Sequence[str | dict[str, Any]], rank_fields: Sequence[str] | None = None, *, field: str = "documents"
 ) -> tuple[str, ...]:
-    """The text of each document: an object's `text` or, with `rank_fields`, one line per field.
+    """The text of each document: an object's `text`, the field that `rank_fields` names, or one line per field.
 
     Duplicates in `rank_fields` are ignored, because repeating a field could expand a short body without limit.
     """
@@ -209,4 +221,6 @@ def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str], field: 
     given = [name for name in rank_fields if document.get(name) is not None]
     if not given:
         raise InvalidField(field, f"the object has none of the {len(rank_fields)} rank_fields")
+    if len(rank_fields) == 1:
+        return str(document[given[0]])
     return "\n".join(f"{name}: {document[name]}" for name in given)

@@ -57,7 +57,6 @@ _KEY_PAGE = """<!doctype html>
 <a href="{home}">The page of this server</a> asks for the key.</p>
 </html>
 """
-_PAGE_HEADERS = {"content-security-policy": "default-src 'none'; frame-ancestors 'none'", "cache-control": "no-store"}
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class Dialect:
         status = self.status.get(type(error), STATUS[type(error)])
         if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
             page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
-            return HTMLResponse(page, status_code=status, headers=headers_of(error) | _PAGE_HEADERS)
+            return HTMLResponse(page, status_code=status, headers=headers_of(error))
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)
@@ -243,7 +242,7 @@ def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
 
 
 def _name_sent(name: str, body: Mapping[str, Any]) -> str:
-    """The name in the body of an option that was sent in camelCase or in DashScope's `parameters`."""
+    """The name in the body of an option that was sent in another case or in DashScope's `parameters`."""
     nested = body.get("parameters")
     for prefix, fields in (("", body), ("parameters.", nested if isinstance(nested, dict) else {})):
         for key, value in fields.items():

@@ -8,13 +8,11 @@ from starlette.requests import Request
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import ServerConfig
+from local_rerank.types import RankedDocument, RerankResult
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._models import add_models
-from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import DocumentsRequest, as_object, parse_documents, score_of
 from local_rerank_server.dialects._responses import Meta, Usage, make_meta, make_usage
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
@@ -22,10 +20,6 @@ PATHS = (
     "/v2/rerank",
     "/v1/v2/rerank",  # Cohere's SDKs append /v2/rerank to a base URL that ends in /v1
 )
-
-
-class CohereRequest(CommonRequest):
-    documents: Documents
 
 
 class CohereResult(TypedDict):
@@ -49,11 +43,7 @@ class CohereError(TypedDict):
     message: str
 
 
-def parse(body: CohereRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
-
-
-def render(result: RerankResult, body: CohereRequest, request_id: str) -> CohereResponse:
+def render(result: RerankResult, body: DocumentsRequest, request_id: str) -> CohereResponse:
     return {
         "id": request_id,
         "results": [_render_item(item, body) for item in result],
@@ -63,7 +53,7 @@ def render(result: RerankResult, body: CohereRequest, request_id: str) -> Cohere
     }
 
 
-def _render_item(item: RankedDocument, body: CohereRequest) -> CohereResult:
+def _render_item(item: RankedDocument, body: DocumentsRequest) -> CohereResult:
     rendered: CohereResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.wants_documents():
         rendered["document"] = as_object(body.documents[item.index])
@@ -80,9 +70,9 @@ router = dialect.router()
 EXAMPLE = {"model": "rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_n": 2, "max_tokens_per_doc": 4096}
 
 
-async def rank(http: Request, body: CohereRequest) -> JsonResponse:
+async def rank(http: Request, body: DocumentsRequest) -> JsonResponse:
     """Rank documents by relevance to a query, like Cohere's API v2."""
-    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse_documents), body, http.state.request_id))
 
 
 add_post(router, PATHS, rank, examples={"Cohere v2": EXAMPLE}, summary="Cohere rerank", response_model=CohereResponse)

@@ -32,7 +32,8 @@ dialect = Dialect(
     name="Documentation",
     render_error=render_generic_error,
     error_model=GenericError,
-    open_paths=(*FILES, "/openapi.json"),  # a browser sends no key; the page asks for one before it sends a request
+    # a browser sends no key; the page asks for one before it sends a request
+    open_paths=(*FILES, "/openapi.json"),
 )
 router = dialect.router()
 

@@ -8,12 +8,10 @@ from starlette.requests import Request
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError, NoDocuments
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import ServerConfig
+from local_rerank.types import RankedDocument, RerankResult
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._json import JsonResponse
-from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import DocumentsRequest, as_object, parse_documents, score_of
 from local_rerank_server.dialects._responses import PromptUsage, make_prompt_usage
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 from local_rerank_server.errors import MissingField
@@ -32,10 +30,6 @@ _MESSAGES = {
     "query": '"query" must be provided',
     "documents": '"documents" must be a non-empty string array',
 }
-
-
-class LlamaCppRequest(CommonRequest):
-    documents: Documents
 
 
 class LlamaCppResult(TypedDict):
@@ -63,11 +57,7 @@ class LlamaCppError(TypedDict):
     error: LlamaCppErrorDetail
 
 
-def parse(body: LlamaCppRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
-
-
-def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
+def render(result: RerankResult, body: DocumentsRequest) -> LlamaCppResponse:
     return {
         "model": body.model or result.model,
         "object": "list",
@@ -76,7 +66,7 @@ def render(result: RerankResult, body: LlamaCppRequest) -> LlamaCppResponse:
     }
 
 
-def _render_item(item: RankedDocument, body: LlamaCppRequest) -> LlamaCppResult:
+def _render_item(item: RankedDocument, body: DocumentsRequest) -> LlamaCppResult:
     rendered: LlamaCppResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.wants_documents():
         rendered["document"] = as_object(body.documents[item.index])
@@ -97,9 +87,9 @@ router = dialect.router()
 EXAMPLE = {"model": "qwen3-reranker", "query": QUERY, "documents": DOCUMENTS, "top_n": 2}
 
 
-async def rank(http: Request, body: LlamaCppRequest) -> JsonResponse:
+async def rank(http: Request, body: DocumentsRequest) -> JsonResponse:
     """Rank documents by relevance to a query, like llama.cpp's server."""
-    return JsonResponse(render(await rank_body(http, body, parse), body))
+    return JsonResponse(render(await rank_body(http, body, parse_documents), body))
 
 
 add_post(

@@ -8,20 +8,14 @@ from starlette.requests import Request
 from typing_extensions import TypedDict
 
 from local_rerank.errors import LocalRerankError
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import ServerConfig
+from local_rerank.types import RankedDocument, RerankResult
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._json import JsonResponse
-from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import DocumentsRequest, as_object, parse_documents, score_of
 from local_rerank_server.dialects._responses import search_units
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/api/v1/rerank",)
-
-
-class OpenRouterRequest(CommonRequest):
-    documents: Documents
 
 
 class OpenRouterResult(TypedDict):
@@ -54,11 +48,7 @@ class OpenRouterError(TypedDict):
     error: OpenRouterErrorDetail
 
 
-def parse(body: OpenRouterRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
-
-
-def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> OpenRouterResponse:
+def render(result: RerankResult, body: DocumentsRequest, request_id: str) -> OpenRouterResponse:
     return {
         "id": f"gen-rerank-{request_id}",
         "model": body.model or result.model,
@@ -68,7 +58,7 @@ def render(result: RerankResult, body: OpenRouterRequest, request_id: str) -> Op
     }
 
 
-def _render_item(item: RankedDocument, body: OpenRouterRequest) -> OpenRouterResult:
+def _render_item(item: RankedDocument, body: DocumentsRequest) -> OpenRouterResult:
     rendered: OpenRouterResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.wants_documents() is False:
         return rendered
@@ -85,9 +75,9 @@ router = dialect.router()
 EXAMPLE = {"model": "cohere/rerank-v3.5", "query": QUERY, "documents": DOCUMENTS, "top_n": 2}
 
 
-async def rank(http: Request, body: OpenRouterRequest) -> JsonResponse:
+async def rank(http: Request, body: DocumentsRequest) -> JsonResponse:
     """Rank documents by relevance to a query, like OpenRouter."""
-    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse_documents), body, http.state.request_id))
 
 
 add_post(

@@ -15,12 +15,11 @@ from pydantic import Field
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import DocumentEcho, ServerConfig
+from local_rerank.types import RankedDocument, RerankResult
+from local_rerank_server.config import DocumentEcho
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Documents
 from local_rerank_server.dialects._json import JsonResponse
-from local_rerank_server.dialects._options import CommonRequest, as_object, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import DocumentsRequest, as_object, parse_documents, score_of
 from local_rerank_server.dialects._responses import (
     GenericError,
     Meta,
@@ -34,8 +33,7 @@ from local_rerank_server.dialects._route import Dialect, add_post, rank_body, st
 PATHS = ("/v1/rerank", "/rerank")
 
 
-class GenericRequest(CommonRequest):
-    documents: Documents
+class GenericRequest(DocumentsRequest):
     kwargs: Any = Field(default=None, description="Xinference's extra arguments, a JSON object in a string.")
 
     def instructions(self) -> Iterator[tuple[str, str | None]]:
@@ -61,10 +59,6 @@ class GenericResponse(TypedDict):
     results: list[GenericResult]
     usage: Usage
     meta: Meta
-
-
-def parse(body: GenericRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: GenericRequest, request_id: str, echo: DocumentEcho) -> GenericResponse:
@@ -132,7 +126,7 @@ EXAMPLES = {
 
 async def rank(http: Request, body: GenericRequest) -> JsonResponse:
     """Rank documents by relevance to a query. The response has the documents unless return_documents is false."""
-    result = await rank_body(http, body, parse)
+    result = await rank_body(http, body, parse_documents)
     echo = state_of(http).config.document_echo
     return JsonResponse(render(result, body, http.state.request_id, echo))
 

@@ -101,7 +101,8 @@ def _aligned(body: ScoreRequest, limits: Limits) -> tuple[Sequence[str], Sequenc
     if not documents or (limit is not None and len(documents) > limit):
         raise InvalidDocumentCount(limit=limit, value=len(documents))
     if len(queries) not in (1, len(documents)):
-        raise InvalidField(left, f"1 or {len(documents)} texts are expected, as {right} has, not {len(queries)}")
+        expected = f"1 or {len(documents)} texts are" if len(documents) > 1 else "1 text is"
+        raise InvalidField(left, f"{expected} expected, as {right} has, not {len(queries)}")
     return queries * (len(documents) // len(queries)), documents
 
 

@@ -10,22 +10,20 @@ from pydantic import Field
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import ServerConfig
+from local_rerank.types import RankedDocument, RerankResult
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, Documents
+from local_rerank_server.dialects._field_types import Count
 from local_rerank_server.dialects._json import JsonResponse
-from local_rerank_server.dialects._options import CommonRequest, make_request, score_of, texts_of
+from local_rerank_server.dialects._options import DocumentsRequest, parse_documents, score_of
 from local_rerank_server.dialects._responses import DetailError, TotalTokens, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 
 PATHS = ("/v1/rerank", "/rerank")
 
 
-class VoyageRequest(CommonRequest):
+class VoyageRequest(DocumentsRequest):
     own_names: ClassVar = {"top_n": "top_k"}
 
-    documents: Documents
     top_k: Annotated[Count, Ge(1)] | None = Field(default=None, description="How many documents to return.")
 
 
@@ -47,10 +45,6 @@ class VoyageResponse(TypedDict):
 def takes(body: Mapping[str, Any]) -> bool:
     """Voyage's SDK always sends both fields, possibly null; LiteLLM sends only `top_k`."""
     return body.get("top_n") is None and ("top_k" in body or "truncation" in body)
-
-
-def parse(body: VoyageRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, texts_of(body.documents, body.rank_fields), body, config)
 
 
 def render(result: RerankResult, body: VoyageRequest, request_id: str) -> VoyageResponse:
@@ -77,7 +71,7 @@ EXAMPLE = {"model": "rerank-2.5", "query": QUERY, "documents": DOCUMENTS, "top_k
 
 async def rank(http: Request, body: VoyageRequest) -> JsonResponse:
     """Rank documents by relevance to a query. A body with `top_k` or `truncation` and without `top_n` is Voyage's."""
-    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return JsonResponse(render(await rank_body(http, body, parse_documents), body, http.state.request_id))
 
 
 add_post(

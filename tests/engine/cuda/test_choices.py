@@ -18,7 +18,7 @@ from local_rerank.errors import ConfigError
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that multiplies fp8 and runs our decoder."""
     monkeypatch.setattr("local_rerank.engine.plan.choose_device", lambda name: (torch.device("cuda"), "a GPU"))
-    monkeypatch.setattr(choices, "require_fp8", lambda device: None)
+    monkeypatch.setattr("local_rerank.engine.plan.require_fp8", lambda device: None)
     monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: None)
 
 

@@ -1,0 +1,162 @@
+"""config.json: the keys that a Qwen3 checkpoint needs, each checked. All others are dropped.
+
+What transformers gets has only these keys, because others make it fetch or run code: `auto_map`, `_attn_implementation`
+and `_experts_implementation` name repositories of code, `quantization_config` and `fusion_config` choose packages.
+"""
+
+from __future__ import annotations
+
+import copy
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from local_rerank.checkpoints.files import no_config, read_json
+from local_rerank.errors import CheckpointError
+from local_rerank.requests.prompts import TEMPLATES
+
+DEFAULT_HEAD_DIM = 128  # of transformers' Qwen3Config, as all defaults here
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1000  # Qwen3-Reranker-8B has 36
+MAX_NUMBER = 1e38  # of fp32
+MAX_LABELS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The values that a key may have."""
+
+    allowed: str  # as in "it must be ..."
+    fits: Callable[[Any], bool]
+
+
+def _whole(least: int, most: int) -> _Kind:
+    return _Kind(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def _one_of(*names: str) -> _Kind:
+    return _Kind(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_NUMBER
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_SIZE.fits, value))
+
+
+def _are_full(value: Any) -> bool:
+    return isinstance(value, list) and all(each == "full_attention" for each in value)
+
+
+def _are_named(value: Any) -> bool:
+    ids = [str(id) for id in range(MAX_LABELS)]
+    return isinstance(value, dict) and all(key in ids and isinstance(name, str) for key, name in value.items())
+
+
+def _are_numbered(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(id) is int and 0 <= id < MAX_LABELS for id in value.values())
+
+
+_SIZE = _whole(1, MAX_SIZE)
+_NUMBER = _Kind("a positive number", _is_positive)
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
+_TEXT = _Kind("a string", lambda value: isinstance(value, str))
+_OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
+# longrope is left out: transformers picks its factors by the longest prompt of a batch, so that scores would depend on
+# the other documents
+_ROPE_TYPE = _one_of("default", "linear", "dynamic", "yarn", "llama3")
+
+_ROPE: dict[str, _Kind] = {
+    "rope_type": _ROPE_TYPE,
+    "type": _ROPE_TYPE,
+    "original_max_position_embeddings": _SIZE,
+    "truncate": _FLAG,
+    "partial_rotary_factor": _Kind("1", lambda value: type(value) in (int, float) and value == 1),
+    **dict.fromkeys(
+        ("rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "low_freq_factor", "high_freq_factor"),
+        _NUMBER,
+    ),
+}  # fmt: skip
+_REQUIRED = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+_FOR_TRANSFORMERS: dict[str, _Kind] = {
+    **dict.fromkeys(_REQUIRED, _SIZE),
+    "num_hidden_layers": _whole(1, MAX_LAYERS),
+    "num_key_value_heads": _SIZE,
+    "head_dim": _Kind(f"an even number from 2 to {MAX_SIZE}", lambda value: _SIZE.fits(value) and value % 2 == 0),
+    "max_position_embeddings": _SIZE,
+    "hidden_act": _one_of("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
+    "rms_norm_eps": _NUMBER,
+    "attention_bias": _FLAG,
+    "tie_word_embeddings": _FLAG,
+    "num_labels": _whole(1, MAX_LABELS),
+    "rope_theta": _NUMBER,
+    "rope_parameters": _OBJECT,
+    "rope_scaling": _OBJECT,
+}
+_FOR_US: dict[str, _Kind] = {
+    "id2label": _Kind("an object of labels by number", _are_named),
+    "label2id": _Kind("an object of numbers by label", _are_numbered),
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
+    "use_sliding_window": _Kind("false: sliding-window attention is not supported", lambda value: value is False),
+    "layer_types": _Kind("a list of full_attention: sliding-window attention is not supported", _are_full),
+    "partial_rotary_factor": _ROPE["partial_rotary_factor"],
+}
+_QUANTIZATION = ("quantization_config", "compression_config")  # `tensors.py` refuses most of them, by name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The keys of config.json that we use, without those that are null. Raises CheckpointError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise no_config(folder)
+    config = read_json(path)
+    kept: dict[str, Any] = {"architectures": [_architecture(folder, config)]}
+    kept |= {name: config[name] for name in _QUANTIZATION if config.get(name)}
+    kept |= _checked(path, "", config, _FOR_TRANSFORMERS | _FOR_US)
+    if missing := [name for name in _REQUIRED if name not in kept]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy it again from where the weights are from")
+    for name in ("rope_parameters", "rope_scaling"):
+        if name in kept:
+            kept[name] = _checked(path, f"{name}.", kept[name], _ROPE)
+    heads = kept["num_attention_heads"]
+    if heads % kept.setdefault("num_key_value_heads", heads):
+        what = f"{path} has num_key_value_heads {kept['num_key_value_heads']}"
+        raise CheckpointError(f"{what}; it must be a divisor of num_attention_heads, {heads}")
+    kept["num_labels"] = len(kept.get("id2label", ())) or kept.get("num_labels", 2)
+    quantization = kept.get("quantization_config")
+    if isinstance(quantization, dict):  # block-FP8, or refused by `tensors.py`
+        block = _Kind("two whole numbers of at least 1", _is_block)
+        _checked(path, "quantization_config.", quantization, {"weight_block_size": block})
+    return kept
+
+
+def for_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config from `read_config` from which transformers makes a model: not quantized."""
+    return {name: copy.deepcopy(config[name]) for name in _FOR_TRANSFORMERS if name in config}
+
+
+def _checked(path: Path, prefix: str, values: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> dict[str, Any]:
+    """The values of known keys, except nulls, which mean the default."""
+    kept = {name: values[name] for name in kinds if values.get(name) is not None}
+    for name, value in kept.items():
+        if not kinds[name].fits(value):
+            what = f"{path} has {prefix}{name} {reprlib.repr(value)}"
+            raise CheckpointError(f"{what}; it must be {kinds[name].allowed}")
+    return kept
+
+
+def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
+    """The first entry of `architectures`, if we can run it."""
+    names = config.get("architectures") or ["none"]
+    first = names[0] if isinstance(names, list) else names
+    if not isinstance(names, list) or not isinstance(first, str) or first not in TEMPLATES:
+        shown = first if isinstance(first, str) else reprlib.repr(first)
+        what = f"{folder} has architecture {shown[:200]}"
+        raise CheckpointError(f"{what}; supported are {', '.join(TEMPLATES)}, in a list")
+    return first

@@ -266,9 +266,12 @@ def test_multiprocessing_with_fork_works(fresh: Reranker, expected: list[float])
         for pid, scores in processes.map(log_odds_in_worker, range(4), timeout=60):
             assert pid != os.getpid()
             assert scores == pytest.approx(expected, abs=CLOSE)
-    with context.Pool(2) as pool:
-        for _, scores in pool.map_async(log_odds_in_worker, range(4)).get(60):
-            assert scores == pytest.approx(expected, abs=CLOSE)
+    pool = context.Pool(2)
+    results = pool.map_async(log_odds_in_worker, range(4))
+    pool.close()
+    for _, scores in results.get(60):
+        assert scores == pytest.approx(expected, abs=CLOSE)
+    pool.join()  # `with` sends SIGTERM, for which Ray may have set a handler in this process that ends no child
 
 
 def test_an_async_reranker_works_in_a_new_event_loop_of_the_child(tiny_checkpoint: Path, expected: list[float]) -> None:

@@ -48,31 +48,27 @@ with Reranker(sys.argv[1], device="cpu", dtype="int8", threads=1) as reranker:
             reranker.rank("a query", documents)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    ours = page_faults()
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(option, 131072)  # glibc's default
-    print(json.dumps([kept_mib, ours, page_faults()]))
+    print(json.dumps([kept_mib, page_faults()]))
     libc.malloc_stats()
 """
 
 
-def run(model: Path, **environment: str) -> tuple[int, int, int, str]:
-    """MiB that other lengths leave behind, page faults of a pass with our settings and glibc's, and the arenas."""
+def run(model: Path, **environment: str) -> tuple[int, int, str]:
+    """MiB that other lengths leave behind, page faults of a pass, and the arenas."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     variables = {name: value for name, value in variables.items() if name not in CACHE_VARIABLES} | environment
     program = [sys.executable, "-c", COMMAND, str(model)]
     done = subprocess.run(program, env=variables, capture_output=True, text=True, check=True, timeout=240)
-    kept_mib, faults, faults_by_default = json.loads(done.stdout)
-    return kept_mib, faults, faults_by_default, done.stderr
+    kept_mib, faults = json.loads(done.stdout)
+    return kept_mib, faults, done.stderr
 
 
 @pytest.mark.slow
 def test_a_command_has_one_arena_reuses_freed_memory_and_keeps_few_kernels(tiny_checkpoint: Path) -> None:
-    kept_mib, faults, faults_by_default, arenas = run(tiny_checkpoint)
+    kept_mib, faults, arenas = run(tiny_checkpoint)
     assert "Arena 0:" in arenas
     assert "Arena 1:" not in arenas
-    assert faults_by_default > 1000
-    assert faults < faults_by_default / 10
+    assert faults < 1000  # 2 are seen, and 46,853 with thresholds of 128 KiB
     # the bound is what is promised; what larger caches keep differs by CPU (17 MiB with AVX2, over 100 with AVX-512)
     assert kept_mib < 50 or kept_mib < run(tiny_checkpoint, **dict.fromkeys(CACHE_VARIABLES, "1024"))[0] / 2
 

@@ -64,11 +64,13 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     keys = ApiKeys.from_config(server_config)
     _allow_many_connections()
     with _listen(server_config) as listener:
+        path = server_config.uds
+        ours = path and _file_id(path)
         try:
             status, model_is_busy = _serve_on(listener, engine_config, server_config, keys)
         finally:
-            if server_config.uds is not None:
-                server_config.uds.unlink(missing_ok=True)
+            if path is not None and _file_id(path) == ours:  # not what another process has put there since
+                path.unlink(missing_ok=True)
     if model_is_busy and not server_config.ray:  # Ray ends its processes at Python's exit
         _end_process(status)
     return status
@@ -288,6 +290,15 @@ def _listen_unix(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _file_id(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one at the same path; None if there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _address(listener: socket.socket, config: ServerConfig) -> str:

@@ -19,8 +19,8 @@ BASES = ("", "/v1", "/v2", "/api/v1", "/compatible-api/v1", "/compatible-mode/v1
 async def test_c12_a_post_is_served_whatever_slashes_its_path_has(
     path: str, serve: Serve, tiny_reranker: Reranker
 ) -> None:
-    async with serve(tiny_reranker, api_key=("k",), root_path="/root") as client:
-        for prefix in ("http://localhost", "http://localhost/root", "http://localhost//root"):
+    async with serve(tiny_reranker, api_key=("k",), root_path="/prefix") as client:
+        for prefix in ("http://localhost", "http://localhost/prefix", "http://localhost//prefix"):
             answer = await client.post(prefix + path, json=FLAT, headers={"Authorization": "Bearer k"})
             assert len(answer.json()["results"]) == 2, answer.text
 
@@ -37,8 +37,8 @@ async def test_c12_every_get_route_takes_a_final_slash_and_doubled_ones(serve: S
 
 
 async def test_c12_the_page_of_the_documentation_keeps_its_relative_links(serve: Serve) -> None:
-    async with serve(HeldRanker(), root_path="/root") as client:
-        for path in ("/docs/", "/root/docs/", "/docs//"):
+    async with serve(HeldRanker(), root_path="/prefix") as client:
+        for path in ("/docs/", "/prefix/docs/", "/docs//"):
             answer = await client.get(path, follow_redirects=True)
             assert (answer.status_code, answer.url.path) == (200, path.rstrip("/"))
             assert all("x-request-id" in each.headers for each in (answer, *answer.history))

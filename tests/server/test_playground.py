@@ -49,8 +49,8 @@ async def test_the_page_works_under_a_root_path_and_names_no_other_server(serve:
 
 
 async def test_b9_everything_that_the_pages_link_to_opens_without_a_key(serve: Serve) -> None:
-    async with serve(HeldRanker(), api_key=("secret",), root_path="/root") as client:
-        for page in ("/root/", "/root/docs"):
+    async with serve(HeldRanker(), api_key=("secret",), root_path="/prefix") as client:
+        for page in ("/prefix/", "/prefix/docs"):
             opened = await client.get(page)
             links = re.findall(r"""(?:src|href)="([^"#]+)""", opened.text)
             assert links
@@ -61,11 +61,11 @@ async def test_b9_everything_that_the_pages_link_to_opens_without_a_key(serve: S
 
 
 async def test_b9_a_browser_without_a_key_is_told_in_a_page(serve: Serve) -> None:
-    async with serve(HeldRanker(), api_key=("secret",), root_path="/root") as client:
+    async with serve(HeldRanker(), api_key=("secret",), root_path="/prefix") as client:
         shown = await client.get("/metrics", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
         asked = await client.get("/metrics", headers={"Accept": "*/*"})
     assert (shown.status_code, shown.headers["content-type"]) == (401, "text/html; charset=utf-8")
-    assert 'href="/root/"' in shown.text
+    assert 'href="/prefix/"' in shown.text
     assert "This address needs an API key" in shown.text
     assert shown.headers["www-authenticate"] == "Bearer"
     assert asked.json()["error"]["type"] == "MissingApiKey"

@@ -233,6 +233,16 @@ def test_b4_c16_a_unix_socket_a_root_path_a_key_and_json_logs_work_together(
     assert "secret" not in server.output
 
 
+def test_what_another_process_puts_at_the_sockets_path_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with started(tmp_path / "log", "local_rerank", "serve", "--uds", str(path)) as server:
+        server.wait_for("listening on ")
+        path.unlink()
+        path.write_text("theirs")
+        server.stop()
+    assert path.read_text() == "theirs"
+
+
 def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")

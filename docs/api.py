@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 CLASSES = {
     "reranker": ("Reranker",),
     "async_reranker": ("AsyncReranker",),
-    "cross_encoder": ("CrossEncoder", "CallOptions"),
+    "cross_encoder": ("CrossEncoder", "CallOptions", "RankOptions"),
     "types": ("RerankRequest", "Limits", "RerankResult", "RankedDocument", "ModelInfo"),
     "config": ("EngineConfig",),
     "requests.worker": ("BatchReport",),
@@ -24,7 +24,7 @@ HEAD = """# API of the library
 <!-- Written by `make docs` from the docstrings in local_rerank/; edit those. -->
 
 [The library](library.md) explains how to use these classes. `from local_rerank import ...` has the classes and types;
-`CallOptions`, `ModelInfo` and `BatchReport` are named for type checkers only.
+`CallOptions`, `RankOptions`, `ModelInfo` and `BatchReport` are named for type checkers only.
 """
 ERRORS = "## Errors\n\n`from local_rerank.errors import ...`. Which error is caught with which:\n"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any, Literal, Never, TypedDict, Unpack, overload
 
@@ -40,6 +41,13 @@ class CallOptions(TypedDict, total=False):
     apply_softmax: bool | None  # no effect: there is one label
     activation_fct: Activation | None  # the former name of activation_fn
     num_workers: int  # no effect there either
+
+
+class RankOptions(CallOptions, total=False):
+    """What `rank` takes beside, and ignores as sentence-transformers 6 does: it returns a list."""
+
+    convert_to_numpy: bool
+    convert_to_tensor: bool
 
 
 class CrossEncoder:
@@ -155,7 +163,7 @@ class CrossEncoder:
         if convert_to_tensor:
             return scores[0] if is_one else scores
         if convert_to_numpy:
-            array = scores.numpy()
+            array = scores.float().numpy()
             return array[0] if is_one else array
         return scores[0] if is_one else list(scores)
 
@@ -165,13 +173,14 @@ class CrossEncoder:
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
-        **options: Unpack[CallOptions],
+        **options: Unpack[RankOptions],
     ) -> list[dict[Literal["corpus_id", "score", "text"], int | float | str]]:
         """The documents sorted by score, highest first, at most `top_k`: dicts with `corpus_id` (position in
         `documents`), `score` and, with `return_documents`, `text`. Raises as `predict`.
         """
         texts = documents_of(documents)
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+        limit: object = top_k
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
             raise WrongType(top_k, field="top_k", expected="an integer or None")
         scores = self._scores([(query, text) for text in texts], options).tolist()
         ranked: list[dict[Literal["corpus_id", "score", "text"], int | float | str]] = []
@@ -184,7 +193,7 @@ class CrossEncoder:
     def _scores(self, pairs: Iterable[tuple[str, str]], options: CallOptions) -> Tensor:
         """(num_pairs,) float32"""
         for name, value in options.items():
-            if name not in CallOptions.__annotations__ and (problem := _problem(name, value)):
+            if name not in RankOptions.__annotations__ and (problem := _problem(name, value)):
                 raise InvalidRequest(problem, field=name)
         requests = list(requests_of(pairs, self._instruction(options.get("prompt"), options.get("prompt_name"))))
         results = track(
@@ -193,13 +202,17 @@ class CrossEncoder:
         )  # fmt: skip
         log_odds = [score for result in results for score in scores_of(result, logits=True)]
         activate = options.get("activation_fn") or options.get("activation_fct") or self.activation_fn
-        return activate(torch.tensor(log_odds, dtype=torch.float32).unsqueeze(1)).flatten()
+        with torch.inference_mode():
+            scores: object = activate(torch.tensor(log_odds, dtype=torch.float32).unsqueeze(1))
+        if not isinstance(scores, Tensor) or scores.numel() != len(log_odds):
+            raise WrongType(scores, field="what activation_fn returns", expected="a tensor with a score for each pair")
+        return scores.flatten()
 
     def _instruction(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
             return prompt
         name = self.default_prompt_name if prompt_name is None else prompt_name
-        if name not in self.prompts:
+        if not isinstance(name, str) or name not in self.prompts:
             raise InvalidRequest(
                 f"prompt_name is {name!r}; it must be one of {', '.join(self.prompts)}", field="prompt_name"
             )
@@ -228,8 +241,6 @@ _INSTEAD = {
     "device": "pass it to CrossEncoder(...)",
     "pool": _ONE_PROCESS,
     "chunk_size": _ONE_PROCESS,
-    "convert_to_numpy": "rank returns a list",
-    "convert_to_tensor": "rank returns a list",
 }
 """What to do instead of an argument of sentence-transformers that has no counterpart here."""
 _HARMLESS = {"backend": "torch", "num_labels": 1}
@@ -239,7 +250,7 @@ def _problem(name: str, value: object) -> str | None:
     """What is wrong with an argument; None if its value asks for nothing."""
     if name not in _INSTEAD:
         return f"unknown argument {name!r}; options of the engine go into CrossEncoder(config=EngineConfig(...))"
-    if not value or value == _HARMLESS.get(name):
+    if value is None or value is False or (name in _HARMLESS and value == _HARMLESS[name]):
         return None
     return f"{name}={value!r} is not supported; {_INSTEAD[name]}"
 

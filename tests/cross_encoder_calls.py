@@ -39,6 +39,8 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "no pairs, a tensor": ("predict", ([],), {"convert_to_tensor": True}),
     "probabilities": ("predict", (PAIRS,), {"activation_fn": SIGMOID}),
     "probabilities by the former name": ("predict", (PAIRS,), {"activation_fct": SIGMOID}),
+    "an activation with weights": ("predict", (PAIRS,), {"activation_fn": torch.nn.PReLU()}),
+    "an activation in 16 bits": ("predict", (PAIRS,), {"activation_fn": torch.Tensor.half}),
     "softmax of one label": ("predict", (PAIRS,), {"apply_softmax": True}),
     "sentences": ("predict", (), {"sentences": PAIRS, "batch_size": 1, "show_progress_bar": False, "num_workers": 0}),
     "a prompt": ("predict", (PAIRS,), {"prompt": "Retrieve recipes"}),
@@ -47,6 +49,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "rank, the best with texts": ("rank", (QUERY, TEXTS, 2, True), {}),
     "rank, probabilities": ("rank", (QUERY, TEXTS), {"top_k": 3, "activation_fn": SIGMOID, "return_documents": True}),
     "rank, more than there are": ("rank", (QUERY, TEXTS[:2]), {"top_k": 9, "batch_size": 1}),
+    "rank, its former arguments": ("rank", (QUERY, TEXTS), {"convert_to_tensor": True, "apply_softmax": True}),
     "rank, none": ("rank", (QUERY, []), {}),
     "rank, with a prompt": ("rank", (QUERY, TEXTS), {"prompt_name": "bread", "show_progress_bar": False}),
 }

@@ -88,9 +88,12 @@ def test_call_arguments_that_are_not_supported_are_refused_by_name(model: CrossE
     calls: list[tuple[Callable[[], object], type[InvalidRequest], str]] = [
         (lambda: model.predict(PAIRS, pool={"a": 1}), InvalidRequest, "pool=.* is not supported"),  # type: ignore[call-overload]
         (lambda: model.predict(PAIRS, device=["cpu", "cpu"]), InvalidRequest, r"pass it to CrossEncoder\(...\)"),  # type: ignore[call-overload]
-        (lambda: model.rank(QUERY, TEXTS, convert_to_tensor=True), InvalidRequest, "rank returns a list"),  # type: ignore[call-arg]
+        (lambda: model.rank(QUERY, TEXTS, chunk_size=2), InvalidRequest, "chunk_size=2 is not supported; calls share"),  # type: ignore[call-arg]
         (lambda: model.predict(PAIRS, promt="x"), InvalidRequest, "unknown argument 'promt'"),  # type: ignore[call-overload]
         (lambda: model.predict(PAIRS, prompt_name="x"), InvalidRequest, "prompt_name is 'x'; .* query, bread"),
+        (lambda: model.predict(PAIRS, prompt_name=[]), InvalidRequest, r"prompt_name is \[\]"),  # type: ignore[call-overload]
+        (lambda: model.predict(PAIRS, activation_fn=lambda _: 3), WrongType, "a score for each pair, not int"),  # type: ignore[arg-type,return-value]
+        (lambda: model.predict(PAIRS, activation_fn=torch.sum), WrongType, "a score for each pair, not Tensor"),
         (lambda: model.predict(PAIRS, prompt=7), WrongType, "instruction must be a string, not int"),  # type: ignore[call-overload]
         (lambda: model.predict([("q", 7)]), WrongType, r"pairs\[0\]\[1\] must be a string, not int"),  # type: ignore[list-item]
         (lambda: model.predict(("q", 7)), WrongType, r"pairs\[0\]\[1\] must be a string, not int"),  # type: ignore[arg-type]

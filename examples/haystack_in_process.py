@@ -1,6 +1,6 @@
 """Haystack: a ranker component that runs in the same process, without a server.
 
-pip install haystack-ai local-rerank
+pip install haystack-ai  # beside local-rerank
 python examples/haystack_in_process.py
 """
 

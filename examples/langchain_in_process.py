@@ -1,6 +1,6 @@
 """LangChain: a document compressor that reranks in the same process, without a server.
 
-pip install langchain-core local-rerank
+pip install langchain-core  # beside local-rerank
 python examples/langchain_in_process.py
 """
 

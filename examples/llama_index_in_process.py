@@ -1,6 +1,6 @@
 """LlamaIndex: a node postprocessor that reranks in the same process, without a server.
 
-pip install llama-index-core local-rerank
+pip install llama-index-core  # beside local-rerank
 python examples/llama_index_in_process.py
 """
 

@@ -27,7 +27,7 @@ from local_rerank.types import documents_of, requests_of, scores_of
 Activation = Callable[[Tensor], Tensor]
 Pairs = Iterable[tuple[str, str] | list[str]]
 DEFAULT_PROMPT = "query"
-"""Name of the default instruction, as in `config_sentence_transformers.json` of Qwen's checkpoints."""
+"""Name of the default instruction, as in the model card of Qwen's checkpoints."""
 
 
 class CallOptions(TypedDict, total=False):
@@ -53,9 +53,8 @@ class RankOptions(CallOptions, total=False):
 class CrossEncoder:
     """A drop-in for sentence-transformers' class of the same name, with a Qwen3-Reranker model.
 
-    Scores are log-odds, as Qwen's checkpoints have them in sentence-transformers, whose configuration there sets
-    `activation_fn` to the identity (model card, "Using Sentence Transformers"). For probabilities pass
-    `activation_fn=torch.nn.Sigmoid()`.
+    Scores are log-odds, as by default those of Qwen's checkpoints in sentence-transformers (model card, "Using Sentence
+    Transformers"). For probabilities pass `activation_fn=torch.nn.Sigmoid()`.
 
     `model_name_or_path`, `device`, `revision` and `max_length` are those of `Reranker`, which `config` completes with
     other options of the engine; `reranker` is the Reranker itself. `prompts` are instructions by name; that of the

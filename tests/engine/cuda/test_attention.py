@@ -26,8 +26,8 @@ from tests.gpu import needs_gpu
 from tests.reference import FP32_TOLERANCE, ModelCard
 from tests.varlen_reference import slow_varlen
 
-# prefixes and documents just below and above a tile's 64 queries and a block's 64 keys; 17 documents, tiles hold 16
-LONG_PAIRS = [Pair.of((1,) * 70, (2,) * length) for length in (*[1] * 15, 64, 75)] + [Pair.of((3,) * 64, (4,) * 65)]
+# prefixes and documents just below and above a tile's 32 queries and a block's 64 keys; 17 documents, a tile holds 16
+LONG_PAIRS = [Pair.of((1,) * 70, (2,) * length) for length in (*[1] * 15, 32, 75)] + [Pair.of((3,) * 64, (4,) * 33)]
 CUDA_KERNELS = [
     pytest.param(name, marks=pytest.mark.slow) if name == "cuda-tiles" else name  # in Triton's interpreter
     for name, row in KERNELS.items()

@@ -2,8 +2,9 @@
 
     TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels --cards 8.0,9.0
 
-Registers and spilled bytes are per thread, shared memory per block. `--tiles` adds the variants of the attention kernel
-that gpu.py's part `tuning` measures.
+Registers and spilled bytes are per thread, shared memory per block. `--tiles` adds variants of the attention kernel,
+which gpu.py's part `tuning` measures. The exit status is 1 if a kernel of a load exceeds what the GPU has or spills, or
+if two blocks of attention do not fit on an SM; attention on 7.5 is only shown: `KERNELS` does not offer it there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -164,18 +166,27 @@ def of_tiles(shape: str, tiles: Iterable[dict[str, int | None]], dtype: torch.dt
     return launch
 
 
-def main() -> None:
+def is_good(kernel: CompiledKernel, capability: tuple[int, int]) -> bool:
+    """Whether a kernel that `KERNELS` offers for this capability runs well there."""
+    if kernel.kernel == "_attend_tiles":
+        return capability < (8, 0) or (kernel.blocks_per_sm(capability) >= 2 and not kernel.spilled_bytes)
+    return kernel.blocks_per_sm(capability) > 0 and not kernel.spilled_bytes
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", default=",".join(f"{major}.{minor}" for major, minor in CARDS))
     parser.add_argument("--shape", default="qwen3-reranker-0.6b", choices=SHAPES)
     parser.add_argument("--tiles", action="store_true", help="variants of the attention kernel too")
     options = parser.parse_args()
+    all_good = True
     for card in options.cards.split(","):
         major, minor = map(int, card.split("."))
         capability = (major, minor)
         start = time.perf_counter()
         kernels = compiled(capability, of_a_load(capability, options.shape))
         print(f"\n{card}: {len(kernels)} kernels, {time.perf_counter() - start:.1f} s")
+        all_good &= all(is_good(kernel, capability) for kernel in kernels)
         if options.tiles:
             kernels += compiled(capability, of_tiles(options.shape, TILES, dtype_of(capability)))
         print("registers  spilled  shared  warps  blocks per SM")
@@ -183,7 +194,8 @@ def main() -> None:
             constants = " ".join(f"{name}={value:g}" for name, value in row.constants.items())
             figures = (row.registers, row.spilled_bytes, row.shared_bytes, row.num_warps, row.blocks_per_sm(capability))
             print("{:9} {:8} {:7} {:6} {:14}".format(*figures), f" {row.kernel} {constants}")
+    return 0 if all_good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Compile our kernels for GPUs that need not be here, and print what each takes of a streaming multiprocessor (SM).
 
-    TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels --cards 8.0,9.0
+    python -m benchmarks.compiled_kernels --cards 8.0,9.0
 
 Registers and spilled bytes are per thread, shared memory per block. `--tiles` adds variants of the attention kernel,
 which gpu.py's part `tuning` measures. The exit status is 1 if a kernel of a load exceeds what the GPU has or spills, or

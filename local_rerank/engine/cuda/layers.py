@@ -2,7 +2,7 @@
 
 transformers runs each RMSNorm, rotary embedding and activation as several kernels that read and write whole tensors.
 Launching a layer's kernels takes 2 ms of CPU time, longer than an H200 takes to run them. Here a layer is four matrix
-products and six launches of our kernels, which also run in a CUDA graph.
+products and five launches of our kernels, which also run in a CUDA graph.
 """
 
 from __future__ import annotations

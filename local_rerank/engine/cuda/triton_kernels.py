@@ -326,5 +326,8 @@ def _whole_row(width: int, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def _capability() -> tuple[int, int]:
-    """Of the GPU that Triton compiles for; the interpreter takes that of Hopper."""
-    return (9, 0) if triton.knobs.runtime.interpret else divmod(driver.active.get_current_target().arch, 10)
+    """Of the GPU that Triton compiles for; (0, 0) for AMD's. The interpreter gets that of Hopper."""
+    if triton.knobs.runtime.interpret:
+        return (9, 0)
+    arch = driver.active.get_current_target().arch  # 90, or a name
+    return divmod(arch, 10) if isinstance(arch, int) else (0, 0)

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from benchmarks.compiled_kernels import CARDS, CompiledKernel, attention_kernels
+from benchmarks.compiled_kernels import CARDS, CompiledKernel, attention_kernels, is_good
 from local_rerank.engine.cuda.attention import QUERIES_OF_LAST_TOKENS, QUERIES_PER_TILE
 
 
@@ -21,7 +21,25 @@ def test_two_blocks_of_attention_fit_on_an_sm_of_hopper(
         kernels = process.submit(attention_kernels, (9, 0), "qwen3-reranker-0.6b").result()
     assert [kernel.constants["QUERIES"] for kernel in kernels] == [QUERIES_PER_TILE, QUERIES_OF_LAST_TOKENS]
     assert [kernel.blocks_per_sm((9, 0)) for kernel in kernels] == [2, 2]
-    assert [kernel.spilled_bytes for kernel in kernels] == [0, 0]
+    assert all(is_good(kernel, (9, 0)) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "registers", "spilled_bytes", "capability", "good"),
+    [
+        ("_attend_tiles", 196, 0, (9, 0), True),
+        ("_attend_tiles", 196, 8, (9, 0), False),
+        ("_attend_tiles", 255, 0, (8, 6), False),
+        ("_attend_tiles", 255, 5320, (7, 5), True),
+        ("_silu_mul", 255, 0, (8, 6), True),
+        ("_silu_mul", 40, 8, (7, 5), False),
+    ],
+)
+def test_a_kernel_is_good_if_it_fits_and_spills_nothing(
+    kernel: str, registers: int, spilled_bytes: int, capability: tuple[int, int], good: bool
+) -> None:
+    compiled = CompiledKernel(kernel, {}, registers, spilled_bytes, 53_248, 4)
+    assert is_good(compiled, capability) == good
 
 
 def test_blocks_are_limited_by_what_runs_out_first() -> None:

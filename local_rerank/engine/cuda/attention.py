@@ -22,7 +22,7 @@ from torch import Tensor
 
 from local_rerank.engine.packing import PackedBatch, ranges
 
-QUERIES_PER_TILE = 64
+QUERIES_PER_TILE = 32
 QUERIES_OF_LAST_TOKENS = 16  # per tile in the last layer; smaller tiles, because more of them run in parallel
 
 

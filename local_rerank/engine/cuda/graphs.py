@@ -224,7 +224,6 @@ def cuda_capture(device: torch.device) -> Capture:
     """
     pool: Any = None
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    invalid: list[torch.cuda.CUDAGraph] = []
 
     def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         nonlocal pool
@@ -237,8 +236,7 @@ def cuda_capture(device: torch.device) -> Capture:
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     output = run()
             except BaseException:
-                invalid.append(graph)  # torch's allocator for pinned memory may refer to it
-                _close(pool)
+                _close(pool, graph)
                 raise
         torch.cuda.current_stream(device).wait_stream(side)
         return graph.replay, output
@@ -246,7 +244,11 @@ def cuda_capture(device: torch.device) -> Capture:
     return capture
 
 
-def _close(pool: Any) -> None:
+INVALID: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture did not end. torch's allocator of pinned memory refers to them as long as the process lives."""
+
+
+def _close(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
     """End and release a pool that a failed capture left open.
 
     If the end of a capture fails, torch's `CUDAGraph::capture_end` returns before it closes the pool, and its allocator
@@ -256,6 +258,7 @@ def _close(pool: Any) -> None:
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # the pool is closed: the capture itself ended well
         bindings._cuda_endAllocateToPool(device, pool)
+        INVALID.append(graph)
         bindings._cuda_releasePool(device, pool)
 
 

@@ -89,12 +89,10 @@ def block_bytes(fields: Sequence[Field]) -> int:
 
 def views(block: Tensor, fields: Sequence[Field]) -> list[Tensor]:
     """The tensors of a block, (num_bytes,) uint8, as views of it."""
-    ends = list(accumulate(_num_bytes(field) for field in fields))
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in fields]
-    starts = [0, *ends[:-1]]
+    starts = accumulate([0, *map(_num_bytes, fields[:-1])])
     return [
-        block[start : start + size].view(dtype).view(shape)
-        for start, size, (shape, dtype) in zip(starts, sizes, fields, strict=True)
+        block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, (shape, dtype) in zip(starts, fields, strict=True)
     ]
 
 

@@ -258,7 +258,6 @@ def memory(setting: Setting) -> Result:
         return {"not_here": "the CPU's budget is fixed"}
     from transformers import Qwen3Config
 
-    from local_rerank.engine.cuda.graphs import CAPTURE_AT
     from local_rerank.engine.out_of_memory import LayerShape, bytes_per_token, release_cached
 
     with loaded(setting, max_batch_tokens=None) as reranker:
@@ -271,12 +270,10 @@ def memory(setting: Setting) -> Result:
         engine.score(pairs)
         peak = torch.cuda.max_memory_allocated() - before
         assert with_graphs.graphs is not None
-        with_graphs.graphs.forget_all()  # drops the largest, captured at the start
+        with_graphs.graphs.forget_all()  # those of the start
         release_cached()
         before = torch.cuda.memory_reserved()
-        for number in range(1, len(pairs) + 1, 4):  # from the smallest graph to the largest
-            for _ in range(CAPTURE_AT):
-                with_graphs.score(pairs[:number])
+        with_graphs.capture_graphs()
         release_cached()
         held_by_graphs = torch.cuda.memory_reserved() - before
         torch.cuda.set_per_process_memory_fraction(0.05)

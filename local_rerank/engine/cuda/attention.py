@@ -24,6 +24,7 @@ from local_rerank.engine.packing import PackedBatch, ranges
 
 QUERIES_PER_TILE = 32
 QUERIES_OF_LAST_TOKENS = 16  # per tile in the last layer; smaller tiles, because more of them run in parallel
+TILE_FIELDS = 6  # columns of TileLayout.tiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@
     ├── Overloaded                    the queue is full; retry after `retry_after` seconds
     ├── DeadlineExceeded              no result within the client's or the server's timeout
     ├── ModelUnavailable              the model is still loading, or the engine is closing
+    │   └── DeviceFailure             the GPU failed; only a new process can use it again
     ├── UnusableAfterFork             the process was forked, and the model cannot be used in the child
     ├── EngineFailure                 the model failed on this request's batch
     │   └── OutOfMemory               the batch does not fit into memory
@@ -138,6 +139,14 @@ class DeadlineExceeded(LocalRerankError):
 
 class ModelUnavailable(LocalRerankError):
     """The model is still loading, or the engine is closing."""
+
+
+class DeviceFailure(ModelUnavailable):
+    """The GPU failed, and this process cannot use it again: this call and every later one raises this."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; this process cannot use the device again, start a new one")
+        self.reason = reason
 
 
 class UnusableAfterFork(LocalRerankError):

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
 MAX_FILES = 65_536  # open file descriptors, which include connections
-CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off
+CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off, or that the GPU can compute no more
 IDLE_CLOSE_SECONDS = 0.5  # for the closing handshake of TLS
 LOOPBACK = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is IPv4 on a socket for both
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -192,7 +192,7 @@ class _Server(uvicorn.Server):
         self.state.drain()
         if self.failure is None:
             announce(self.state.config, self._stopping())
-        end = time.monotonic() + self.state.config.drain_seconds
+        end = time.monotonic() + (CUT_OFF_SECONDS if self.failure else self.state.config.drain_seconds)
         while self.state.admission.num_requests and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.05)
         if self.state.admission.num_requests:

@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from local_rerank import forks
@@ -175,10 +176,8 @@ class Worker:
 
     def _work(self) -> None:
         launches = None if self._launch is None else Launches(self._launch, self._changed, self._clock)
-        try:
+        with suppress(DeviceFailure):
             self._run_batches(launches)
-        except DeviceFailure as failure:
-            self._give_up(failure)
         if launches is not None:
             launches.close()
         for number in list(self._requests):
@@ -228,13 +227,16 @@ class Worker:
             for number in numbers:
                 self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
 
-    def _give_up(self, failure: DeviceFailure) -> None:
-        """Refuse requests from now on, and say why in one line of the log."""
+    def _give_up(self, batch: list[Entry], error: Exception) -> DeviceFailure:
+        """Refuse requests from now on, and say why in one line of the log, with the requests of the batch."""
+        what = str(error).partition("\n")[0]  # torch's other lines say how to debug it
         with self._changed:
-            self._failed = failure.reason
-            names = self._names(list(self._requests))
+            self._failed = f"{self._device} failed: {type(error).__name__}: {what}"
+        failure, names = DeviceFailure(self._failed), self._names(entry.request_id for entry in batch)
         logger.critical("%s; requests: %s", failure, ", ".join(names), extra={"request_ids": names})
+        logger.debug("where the device failed", exc_info=error)
         self.on_failure(failure)
+        return failure
 
     def _score(self, batch: list[Entry], outcome: Outcome | None = None) -> bool:
         """Score a batch without an outcome, and deliver it; whether all requests succeeded. Raises DeviceFailure."""
@@ -244,9 +246,7 @@ class Worker:
                 self._scheduler.raise_budget()
             return self._deliver(batch, outcome)
         if not self._is_alive():
-            logger.debug("the device failed", exc_info=outcome)
-            what = str(outcome).partition("\n")[0]  # torch's other lines say how to debug it
-            raise DeviceFailure(f"{self._device} failed: {type(outcome).__name__}: {what}")
+            raise self._give_up(batch, outcome)
         if isinstance(outcome, OutOfMemory):
             return self._score_with_less_memory(batch, outcome)
         return self._score_apart(batch, outcome)

@@ -47,7 +47,7 @@ def test_a_device_that_fails_for_good_fails_every_request_and_is_left_alone(
     assert worker.num_queued_requests == worker.num_queued_tokens == 0
     assert len(engine.num_tokens) == num_passes <= 3, "launched, tried once on its own, and one launched behind it"
     (record,) = (record for record in caplog.records if record.levelno >= logging.ERROR)
-    assert record.getMessage() == f"{says}; requests: 0, 1, 2, 3, 4"
+    assert record.getMessage().startswith(f"{says}; requests: 0"), "those of the batch that failed"
     assert record.exc_info is None, "one line"
 
 

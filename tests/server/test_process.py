@@ -213,12 +213,14 @@ def test_a_gpu_that_fails_for_good_answers_503_and_ends_the_process(tiny_checkpo
         asked.append(pool.submit(client.post, "/v2/rerank", json=body()))
         until(lambda: "local_rerank_queued_requests 1" in client.get("/metrics").text)
         with server.connect() as connection:  # a client that still sends its body
-            connection.sendall(f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{".encode())
+            content = json.dumps(body())
+            head = f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall((head + content[:-1]).encode())
             until(lambda: "local_rerank_requests_in_flight 4" in client.get("/metrics").text)  # with this one
             hold.write_text("failed")
             answers = [each.result(WAIT_SECONDS) for each in asked]
             assert (client.get("/ready").status_code, client.get("/health").status_code) == (503, 200)
-            assert status_of(exchange(connection, b"")) == 503
+            assert status_of(exchange(connection, b"}")) == 503
         assert server.process.wait(WAIT_SECONDS) == 1
     assert [answer.status_code for answer in answers] == [503, 503]
     assert answers[0].json()["code"] == "ModelUnavailable"

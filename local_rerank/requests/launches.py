@@ -18,7 +18,7 @@ from local_rerank.requests.scheduler import DrainRate, Entry
 
 logger = logging.getLogger(__name__)
 
-AHEAD_SECONDS = 0.005  # of work left when the next batch is launched: twice what packing and launching took on an H200
+AHEAD_SECONDS = 0.005  # of work left when the next batch is launched; packing one took 1.8 ms on an H200's machine
 MAX_LAUNCHED = 2  # the running batch and the next one; all other pairs are in the queue, where the policy orders them
 
 Launch = Callable[[Sequence[Pair]], Callable[[], list[float]]]

@@ -13,7 +13,7 @@ from local_rerank.commands.batch_options import BatchOptions, Judgements, judgem
 from local_rerank.commands.batch_progress import Display, Mode
 from local_rerank.commands.console import Console, option, say, status
 from local_rerank.config import EngineConfig
-from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.errors import ConfigError, DeviceFailure, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def batch(
 
 
 @contextmanager
-def _io_errors_as_config_error(what_next: Callable[[], str]) -> Iterator[None]:
-    """Report a full disk, for example, in one line."""
+def _saying_what_next(what_next: Callable[[], str]) -> Iterator[None]:
+    """Report a full disk or a GPU that failed, for example, in one line."""
     try:
         yield
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, DeviceFailure) as error:
         raise ConfigError(f"the job stopped: {error}; {what_next()}") from error
 
 
@@ -145,7 +145,7 @@ def _run_on_ray(
     )
     num_rows = 0
     parts = "the same command goes on with the parts that are missing"
-    with Display(mode, Path(input).name) as display, _io_errors_as_config_error(lambda: parts):
+    with Display(mode, Path(input).name) as display, _saying_what_next(lambda: parts):
         for done in run(job, address, overwrite=overwrite, begin=display.begin):
             num_rows += done.num_rows
             display.piece(done.num_pairs, done.num_tokens, done.num_rejected)
@@ -167,7 +167,7 @@ def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
         ScoreCache(job.cache, "").close()
     with closing(JobFolder(job.output, job.rejects, job.settings, overwrite=overwrite)) as folder:
         display = Display(mode, job.input.name)
-        with _io_errors_as_config_error(lambda: folder.next_time):
+        with _saying_what_next(lambda: folder.next_time):
             source = source_of(job, folder, judgements)
             if folder.begins:
                 display.start(str(job.output), folder.begins)

@@ -100,6 +100,17 @@ class Engine:
             raise OutOfMemory(num_tokens=batch.num_tokens)
         return fetch
 
+    def is_alive(self) -> bool:
+        """Whether the devices compute. After an illegal address or a failed assertion in a kernel, a launch failure or
+        an uncorrectable memory error, every later CUDA call of the process fails.
+        """
+        try:
+            for device in {tensor.device for tensor in self.weights.values() if tensor.is_cuda}:
+                torch.cuda.synchronize(device)
+        except Exception:
+            return False
+        return True
+
     def capture_graphs(self) -> None:
         """Capture the CUDA graphs, so that no batch waits for one. Does nothing without graphs."""
         if self.graphs is not None:

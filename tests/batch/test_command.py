@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import pty
+import re
 import select
 import signal
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ import pytest
 from ir_measures import RR, R, nDCG
 
 from local_rerank import Reranker
+from local_rerank.batch import job
+from local_rerank.engine.engine import Engine
+from local_rerank.requests.pair import Pair
 from tests.batch.killed import command_line, command_line_at_terminal, start
 from tests.command_line import Done, command
 
@@ -253,6 +258,36 @@ def test_a_job_killed_twice_scores_every_pair_once(tmp_path: Path, model: list[s
     assert Counter(row["id"] for row in read_lines(output)) == Counter(str(i) for i in range(NUM_PAIRS) if i != BROKEN)
     (reject,) = read_lines(tmp_path / "out.jsonl.rejects.jsonl")
     assert (reject["number"], reject["content"]) == (BROKEN + 1, "{broken")
+
+
+def test_a_gpu_that_fails_stops_the_job_in_one_line_and_the_same_command_goes_on(
+    rankings: Path, tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "MAX_BLOCK_PAIRS", 6)
+    output, scored = tmp_path / "out.jsonl", Engine.score
+    passes: list[int] = []
+    failures: list[int] = []
+
+    def failing(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+        passes.append(len(pairs))
+        if sum(passes) > 12:  # two blocks or more
+            failures.append(len(pairs))
+            raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+        return scored(engine, pairs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "score", failing)
+        patch.setattr(Engine, "is_alive", lambda engine: False)
+        stopped = command("batch", str(rankings), "--output", str(output), "--quiet", *model)
+    assert stopped.returncode == 1
+    says = (
+        "the job stopped: cpu failed: RuntimeError: CUDA error: device-side assert triggered; this process cannot use"
+    )
+    assert says in stopped.stderr
+    assert re.search(r"the same command goes on after [2-5] records$", stopped.stderr)
+    assert len(failures) == 1, "nothing is tried after that"
+    batch(rankings, "--output", output, "--quiet", *model)
+    assert [row["id"] for row in read_lines(output)] == list(range(6))
 
 
 def num_lines(file: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,13 @@ from transformers import Qwen3Config, Qwen3Model
 from local_rerank import Reranker
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.engine import Engine
-from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
+from local_rerank.engine.out_of_memory import (
+    MIN_BATCH_TOKENS,
+    LayerShape,
+    bytes_per_token,
+    fitted_budget,
+    is_out_of_memory,
+)
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
 
@@ -94,6 +100,46 @@ def test_running_out_of_memory_raises_a_typed_error_and_the_engine_goes_on(engin
     assert isinstance(caught.value, EngineFailure)
     engine.kernel = kernel
     assert engine.score(BATCH) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_every_text_of_the_error_becomes_the_typed_one(engine: Engine, text: str) -> None:
+    def failing(*_: object) -> torch.Tensor:
+        raise RuntimeError(text)
+
+    engine.kernel = replace(engine.kernel, attend=failing)
+    with pytest.raises(OutOfMemory):
+        engine.score(BATCH)
+
+
+def test_an_error_behind_the_error_counts_and_a_long_or_circular_chain_ends() -> None:
+    def chain(*errors: BaseException) -> BaseException:
+        for error, behind in pairwise(errors):
+            error.__context__ = behind
+        return errors[0]
+
+    capture = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert is_out_of_memory(chain(capture, KeyError(), torch.OutOfMemoryError("CUDA out of memory")))
+    caused = ValueError("compilation failed")
+    caused.__cause__ = RuntimeError("CUDA driver error: out of memory")
+    assert is_out_of_memory(caused)
+    assert not is_out_of_memory(chain(*(RuntimeError(str(number)) for number in range(1000))))
+    first = RuntimeError("CUDA error: an illegal memory access was encountered")
+    first.__context__, first.__cause__ = RuntimeError(), RuntimeError("out of resource: shared memory")
+    first.__context__.__context__ = first
+    assert not is_out_of_memory(first)
 
 
 def test_any_other_error_passes_through(engine: Engine) -> None:

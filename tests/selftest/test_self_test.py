@@ -238,7 +238,7 @@ def test_weights_rounded_on_disk_are_diagnosed_as_a_wrong_dtype(known: Path, tmp
 
 
 def test_a_model_that_needs_fp32_is_diagnosed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda: (torch.bfloat16, "for the test"))
+    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda _: (torch.bfloat16, "for the test"))
     monkeypatch.setitem(PLATFORMS, "cpu", native_bf16)
     monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
     with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
@@ -320,7 +320,7 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     assert best.kernel.faster == "nothing"
     assert best.threads.faster.startswith("more cores" if usable == cores else "a wider limit: ")
     rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
-    native = PLATFORMS["cpu"].preferred_dtype()[0] == torch.bfloat16
+    native = PLATFORMS["cpu"].preferred_dtype(None)[0] == torch.bfloat16
     assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
     assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
     widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype

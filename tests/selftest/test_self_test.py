@@ -195,8 +195,23 @@ def test_each_damage_is_diagnosed_with_and_without_known_scores(
     damage(reranker)
     after = self_test(reranker)
     assert after.fault == fault, after
-    with pytest.raises(CheckpointError, match=f"the self-test failed: {fault}: "):
+    remedy = ".* use --dtype fp32" if damage is overflow_fp16 else ""
+    with pytest.raises(CheckpointError, match=f"the self-test failed: {fault}: {remedy}"):
         require_self_test(reranker)
+
+
+@pytest.mark.parametrize("checkpoint", ["known", "unknown"])
+def test_a_16_bit_model_that_is_right_in_fp32_needs_fp32(
+    checkpoint: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Reranker(str(request.getfixturevalue(checkpoint)), device="cpu", dtype="fp16", threads=1) as reranker:
+        reranker.engine.head.neg_()  # finite scores that are wrong, as after an overflow
+        outcome = self_test(reranker)
+        monkeypatch.setattr("local_rerank.selftest.self_test.MAX_RELOADED_PARAMETERS", 0)
+        too_large = self_test(reranker)
+    assert (outcome.fault, "in fp16 but correct in fp32" in outcome.detail) == ("wrong dtype", True)
+    assert too_large.fault == ("other scores" if checkpoint == "known" else "no reranker")
+    assert too_large.detail.endswith("fp16 is too inexact for this model: try --dtype fp32")
 
 
 def test_the_scores_match_the_model_cards_code(known: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import choices
 from local_rerank.engine.cuda.gpu import Gpu
 from local_rerank.engine.dtypes import name_of
+from local_rerank.engine.load import load
 from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
-from local_rerank.errors import ConfigError
+from local_rerank.errors import CheckpointError, ConfigError
 
 BUILDS = {  # what torch's builds for CUDA 12.6 and 13.0 are compiled for
     "12.6": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
@@ -149,6 +152,19 @@ def test_what_an_older_gpu_cannot_do_is_refused_with_the_least_capability(
     gpus(monkeypatch, T4)
     with pytest.raises(ConfigError, match=says):
         plan(tiny_checkpoint, **{"dtype": "auto"} | options)
+
+
+@pytest.mark.parametrize(("gpu", "may_add_in_fp16"), [(T4, False), (H200, True)])
+def test_products_of_an_fp16_model_are_summed_in_fp32(
+    gpu: Gpu, may_add_in_fp16: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, gpu)
+    settings = SimpleNamespace(allow_fp16_reduced_precision_reduction=True)  # torch's default
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=CheckpointError("no GPU")))
+    with pytest.raises(CheckpointError, match="no GPU"):
+        load(plan(tiny_checkpoint, dtype="auto"), yes_id=5, no_id=6, known=list)
+    assert settings.allow_fp16_reduced_precision_reduction == may_add_in_fp16
 
 
 def test_a_model_on_several_gpus_takes_what_the_oldest_runs(

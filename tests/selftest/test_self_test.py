@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.selftest.machine_report import MachineProperty, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
+from tests.engine.cuda.test_choices import H200, V100, gpus
 from tests.reference import ModelCard
 from tests.serving import WAIT_SECONDS, started
 from tests.tiny_checkpoints import make_checkpoint
@@ -321,7 +323,7 @@ def test_a_server_whose_self_test_fails_exits_and_names_the_fault(other: Path, t
         assert "ready: " not in server.output
 
 
-def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None:
+def test_each_part_of_the_machine_says_what_would_be_faster(known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores = psutil.cpu_count(logical=False)
     with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
         info, checkpoint = reranker.info, reranker.checkpoint
@@ -342,6 +344,9 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     assert widened.value == "bf16 weights, multiplied in fp32"
     embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
     assert describe(info, embedded).dtype.faster.startswith("nothing")
+    for gpu, faster in ((H200, "--device cuda: .* a GPU, NVIDIA H200"), (V100, "torch .* no kernels for")):
+        gpus(monkeypatch, gpu)
+        assert re.match(faster, describe(info, checkpoint).device.faster)
 
 
 def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path) -> None:

@@ -60,6 +60,8 @@ def why_no_gpu() -> str:
     """Why torch sees no GPU, as far as it can be told, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a build without CUDA; install one with it: {INSTALL}130"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__}, a build for AMD, sees no GPU; rocminfo must list one"
     return (
         f"torch {torch.__version__} sees no GPU; nvidia-smi must list one, its driver must support CUDA "
         f"{torch.version.cuda}, and CUDA_VISIBLE_DEVICES must not hide it"

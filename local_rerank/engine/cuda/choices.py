@@ -27,7 +27,7 @@ def preferred_dtype(gpu: Gpu | None) -> tuple[torch.dtype, str]:
     if gpu.capability >= FP16_CAPABILITY:
         limits = "fp16 rounds less (11 bits instead of 8) but overflows beyond 65,504; if it does, use --dtype fp32"
         return torch.float16, f"{gpu} has no bf16; {limits}"
-    return torch.float32, f"{gpu} multiplies 16 bits no faster"
+    return torch.float32, f"{gpu} multiplies fp16 no faster and has no bf16"
 
 
 def check(arithmetic: torch.dtype, gpu: Gpu) -> None:

@@ -44,10 +44,10 @@ class EngineConfig:
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps. auto uses a GPU if there is one.")] = "auto"
     dtype: Annotated[
         DType,
-        Parameter(help="Dtype of the weights. auto: bf16 on CUDA and on CPUs that multiply bf16 faster than fp32, else "
-                       "the checkpoint's dtype; fp32 for the built-in model. CPUs without fast 16-bit products compute "
-                       "in fp32. int8 needs a CPU, fp8 a GPU of compute capability 8.9 or later. Head and softmax are "
-                       "always fp32."),
+        Parameter(help="Dtype of the weights. auto: on CUDA bf16, or fp16 or fp32 on GPUs without it (docs/cuda.md); "
+                       "bf16 on CPUs that multiply it faster than fp32, else the checkpoint's dtype; fp32 for the "
+                       "built-in model. CPUs without fast 16-bit products compute in fp32. int8 needs a CPU, bf16 on "
+                       "CUDA compute capability 8.0 or newer, fp8 8.9. Head and softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
         str | None, Parameter(help="Split the model over several devices with accelerate, for example auto.")

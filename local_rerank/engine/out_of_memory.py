@@ -52,7 +52,9 @@ def bytes_per_token(shape: LayerShape, element_size: int) -> int:
     residual = 2 * shape.hidden
     projected = shape.hidden + shape.queries + 2 * shape.keys  # the normed input and its projections
     rotated = 2 * (shape.queries + shape.keys)  # the result and the swapped halves
-    attended = 3 * shape.queries + 2 * shape.keys  # own part, prefix part and their sum; gathered keys and values
+    merged = 3 * shape.queries + 2 * shape.keys  # own part, prefix part and their sum; gathered keys and values
+    sdpa = 4 * shape.queries  # keys and values of each query head, the result of a call and that of all
+    attended = max(merged, sdpa)
     norm_of_queries = 2 * 4 * shape.queries  # bytes: transformers computes norms in fp32
     attention = (projected + rotated + attended) * element_size + norm_of_queries
     mlp = (2 * shape.hidden + 4 * shape.intermediate) * element_size

@@ -32,6 +32,13 @@ class Run:
         """The first token of each segment."""
         return range(self.start, self.start + self.count * self.length, self.length)
 
+    def split(self, max_count: int) -> list[Run]:
+        """The same segments as runs of at most `max_count`."""
+        return [
+            Run(start, self.first_document + first, min(max_count, self.count - first), self.length)
+            for first, start in list(enumerate(self.starts))[::max_count]
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from transformers import Qwen3Config, Qwen3Model
 
 from local_rerank import Reranker
 from local_rerank.engine.cuda import prepare as cuda
+from local_rerank.engine.decoder import ATTENTION_NAME, TransformersDecoder, register_attention
 from local_rerank.engine.engine import Engine
+from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.out_of_memory import (
     MIN_BATCH_TOKENS,
     LayerShape,
@@ -24,6 +27,7 @@ from local_rerank.engine.out_of_memory import (
     fitted_budget,
     is_out_of_memory,
 )
+from local_rerank.engine.packing import pack
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
 
@@ -63,20 +67,41 @@ def test_the_budget_grows_with_memory_and_stays_within_it(free: int, element_siz
     assert budget == MIN_BATCH_TOKENS or budget * per_token <= free
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that `run` allocates at a time."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = recorded.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("widths", [{"intermediate_size": 64, "head_dim": 128}, {"intermediate_size": 2048}])
-def test_the_estimate_covers_the_peak_of_a_plain_pass_and_is_not_far_above(widths: dict[str, int]) -> None:
+def test_the_estimate_covers_the_peak_of_a_plain_pass_and_is_not_far_above(
+    widths: dict[str, int], dtype: torch.dtype
+) -> None:
     """The widest part is attention, then the MLP. The estimate also covers buffers of the GPU's attention kernels."""
     config = Qwen3Config(
         vocab_size=100, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         **{"head_dim": 32} | widths,
     )  # fmt: skip
-    model = Qwen3Model(config).to(torch.bfloat16).eval()
+    model = Qwen3Model(config).to(dtype).eval()
     ids = torch.ones(1, 1000, dtype=torch.int64)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model(ids, use_cache=False, attention_mask={"full_attention": None})
-    events = recorded.profiler.kineto_results.events()
-    peak = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    assert peak < 1000 * bytes_per_token(LayerShape.of(config), 2) < 2.2 * peak
+    peak = peak_bytes(lambda: model(ids, use_cache=False, attention_mask={"full_attention": None}))
+    assert peak < 1000 * bytes_per_token(LayerShape.of(config), dtype.itemsize) < 2.2 * peak
+
+
+def test_the_estimate_covers_a_pass_with_sdpa_in_which_many_documents_share_a_long_prefix() -> None:
+    """SDPA copies the keys of the prefix for each document, and a key head for each of its eight query heads."""
+    config = Qwen3Config(
+        vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=1,
+        head_dim=64, intermediate_size=64, attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    register_attention()
+    decoder, row = TransformersDecoder(Qwen3Model(config).eval()), KERNELS["sdpa"]
+    batch = pack([Pair.of((1,) * 400, (2,) * 4)] * 100)
+    peak = peak_bytes(lambda: decoder(batch, row, row.layout(batch, False), lambda: row.layout(batch, True)))
+    assert peak < batch.num_tokens * bytes_per_token(LayerShape.of(config), 4) < 2.2 * peak
 
 
 @pytest.fixture

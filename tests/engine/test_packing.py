@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from local_rerank.engine import attention
 from local_rerank.engine.kernel_table import KERNELS, choose_kernel
 from local_rerank.engine.packing import block_bytes, pack, stage, views
 from local_rerank.errors import ConfigError
@@ -75,6 +80,28 @@ def test_each_kernel_agrees_with_the_dense_one(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
 ) -> None:
     assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, seed=seed)
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+def test_sdpa_is_called_with_what_fused_kernels_take(last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many key heads as query heads, else a GPU stores all logits; few keys and rows of a mask at a time."""
+    pairs = [Pair.of((1,) * 9, (2,) * length) for length in (1, *[2] * 20, 11)]
+    batch, sdpa, calls = pack(pairs), F.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape[1] == k.shape[1] == v.shape[1], k.shape[0] * k.shape[2], options))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "QUERIES_PER_CALL", 4)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert agrees_with_dense("sdpa", pairs, last_tokens_only=last_tokens_only)
+    *calls, (*_, dense) = calls
+    assert dense["enable_gqa"]
+    for has_equal_heads, num_keys, options in calls:
+        assert has_equal_heads
+        assert num_keys <= batch.num_tokens
+        assert not options.get("enable_gqa")
+        assert (mask := options.get("attn_mask")) is None or mask.shape[0] <= 4
 
 
 def test_auto_takes_the_first_kernel_that_runs_and_others_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

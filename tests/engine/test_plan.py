@@ -28,7 +28,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, C
 
 
 def plan_on_cpu(checkpoint: Checkpoint, preferred: torch.dtype, **options: object) -> LoadPlan:
-    platform = Platform(lambda: (preferred, "measured"), max_batch_tokens=100)
+    platform = Platform(lambda _: (preferred, "measured"), max_batch_tokens=100)
     return make_plan(EngineConfig(device="cpu", **options), checkpoint, {"cpu": platform})  # type: ignore[arg-type]
 
 

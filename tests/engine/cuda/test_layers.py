@@ -261,8 +261,7 @@ def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPat
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("no_compile", [False, True])
+@pytest.mark.parametrize(("dtype", "no_compile"), [("bf16", False), ("bf16", True), ("fp8", False)])
 def test_scores_on_a_gpu_stay_near_fp32(dtype: str, no_compile: bool, tmp_path: Path) -> None:
     if dtype == "fp8":
         try:

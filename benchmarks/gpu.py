@@ -7,7 +7,7 @@ fails or is cut off keeps what it measured, and a later call with `--resume` run
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -24,6 +24,7 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `benchmarks` is a package here, unlike in a wheel
 
+from benchmarks.gpu_pack import TOKENIZER
 from benchmarks.gpu_table import Figures, table
 
 MARK = "FIGURE "
@@ -70,6 +71,10 @@ def main() -> None:
     if options.table:
         print(table(read(options.table)))
         return
+    if not (TOKENIZER.is_file() or importlib.util.find_spec("dashscope")):
+        raise SystemExit(
+            "Qwen's tokenizer is missing; `benchmarks/gpu.sh --pack` collects it where dashscope is installed"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what runs ends, too
     with tempfile.TemporaryDirectory() as folder, Results(options.out, options.resume) as results:
         try:

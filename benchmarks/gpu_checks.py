@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import Qwen3Config
 
-from benchmarks.gpu_setup import ROOT, SHAPES, Result, Setting, loaded, pairs_of_300, product_shapes
+from benchmarks.gpu_pack import ROOT
+from benchmarks.gpu_setup import SHAPES, Result, Setting, loaded, pairs_of_300, product_shapes
 from local_rerank.engine.cuda.fp8 import Fp8Linear
 from local_rerank.engine.cuda.layers import LARGEST_DIFFERENCE, kernel_differences
 from local_rerank.engine.engine import Engine
@@ -24,7 +25,7 @@ from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import num_batch_tokens
 
 MAX_FP8_ERROR = 0.05  # relative, of a product with both factors in e4m3
-MAX_FP8_ERROR_INTERPRETED = 0.07  # Triton's interpreter rounds some numbers to half their value
+MAX_FP8_ERROR_INTERPRETED = 0.15  # Triton's interpreter rounds some numbers to half their value
 NUM_ROWS = 300  # of these products; no multiple of a tile
 SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 OUTCOME = re.compile(r"(\S+::\S+) (PASSED|FAILED|SKIPPED|ERROR)|(ERROR SUMMARY: (\d+) error)")
@@ -38,7 +39,8 @@ def kernels(setting: Setting) -> Iterator[Result]:
     config = SimpleNamespace(**sizes, hidden_act="silu")
     failed = []
     # Triton's interpreter has no bf16
-    for dtype, fp8 in ((torch.bfloat16 if on_gpu else torch.float32, False), (torch.float16, has_fp8)):
+    dtypes = {torch.bfloat16: has_fp8, torch.float16: False} if on_gpu else {torch.float32: False, torch.float16: True}
+    for dtype, fp8 in dtypes.items():
         for name, value in kernel_differences(config, setting.device, dtype, fp8=fp8).items():
             yield {f"{name} {str(dtype).removeprefix('torch.')}": value}
             if not value < LARGEST_DIFFERENCE:

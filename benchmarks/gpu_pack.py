@@ -4,8 +4,9 @@
     python benchmarks/gpu_pack.py --unpack FOLDER         # there; gpu.sh does it and puts FOLDER on PYTHONPATH
 
 Packing downloads wheels in the versions of this environment, for each Python of PYTHONS. Unpacking takes the wheels
-that fit the Python there, of packages that it does not have. What that machine has stays as it is, because torch and
-transformers there may need it so. benchmarks/bare stands in for what the library imports and nothing measured uses.
+that fit the Python there, of packages that it does not have or has too old for these. All else that the machine has
+stays as it is, because torch and transformers there may need it so. benchmarks/bare stands in for what the library
+imports and nothing that is measured uses.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from importlib import metadata
@@ -30,6 +32,7 @@ PACK = ROOT / "dist" / "gpu-pack"
 TOKENIZER = PACK / "tokenizer.json.gz"
 BARE = ROOT / "benchmarks" / "bare"
 WANTED = ("local-rerank", "hypothesis", "pytest", "pytest-xdist")
+SMALL = {"typing-extensions"}  # comes with torch, but maybe older than pydantic needs it
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 35)] + ["manylinux1_x86_64", "manylinux2014_x86_64"]
 LEFT_OUT = {"local-rerank", "zstandard", "hf-xet"}
@@ -60,6 +63,7 @@ def pack() -> None:
 def needed() -> dict[str, str]:
     """Names and versions of the packages that WANTED needs and that torch and transformers do not bring."""
     there = closure(["torch"]).keys() | {"transformers", "triton", *map(canonicalize_name, direct("transformers"))}
+    there -= SMALL
     return {name: version for name, version in closure(WANTED).items() if name not in there}
 
 
@@ -96,17 +100,21 @@ def is_installed(name: str) -> bool:
 def unpack(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fitting = set(sys_tags())
-    unpacked: set[str] = set()
-    missing: set[str] = set()
-    for wheel in sorted(PACK.glob("*.whl")):
-        name, version, _, tags = parse_wheel_filename(wheel.name)
-        if is_installed(name):
-            continue
-        missing.add(f"{name}=={version}")
+    wheels: dict[str, Path] = {}
+    names: set[str] = set()
+    for wheel in PACK.glob("*.whl"):
+        name, _, _, tags = parse_wheel_filename(wheel.name)
+        names.add(name)
         if not tags.isdisjoint(fitting):
-            with zipfile.ZipFile(wheel) as files:
-                files.extractall(folder)
-            unpacked.add(f"{name}=={version}")
+            wheels[name] = wheel
+    missing = {name for name in names if not is_installed(name)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    todo = [*missing, *too_old(map(Requirement, project["dependencies"]))]
+    unpacked: set[str] = set()
+    while todo:
+        if (name := todo.pop()) in wheels.keys() - unpacked:
+            unpacked.add(name)
+            todo += too_old(extract(wheels[name], folder))
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     stands_in = [file for file in sorted(BARE.glob("*.py")) if importlib.util.find_spec(file.stem) is None]
@@ -115,6 +123,25 @@ def unpack(folder: Path) -> None:
     print(f"unpacked: {' '.join(sorted(unpacked)) or 'nothing'}")
     print(f"no wheel for this Python: {' '.join(sorted(missing - unpacked)) or 'none'}")
     print(f"stand-ins: {' '.join(file.stem for file in stands_in) or 'none'}", flush=True)
+
+
+def extract(wheel: Path, folder: Path) -> list[Requirement]:
+    """Put a package into `folder`; returns what it needs."""
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(folder)
+        about = next(name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+    return [Requirement(text) for text in metadata.Distribution.at((folder / about).parent).requires or ()]
+
+
+def too_old(needs: Iterable[Requirement]) -> list[str]:
+    """The names of packages that are installed in another version than is needed."""
+    return [
+        canonicalize_name(need.name)
+        for need in needs
+        if (need.marker is None or need.marker.evaluate({"extra": ""}))
+        and is_installed(need.name)
+        and not need.specifier.contains(metadata.version(need.name), prereleases=True)
+    ]
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def checkpoint(setting: Setting) -> Iterator[Result]:
             yield {name: metadata.version(name)}
         except metadata.PackageNotFoundError:
             yield {name: "not installed"}
-    yield {"tokenizer": make_checkpoint(setting.folder, setting.shape, device)}
+    make_checkpoint(setting.folder, setting.shape, device)
 
 
 def warm_up(reranker: Reranker, pairs: list[Pair]) -> None:

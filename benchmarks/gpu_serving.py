@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.gpu_pack import ROOT
 from benchmarks.gpu_setup import (
     DOCUMENTS,
-    ROOT,
     RandomTexts,
     Result,
     Setting,
@@ -65,12 +65,12 @@ def serving(setting: Setting) -> Iterator[Result]:
         start = started_server
         try:
             with start(setting, requests, cache) as (seconds, _):
-                yield {"clients": "over HTTP, in a process of their own", "cold_start_seconds": seconds}
+                yield {"clients": "over HTTP", "cold_start_seconds": seconds}
         except NoServer as error:
             start = started_library
             shutil.rmtree(cache, ignore_errors=True)
             with start(setting, requests, cache) as (seconds, _):
-                yield {"clients": f"of AsyncReranker, because {error}", "cold_start_seconds": seconds}
+                yield {"clients": "of AsyncReranker", "why": str(error), "cold_start_seconds": seconds}
         with start(setting, requests, cache) as (seconds, measure):
             yield {"warm_start_seconds": seconds}
             yield from loads(setting, measure, batch_after_batch)
@@ -82,7 +82,7 @@ def loads(setting: Setting, measure: Measure, batch_after_batch: Callable[[], fl
     rates: dict[int, list[float]] = {number: [] for number in numbers}
     shares: dict[int, list[float]] = {number: [] for number in numbers}
     for number in numbers:
-        measure(number, seconds)  # captures graphs
+        measure(number, 0.5 * seconds)  # captures graphs
     alone = [batch_after_batch()]
     for _ in range(2):
         for number in numbers:
@@ -142,7 +142,9 @@ def ready_address(server: subprocess.Popen[bytes], log: Path, begin: float) -> s
                 pass
         time.sleep(0.02)
     status, said = server.poll(), log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise NoServer(f"the server ended with status {status}: {said[-1:]}" if status else "the server was not ready")
+    raise NoServer(
+        f"the server ended with status {status}: {said[-1:]}" if status is not None else "the server was not ready"
+    )
 
 
 def body_of(request: RerankRequest) -> bytes:

@@ -23,7 +23,6 @@ from local_rerank.bench.shapes import COMMON
 from local_rerank.bench.shapes import SHAPES as MODEL_SHAPES
 from local_rerank.requests.pair import Pair
 
-ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
@@ -37,33 +36,28 @@ SHARED_TOKENS, OWN_TOKENS = 85, 215
 DOCUMENTS = 10  # of a request, in parts that say nothing else
 
 
-def make_checkpoint(folder: Path, shape: str, device: torch.device) -> str:
-    """Write random bf16 weights, made on the device, with Qwen's tokenizer; returns where that came from."""
+def make_checkpoint(folder: Path, shape: str, device: torch.device) -> None:
+    """Write random bf16 weights, made on the device, with Qwen's tokenizer."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], tie_word_embeddings=True)).to(torch.bfloat16)
     model.save_pretrained(folder)
-    tokenizer, origin = tokenizer_json()
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    (folder / "tokenizer.json").write_text(qwen_tokenizer(), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>", "padding_side": "left",
         "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "README.md").write_text("Random weights for a benchmark of a reranker.\n", encoding="utf-8")
-    return origin
 
 
-def tokenizer_json() -> tuple[str, str]:
+def qwen_tokenizer() -> str:
+    """Qwen's tokenizer.json: from the pack, or of the ranks in the dashscope package."""
     if TOKENIZER.is_file():
-        return gzip.decompress(TOKENIZER.read_bytes()).decode(), "Qwen's, from the pack"
-    try:
-        from tests.tiny_checkpoints import qwen_tokenizer_json
+        return gzip.decompress(TOKENIZER.read_bytes()).decode()
+    from tests.tiny_checkpoints import qwen_tokenizer_json
 
-        return qwen_tokenizer_json(), "Qwen's"
-    except AssertionError:  # dashscope, which carries its ranks, is not installed
-        nano = ROOT / "local_rerank" / "nano" / "tokenizer.json"
-        return nano.read_text(encoding="utf-8"), "the built-in model's, because there is no pack"
+    return qwen_tokenizer_json()
 
 
 class RandomTexts:

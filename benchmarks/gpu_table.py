@@ -120,7 +120,7 @@ ROWS = (
 def table(figures: Figures) -> str:
     made = figures.get("checkpoint", {})
     versions = ", ".join(f"{name} {made.get(name, '?')}" for name in ("torch", "transformers", "triton"))
-    head = f"{datetime.date.today()}, {made.get('device', 'no device')}, {versions}; tokenizer: {made.get('tokenizer')}"
+    head = f"{datetime.date.today()}, {made.get('device', 'no device')}, {versions}"
     lines = [head, "", "| | figure | bar | |", "| --- | --- | --- | --- |"]
     for row in ROWS:
         part = figures.get(row.part, {})

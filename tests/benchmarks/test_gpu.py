@@ -136,21 +136,27 @@ def test_the_table_says_what_met_its_bar_what_missed_it_and_what_has_no_figure()
     assert "there is no compute-sanitizer" in lines["compute-sanitizer over the kernels"]
 
 
-def test_unpacking_takes_the_wheels_that_fit_of_packages_that_are_missing(
+def test_unpacking_takes_the_wheels_that_fit_of_packages_that_are_missing_or_too_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     this = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    for wheel in (
-        f"absent-1-{this}-none-any",
-        "absent-1-cp27-cp27m-any",
-        "odd-1-cp27-none-any",
-        "numpy-1-py3-none-any",
-    ):
+    wheels = {  # -> what the package needs
+        f"absent-1-{this}-none-any": "packaging>=999",
+        "absent-1-cp27-cp27m-any": "",
+        "odd-1-cp27-none-any": "",
+        "numpy-999-py3-none-any": "",
+        "packaging-999-py3-none-any": "numpy>=1",
+    }
+    for wheel, needs in wheels.items():
+        name, version = wheel.split("-")[:2]
         with zipfile.ZipFile(tmp_path / f"{wheel}.whl", "w") as file:
-            file.writestr(f"{wheel.split('-')[0]}/__init__.py", wheel)
+            file.writestr(f"{name}/__init__.py", wheel)
+            file.writestr(f"{name}-{version}.dist-info/METADATA", f"Requires-Dist: {needs}\n" if needs else "")
     monkeypatch.setattr(gpu_pack, "PACK", tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     gpu_pack.unpack(tmp_path / "site")
-    assert [file.name for file in (tmp_path / "site").iterdir()] == ["absent"]  # numpy and the stand-ins are here
+    assert {file.name for file in (tmp_path / "site").glob("[a-z]*[a-z]")} == {
+        "absent", "absent-1.dist-info", "packaging", "packaging-999.dist-info",
+    }  # fmt: skip
     assert f"-{this}-" in (tmp_path / "site/absent/__init__.py").read_text()
-    assert "no wheel for this Python: odd==1" in capsys.readouterr().out
+    assert "no wheel for this Python: odd\n" in capsys.readouterr().out

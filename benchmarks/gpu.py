@@ -52,10 +52,10 @@ PLAN = (
     Part("precision", "gpu_parts:precision", 1, 30),
     Part("fp8", "gpu_parts:fp8", 1, 40),
     Part("breakdown", "gpu_parts:breakdown", 1, 20),
-    Part("memory", "gpu_checks:memory", 2, 25),
+    Part("memory", "gpu_checks:memory", 2, 20),
     Part("fp8_4b", "gpu_parts:fp8", 2, 65, shape="qwen3-reranker-4b"),
-    Part("tuning", "gpu_kernels:tuning", 2, 40),
-    Part("sanitizer", "gpu_checks:sanitizer", 2, 30),
+    Part("tuning", "gpu_kernels:tuning", 2, 35),
+    Part("sanitizer", "gpu_checks:sanitizer", 2, 40),
     Part("attention", "gpu_kernels:attention", 3, 40),
 )
 """What the table needs comes first. If kernels or tests fail, the sanitizer is next."""

@@ -16,10 +16,10 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD:$PWD/server${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 if [[ ${1:-} == --pack ]]; then exec "${PYTHON:-.venv/bin/python}" benchmarks/gpu_pack.py; fi
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+site=$PWD/dist/gpu-site
+rm -rf "$site"
 "$python" benchmarks/gpu_pack.py --unpack "$site"
 export PYTHONPATH=$PYTHONPATH:$site HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=true
 export OMP_WAIT_POLICY=passive TQDM_DISABLE=1
 if [[ " $* " == *" --dry "* ]]; then export TRITON_INTERPRET=1; fi
-"$python" benchmarks/gpu.py "$@"
+exec "$python" benchmarks/gpu.py "$@"

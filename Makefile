@@ -46,8 +46,9 @@ fix: $(DEV) ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DEV) ## update the generated parts of the documents: docs/options.md, the answer in the README
+docs: $(DEV) ## update the generated parts of the documents: docs/options.md, docs/api.md, the answer in the README
 	$(BIN)/python docs/options.py > docs/options.md
+	$(BIN)/python docs/api.py > docs/api.md
 	$(BIN)/python docs/answer.py
 
 screenshot: $(DEV) ## retake the README's screenshot (needs Chromium; shows this machine's fonts)

@@ -101,12 +101,10 @@ def memory(setting: Setting) -> Iterator[Result]:
         engine.score(pairs)
         peak = cuda.max_memory_allocated() - before
         yield {"peak_bytes": peak, "peak_bytes_per_token": peak / num_batch_tokens(pairs)}
-        graphs.forget_all()  # drops the largest, captured at the start
+        graphs.forget_all()  # those of the start
         release_cached()
         before = cuda.memory_reserved()
-        for number in range(1, len(pairs) + 1, 4):  # from the smallest graph to the largest
-            for _ in range(3):  # until it is captured
-                with_graphs.score(pairs[:number])
+        with_graphs.capture_graphs()
         release_cached()
         yield {
             "num_graphs": len(graphs.sizes),

@@ -17,11 +17,13 @@ from local_rerank.types import Limits, RankedDocument, RerankRequest, RerankResu
 
 if TYPE_CHECKING:
     from local_rerank.async_reranker import AsyncReranker
+    from local_rerank.cross_encoder import CrossEncoder
     from local_rerank.reranker import Reranker
 
 __version__ = "0.1.0"
 __all__ = [
     "AsyncReranker",
+    "CrossEncoder",
     "EngineConfig",
     "Limits",
     "RankedDocument",
@@ -41,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from local_rerank.async_reranker import AsyncReranker
 
         return AsyncReranker
+    if name == "CrossEncoder":
+        from local_rerank.cross_encoder import CrossEncoder
+
+        return CrossEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,9 +31,10 @@ T = TypeVar("T")
 class AsyncReranker:
     """`Reranker` for asyncio, with the same arguments. The constructor returns at once and the model loads in a thread.
 
-    Raises ConfigError for an unknown option or a value of the wrong type. If the model cannot be loaded, every call
-    raises CheckpointError or ConfigError.
+    `async with` waits until the model is loaded, and closes it in the end. Raises ConfigError for an unknown option or
+    a value of the wrong type. If the model cannot be loaded, every call raises CheckpointError or ConfigError.
 
+    >>> import asyncio
     >>> async def main() -> None:
     ...     async with AsyncReranker() as reranker:
     ...         result = await reranker.rank("capital of France", ["Rome is in Italy", "Paris is in France"])
@@ -78,15 +79,13 @@ class AsyncReranker:
     __reduce__ = forks.refuse_copies
 
     async def load(self) -> Reranker:
-        """Wait until the model is loaded; returns the underlying Reranker."""
+        """Wait until the model is loaded; returns the underlying Reranker. Raises CheckpointError or ConfigError."""
         return await asyncio.shield(asyncio.wrap_future(self._loading))  # cancelling one caller must not stop loading
 
     async def rank(
         self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
-        """Rank documents by relevance, most relevant first. Raises a leaf of InvalidRequest, Overloaded or
-        EngineFailure.
-        """
+        """As `Reranker.rank`. Cancelling the call removes the request from the queue."""
         return await self.submit(
             RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
         )
@@ -94,9 +93,7 @@ class AsyncReranker:
     async def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`. One pair also goes in a
-        list: `score([("query", "document")])`.
-        """
+        """As `Reranker.score`."""
         results = self.rank_batch(requests_of(pairs, instruction))
         return [score async for result in results for score in scores_of(result, logits=logits)]
 
@@ -116,11 +113,7 @@ class AsyncReranker:
     async def rank_batch(
         self, requests: Iterable[RerankRequest] | AsyncIterable[RerankRequest], *, return_errors: bool = False
     ) -> AsyncIterator[RerankResult | InvalidRequest]:
-        """Rank many requests in shared batches. Yields results in order, reading a bounded number of requests ahead.
-
-        An invalid request raises InvalidRequest and ends the iteration; with `return_errors=True` the error is yielded
-        in its place. Other errors are always raised.
-        """
+        """As `Reranker.rank_batch`; `requests` may be an async iterable too."""
         reranker = await self.load()
         in_flight: deque[Future[Any]] = deque()
         try:
@@ -139,7 +132,7 @@ class AsyncReranker:
                 future.cancel()
 
     async def submit(self, request: RerankRequest, *, name: str | None = None) -> RerankResult:
-        """Rank the documents of a request; `name` is its name in the log. Raises as `rank`."""
+        """The result of a request; `name` is its name in the log. Raises as `rank`."""
         reranker = await self.load()
         return await asyncio.wrap_future(await self._queued(reranker.submit, request, name=name))
 
@@ -149,7 +142,7 @@ class AsyncReranker:
         return await queued(self._threads, submit, *arguments, **options)
 
     async def close(self) -> None:
-        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the threads."""
+        """As `Reranker.close`; waits until the model is loaded, if it is loading."""
         self._is_closed = True
         await asyncio.to_thread(self._close)
 

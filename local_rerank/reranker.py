@@ -44,8 +44,10 @@ class Reranker:
     """Ranks documents by relevance to a query, with a Qwen3-Reranker model on this machine.
 
     `model` is a hub id, a local folder, a bundle, or None for the built-in local-rerank-nano; `options` are fields of
-    `EngineConfig`. Raises CheckpointError if the model cannot be loaded, ConfigError if an option has the wrong type or
-    cannot be met.
+    `EngineConfig`, which `config` gives all at once; an option wins over its field. The constructor returns when the
+    model is loaded. Any number of threads may call the methods at the same time. Raises CheckpointError or ConfigError.
+
+    `config` is the EngineConfig, `info` the ModelInfo: device, dtypes, kernels and why each was chosen.
 
     >>> reranker = Reranker()
     >>> result = reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"], top_n=1)
@@ -94,6 +96,7 @@ class Reranker:
 
     @property
     def model_id(self) -> str:
+        """The name of the loaded model: a hub id, the name of a folder or bundle, or local-rerank-nano."""
         return self.info.model_id
 
     @property
@@ -103,6 +106,7 @@ class Reranker:
 
     @property
     def num_queued_requests(self) -> int:
+        """Requests in the queue, without those of which all pairs are in the running batch."""
         return self._worker.num_queued_requests
 
     @property
@@ -126,8 +130,11 @@ class Reranker:
     def rank(
         self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
-        """The documents ranked by relevance, at most `top_n`. Raises a leaf of InvalidRequest (WrongType, which is also
-        a TypeError, for arguments of the wrong type), Overloaded or EngineFailure.
+        """The documents ranked by relevance, most relevant first, at most `top_n`.
+
+        `documents` is a list, tuple, NumPy array, pandas column or generator of strings; one string is one document.
+        `instruction` replaces the default one. Raises a leaf of InvalidRequest, Overloaded, EngineFailure,
+        ModelUnavailable or UnusableAfterFork.
         """
         return self.submit(
             RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
@@ -136,7 +143,7 @@ class Reranker:
     def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs, in order; log-odds with `logits=True`.
+        """Relevance scores of (query, document) pairs, 0...1, in order; with `logits=True` log-odds, any float.
 
         One pair also goes in a list: `score([("query", "document")])`. Neighbouring pairs with the same query share its
         tokens. Raises as `rank`.
@@ -161,7 +168,8 @@ class Reranker:
         ahead.
 
         An invalid request raises InvalidRequest and ends the iteration; with `return_errors=True` the error is yielded
-        in its place. Other errors are always raised.
+        in its place. Other errors are always raised, but not Overloaded while requests of this call are queued: then it
+        waits.
         """
         in_flight: deque[Future[RerankResult] | Future[RerankResult | InvalidRequest]] = deque()
         try:
@@ -200,7 +208,7 @@ class Reranker:
         """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
         `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
-        UnusableAfterFork; the future may fail with EngineFailure.
+        UnusableAfterFork; the future may fail with EngineFailure or ModelUnavailable.
         """
         check_request(request)
         started = time.perf_counter()
@@ -212,14 +220,19 @@ class Reranker:
         return pending.future
 
     def explain(self, query: str, document: str, *, instruction: str | None = None) -> tuple[str, list[int]]:
-        """The exact prompt of one pair, and its token ids."""
+        """The exact prompt of one pair as the model reads it, after truncation, and its token ids. Raises a leaf of
+        InvalidRequest.
+        """
         request = RerankRequest(query=query, documents=(document,), instruction=instruction)
         pair = self.tokenizer.pairs(request).pairs[0]
         ids = [*pair.prefix_ids, *pair.document_ids]
         return self.tokenizer.decode(ids), ids
 
     def close(self) -> None:
-        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread."""
+        """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread.
+
+        Later calls raise ModelUnavailable. The weights are freed with the object. Closing twice does nothing.
+        """
         self._worker.close()
 
     __reduce__ = forks.refuse_copies

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from local_rerank.errors import (
     DocumentTooLong,
@@ -41,7 +41,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankRequest:
-    """A query and its documents. Raises a leaf of InvalidRequest if a value is invalid.
+    """A query and its documents, checked when created. Raises a leaf of InvalidRequest.
 
     >>> RerankRequest(query="capital of France", documents=("Paris", "Rome")).top_n is None
     True
@@ -132,7 +132,13 @@ class RerankResult(Sequence[RankedDocument]):
     def __len__(self) -> int:
         return len(self.results)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int or slice, like a tuple
+    @overload
+    def __getitem__(self, index: int) -> RankedDocument: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[RankedDocument, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> RankedDocument | tuple[RankedDocument, ...]:
         return self.results[index]
 
     def __iter__(self) -> Iterator[RankedDocument]:

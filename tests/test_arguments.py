@@ -9,13 +9,13 @@ import asyncio
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, assert_type, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
-from local_rerank import AsyncReranker, EngineConfig, Reranker, RerankRequest
+from local_rerank import AsyncReranker, EngineConfig, RankedDocument, Reranker, RerankRequest, RerankResult
 from local_rerank.config import EngineOptions
 from local_rerank.errors import ConfigError, InvalidRequest, WrongType
 from local_rerank.types import scores_of
@@ -151,6 +151,16 @@ def test_b6_a_path_names_the_model_and_options_of_the_wrong_type_raise_at_once(t
     for call, message in calls:
         with pytest.raises(ConfigError, match=message):
             call()
+
+
+def test_static_types_are_those_of_the_values(tiny_reranker: Reranker) -> None:
+    result = tiny_reranker.rank("q", ["d", "e"])
+    assert isinstance(assert_type(result[0], RankedDocument), RankedDocument)
+    assert isinstance(assert_type(result[:1], tuple[RankedDocument, ...]), tuple)
+    assert_type([item.log_odds for item in result], list[float])
+    request = RerankRequest(query="q", documents=("d",))
+    assert_type(list(tiny_reranker.rank_batch([request])), list[RerankResult])
+    assert_type(list(tiny_reranker.rank_batch([request], return_errors=True)), list[RerankResult | InvalidRequest])
 
 
 def test_b6_the_typed_options_are_the_fields_of_the_config() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import local_rerank
 from docs.options import render
 from local_rerank.commands.app import app
 from local_rerank_server.dialects import ROWS
@@ -35,6 +36,14 @@ def commands(program: str) -> list[list[str]]:
 
 def test_the_options_page_is_what_the_definitions_say() -> None:
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == render(), "run `make docs`"
+
+
+def test_the_api_page_is_what_the_docstrings_say_and_has_every_public_name() -> None:
+    from docs.api import render
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert page == render(), "run `make docs`"
+    assert set(local_rerank.__all__) <= set(re.findall(r"^## (\w+)$", page, re.MULTILINE))
 
 
 def test_every_make_target_that_is_named_exists() -> None:
@@ -91,12 +100,17 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert {page for page in PAGES if page.name != "README.md"} <= linked
 
 
-@pytest.mark.parametrize("number", range(len(fences(ROOT / "README.md", "python"))))
-def test_the_examples_in_python_run_and_print_what_is_shown(number: int) -> None:
-    example = fences(ROOT / "README.md", "python")[number]
-    test = doctest.DocTestParser().get_doctest(example, {}, f"README example {number}", None, None)
-    assert test.examples
-    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md", "docs/api.md"])
+def test_the_examples_in_python_run_and_print_what_is_shown(name: str) -> None:
+    """In the order of the page, of which all examples share their names."""
+    names = {name: getattr(local_rerank, name) for name in local_rerank.__all__} if name == "docs/api.md" else {}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for number, block in enumerate(block for block in fences(ROOT / name, "python") if ">>>" in block):
+        example = doctest.DocTestParser().get_doctest(block, names, f"{name}, example {number}", None, None)
+        runner.run(example, clear_globs=False)
+        names = example.globs
+    assert runner.tries > 2
+    assert runner.failures == 0
 
 
 def test_every_test_that_the_security_page_names_exists() -> None:

@@ -39,9 +39,10 @@ class SegmentLayout:
 def layout_to(layout: Layout, device: torch.device) -> Layout:
     """The layout with its tensors on `device`; a copy from the host to a GPU does not block."""
     if isinstance(layout, Tensor):
-        return copy_to(layout, device)
-    tensors = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
-    moved = {name: copy_to(value, device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return copy_to([layout], device)[0]
+    values = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    moved = dict(zip(tensors, copy_to(list(tensors.values()), device), strict=True))
     return dataclasses.replace(layout, **moved) if moved else layout
 
 

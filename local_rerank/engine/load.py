@@ -83,7 +83,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
         threads=threads,
         max_graph_tokens=max_batch_tokens if plan.cuda_graphs else None,
     )
-    engine.capture_largest_graph()
+    engine.capture_graphs()
     unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
     if plan.device.type == "cpu":
         keep_freed_memory()

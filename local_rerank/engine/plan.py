@@ -18,6 +18,7 @@ from local_rerank.engine.cuda import choices as cuda
 from local_rerank.engine.cuda.fp8 import require_fp8
 from local_rerank.engine.dtypes import Preferred, choose_dtypes, name_of
 from local_rerank.engine.kernel_table import choose_kernel
+from local_rerank.engine.stored_weights import model_config
 from local_rerank.errors import ConfigError
 
 DecoderName = Literal["transformers", "cpu", "cuda"]
@@ -100,7 +101,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
     linear = None
     if decoder == "cpu":
         linear, reasons["linear"] = cpu.choose_linear(config, weights, arithmetic)
-    graphs, reasons["cuda_graphs"] = _cuda_graphs(config, decoder, kernel)
+    graphs, reasons["cuda_graphs"] = _cuda_graphs(config, checkpoint, decoder, kernel)
     tokens, reasons["max_batch_tokens"] = config.max_batch_tokens, "set by the user"
     if tokens is None:
         tokens, reasons["max_batch_tokens"] = platform.max_batch_tokens, "default"
@@ -173,15 +174,18 @@ def _decoder(
     return "transformers", why_not
 
 
-def _cuda_graphs(config: EngineConfig, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
+def _cuda_graphs(config: EngineConfig, checkpoint: Checkpoint, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
     """Whether to use CUDA graphs, and why. They need the GPU decoder and the only kernel whose layout can be padded.
 
-    `deterministic` excludes them: the first pass of a shape is no graph, and padded products sum in another order.
+    `deterministic` excludes them: a larger batch is no graph, and padded products sum in another order. So does a
+    rotary embedding that changes with the batch: transformers reads its longest position back from the GPU.
     """
     if decoder != "cuda":
         return False, "graphs need the GPU decoder"
     if kernel != "cuda-tiles":
         return False, f"the layout of {kernel} cannot be padded"
+    if (rope_type := model_config(checkpoint).rope_parameters["rope_type"]) != "default":
+        return False, f"rope_type {rope_type} may wait for the GPU within a pass"
     if config.no_cuda_graphs or config.deterministic:
         return False, "set by the user" if config.no_cuda_graphs else "deterministic is set"
     return True, "one launch for a whole batch"

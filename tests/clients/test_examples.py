@@ -1,7 +1,8 @@
-"""The pipelines in examples/ that call a server, each in its framework's environment."""
+"""The examples for frameworks, in the frameworks' environment."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,22 @@ def sources(script: Path) -> list[str]:
     listed: dict[str, list[str]] = {}
     exec(text[text.index("TEXTS = [") : text.index("]\n") + 1], listed)
     return listed["TEXTS"]
+
+
+IN_PROCESS = ("langchain_in_process.py", "llama_index_in_process.py", "haystack_in_process.py")
+PROGRAM = """
+import haystack, langchain_core.documents, llama_index.core, runpy, sys  # in the host, which has them from other tests
+
+sys.path += [{root!r}, *{packages!r}]  # this package, torch and what else the frameworks' environment lacks
+for name in {names!r}:
+    runpy.run_path({root!r} + "/examples/" + name, run_name="__main__")
+"""
+
+
+def test_components_in_the_same_process_keep_the_best_documents(nano: Reranker, run_python: RunPython) -> None:
+    places = {"root": str(EXAMPLES.parent), "packages": sys.path, "names": IN_PROCESS}
+    printed = [line.partition(" ")[::2] for line in run_python("frameworks", PROGRAM.format(**places)).splitlines()]
+    expected = nano.rank(QUERY, ["Rome is in Italy", "Paris is the capital of France", "Bread is baked"], top_n=2)
+    assert [text for _, text in printed] == [item.document for item in expected] * len(IN_PROCESS)
+    scores = [float(score) for score, _ in printed]
+    assert scores == pytest.approx([item.relevance_score for item in expected] * len(IN_PROCESS), abs=SAME)

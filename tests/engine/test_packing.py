@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local_rerank.engine.kernel_table import KERNELS, choose_kernel
-from local_rerank.engine.packing import pack
+from local_rerank.engine.packing import block_bytes, pack, stage, views
 from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair, num_batch_tokens
 
@@ -40,6 +40,20 @@ def test_a_batch_holds_each_prefix_once_and_every_document(pairs: list[Pair]) ->
                 assert batch.last_token_index[packed] == start + run.length - 1
                 seen[int(batch.pair_order[packed])] = (prefix, document)
     assert seen == {i: (pair.prefix_ids, pair.document_ids) for i, pair in enumerate(pairs)}
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_a_block_holds_its_tensors_padded_and_aligned(sizes: list[int]) -> None:
+    kinds = [torch.int64, torch.int32, torch.bool]
+    tensors = [torch.ones(size, 3, dtype=kinds[number % 3]) for number, size in enumerate(sizes)]
+    fields = [((size + number % 2, 3), kinds[number % 3]) for number, size in enumerate(sizes)]
+    block = stage(tensors, fields, pinned=False)
+    assert len(block) == block_bytes(fields)
+    for copied, tensor in zip(views(block, fields), tensors, strict=True):
+        assert torch.equal(copied[: len(tensor)], tensor)
+        assert not copied[len(tensor) :].any()
+        assert copied.dtype == tensor.dtype
+        assert copied.storage_offset() * copied.itemsize % 16 == 0
 
 
 def agrees_with_dense(kernel: str, pairs: list[Pair], *, last_tokens_only: bool, seed: int = 0) -> bool:

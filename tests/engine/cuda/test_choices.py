@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,16 @@ def test_graphs_need_a_layout_that_can_be_padded_and_scores_that_may_differ(
 ) -> None:
     planned = plan(tiny_checkpoint, **options)
     assert (planned.decoder, planned.cuda_graphs) == ("cuda", has_graphs)
+
+
+@pytest.mark.parametrize(("rope_type", "has_graphs"), [("default", True), ("dynamic", False)])
+def test_graphs_need_positions_that_do_not_depend_on_the_batch(
+    rope_type: str, has_graphs: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    planned = plan(folder)
+    assert planned.cuda_graphs == has_graphs
+    assert (rope_type in planned.reasons["cuda_graphs"]) != has_graphs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
@@ -49,10 +49,11 @@ def attention(setting: Setting) -> Result:
     return results
 
 
-def tuning(setting: Setting) -> Result:
+def tuning(setting: Setting) -> Iterator[Result]:
     """Measure single kernels: microseconds of attention by tile, of fp8's by whether they quantize; bandwidths."""
     if setting.device.type != "cuda":
-        return {"not_here": "kernels are only compiled for a GPU"}
+        yield {"not_here": "kernels are only compiled for a GPU"}
+        return
     import triton
 
     from benchmarks.compiled_kernels import TILES
@@ -61,7 +62,6 @@ def tuning(setting: Setting) -> Result:
     shape, device = SHAPES[setting.shape], setting.device
     heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     num_tokens, hidden, inner = setting.batch_tokens, shape["hidden_size"], shape["intermediate_size"]
-    results: Result = {}
 
     def microseconds(run: Callable[[], object]) -> float | None:
         """Return None if a kernel exceeds the resources of the GPU."""
@@ -86,7 +86,7 @@ def tuning(setting: Setting) -> Result:
                 own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile, width**-0.5)
                 options = {name: value for name, value in tile.items() if name != "queries"}
                 said = ", ".join(f"{name} {value}" for name, value in tile.items() if value is not None)
-                results[f"{load}: {said}"] = microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))
+                yield {f"{load}: {said}": microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))}
         x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
         weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
         gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
@@ -102,7 +102,7 @@ def tuning(setting: Setting) -> Result:
         }  # fmt: skip
         for name, (run, num_bytes) in runs.items():
             taken = microseconds(run)
-            results[f"{name}, TB/s"] = taken and round(num_bytes / taken / 1e6, 2)
+            yield {f"{name}, TB/s": taken and round(num_bytes / taken / 1e6, 2)}
         if torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY:
             normed, product = (torch.randn(num_tokens, size, device=device).bfloat16() for size in (hidden, inner))
             quantizing: dict[str, tuple[Callable[[], object], ...]] = {
@@ -118,5 +118,4 @@ def tuning(setting: Setting) -> Result:
                 ),
             }
             for name, kernels in quantizing.items():
-                results[f"{name}: first, second, both in one, us"] = [microseconds(run) for run in kernels]
-    return results
+                yield {f"{name}: first, second, both in one, us": [microseconds(run) for run in kernels]}

@@ -72,16 +72,17 @@ def test_a_model_that_our_decoder_cannot_run_gets_transformers(
         plan(tiny_checkpoint, attention="cuda-tiles", **options)
 
 
-def test_a_wrong_kernel_keeps_the_model_out_of_our_decoder(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("no_compile", [False, True])
+def test_a_wrong_kernel_and_no_compile_keep_the_model_out_of_our_decoder(
+    no_compile: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: "the kernels are wrong")
-    planned = plan(tiny_checkpoint)
+    reason = None if no_compile else "the kernels are wrong"
+    monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: reason)
+    planned = plan(tiny_checkpoint, no_compile=no_compile)
     assert (planned.decoder, planned.kernel) == ("transformers", "cuda-merged")
-    with pytest.raises(
-        ConfigError, match=r"dtype is 'fp8', which needs the GPU decoder; it cannot be used: the kernels are wrong"
-    ):
-        plan(tiny_checkpoint, dtype="fp8")
+    needs = f"dtype is 'fp8', which needs the GPU decoder; it cannot be used: {reason or 'no_compile is set'}"
+    with pytest.raises(ConfigError, match=needs):
+        plan(tiny_checkpoint, dtype="fp8", no_compile=no_compile)
 
 
 @pytest.mark.parametrize(

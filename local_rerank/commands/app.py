@@ -39,6 +39,8 @@ class _Variables(Env):
     """Options from `option_variables`. cyclopts' own class also takes empty variables and those of Kubernetes."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if any(argument.name == "--server" and argument.tokens for argument in arguments):
+            return  # variables are about an engine in this process, and `rank --server` has none
         given = option_variables()
         for argument in arguments:
             name = self._convert_argument(commands, argument)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import os
 import pty
@@ -20,7 +22,8 @@ import pytest
 from ir_measures import RR, R, nDCG
 
 from local_rerank import Reranker
-from tests.batch.killed import command_line, command_line_at_terminal, start
+from local_rerank.commands.console import PIPE_CLOSED
+from tests.batch.killed import command_line, command_line_at_terminal, command_line_in_pipes, start
 from tests.command_line import Done, command
 
 NUM_PAIRS, BLOCK_PAIRS, BROKEN = 240, 40, 230  # of the job that is killed
@@ -211,6 +214,11 @@ def test_texts_may_come_from_ir_datasets(collection: dict[str, Path], tmp_path: 
         (["in.jsonl", "--output", "o.xml"], "output is o.xml; it must end in one of .jsonl"),
         (["in.run", "--output", "o.run"], "which needs either --queries and --corpus or --dataset"),
         (["in.run", "--output", "o.run", "--top-k", "0"], "top_k is 0; it must be at least 1"),
+        (["-", "--output", "o.run", "--top-k", "3"], "top_k needs a run, and a run needs a file as input"),
+        (["in.jsonl", "--output", "-", "--qrels", "q"], "qrels measures a file, but output is -"),
+        (["in.jsonl", "--output", "-", "--overwrite"], "overwrite needs a file as output, but output is -"),
+        (["-", "--output", "o.jsonl", "--ray"], "input is -, but workers of --ray need files"),
+        (["in.jsonl", "--output", "o.jsonl", "--output-format", "csv"], "output_format is for standard output (-)"),
     ],
 )
 def test_wrong_options_are_reported_in_one_line_before_any_work(
@@ -224,6 +232,51 @@ def test_wrong_options_are_reported_in_one_line_before_any_work(
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("o.*"))
+
+
+# Standard streams
+
+PIPES = ("input", "output", "error")
+
+
+def piped(arguments: list[str], data: bytes, folder: Path, *, closed: bool = False) -> tuple[int | None, bytes, str]:
+    """Exit status, output and errors of a job between two pipes, of which a closed one is not read."""
+    for name in PIPES[:2]:
+        os.mkfifo(folder / name)
+    process = start(command_line_in_pipes, ["batch", *arguments], *(str(folder / name) for name in PIPES))
+    (folder / "input").write_bytes(data)  # opened by both ends in this order
+    with (folder / "output").open("rb") as stream:
+        output = b"" if closed else stream.read()
+    process.join()
+    errors = (folder / "error").read_text()
+    for name in PIPES:
+        (folder / name).unlink()
+    return process.exitcode, output, errors
+
+
+def test_pipes_carry_what_files_have_and_nothing_else(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    batch(rankings, "--output", tmp_path / "out.jsonl", "--deterministic", *model)
+    arguments = ["-", "--output", "-", "--deterministic", *model]
+    status, output, errors = piped(arguments, gzip.compress(rankings.read_bytes()), tmp_path)
+    assert (status, output) == (0, (tmp_path / "out.jsonl").read_bytes())
+    for said in ("standard input:3: not JSON", "standard input:8: ", "standard output: 6 rows, 18 pairs"):
+        assert said in errors
+    pairs = b"document\tquery\n" + b"d\tq\n" * 3000
+    status, output, errors = piped([*arguments, "--output-format", "csv", "--quiet"], pairs, tmp_path)
+    assert (status, errors, output.count(b"\n")) == (0, "", 3001)
+    assert piped(arguments, pairs, tmp_path, closed=True)[0] == PIPE_CLOSED
+
+
+def test_a_job_resumes_from_standard_input_only_if_it_gets_the_same(
+    tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for text in (b"query,document\nq,a\n", b"query,document\nq,a\n", b"query,document\nq,b\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        said.append(command("batch", "-", "--output", str(tmp_path / "out.csv"), *model))
+    assert [done.returncode for done in said] == [0, 0, 1]
+    assert "1 rows, 1 pairs (was complete)" in said[1].stdout
+    assert "was started with input standard input (19 bytes, SHA-256 " in said[2].stderr
 
 
 # Kills

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Token
+from cyclopts import Group, Token
 
 from local_rerank.batch.formats import STANDARD_INPUT, copy_standard_input
 from local_rerank.batch.job import JobFolder
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from local_rerank.evaluation.measures import System
     from local_rerank.reranker import Reranker
 
+RUNS = Group("Runs, measures and blending", sort_key=0)
 MEASURED_DEPTH = 100  # recall is R@100 unless --top-k bounds it
 
 
@@ -60,24 +61,32 @@ def batch(
     ],
     output_format: Annotated[StreamFormat | None, option(help="Form of standard output. Default: jsonl.")] = None,
     queries: Annotated[
-        Path | None, option(help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics.")
+        Path | None,
+        option(group=RUNS, help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics."),
     ] = None,
-    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")] = None,
+    corpus: Annotated[
+        Path | None, option(group=RUNS, help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")
+    ] = None,
     dataset: Annotated[
-        str | None, option(help="ir_datasets collection with the queries and documents of a run.")
+        str | None, option(group=RUNS, help="ir_datasets collection with the queries and documents of a run.")
     ] = None,
     qrels: Annotated[
         Path | None,
-        option(help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete."),
+        option(
+            group=RUNS,
+            help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, option(help="Candidates to rerank per query of a run; the others keep their order. Default: all.")
+        int | None,
+        option(group=RUNS, help="Candidates to rerank per query of a run; the others keep their order. Default: all."),
     ] = None,
     blend: Annotated[
         str | None,
         option(
+            group=RUNS,
             help="Rank by log-odds plus W times other scores, both as z-scores: run=W (scores of the run, or `score` "
-            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone."
+            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone.",
         ),
     ] = None,
     cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,

@@ -30,7 +30,7 @@ MIN_TABLE_WIDTH = 80  # columns
 
 
 def rank(
-    query: Annotated[str, option(help="Query to rank the documents for.")],
+    query: Annotated[str, option(group="Arguments", help="Query to rank the documents for.")],
     *documents: Annotated[str, option(help="Documents. Default: read from --file or standard input.")],
     file: Annotated[
         Path | None,

@@ -129,8 +129,8 @@ class PackEngineConfig(EngineConfig):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class VerifyEngineConfig(EngineConfig):
-    """Engine options of `verify`, which loads its argument and no other model."""
+class OtherEngineConfig(EngineConfig):
+    """Engine options of `verify` and `eval`, which name their models themselves."""
 
     model: Annotated[str | None, Parameter(parse=False)] = None
 

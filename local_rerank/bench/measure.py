@@ -103,14 +103,16 @@ class Measurement:
         self._exact: LogOdds | None = None
 
     def pace(self, target: RerankerTarget, *, with_ceiling: bool = True) -> Pace:
-        """Warm up a target, and measure its pace."""
+        """Warm up a target, and measure its pace. A GPU compiles and captures in the first of two passes."""
+        is_cpu = target.reranker.info.device == "cpu"
         seconds = self._warm_up(target)
-        if seconds < SHORT_SECONDS or target.reranker.info.device != "cpu":
-            seconds = self._warm_up(target)  # without what is compiled or captured only once
-        start = time.perf_counter()
-        if with_ceiling:
+        if seconds < SHORT_SECONDS or not is_cpu:
+            seconds = self._warm_up(target)
+        ceiling_seconds = 0.0
+        for _ in range(with_ceiling * (1 if is_cpu else 2)):
+            start = time.perf_counter()
             _ceiling(target.reranker, self._shape, share=CEILING_SHARE)
-        ceiling_seconds = (time.perf_counter() - start) / CEILING_SHARE if with_ceiling else 0.0
+            ceiling_seconds = (time.perf_counter() - start) / CEILING_SHARE
         return Pace(seconds_per_flop=seconds / self._few_flops, ceiling_seconds=ceiling_seconds)
 
     def estimate(self, paces: Mapping[str, Pace]) -> float:

@@ -56,8 +56,8 @@ app = App(
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=_Variables(ENV_PREFIX, command=False),
-    # no --empty-api-key, and no default of flags, which are all off
-    default_parameter=Parameter(negative_iterable=(), show_default=lambda value: None if value is False else value),
+    # no --empty-api-key, and no default of flags, which are all off, or of texts and lists that are empty
+    default_parameter=Parameter(negative_iterable=(), show_default=lambda value: value or None),
     console=Console(),
 )
 for _name, _function, _help in (

@@ -1,7 +1,7 @@
 """Rank through a running server (`rank --server`), without importing torch.
 
-The route is the server's own, because its answer has every field of a `RerankResult`. Texts of a server in errors are
-cut, and neither errors nor logs quote a key.
+The route is our server's own, because its answer has every field of a `RerankResult`. Errors quote no key, and of what
+a server says only the start.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def rank_at(server: Server, request: RerankRequest, options: Mapping[str, Any]) 
         for item in value["results"]:
             item["document"] = request.documents[item["index"]]
         return msgspec.convert(value, RerankResult)
-    except (msgspec.MsgspecError, ValueError, TypeError, LookupError) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ConfigError(
             f"{server.shown} is no local-rerank server of this version ({__version__}): its answer to POST {ROUTE} "
             f"has another form ({error})"
@@ -189,7 +189,9 @@ def _refusal(server: Server, answer: _Answer, key: str | None) -> LocalRerankErr
         case 429:
             seconds = float(after) if after.isdecimal() else 1.0
             return Overloaded(f"{shown} is busy ({status}{said}){again}", retry_after=seconds)
-        case 502 | 503 | 504:
+        case 504:
+            return ModelUnavailable(f"{shown} did not rank in time ({status}{said})")
+        case 502 | 503:
             return ModelUnavailable(f"{shown} cannot rank now ({status}{said}){again}")
         case _ if 300 <= status < 400:
             return ConfigError(f"{shown} points to {answer.headers.get('location', 'another address')}; give that one")

@@ -8,9 +8,11 @@ import json
 import os
 import pty
 import re
-import select
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,6 @@ from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
 from local_rerank.commands.console import INTERRUPTED
 from local_rerank.types import RerankRequest
-from tests.batch.killed import command_line_at_terminal, start
 from tests.command_line import command
 
 
@@ -111,21 +112,24 @@ def test_bench_prints_tables(tiny_checkpoint: Path) -> None:
 
 def test_ctrl_c_prints_what_was_measured_and_a_bar_shows_the_rounds(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = ["--workload", "titles", "--workload", "rag", "--rounds", "1000", "--skip-start", "--json"]
-    model = ["--model", str(tiny_checkpoint), "--device", "cpu", "--threads", "1"]
+    model = ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
     terminal, theirs = pty.openpty()
     output = tmp_path / "report"
-    process = start(command_line_at_terminal, ["bench", *options, *model], os.ttyname(theirs), str(output))
-    shown, is_sent = b"", False
-    while process.is_alive() or select.select([terminal], [], [], 0)[0]:
-        if select.select([terminal], [], [], 0.1)[0]:
-            shown += os.read(terminal, 65536)
-        if not is_sent and re.search(rb"titles: local-rerank fp32, round ([3-9]|\d\d+) of 1000", shown):
-            assert process.pid is not None
-            os.kill(process.pid, signal.SIGINT)
-            is_sent = True
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "local_rerank", "bench", *options, *model],
+            stdout=stream, stderr=theirs, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+        )  # fmt: skip
     os.close(theirs)
+    shown, is_sent = b"", False
+    with suppress(OSError):  # which ends the reading of a terminal that nobody writes to
+        while more := os.read(terminal, 65536):
+            shown += more
+            if not is_sent and re.search(rb"titles: local-rerank fp32, round ([3-9]|\d\d+) of 1000", shown):
+                process.send_signal(signal.SIGINT)
+                is_sent = True
     os.close(terminal)
-    assert process.exitcode == INTERRUPTED, shown
+    assert process.wait(60) == INTERRUPTED, shown
     assert re.search(rb"about [\d.]+ (s|min|h) for 2 workloads, 1000 rounds and the reference; Ctrl-C", shown)
     assert b"interrupted; these results are incomplete" in shown
     report = json.loads(output.read_bytes())

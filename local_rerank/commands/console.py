@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ repeatable = partial(option, show_default=False)
 
 JsonOutput = Annotated[bool, option(name="--json", help="Print the full result as JSON.")]
 
+INTERRUPTED = 130  # exit status, as shells report a program that SIGINT has ended
 PIPE_CLOSED = 141  # exit status, as shells report a program that SIGPIPE has ended
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -124,6 +126,17 @@ def progress(description: str, total: int) -> Iterator[Callable[[], object]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield partial(bar.advance, bar.add_task(description, total=total))
+
+
+def duration(seconds: float) -> str:
+    """A rounded time for people.
+
+    >>> duration(7.2), duration(130), duration(5000)
+    ('8 s', '2 min', '1.4 h')
+    """
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,46 @@ def test_c16_a_usage_error_of_serve_is_json(arguments: tuple[str, ...], variable
     error = json.loads(run_here("serve", *arguments, **variables).stderr)
     assert words in error["message"]
     assert error["level"] == "CRITICAL"
+
+
+def test_serve_shows_the_ten_options_that_matter_first() -> None:
+    done = run_here("serve", "--help")
+    first = "model device dtype threads instruction host port api-key api-key-file insecure"
+    assert re.findall(r"^│ --([\w-]+)", done.stdout, re.MULTILINE)[:10] == first.split()
+    assert re.findall(r"^╭─ ([\w, ]+) ─", done.stdout, re.MULTILINE)[:2] == ["Model", "Address and keys"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str) -> None:
+    script = run_here("completion", shell).stdout
+    for name in ("serve", "batch", "api-key-file", "top-n", "fp32"):
+        assert name in script, name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["b"], {"batch", "bench"}),
+        (["rank", "--ser"], {"--server"}),
+        (["serve", "--dtype", "fp"], {"fp32", "fp16", "fp8"}),
+        (["batch", "in"], {"in.jsonl"}),
+        (["serve", "--model", "in"], {"in.jsonl"}),
+    ],
+)
+def test_bash_completes(words: list[str], expected: set[str], tmp_path: Path) -> None:
+    """The last case and the one before need readline: `-o default` completes files where the script offers nothing."""
+    (tmp_path / "in.jsonl").touch()
+    (tmp_path / "script").write_text(run_here("completion", "bash").stdout, encoding="utf-8")
+    line = " ".join(map(repr, ["local-rerank", *words]))
+    program = (
+        f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _local_rerank\n"
+        '[[ ${COMPREPLY[*]} ]] || { complete -p local-rerank | grep -q " -o default " && '
+        f"COMPREPLY=($(compgen -f -- {words[-1]})); }}\n"
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+    assert done.stderr == ""
 
 
 def test_version_prints_the_version_of_the_package() -> None:

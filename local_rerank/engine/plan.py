@@ -127,17 +127,17 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     """The device and the reason for it; `auto` takes a GPU if there is one. Raises ConfigError if it is absent."""
     if name == "auto":
         has_gpu = torch.cuda.is_available()
-        return torch.device("cuda" if has_gpu else "cpu"), "torch sees a GPU" if has_gpu else "torch sees no GPU"
+        return torch.device("cuda" if has_gpu else "cpu"), "torch sees a GPU" if has_gpu else cuda.why_no_gpu()
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in PLATFORMS:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        cuda.require_gpu(name, device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device is 'mps', but torch sees none")
+        raise ConfigError("device is 'mps', but torch sees none; it needs a Mac with Apple silicon. Set device to cpu")
     return device, "set by the user"
 
 

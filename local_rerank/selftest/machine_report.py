@@ -16,6 +16,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
+from local_rerank.engine.cuda.choices import why_no_gpu
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
@@ -67,8 +68,7 @@ def _device(info: ModelInfo) -> MachineProperty:
         return MachineProperty(value=info.device, faster="a CUDA GPU")
     if torch.cuda.is_available():
         return MachineProperty(value=name, faster="--device cuda: this machine has a GPU")
-    build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch sees none"
-    return MachineProperty(value=name, faster=f"a CUDA GPU ({build})")
+    return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:

@@ -29,6 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.commands.app import kubernetes_variables
+from local_rerank.commands.console import missing_package
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
 from local_rerank_server.app import create_app
@@ -115,7 +116,9 @@ def _load_in_background(
             server.fail(error)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
-            server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
+            missing = missing_package(error) if isinstance(error, ImportError) else ""
+            why = missing or f"{type(error).__name__}: {error}"
+            server.fail(CheckpointError(f"the model cannot be loaded: {why}"))
         else:
             server.restore_signal_handlers()
             state.serve(reranker)

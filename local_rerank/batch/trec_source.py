@@ -138,11 +138,12 @@ class FileTexts:
             texts = _texts(database, queries, "queries", stream)
             _fill(database, "INSERT INTO queries VALUES (?, ?, ?)", ((each.number, *found) for each, found in texts))
         _reject_repeated(database, "queries", queries, ("query_id",), REPEATED_ID)
-        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = ?2)"
+        new = "(SELECT ? AS line, ? AS id, ? AS text) AS new"
+        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = new.id)"
         with self._plain.open("rb") as stream:
             places = _texts(database, corpus, "corpus", stream)
             rows = ((each.number, name, each.offset) for each, (name, _) in places)
-            _fill(database, f"INSERT INTO documents SELECT ?1, ?2, ?3 WHERE {wanted}", rows)
+            _fill(database, f"INSERT INTO documents SELECT * FROM {new} WHERE {wanted}", rows)
         _reject_repeated(database, "documents", corpus, ("document_id",), REPEATED_ID)
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:

@@ -277,6 +277,8 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 def _listen_unix(path: Path) -> socket.socket:
     """Replaces the socket of a dead process, never that of a running one."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("uds is set, but Python has no Unix sockets on this system; set host and port instead")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -19,7 +19,7 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, U
 from cyclopts.config import Env
 
 from local_rerank import __version__
-from local_rerank.commands.console import INTERRUPTED, Console, complain, failed, set_up_streams
+from local_rerank.commands.console import INTERRUPTED, Console, complain, failed, missing_package, set_up_streams
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -119,6 +119,11 @@ def _run(arguments: Sequence[str]) -> int | str | None:
         return 2
     except LocalRerankError as error:
         _print_error(str(error), arguments)
+        return 1
+    except ImportError as error:
+        if not (message := missing_package(error)):
+            raise
+        _print_error(message, arguments)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

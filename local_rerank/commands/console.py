@@ -98,6 +98,18 @@ def failed(error: OSError) -> tuple[int, str]:
     raise error
 
 
+def missing_package(error: Exception) -> str:
+    """What to do about a package that is not installed or cannot be loaded; empty for other errors and our modules."""
+    package = ((isinstance(error, ImportError) and error.name) or "").partition(".")[0]
+    if package in {"", "local_rerank", "local_rerank_server"}:
+        return ""
+    if package == "torch":
+        fix = "install the build for this machine: https://pytorch.org/get-started/locally/"
+    else:
+        fix = f"`{sys.executable} -m pip check` lists what is missing"
+    return f"{error}, in the Python at {sys.executable}; {fix}"
+
+
 def forget(*streams: TextIO) -> None:
     """Drop what streams still hold and what is yet to come; Python would try to write it when it ends."""
     with Path(os.devnull).open("wb") as nowhere:

@@ -133,7 +133,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     """The device and the reason for it; `auto` takes a GPU that this torch can use. Raises ConfigError without it."""
     if name == "auto":
         gpu = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
-        why_not = "torch sees no GPU" if gpu is None else why_no_kernels(gpu)
+        why_not = why_no_gpu() if gpu is None else why_no_kernels(gpu)
         return (torch.device("cuda"), f"torch sees a GPU: {gpu}") if why_not is None else (torch.device("cpu"), why_not)
     try:
         device = torch.device(name)
@@ -143,13 +143,13 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         if (count := torch.cuda.device_count()) == 0:
-            raise ConfigError(f"device is {name!r}, but {why_no_gpu()}; or use --device cpu")
+            raise ConfigError(f"device is {name!r}, but {why_no_gpu()}, or set device to cpu")
         if (device.index or 0) >= count:
             raise ConfigError(f"device is {name!r}; torch sees {', '.join(f'cuda:{index}' for index in range(count))}")
         if (gpu := gpu_of(device)) is not None and (why_not := why_no_kernels(gpu)) is not None:
-            raise ConfigError(f"device is {name!r}, but {why_not}; or use --device cpu")
+            raise ConfigError(f"device is {name!r}, but {why_not}; or set device to cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device is 'mps', but torch sees none; use --device cpu")
+        raise ConfigError("device is 'mps', but torch sees none; it needs a Mac with Apple silicon. Set device to cpu")
     return device, "set by the user"
 
 

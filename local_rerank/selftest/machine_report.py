@@ -16,7 +16,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
-from local_rerank.engine.cuda.gpu import gpu_of, why_no_kernels
+from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_no_kernels
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
@@ -70,8 +70,7 @@ def _device(info: ModelInfo) -> MachineProperty:
         gpu = gpu_of(torch.device("cuda"))
         faster = (gpu and why_no_kernels(gpu)) or f"--device cuda: this machine has a GPU, {gpu}"
         return MachineProperty(value=name, faster=faster)
-    build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch sees none"
-    return MachineProperty(value=name, faster=f"a CUDA GPU ({build})")
+    return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:

@@ -29,6 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.commands.app import kubernetes_variables
+from local_rerank.commands.console import missing_package
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, DeviceFailure, LocalRerankError
 from local_rerank_server.app import create_app
@@ -120,7 +121,8 @@ def _load_in_background(
             server.fail(error)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
-            server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
+            why = missing_package(error) or f"{type(error).__name__}: {error}"
+            server.fail(CheckpointError(f"the model cannot be loaded: {why}"))
         else:
             server.restore_signal_handlers()
             state.serve(reranker)
@@ -279,6 +281,8 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 def _listen_unix(path: Path) -> socket.socket:
     """Replaces the socket of a dead process, never that of a running one."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("uds is set, but Python has no Unix sockets on this system; set host and port instead")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

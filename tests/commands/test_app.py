@@ -15,6 +15,7 @@ import pytest
 
 from local_rerank import EngineConfig, Reranker, __version__
 from local_rerank.commands.app import kubernetes_variables, option_names, serve_options
+from local_rerank.commands.console import missing_package
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES, OPENMP_VARIABLES
 from local_rerank_server.config import ServerConfig
 from tests.command_line import Done, command
@@ -113,6 +114,17 @@ def test_an_error_is_one_line_that_names_the_cause(
 )
 def test_a_process_exits_with_that_line(arguments: tuple[str, ...], variables: dict[str, str], words: str) -> None:
     check_error(run(*arguments, **variables), words)
+
+
+def test_a_missing_torch_is_one_line_that_says_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    done = run("rank", "q", "d", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    check_error(done, f"No module named 'torch', in the Python at {sys.executable}; install the build for this machine")
+
+
+def test_a_missing_package_that_is_ours_is_a_fault_and_keeps_its_traceback() -> None:
+    assert "pip check" in missing_package(ImportError("No module named 'x'", name="x"))
+    assert missing_package(ImportError("No module named 'y'", name="local_rerank.y")) == ""
 
 
 def check_error(done: Done | subprocess.CompletedProcess[str], words: str) -> None:

@@ -270,6 +270,11 @@ def test_what_another_process_puts_at_the_sockets_path_is_not_removed(tmp_path: 
     assert path.read_text() == "theirs"
 
 
+def test_a_system_without_unix_sockets_refuses_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "AF_UNIX")  # as on Windows
+    assert_one_line("serve", "--uds", str(tmp_path / "socket"), says="Python has no Unix sockets")
+
+
 def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")

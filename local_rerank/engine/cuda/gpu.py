@@ -11,7 +11,7 @@ Capability = tuple[int, int]
 """NVIDIA's compute capability, such as (8, 0) for an A100."""
 
 OLDEST_IN_CUDA_13 = (7, 5)  # torch's builds for CUDA 12.6 are the last with kernels for older GPUs, from 5.0 on
-INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu"  # + version of CUDA
+BUILDS = "https://pytorch.org/get-started/locally/"  # where PyTorch chooses the build by system, package tool and CUDA
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +52,24 @@ def why_no_kernels(gpu: Gpu) -> str | None:
     if not codes:
         return None
     known = ", ".join(map(dotted, sorted({code for _, code in codes})))
-    remedy = f"its build for CUDA 12.6: {INSTALL}126" if gpu.capability < OLDEST_IN_CUDA_13 else "a newer one"
-    return f"torch {torch.__version__} has no kernels for {gpu}, only for {known}; install {remedy}"
+    remedy = "its build for CUDA 12.6" if gpu.capability < OLDEST_IN_CUDA_13 else "a newer one"
+    return f"torch {torch.__version__} has no kernels for {gpu}, only for {known}; install {remedy} ({BUILDS})"
 
 
 def why_no_gpu() -> str:
-    """Why torch sees no GPU, as far as it can be told, and what to do."""
+    """Why torch sees no GPU, in torch's own words if its build could use one, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with it: {INSTALL}130"
+        return f"torch {torch.__version__} is a build without CUDA; install a build with CUDA ({BUILDS})"
+    sees = f"torch {torch.__version__} sees no GPU"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # no driver, a driver older than the build, no device
+        sees = f"{sees}: {str(error).partition('. ')[0].rstrip('.')}"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__}, a build for AMD, sees no GPU; rocminfo must list one"
+        return f"{sees}; rocminfo must list one"
     return (
-        f"torch {torch.__version__} sees no GPU; nvidia-smi must list one, its driver must support CUDA "
-        f"{torch.version.cuda}, and CUDA_VISIBLE_DEVICES must not hide it"
+        f"{sees}; nvidia-smi must list one, its driver must support CUDA {torch.version.cuda}, and "
+        "CUDA_VISIBLE_DEVICES must not hide it"
     )
 
 

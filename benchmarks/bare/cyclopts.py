@@ -8,6 +8,13 @@ Decorated = TypeVar("Decorated")
 Token = str  # what a converter is given; nothing parses a command line here
 
 
+class Group:
+    """Takes the heading of an option in help pages and forgets it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 class Parameter:
     """Takes what an option's definition says and forgets it."""
 

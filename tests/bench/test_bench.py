@@ -119,6 +119,7 @@ def test_ctrl_c_prints_what_was_measured_and_a_bar_shows_the_rounds(tiny_checkpo
         process = subprocess.Popen(
             [sys.executable, "-m", "local_rerank", "bench", *options, *model],
             stdout=stream, stderr=theirs, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start jobs that ignore it
         )  # fmt: skip
     os.close(theirs)
     shown, is_sent = b"", False

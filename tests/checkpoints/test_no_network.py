@@ -65,6 +65,7 @@ def command_lines(home: Path, folder: Path) -> list[list[str]]:
         ["pack", str(folder), "--output", bundle, "--no-self-test", *model[2:]],
         ["verify", bundle, *model[2:]],
         ["plan"],
+        ["completion", "bash"],
         ["bench", "--workload", "titles", "--rounds", "1", "--skip-reference", *model],
     ]
 

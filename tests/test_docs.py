@@ -33,7 +33,8 @@ def fences(page: Path, language: str) -> list[str]:
 def commands(program: str) -> list[list[str]]:
     """The arguments of every command line of that program in the documents' shell blocks."""
     text = "\n".join(block for page in PAGES for block in fences(page, "sh") + fences(page, "console"))
-    lines = re.findall(rf"^(?:\$ |.*\| )?{program} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    before = r"(?:\$ |.*\| |docker (?:compose )?run [^'\n]*?)?(?:\w+=\S+ )*"
+    lines = re.findall(rf"^{before}{program} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 

@@ -4,6 +4,9 @@ ARGS ?=
 BIN := .venv/bin
 SERVE := .venv/.serve
 DEV := .venv/.dev
+COMPAT := $(CURDIR)/.venv-compat
+SECOND_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12; do \
+	$$python -c "" 2>/dev/null && { echo $$python; break; }; done)
 SBOM_TOOL := cyclonedx-bom==7.5.0
 HASHES_TOOL := pip-tools==7.6.2
 CLIENTS := $(patsubst tests/clients/%.txt,.venv-clients/%/.installed,$(wildcard tests/clients/*.txt))
@@ -18,7 +21,7 @@ test quick: export GOMP_SPINCOUNT := 20000
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick check fix docs screenshot clients sbom hashes clean
+.PHONY: help serve test quick compat check fix docs screenshot clients sbom hashes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +39,11 @@ endif
 
 quick: $(DEV) ## run the library's fast tests, in less than a minute: no servers, no SDKs, none that is marked slow
 	$(PYTEST) -m "not slow" --ignore=tests/server --ignore=tests/clients --ignore=tests/playground $(ARGS)
+
+compat: $(COMPAT)/lowest/.installed $(if $(SECOND_PYTHON),$(COMPAT)/second/.installed) ## `make quick` with the lowest versions that pyproject.toml allows, and with a second Python if there is one
+	@$(foreach stamp,$^,echo "With $(notdir $(patsubst %/,%,$(dir $(stamp)))) ..."; \
+		$(MAKE) --silent quick DEV= BIN=$(dir $(stamp))bin || exit;)
+	$(if $(SECOND_PYTHON),,@echo "There is no second Python: make compat SECOND_PYTHON=/path/to/python3.12")
 
 check: $(DEV) ## lint, formatting and types, as CI does
 	$(BIN)/ruff check .
@@ -67,7 +75,7 @@ hashes: .venv-hashes/.installed ## write hashes.txt: each package that serving n
 		--output-file hashes.txt pyproject.toml
 
 clean: ## remove the environments, caches and built packages
-	rm -rf .venv .venv-clients .venv-sbom .venv-hashes dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-clients .venv-sbom .venv-hashes .venv-compat dist .pytest_cache .mypy_cache .ruff_cache
 
 $(SERVE): pyproject.toml constraints.txt
 	@echo "Installing what serving needs into .venv: once, a few minutes, most of them for torch ..."
@@ -78,6 +86,23 @@ $(SERVE): pyproject.toml constraints.txt
 $(DEV): $(SERVE)
 	@echo "Adding what tests and checks need ..."
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# torch and triton stay as pinned, because any other torch is a CUDA build of gigabytes.
+$(COMPAT)/lowest.txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	@{ grep -oE '"[a-z][^">]*>=[^";]+' pyproject.toml | sed -E 's/"//; s/\[.*\]//; s/>=/==/' | grep -vE '^(torch|triton)='; \
+		grep -E '^(torch|triton)=' constraints.txt; } | sort -u > $@
+
+$(COMPAT)/lowest/.installed: PYTHON_HERE = $(PYTHON)
+$(COMPAT)/second/.installed: PYTHON_HERE = $(SECOND_PYTHON)
+$(COMPAT)/lowest/.installed: VERSIONS = $(COMPAT)/lowest.txt
+$(COMPAT)/second/.installed: VERSIONS = constraints.txt
+$(COMPAT)/lowest/.installed $(COMPAT)/second/.installed: $(COMPAT)/lowest.txt
+	@echo "Installing the versions of $(VERSIONS) with $(PYTHON_HERE) ..."
+	@$(PYTHON_HERE) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@$(@D)/bin/pip install --quiet --constraint $(VERSIONS) --editable ".[dev]"
 	@touch $@
 
 .venv-sbom/.installed .venv-hashes/.installed: Makefile

@@ -1,157 +1,220 @@
-"""Measure every CUDA figure in one call; see gpu.sh, which sets the environment.
+"""Run the parts of PLAN, each in a process with a time limit, and end with a table of figures and bars; see gpu.sh.
 
-Makes a checkpoint of random weights, runs each part of gpu_parts.py in a process with a time limit, saves its result or
-error, and ends with a line for docs/log.md.
+A part prints a figure as it comes, and it is in the file of results before the next line is read. So a part that
+fails or is cut off keeps what it measured, and a later call with `--resume` runs what is not done.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `benchmarks` is a package here, unlike in a wheel
 
-ROOT = Path(__file__).parents[1]
-FP8_SHAPE = "qwen3-reranker-4b"
-MARK = "RESULT "
+from benchmarks.gpu_pack import TOKENIZER
+from benchmarks.gpu_table import Figures, table
+
+MARK = "FIGURE "
+CALLS = (450, 190)
+"""Seconds of the two calls that PLAN is made for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    function: str  # module:function, which yields figures
+    call: int  # the first to run it; 3: only if time is left
+    limit: float  # seconds, with the start of its process and loading
+    shape: str = ""  # another than that of the run
+
+
+PLAN = (
+    Part("checkpoint", "gpu_parts:checkpoint", 1, 30),
+    Part("kernels", "gpu_checks:kernels", 1, 45),
+    Part("gpu_tests", "gpu_checks:gpu_tests", 1, 75),
+    Part("throughput", "gpu_parts:throughput", 1, 40),
+    Part("serving", "gpu_serving:serving", 1, 100),
+    Part("latency", "gpu_parts:latency", 1, 30),
+    Part("peer", "gpu_parts:peer", 1, 40),
+    Part("precision", "gpu_parts:precision", 1, 30),
+    Part("fp8", "gpu_parts:fp8", 1, 40),
+    Part("breakdown", "gpu_parts:breakdown", 1, 20),
+    Part("memory", "gpu_checks:memory", 2, 20),
+    Part("fp8_4b", "gpu_parts:fp8", 2, 65, shape="qwen3-reranker-4b"),
+    Part("tuning", "gpu_kernels:tuning", 2, 35),
+    Part("sanitizer", "gpu_checks:sanitizer", 2, 40),
+    Part("attention", "gpu_kernels:attention", 3, 40),
+)
+"""What the table needs comes first. If kernels or tests fail, the sanitizer is next."""
+LEAST_SHARE = 0.4  # of its limit, without which a part is not begun
+MUST_PASS = {"kernels": "passed", "gpu_tests": "passed_all"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shape", default="qwen3-reranker-0.6b")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--limit", type=float, default=520, help="time limit of the whole run in seconds")
-    parser.add_argument("--only", type=lambda names: names.split(","), help="parts to run, as gpu_tests,latency")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = arguments()
     if options.part:
         run_part(options)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        results = run_all(options, Path(folder))
-    print(line_for_the_log(results))
+    if options.table:
+        print(table(read(options.table)))
+        return
+    if not (TOKENIZER.is_file() or importlib.util.find_spec("dashscope")):
+        raise SystemExit(
+            "Qwen's tokenizer is missing; `benchmarks/gpu.sh --pack` collects it where dashscope is installed"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what runs ends, too
+    with tempfile.TemporaryDirectory() as folder, Results(options.out, options.resume) as results:
+        try:
+            run_all(options, Path(folder), results)
+        finally:
+            print(table(results.figures), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="results, a line for each figure")
+    parser.add_argument("--limit", type=float, default=CALLS[0], help="seconds of the whole run")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="results of an earlier call: runs what it left")
+    parser.add_argument("--only", type=lambda names: names.split(","), help="parts to run, as latency,peer")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of some results")
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU, to see that every part runs")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", default="qwen3-reranker-0.6b")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.dry:
+        options.device, options.shape, options.limit = "cpu", "tiny", 3600
+    return options
+
+
+class Results:
+    """The figures by part, and the file that has them."""
+
+    def __init__(self, out: Path, earlier: Path | None) -> None:
+        self.figures: Figures = {} if earlier is None else read(earlier)
+        self._file: IO[str] = out.open("w", encoding="utf-8")
+        for part, figures in self.figures.items():
+            self._write({"part": part, **figures})
+
+    def add(self, part: str, figures: dict[str, Any]) -> None:
+        self.figures.setdefault(part, {}).update(figures)
+        self._write({"part": part, **figures})
+        print(f"{part}: {json.dumps(figures, ensure_ascii=False)}", flush=True)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=self._file, flush=True)
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read(file: Path) -> Figures:
+    figures: Figures = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        figures.setdefault(entry.pop("part"), {}).update(entry)
+    return figures
+
+
+def run_all(options: argparse.Namespace, folder: Path, results: Results) -> None:
+    end = time.monotonic() + options.limit
+    done = {part for part, figures in results.figures.items() if figures.get("end") in ("done", "failed")}
+    # a second call has a new machine, so that it makes the checkpoint again
+    waiting = [part for part in PLAN if part.name == "checkpoint" or wanted(part, options, done)]
+    made: set[str] = set()
+    while waiting:
+        part = waiting.pop(0)
+        shape = options.shape if options.dry else part.shape or options.shape
+        limit = min(part.limit, end - time.monotonic()) if not options.dry else part.limit * 5
+        if limit < LEAST_SHARE * part.limit:
+            results.add(part.name, {"end": "no time left"})
+            continue
+        if part.name != "checkpoint" and shape not in made:
+            limit -= run(part_named("checkpoint"), shape, folder / shape, limit, options, results)
+        made.add(shape)
+        run(part, shape, folder / shape, limit, options, results)
+        must = MUST_PASS.get(part.name)
+        if must and not results.figures[part.name].get(must) and not options.dry:
+            waiting.sort(key=lambda each: each.name != "sanitizer")
+
+
+def wanted(part: Part, options: argparse.Namespace, done: set[str]) -> bool:
+    return part.name in options.only if options.only else part.name not in done
+
+
+def part_named(name: str) -> Part:
+    return next(part for part in PLAN if part.name == name)
+
+
+def run(part: Part, shape: str, folder: Path, limit: float, options: argparse.Namespace, results: Results) -> float:
+    """Run a part in a process, add its figures as they come and how it ended; returns the seconds it took."""
+    command = [sys.executable, __file__, "--part", part.name, "--device", options.device]
+    command += ["--shape", shape, "--folder", str(folder)]
+    began = time.monotonic()
+    for figures in figures_of(command, limit):
+        results.add(part.name, figures)
+    return time.monotonic() - began
+
+
+def figures_of(command: list[str], limit: float) -> Iterator[dict[str, Any]]:
+    """Run a process, print what it prints and yield its figures; the last one says how it ended."""
+    began = time.monotonic()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+    ) as process:
+        timer = threading.Timer(limit, end_group, (process,))
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(MARK):
+                    yield json.loads(line.removeprefix(MARK))
+                else:
+                    print(f"  {line}", end="", flush=True)
+            process.wait()
+        finally:
+            timer.cancel()
+            end_group(process)
+    seconds = time.monotonic() - began
+    ended = {0: "done", -signal.SIGKILL: "cut off" if seconds >= limit else "failed"}
+    yield {"end": ended.get(process.returncode, "failed"), "seconds": round(seconds, 1)}
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_part(options: argparse.Namespace) -> None:
-    """Make the checkpoint or run one part, in this process, and print the result."""
+    """Run one part in this process, and print its figures."""
+    module, _, function = part_named(options.part).function.partition(":")
+    part = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     import torch
 
-    from benchmarks.gpu_parts import PARTS, Setting
-    from benchmarks.gpu_setup import make_checkpoint
+    from benchmarks.gpu_setup import Setting
 
     device = torch.device(options.device)
-    if options.part == "checkpoint":
-        make_checkpoint(options.folder, options.shape, device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(MARK + json.dumps({"device": name, "versions": versions()}))
-        return
-    setting = Setting(options.folder, options.shape, device, quick=device.type == "cpu")
-    print(MARK + json.dumps(PARTS[options.part][0](setting)))
-
-
-def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from benchmarks.gpu_parts import PARTS
-
-    end = time.monotonic() + options.limit
-    shapes = {options.shape: folder / "model"}
-    results: dict[str, Any] = {"date": str(datetime.date.today()), "shape": options.shape}
-    results |= child(options, "checkpoint", options.shape, shapes[options.shape], 120)
-    if options.device != "cpu" and (options.only is None or "gpu_tests" in options.only):
-        results["gpu_tests"] = gpu_tests(min(90.0, end - time.monotonic()))
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for part, (_, limit) in PARTS.items():
-        if options.only is not None and part not in options.only:
-            continue
-        shape = FP8_SHAPE if part == "fp8" and options.device != "cpu" else options.shape
-        left = end - time.monotonic()
-        if shape not in shapes and left > 90:
-            shapes[shape] = folder / shape
-            child(options, "checkpoint", shape, shapes[shape], 90)
-            left = end - time.monotonic()
-        start = time.monotonic()
-        if left < 20 or shape not in shapes:
-            results[part] = {"failed": "out of time"}
-        else:
-            results[part] = child(options, part, shape, shapes[shape], min(limit, left))
-        print(f"{part} ({time.monotonic() - start:.0f} s): {json.dumps(results[part])}")
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return results
-
-
-def child(options: argparse.Namespace, part: str, shape: str, folder: Path, limit: float) -> dict[str, Any]:
-    """Run a part in a process; returns its result or its error."""
-    command = [sys.executable, __file__, "--part", part, "--device", options.device]
-    command += ["--shape", shape, "--folder", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {limit:.0f} s"}
-    said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not said:
-        return {"failed": "\n".join(done.stderr.strip().splitlines()[-12:])}
-    answer: dict[str, Any] = json.loads(said[-1].removeprefix(MARK))
-    return answer
-
-
-def gpu_tests(limit: float) -> dict[str, Any]:
-    """Run the tests that need a GPU, to check that the measured kernels are correct."""
-    files = [str(ROOT / "tests" / "engine" / "cuda")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "default", *files]
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TRITON_INTERPRET": "0"}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done within {limit:.0f} s"}
-    tail = [*done.stdout.strip().splitlines()[-12:], *done.stderr.strip().splitlines()[-12:]]
-    print("\n".join(tail))
-    return {"passed": done.returncode == 0, "said": tail}
-
-
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("torch", "transformers", "sentence-transformers", "triton")
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def line_for_the_log(results: dict[str, Any]) -> str:
-    """Put the figures in one sentence."""
-
-    def figure(part: str, text: str) -> str:
-        values = results.get(part, {"failed": "not run"})
-        if "failed" in values or "not_here" in values:
-            return f"{part}: no figure"
-        return text.format(**values)
-
-    best = {"pairs_per_second": 0.0, "p99_ms": 0.0}
-    for load in results.get("serving", {}).values():
-        if isinstance(load, dict) and load["p99_ms"] < 500 and load["pairs_per_second"] > best["pairs_per_second"]:
-            best = load
-    parts = [
-        figure("throughput", "{useful_tflops:.1f} useful of {gemm_ceiling_tflops:.1f} TFLOP/s ({share_of_ceiling:.0%}) "
-               "at 300 tokens, {pairs_per_second:.0f} pairs/s, log-odds within {largest_difference:.2g} of fp32"),
-        f"served {best['pairs_per_second']:.0f} pairs/s at a P99 of {best['p99_ms']:.0f} ms",
-        figure("latency", "ten passages in {default[p50_ms]:.1f} ms (p50)"),
-        figure("peer", "passages {ratio:.1f}x sentence-transformers {version}"),
-        figure("fp8", "fp8 {speedup:.2f}x bf16"),
-    ]  # fmt: skip
-    return f"{results['date']}, {results.get('device')}, {results['shape']}, bf16: {'; '.join(parts)}"
+    figures = part(Setting(options.folder, options.shape, device, quick=device.type == "cpu"))
+    for each in [figures] if isinstance(figures, dict) else figures:
+        print(MARK + json.dumps(each), flush=True)
 
 
 if __name__ == "__main__":

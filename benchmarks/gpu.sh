@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Measure every CUDA figure of the project in under nine minutes, on a machine with only torch, transformers and
-# sentence-transformers. Uses random weights in the 0.6B shape; nothing is installed or downloaded.
+# Measure every CUDA figure of the project, on a machine with only torch, transformers and sentence-transformers.
+# Uses random weights in the 0.6B and 4B shapes; nothing is installed or downloaded.
 #
-#   benchmarks/gpu.sh --out gpu.json          # everything, on the first GPU
-#   benchmarks/gpu.sh --only latency,peer     # some parts
-#   benchmarks/gpu.sh --device cpu --shape tiny --out /tmp/try.json   # only checks that the script runs
+#   benchmarks/gpu.sh --pack                          # before: what that machine lacks, into dist/gpu-pack
+#   benchmarks/gpu.sh --out first.jsonl               # 450 seconds; --limit for another number
+#   benchmarks/gpu.sh --limit 190 --resume first.jsonl --out second.jsonl    # what the first call left
+#   benchmarks/gpu.sh --only latency,peer             # some parts
+#   benchmarks/gpu.sh --table second.jsonl            # the table of figures and bars again
+#   benchmarks/gpu.sh --dry                           # a tiny model on the CPU: only checks that every part runs
 #
-# Each part runs in its own process with a time limit, so that a failure affects no other part. The file of results is
-# saved after each part; the last line fits docs/log.md.
+# Each part runs in its own process with a time limit. Each figure is printed and in the file as soon as it is known.
+# The last lines fit docs/log.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-path=$PWD:$PWD/server
-"$python" -c 'import cyclopts' 2>/dev/null || path=$path:$PWD/benchmarks/bare
-export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=true OMP_WAIT_POLICY=passive
+export PYTHONPATH=$PWD:$PWD/server${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if [[ ${1:-} == --pack ]]; then exec "${PYTHON:-.venv/bin/python}" benchmarks/gpu_pack.py; fi
+site=$PWD/dist/gpu-site
+rm -rf "$site"
+"$python" benchmarks/gpu_pack.py --unpack "$site"
+export PYTHONPATH=$PYTHONPATH:$site HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=true
+export OMP_WAIT_POLICY=passive TQDM_DISABLE=1
+if [[ " $* " == *" --dry "* ]]; then export TRITON_INTERPRET=1; fi
 exec "$python" benchmarks/gpu.py "$@"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
@@ -12,7 +11,7 @@ import torch
 from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, pairs_of_300, timed
 from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda.attention import tile_layout
-from local_rerank.engine.cuda.fp8 import FP8
+from local_rerank.engine.cuda.fp8 import FP8, LEAST_CAPABILITY
 from local_rerank.engine.kernel_table import KERNELS, is_installed
 from local_rerank.engine.packing import pack
 from local_rerank.requests.pair import Pair
@@ -50,18 +49,19 @@ def attention(setting: Setting) -> Result:
     return results
 
 
-def tuning(setting: Setting) -> Result:
-    """Measure single kernels: microseconds of attention by tile, block, warps and stages; bandwidth of the others."""
+def tuning(setting: Setting) -> Iterator[Result]:
+    """Measure single kernels: microseconds of attention by tile, of fp8's by whether they quantize; bandwidths."""
     if setting.device.type != "cuda":
-        return {"not_here": "kernels are only compiled for a GPU"}
+        yield {"not_here": "kernels are only compiled for a GPU"}
+        return
     import triton
 
+    from benchmarks.compiled_kernels import TILES
     from local_rerank.engine.cuda import triton_kernels
 
     shape, device = SHAPES[setting.shape], setting.device
     heads, key_heads, width = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     num_tokens, hidden, inner = setting.batch_tokens, shape["hidden_size"], shape["intermediate_size"]
-    results: Result = {}
 
     def microseconds(run: Callable[[], object]) -> float | None:
         """Return None if a kernel exceeds the resources of the GPU."""
@@ -81,27 +81,41 @@ def tuning(setting: Setting) -> Result:
             batch = pack([Pair.of((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
             joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
             parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
-            for queries in (32, 64, 128):
-                layout = layout_to(tile_layout(batch, False, queries_per_tile=queries), device)
-                own = (layout.tiles, layout.first_own, layout.last_own, queries, width**-0.5)
-                for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3)):
-                    options = {"BLOCK_K": block, "num_warps": warps, "num_stages": stages}
-                    name = f"{load}: {queries} queries, {block} keys, {warps} warps, {stages} stages"
-                    results[name] = microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))
+            for tile in TILES:
+                layout = layout_to(tile_layout(batch, False, queries_per_tile=tile["queries"]), device)
+                own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile, width**-0.5)
+                options = {name: value for name, value in tile.items() if name != "queries"}
+                said = ", ".join(f"{name} {value}" for name, value in tile.items() if value is not None)
+                yield {f"{load}: {said}": microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))}
         x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
         weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
         gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
-        q = torch.randn(num_tokens, heads, width, device=device).bfloat16()
-        norm = torch.ones(width, device=device).bfloat16()
+        qk = torch.randn(num_tokens, heads + key_heads, width, device=device).bfloat16()
+        norms = torch.ones(2, width, device=device).bfloat16()
+        cos = angles.bfloat16()
         runs: dict[str, tuple[Callable[[], object], int]] = {
             "add_rms_norm": (partial(triton_kernels.add_rms_norm_, x, residual, weight, 1e-6), 4 * x.nbytes),
             "norm_rotate": (
-                partial(triton_kernels.norm_rotate_, q, norm, angles.bfloat16(), angles.bfloat16(), 1e-6), 2 * q.nbytes
+                partial(triton_kernels.norm_rotate_, qk, norms, cos, cos, 1e-6, num_query_heads=heads), 2 * qk.nbytes
             ),
             "silu_mul": (partial(triton_kernels.silu_mul, gate_up), 3 * gate_up.nbytes // 2),
-            "quantize_rows": (partial(triton_kernels.quantize_rows, gate_up, FP8), 3 * gate_up.nbytes // 2),
         }  # fmt: skip
         for name, (run, num_bytes) in runs.items():
             taken = microseconds(run)
-            results[f"{name}, TB/s"] = taken and round(num_bytes / taken / 1e6, 2)
-    return results
+            yield {f"{name}, TB/s": taken and round(num_bytes / taken / 1e6, 2)}
+        if torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY:
+            normed, product = (torch.randn(num_tokens, size, device=device).bfloat16() for size in (hidden, inner))
+            quantizing: dict[str, tuple[Callable[[], object], ...]] = {
+                "norm and quantize": (
+                    runs["add_rms_norm"][0],
+                    partial(triton_kernels.quantize_rows, normed, FP8),
+                    partial(triton_kernels.add_rms_norm_quantized_, x, residual, weight, 1e-6, FP8),
+                ),
+                "silu and quantize": (
+                    runs["silu_mul"][0],
+                    partial(triton_kernels.quantize_rows, product, FP8),
+                    partial(triton_kernels.silu_mul_quantized, gate_up, FP8),
+                ),
+            }
+            for name, kernels in quantizing.items():
+                yield {f"{name}: first, second, both in one, us": [microseconds(run) for run in kernels]}

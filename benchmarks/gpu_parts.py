@@ -1,90 +1,96 @@
-"""The parts of gpu.py that run the whole engine; each measures one thing and returns its results."""
+"""The parts of gpu.py that run the engine in their own process; each yields its figures as they come.
+
+A figure of the same name replaces the one before, so that a part that is cut off leaves medians of what it measured.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_kernels import attention, tuning
 from benchmarks.gpu_setup import (
+    OWN_TOKENS,
     SHAPES,
+    SHARED_TOKENS,
     RandomTexts,
     Result,
     Setting,
+    batch_of_requests,
     difference,
     gemm_flops_per_second,
     loaded,
-    overhead_of,
+    make_checkpoint,
     pairs_of_300,
+    run_batches,
     timed,
 )
-from local_rerank import Reranker, RerankRequest
+from benchmarks.peer_process import Card
+from local_rerank import Reranker
 from local_rerank.bench.flops import DecoderShape, useful_flops
 from local_rerank.bench.measure import percentile
 from local_rerank.engine.packing import pack
-from local_rerank.errors import ConfigError, OutOfMemory
+from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair, num_batch_tokens
 
 BATCHES = 8  # per round, launched one after the other
 
 
-def seconds_of(setting: Setting, reranker: Reranker, pairs: list[Pair]) -> float:
-    """Return the median time of a pass, including packing and fetching the scores."""
-    for _ in range(3):  # compile, capture, warm up
+def checkpoint(setting: Setting) -> Iterator[Result]:
+    """Make the checkpoint of the other parts, and say what runs them."""
+    from importlib import metadata
+
+    device = setting.device
+    yield {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
+    for name in ("torch", "transformers", "sentence-transformers", "triton"):
+        try:
+            yield {name: metadata.version(name)}
+        except metadata.PackageNotFoundError:
+            yield {name: "not installed"}
+    make_checkpoint(setting.folder, setting.shape, device)
+
+
+def warm_up(reranker: Reranker, pairs: list[Pair]) -> None:
+    for _ in range(3):  # compile, capture, replay
         reranker.engine.score(pairs)
-    return median([timed(lambda: reranker.engine.score(pairs), setting.device) for _ in range(setting.rounds)])
 
 
-def run_batches(reranker: Reranker, pairs: list[Pair], number: int) -> None:
-    """Run a batch repeatedly, and launch each before fetching the scores of the one before, like a server."""
-    engine = reranker.engine
-    running = engine.launch(pairs)
-    for _ in range(number - 1):
-        following = engine.launch(pairs)
-        running()
-        running = following
-    running()
-
-
-def throughput(setting: Setting) -> Result:
+def throughput(setting: Setting) -> Iterator[Result]:
     """Measure useful operations per second on 300-token pairs and the ceiling, in alternation."""
     shape = SHAPES[setting.shape]
     with loaded(setting) as reranker:
+        info = reranker.info
+        yield {"decoder": info.decoder, "kernel": info.kernel, "load_seconds": info.load_seconds}
         pairs = pairs_of_300(setting, reranker)
+        lengths = (pairs[0].num_prefix_tokens, pairs[0].num_document_tokens)
+        yield {"num_pairs": len(pairs), "num_tokens": num_batch_tokens(pairs), "shared_and_own_tokens": lengths}
+        if max(map(abs, (lengths[0] - SHARED_TOKENS, lengths[1] - OWN_TOKENS))) > 3:
+            yield {"warning": f"pairs should have {SHARED_TOKENS} and {OWN_TOKENS} tokens"}
         flops = useful_flops(DecoderShape.from_config(shape), pairs)
-        seconds_of(setting, reranker, pairs)
+        warm_up(reranker, pairs)
         rates, ceilings = [], []
         for _ in range(setting.rounds):
             ceilings.append(gemm_flops_per_second(shape, setting.batch_tokens, setting.device, rounds=2))
-            taken = timed(lambda: run_batches(reranker, pairs, BATCHES), setting.device)
-            rates.append(BATCHES * flops / taken)
-        ours = reranker.engine.score(pairs)
-        info = reranker.info
-    with loaded(setting, dtype="fp32", attention="sdpa") as reference:
-        exact = reference.engine.score(pairs)
-    share = median([rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)])
-    return {
-        "num_pairs": len(pairs),
-        "kernel": info.kernel,
-        "gemm_ceiling_tflops": median(ceilings) / 1e12,
-        "useful_tflops": median(rates) / 1e12,
-        "share_of_ceiling": share,
-        "pairs_per_second": len(pairs) * median(rates) / flops,
-        "load_seconds": info.load_seconds,
-        **difference(ours, exact),
-    }
+            rates.append(BATCHES * flops / timed(lambda: run_batches(reranker, pairs, BATCHES), setting.device))
+            yield {
+                "gemm_ceiling_tflops": median(ceilings) / 1e12,
+                "useful_tflops": median(rates) / 1e12,
+                "share_of_ceiling": median([rate / top for rate, top in zip(rates, ceilings, strict=True)]),
+                "pairs_per_second": len(pairs) * median(rates) / flops,
+            }
 
 
-def breakdown(setting: Setting) -> Result:
+def breakdown(setting: Setting) -> Iterator[Result]:
     """Measure where a batch spends its time: packing, launching, and the device's kernels by kind."""
     with loaded(setting) as reranker:
         pairs, engine = pairs_of_300(setting, reranker), reranker.engine
-        whole = seconds_of(setting, reranker, pairs)
+        warm_up(reranker, pairs)
+        whole = [timed(lambda: engine.score(pairs), setting.device) for _ in range(setting.rounds)]
+        yield {"batch_ms": 1e3 * median(whole)}
         packing, launching = [], []
         for _ in range(setting.rounds):
             start = time.perf_counter()
@@ -94,6 +100,7 @@ def breakdown(setting: Setting) -> Result:
             fetch = engine.launch(pairs)  # packs, too
             launching.append(time.perf_counter() - start - packing[-1])
             fetch()
+        yield {"packing_ms": 1e3 * median(packing), "launching_ms": 1e3 * median(launching)}
         with torch.profiler.profile() as profile:
             for _ in range(3):
                 engine.score(pairs)
@@ -107,90 +114,64 @@ def breakdown(setting: Setting) -> Result:
         kinds[
             "attention" if "flash" in name.lower() or "attend" in name else "products" if is_product else "other"
         ] += milliseconds
-    return {
-        "batch_ms": 1e3 * whole,
-        "packing_ms": 1e3 * median(packing),
-        "launching_ms": 1e3 * median(launching),
-        **{f"{kind}_ms": round(milliseconds, 3) for kind, milliseconds in kinds.items()},
-        "kernels_ms": {
-            name: round(milliseconds, 3)
-            for name, milliseconds in sorted(kernels.items(), key=lambda item: -item[1])[:18]
-        },
-    }
+    yield {f"{kind}_ms": round(milliseconds, 3) for kind, milliseconds in kinds.items()}
+    for name, milliseconds in sorted(kernels.items(), key=lambda item: -item[1])[:18]:
+        yield {f"{name}, ms": round(milliseconds, 3)}
 
 
-def serving(setting: Setting) -> Result:
-    """Measure throughput and latency of closed-loop clients with ten documents of 300 tokens per pair."""
-    results: Result = {}
+def precision(setting: Setting) -> Iterator[Result]:
+    """Compare bf16 with the model card's code in fp32, beside that code in bf16, on the same pairs."""
     with loaded(setting) as reranker:
-        texts = RandomTexts(setting.folder)
-        requests = texts.requests_of_300(4 if setting.quick else 128, 10, overhead_of(reranker))
-        for num_clients in (2,) if setting.quick else (1, 8, 16, 32, 64):
-            _closed_loop(reranker, requests, num_clients, seconds=1 if setting.quick else 2)  # warm-up
-            seconds = 1 if setting.quick else 5
-            results[f"{num_clients} clients"] = _closed_loop(reranker, requests, num_clients, seconds=seconds)
-    return results
+        requests = batch_of_requests(setting, reranker, num_batches=1 if setting.quick else 4)
+        template, instruction = reranker.checkpoint.template, reranker.config.instruction
+        prompts = [
+            {
+                "shared": template.prefix + template.shared_body(instruction, request.query),
+                "documents": request.documents,
+            }
+            for request in requests
+        ]
+        pairs = [pair for request in requests for pair in reranker.tokenizer.pairs(request).pairs]
+        size = len(pairs_of_300(setting, reranker))
+        ours = [
+            odds for start in range(0, len(pairs), size) for odds in reranker.engine.score(pairs[start : start + size])
+        ]
+
+    def card(dtype: str) -> list[float]:
+        return [odds for row in Card(str(setting.folder), dtype).score(prompts, template.suffix) for odds in row]
+
+    exact = card("float32")
+    yield {"num_pairs": len(exact), "range_of_fp32": max(exact) - min(exact)}
+    for name, odds in (("ours", ours), ("card", card("bfloat16"))):
+        largest, mean = difference(odds, exact)
+        yield {f"{name}_largest": largest, f"{name}_mean": mean}
 
 
-def _closed_loop(reranker: Reranker, requests: list[RerankRequest], num_clients: int, *, seconds: float) -> Result:
-    latencies: list[float] = []
-    start = time.perf_counter()
-    end = start + seconds
-
-    def ask(client: int) -> None:
-        number = client
-        while time.perf_counter() < end:
-            before = time.perf_counter()
-            reranker.submit(requests[number % len(requests)]).result()
-            latencies.append(time.perf_counter() - before)
-            number += num_clients
-
-    threads = [threading.Thread(target=ask, args=(client,)) for client in range(num_clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    elapsed = time.perf_counter() - start
-    return {
-        "pairs_per_second": 10 * len(latencies) / elapsed,
-        "num_requests": len(latencies),
-        "p50_ms": 1e3 * percentile(sorted(latencies), 50),
-        "p99_ms": 1e3 * percentile(sorted(latencies), 99),
-    }
-
-
-def latency(setting: Setting) -> Result:
+def latency(setting: Setting) -> Iterator[Result]:
     """Measure the latency of a request with ten passages, with and without CUDA graphs."""
-    results: Result = {}
     request = RandomTexts(setting.folder).passages(10)
-    cases: dict[str, dict[str, Any]] = {"default": {}}
+    cases: dict[str, dict[str, Any]] = {"": {}}
     if setting.device.type == "cuda":
-        cases |= {
-            "no graphs": {"no_cuda_graphs": True},
-            "transformers' own layers": {"no_compile": True},
-        }
+        cases["without graphs "] = {"no_cuda_graphs": True}
     for case, options in cases.items():
         with loaded(setting, **options) as reranker:
             for _ in range(5):
                 reranker.rank(request.query, request.documents)
             taken = []
-            for _ in range(5 if setting.quick else 200):
+            for _ in range(5 if setting.quick else 50 if case else 200):
                 start = time.perf_counter()
                 reranker.rank(request.query, request.documents)
-                taken.append(time.perf_counter() - start)
-            graphs = reranker.engine.graphs
-            results[case] = {
-                "p50_ms": 1e3 * percentile(sorted(taken), 50),
-                "p99_ms": 1e3 * percentile(sorted(taken), 99),
-                "num_graphs": 0 if graphs is None else len(graphs.sizes),
-            }
-    return results
+                taken.append(1e3 * (time.perf_counter() - start))
+            yield {f"{case}p50_ms": percentile(sorted(taken), 50), f"{case}p99_ms": percentile(sorted(taken), 99)}
 
 
-def peer(setting: Setting) -> Result:
+def peer(setting: Setting) -> Iterator[Result]:
     """Compare with sentence-transformers' CrossEncoder on passages, in alternation on the same device."""
-    import sentence_transformers
-
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        yield {"not_here": str(error)}
+        return
     batch_sizes = (8,) if setting.quick else (32, 128)
     model = sentence_transformers.CrossEncoder(
         str(setting.folder), device=str(setting.device), max_length=8192, local_files_only=True,
@@ -201,112 +182,58 @@ def peer(setting: Setting) -> Result:
         template = reranker.checkpoint.template
         shared = template.prefix + template.shared_body(reranker.config.instruction, request.query)
         texts = [(shared, document + template.suffix) for document in request.documents]
+        yield {"version": sentence_transformers.__version__, "num_passages": len(texts)}
+
+        def predict(size: int) -> Any:
+            return model.predict(texts, batch_size=size, show_progress_bar=False)
+
+        result = reranker.rank(request.query, request.documents)
+        log_odds = [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+        theirs_odds = torch.tensor(predict(batch_sizes[0])).float().flatten().tolist()
+        yield {"largest_difference": difference(log_odds, theirs_odds)[0]}
         ours: list[float] = []
         theirs: dict[int, list[float]] = {size: [] for size in batch_sizes}
-        for number in range(1 + (1 if setting.quick else 5)):  # the first round warms up
+        for number in range(1 + (1 if setting.quick else 5)):
             taken = timed(lambda: reranker.rank(request.query, request.documents), setting.device)
-            their = {
-                size: timed(
-                    lambda size=size: model.predict(texts, batch_size=size, show_progress_bar=False), setting.device
-                )
-                for size in batch_sizes
+            their = {size: timed(lambda size=size: predict(size), setting.device) for size in batch_sizes}
+            if not number:
+                continue  # the first round warms up
+            ours.append(taken)
+            for size, seconds in their.items():
+                theirs[size].append(seconds)
+            best = min(batch_sizes, key=lambda size: median(theirs[size]))
+            yield {
+                "ours_seconds": median(ours),
+                "theirs_seconds": median(theirs[best]),
+                "best_batch_size": best,
+                "ratio": median(theirs[best]) / median(ours),
             }
-            if number:
-                ours.append(taken)
-                for size, seconds in their.items():
-                    theirs[size].append(seconds)
-        scores = (
-            torch.tensor(model.predict(texts, batch_size=batch_sizes[0], show_progress_bar=False)).float().flatten()
-        )
-        result = reranker.rank(request.query, request.documents)
-    log_odds = torch.tensor([item.log_odds for item in sorted(result, key=lambda item: item.index)])
-    best = min(batch_sizes, key=lambda size: median(theirs[size]))
-    return {
-        "version": sentence_transformers.__version__,
-        "num_passages": len(texts),
-        "ours_seconds": median(ours),
-        "theirs_seconds": {str(size): median(taken) for size, taken in theirs.items()},
-        "best_batch_size": best,
-        "ratio": median(theirs[best]) / median(ours),
-        "largest_difference": float((scores - log_odds).abs().max()),
-    }
 
 
-def fp8(setting: Setting) -> Result:
-    """Compare bf16 and fp8 on 300-token pairs: throughput and log-odds."""
-    results: Result = {}
-    exact: list[float] | None = None
-    for dtype in ("bf16", "fp8"):
+def fp8(setting: Setting) -> Iterator[Result]:
+    """Compare bf16 and fp8 on 300-token pairs, in alternation: throughput, and log-odds beside fp32's."""
+    dtypes = {"bf16": "bf16", "fp8": "fp8" if setting.device.type == "cuda" else "int8"}  # a trial on a CPU
+    with ExitStack() as stack:
         try:
-            with loaded(setting, dtype=dtype) as reranker:
-                pairs = pairs_of_300(setting, reranker)
-                taken = seconds_of(setting, reranker, pairs)
-                odds = reranker.engine.score(pairs)
+            rerankers = {name: stack.enter_context(loaded(setting, dtype=dtype)) for name, dtype in dtypes.items()}
         except ConfigError as error:
-            return {"not_here": str(error)}
-        results[f"{dtype}_pairs_per_second"] = len(pairs) / taken
-        if exact is None:
-            exact = odds
-        else:
-            results |= {f"to_bf16_{name}": value for name, value in difference(odds, exact).items()}
-    return results | {"speedup": results["fp8_pairs_per_second"] / results["bf16_pairs_per_second"]}
-
-
-def memory(setting: Setting) -> Result:
-    """Measure the token budget, the peak of a full batch and its estimate, the memory of graphs, and an OOM."""
-    if setting.device.type != "cuda":
-        return {"not_here": "the CPU's budget is fixed"}
-    from transformers import Qwen3Config
-
-    from local_rerank.engine.cuda.graphs import CAPTURE_AT
-    from local_rerank.engine.out_of_memory import LayerShape, bytes_per_token, release_cached
-
-    with loaded(setting, max_batch_tokens=None) as reranker:
-        pairs = pairs_of_300(setting, reranker)
-        budget, with_graphs = reranker.info.max_batch_tokens, reranker.engine
-        engine = with_graphs.with_kernel(with_graphs.kernel)
-        engine.score(pairs)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        engine.score(pairs)
-        peak = torch.cuda.max_memory_allocated() - before
-        assert with_graphs.graphs is not None
-        with_graphs.graphs.forget_all()  # drops the largest, captured at the start
-        release_cached()
-        before = torch.cuda.memory_reserved()
-        for number in range(1, len(pairs) + 1, 4):  # from the smallest graph to the largest
-            for _ in range(CAPTURE_AT):
-                with_graphs.score(pairs[:number])
-        release_cached()
-        held_by_graphs = torch.cuda.memory_reserved() - before
-        torch.cuda.set_per_process_memory_fraction(0.05)
-        try:
-            with_graphs.score(pairs * 40)
-            refused = "nothing: it fitted"
-        except OutOfMemory as error:
-            refused = str(error)
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        with_graphs.score(pairs)
-    estimate = bytes_per_token(LayerShape.of(Qwen3Config(**SHAPES[setting.shape])), 2)
-    return {
-        "max_batch_tokens": budget,
-        "peak_bytes_per_token": peak / num_batch_tokens(pairs),
-        "estimated_bytes_per_token": estimate,
-        "peak_bytes": peak,
-        "bytes_held_by_graphs": held_by_graphs,
-        "too_large_a_batch": refused,
-    }
-
-
-PARTS: dict[str, tuple[Callable[[Setting], Result], int]] = {
-    "throughput": (throughput, 90),
-    "breakdown": (breakdown, 60),
-    "serving": (serving, 75),
-    "latency": (latency, 75),
-    "peer": (peer, 75),
-    "attention": (attention, 60),
-    "memory": (memory, 45),
-    "fp8": (fp8, 100),
-    "tuning": (tuning, 100),
-}
-"""In order of importance, with the time limit of each in seconds."""
+            yield {"not_here": str(error)}
+            return
+        pairs = pairs_of_300(setting, rerankers["bf16"])
+        for reranker in rerankers.values():
+            warm_up(reranker, pairs)
+        rates: dict[str, list[float]] = {dtype: [] for dtype in rerankers}
+        for _ in range(setting.rounds // 2):
+            for dtype, reranker in rerankers.items():
+                taken = timed(lambda reranker=reranker: run_batches(reranker, pairs, BATCHES // 2), setting.device)
+                rates[dtype].append(BATCHES // 2 * len(pairs) / taken)
+            quotients = [b / a for a, b in zip(*rates.values(), strict=True)]
+            yield {f"{dtype}_pairs_per_second": median(each) for dtype, each in rates.items()}
+            yield {"speedup": median(quotients)}
+        odds = {dtype: reranker.engine.score(pairs) for dtype, reranker in rerankers.items()}
+    with loaded(setting, dtype="fp32", attention="sdpa") as reranker:
+        exact = reranker.engine.score(pairs)
+    yield {"range_of_fp32": max(exact) - min(exact)}
+    for dtype, each in odds.items():
+        largest, mean = difference(each, exact)
+        yield {f"{dtype}_largest": largest, f"{dtype}_mean": mean}

@@ -25,7 +25,7 @@ from local_rerank.types import RerankRequest
 configure_process()  # must run before torch is imported
 
 from local_rerank import EngineConfig, Reranker  # noqa: E402
-from local_rerank.bench.measure import measure  # noqa: E402
+from local_rerank.bench.measure import Measurement  # noqa: E402
 from local_rerank.bench.report import all_tables  # noqa: E402
 from local_rerank.bench.targets import RerankerTarget, Round  # noqa: E402
 from local_rerank.bench.workloads import WORKLOADS  # noqa: E402
@@ -108,7 +108,7 @@ def main() -> None:
         targets = [*ours, *start_peers(stack, rerankers[0], options)]
         reference = load_reference(stack, config)
         results = [
-            measure(WORKLOADS[name], targets, reference=reference, rounds=options.rounds, advance=lambda: None)
+            Measurement(WORKLOADS[name], targets, reference=reference, rounds=options.rounds).run()
             for name in options.workload
         ]
     from rich.console import Console

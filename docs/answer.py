@@ -1,4 +1,4 @@
-"""Update the response in README.md with that of the built-in model (`make docs`). A test compares the two."""
+"""Update the response in both READMEs with that of the built-in model (`make docs`). A test compares the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from local_rerank import Reranker
 from local_rerank_server.config import HOSTED_INSTRUCTION
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "README.zh.md")]
 ANSWER = """{{
   "output": {{
     "results": [
@@ -32,11 +32,11 @@ def render(request: str) -> str:
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    (request,) = re.findall(r"-d '(.*?)'", text, re.DOTALL)
-    README.write_text(
-        re.sub(r"(?<=```json\n).*?(?=```)", lambda _: render(request), text, flags=re.DOTALL), encoding="utf-8"
-    )
+    (request,) = re.findall(r"-d '(.*?)'", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    answer = render(request)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(r"(?<=```json\n).*?(?=```)", lambda _: answer, text, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,18 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from cyclopts import Parameter, Token
+from cyclopts import Group, Parameter, Token
 
 from local_rerank.errors import ConfigError
 from local_rerank.text_files import as_utf8
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default. The hosted service's default ends with a full stop, this one does not."""
+
+# groups of `--help` and docs/options.md, in this order with the server's between them; a command's own come first
+MODEL = Group("Model", sort_key=1)
+LIMITS = Group("Limits", sort_key=4)
+ENGINE = Group("Engine", sort_key=6)
 
 DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 
@@ -37,56 +42,68 @@ class EngineConfig:
 
     model: Annotated[
         str | None,
-        Parameter(help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle. "
+        Parameter(group=MODEL,
+                  help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle. "
                        "Default: the built-in local-rerank-nano."),
     ] = None  # fmt: skip
-    revision: Annotated[str | None, Parameter(help="Branch, tag or commit of a hub model.")] = None
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:N or mps. auto uses a GPU if there is one.")] = "auto"
+    revision: Annotated[str | None, Parameter(group=ENGINE, help="Branch, tag or commit of a hub model.")] = None
+    device: Annotated[
+        str, Parameter(group=MODEL, help="auto, cpu, cuda, cuda:N or mps. auto uses a GPU if there is one.")
+    ] = "auto"
     dtype: Annotated[
         DType,
-        Parameter(help="Dtype of the weights. auto: bf16 on CUDA and on CPUs that multiply bf16 faster than fp32, else "
-                       "the checkpoint's dtype; fp32 for the built-in model. CPUs without fast 16-bit products compute "
-                       "in fp32. int8 needs a CPU, fp8 a GPU of compute capability 8.9 or later. Head and softmax are "
-                       "always fp32."),
+        Parameter(group=MODEL,
+                  help="Dtype of the weights. auto: on CUDA bf16, or fp16 or fp32 on GPUs without it (docs/cuda.md); "
+                        "bf16 on CPUs that multiply it faster than fp32, else the checkpoint's dtype; fp32 for the "
+                        "built-in model. CPUs without fast 16-bit products compute in fp32. int8 needs a CPU, bf16 on "
+                        "CUDA compute capability 8.0 or newer, fp8 8.9. Head and softmax are always fp32."),
     ] = "auto"  # fmt: skip
     device_map: Annotated[
-        str | None, Parameter(help="Split the model over several devices with accelerate, for example auto.")
+        str | None,
+        Parameter(group=ENGINE, help="Split the model over several devices with accelerate, for example auto."),
     ] = None
     attention: Annotated[
         str,
-        Parameter(help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, sdpa or dense."),
+        Parameter(
+            group=ENGINE, help="Attention kernel: auto, cpu-tiles, cuda-tiles, cuda-merged, cuda-varlen, sdpa or dense."
+        ),
     ] = "auto"
     threads: Annotated[
         int | None,
-        Parameter(help="CPU threads for the model. Default: one per physical core that affinity and cgroup quotas "
+        Parameter(group=MODEL,
+                  help="CPU threads for the model. Default: one per physical core that affinity and cgroup quotas "
                        "allow, and fewer while other processes use the CPUs. A number set here is never changed."),
     ] = None  # fmt: skip
     instruction: Annotated[
         str,
-        Parameter(help="Default instruction, used when a request has none.", converter=_in_utf8),
+        Parameter(group=MODEL, help="Default instruction, used when a request has none.", converter=_in_utf8),
     ] = DEFAULT_INSTRUCTION
     max_length: Annotated[
-        int, Parameter(help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
+        int, Parameter(group=LIMITS, help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
     ] = 8192  # fmt: skip
-    max_query_tokens: Annotated[int, Parameter(help="Maximum query tokens; longer queries are truncated.")] = 4000
+    max_query_tokens: Annotated[
+        int, Parameter(group=LIMITS, help="Maximum query tokens; longer queries are truncated.")
+    ] = 4000
     max_document_tokens: Annotated[
-        int, Parameter(help="Maximum tokens of a document; longer documents are truncated.")
+        int, Parameter(group=LIMITS, help="Maximum tokens of a document; longer documents are truncated.")
     ] = 4000  # fmt: skip
     max_batch_tokens: Annotated[
         int | None,
-        Parameter(help="Maximum tokens of a forward pass. Default: 2560 on CPU; on CUDA what fits into free memory, "
+        Parameter(group=ENGINE,
+                  help="Maximum tokens of a forward pass. Default: 2560 on CPU; on CUDA what fits into free memory, "
                        "at most 16384."),
     ] = None  # fmt: skip
-    no_cuda_graphs: Annotated[bool, Parameter(help="Disable CUDA graphs.", negative="")] = False
+    no_cuda_graphs: Annotated[bool, Parameter(group=ENGINE, help="Disable CUDA graphs.", negative="")] = False
     no_compile: Annotated[
-        bool, Parameter(help="Do not compile CUDA kernels: faster start, slower batches.", negative="")
+        bool, Parameter(group=ENGINE, help="Do not compile CUDA kernels: faster start, slower batches.", negative="")
     ] = False  # fmt: skip
     max_queued_tokens: Annotated[
-        int, Parameter(help="Maximum queued tokens; further requests are refused (429 over HTTP).")
+        int, Parameter(group=LIMITS, help="Maximum queued tokens; further requests are refused (429 over HTTP).")
     ] = 500_000
     deterministic: Annotated[
         bool,
-        Parameter(help="Score each pair in its own forward pass, so that a score never depends on what else is scored, "
+        Parameter(group=ENGINE,
+                  help="Score each pair in its own forward pass, so that a score never depends on what else is scored, "
                        "to the bit. Prefixes are not shared; docs/operations.md has the cost.", negative=""),
     ] = False  # fmt: skip
 
@@ -112,8 +129,8 @@ class PackEngineConfig(EngineConfig):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class VerifyEngineConfig(EngineConfig):
-    """Engine options of `verify`, which loads its argument and no other model."""
+class OtherEngineConfig(EngineConfig):
+    """Engine options of `verify` and `eval`, which name their models themselves."""
 
     model: Annotated[str | None, Parameter(parse=False)] = None
 

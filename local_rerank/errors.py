@@ -12,6 +12,7 @@
     ├── Overloaded
     ├── DeadlineExceeded
     ├── ModelUnavailable
+    │   └── DeviceFailure
     ├── UnusableAfterFork
     ├── EngineFailure
     │   └── OutOfMemory
@@ -171,6 +172,14 @@ class ModelUnavailable(LocalRerankError):
 
     Raised by calls, and set on futures of requests that were queued when `close` was called.
     """
+
+
+class DeviceFailure(ModelUnavailable):
+    """The GPU failed, and this process cannot use it again: this call and every later one raises this."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; this process cannot use the device again, start a new one")
+        self.reason = reason
 
 
 class UnusableAfterFork(LocalRerankError):

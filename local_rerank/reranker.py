@@ -22,7 +22,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
 from local_rerank.engine.plan import make_plan
-from local_rerank.errors import InvalidRequest, Overloaded
+from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.requests.worker import BatchReport, Worker
@@ -87,6 +87,7 @@ class Reranker:
             one_pair_at_a_time=self.config.deterministic,
             launch=(lambda pairs: self.engine.launch(pairs)) if device.startswith("cuda") else None,
             device=device if self.config.device_map is None else f"device_map {self.config.device_map!r}",
+            is_alive=lambda: self.engine.is_alive(),
         )
 
     def _load(self) -> tuple[Engine, ModelInfo]:
@@ -127,6 +128,10 @@ class Reranker:
         """Call `observer` after every batch, in the worker's thread; it must be quick and must not raise."""
         self._worker.on_batch = observer
 
+    def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None:
+        """Call `observer` if the GPU fails, in the worker's thread, before requests fail; it must not raise."""
+        self._worker.on_failure = observer
+
     def rank(
         self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
     ) -> RerankResult:
@@ -134,7 +139,7 @@ class Reranker:
 
         `documents` is a list, tuple, NumPy array, pandas column or generator of strings; one string is one document.
         `instruction` replaces the default one. Raises a leaf of InvalidRequest, Overloaded, EngineFailure,
-        ModelUnavailable or UnusableAfterFork.
+        ModelUnavailable, DeviceFailure or UnusableAfterFork.
         """
         return self.submit(
             RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
@@ -207,8 +212,8 @@ class Reranker:
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
-        `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable or
-        UnusableAfterFork; the future may fail with EngineFailure or ModelUnavailable.
+        `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable,
+        DeviceFailure or UnusableAfterFork; the future may fail with EngineFailure, ModelUnavailable or DeviceFailure.
         """
         check_request(request)
         started = time.perf_counter()

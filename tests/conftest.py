@@ -118,6 +118,7 @@ class ByGroup(LoadScopeScheduling):
         return group_of(nodeid.partition("::")[0])
 
 
+@pytest.hookimpl(optionalhook=True)  # benchmarks/gpu.sh runs the tests without plugins
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup | None:
     return ByGroup(config, log) if config.getoption("dist") == "loadgroup" else None
 

@@ -17,7 +17,10 @@ from local_rerank_server.dialects import ROWS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DIALECTS = (ROOT / "docs" / "dialects.md").read_text(encoding="utf-8")
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+]
 PAGES += sorted(ROOT.glob("docs/**/*.md"))
 GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 ASSETS = ("/playground/", "/docs/")  # files that the pages at / and /docs load
@@ -132,6 +135,19 @@ def test_the_examples_in_python_run_and_print_what_is_shown(name: str) -> None:
         names = example.globs
     assert runner.tries > 2
     assert runner.failures == 0
+
+
+@pytest.mark.parametrize("page", ["README", "docs/install"])
+def test_the_chinese_page_shows_the_same_blocks(page: str) -> None:
+    """Only the comments of shell commands are translated."""
+    english, chinese = (
+        [
+            re.sub(r"[ ]+#.*", "", text) if name == "sh" else text
+            for name, text in FENCE.findall(file.read_text("utf-8"))
+        ]
+        for file in (ROOT / f"{page}.md", ROOT / f"{page}.zh.md")
+    )
+    assert english == chinese
 
 
 def test_every_test_that_the_security_page_names_exists() -> None:

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from local_rerank.engine.cuda import triton_kernels
+from local_rerank.engine.cuda import fp8, triton_kernels
 
 
 def in_torch(patch: pytest.MonkeyPatch) -> None:
-    """Replace the kernels of a layer except that for fp8."""
-    for function in (add_rms_norm_, norm_rotate_, silu_mul, attend_tiles):
+    """Replace the kernels of a layer; those that quantize return what torch rounds, as a GPU rounds."""
+    for function in (
+        add_rms_norm_, add_rms_norm_quantized_, norm_rotate_, silu_mul, silu_mul_quantized, quantize_rows, attend_tiles
+    ):  # fmt: skip
         patch.setattr(triton_kernels, function.__name__, function)
 
 
@@ -24,8 +26,17 @@ def add_rms_norm_(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: f
     return F.rms_norm(residual, residual.shape[-1:], weight, eps)
 
 
-def norm_rotate_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
-    first, second = F.rms_norm(x, x.shape[-1:], weight, eps).chunk(2, dim=-1)
+def add_rms_norm_quantized_(
+    delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(add_rms_norm_(delta, residual, weight, eps), dtype)
+
+
+def norm_rotate_(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, *, num_query_heads: int | None = None
+) -> None:
+    weights = weight if num_query_heads is None else weight[(torch.arange(x.shape[1]) >= num_query_heads).long()]
+    first, second = (F.rms_norm(x, x.shape[-1:], None, eps) * weights).chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     x.copy_(torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1))
 
@@ -33,6 +44,15 @@ def norm_rotate_(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def silu_mul_quantized(gate_up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return quantize_rows(silu_mul(gate_up), dtype)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert dtype == fp8.FP8
+    return fp8.quantize(x)
 
 
 def attend_tiles(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 Decorated = TypeVar("Decorated")
+Token = str  # what a converter is given; nothing parses a command line here
 
 
 class Parameter:

@@ -1,7 +1,11 @@
-"""Write files so that they survive a kill at any moment: replace them atomically, or append and truncate."""
+"""Write files so that they survive a kill at any moment: replace them atomically, or append and truncate.
+
+`OutputStream` takes the place of such a file where the output is standard output.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +88,26 @@ class AppendFile:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+class OutputStream:
+    """Standard output with the methods of an `AppendFile`. Nothing is buffered, so that no write is left to the end."""
+
+    def __init__(self, stream: io.RawIOBase) -> None:
+        self._stream = stream
+        self._size = 0
+
+    def rewind(self, size: int) -> None:
+        assert size == 0, "what was written to a pipe cannot be taken back"
+
+    def append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._stream.write(rest) or 0 :]
+        self._size += len(data)
+
+    def commit(self) -> int:
+        return self._size
+
+    def close(self) -> None:
+        pass

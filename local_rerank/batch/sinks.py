@@ -10,10 +10,9 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
-from local_rerank.batch.durable import AppendFile
+from local_rerank.batch.durable import AppendFile, OutputStream
 from local_rerank.batch.rows import PAIR_COLUMNS, Record, Row, ScoredRow, encode, result_record, to_record
 from local_rerank.batch.sources import Source
 
@@ -43,17 +42,17 @@ class Sink(Protocol):
 
 
 class TextSink:
-    """A text file. Its mark is its size in bytes."""
+    """A text file or standard output. Its mark is its size in bytes."""
 
     def __init__(
         self,
-        file: Path,
+        file: AppendFile | OutputStream,
         to_text: Callable[[ScoredRow], str],
         *,
         header: str = "",
         refusal: Callable[[Row], str | None] = lambda row: None,
     ) -> None:
-        self._file = AppendFile(file)
+        self._file = file
         self._to_text = to_text
         self._header = header
         self.refusal = refusal

@@ -15,7 +15,6 @@ from typing import IO, Any, NoReturn, Protocol
 
 from local_rerank.batch.rows import Row, parse_record
 from local_rerank.errors import InvalidRequest
-from local_rerank.text_files import suffix_of
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is rejected; it is probably a file without line feeds
 MAX_FIELD_CHARS = 8 << 20  # in CSV; limits a quote that is never closed
@@ -103,10 +102,10 @@ class Delimited:
 
     is_pairs = True
 
-    def __init__(self, file: Path, plain: Path) -> None:
+    def __init__(self, file: Path, plain: Path, *, is_tsv: bool) -> None:
         self.file = file
         self._plain = plain
-        self._is_tsv = suffix_of(file) == ".tsv"
+        self._is_tsv = is_tsv
         self.size = plain.stat().st_size
         with plain.open("rb") as stream:
             line = stream.readline(MAX_LINE_BYTES)

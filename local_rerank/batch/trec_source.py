@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -78,6 +79,7 @@ class RunSource:
         if not file.exists():
             _build(file, run, texts)
         self._database = sqlite3.connect(file, check_same_thread=False)
+        weakref.finalize(self, self._database.close)  # Windows removes no open file
         self._num_rejected = self._count("rejected")
         self.size = self._num_rejected + self._count("topics")
 
@@ -138,11 +140,12 @@ class FileTexts:
             texts = _texts(database, queries, "queries", stream)
             _fill(database, "INSERT INTO queries VALUES (?, ?, ?)", ((each.number, *found) for each, found in texts))
         _reject_repeated(database, "queries", queries, ("query_id",), REPEATED_ID)
-        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = ?2)"
+        new = "(SELECT ? AS line, ? AS id, ? AS offset) AS new"
+        wanted = "EXISTS (SELECT 1 FROM candidates WHERE document_id = new.id)"
         with self._plain.open("rb") as stream:
             places = _texts(database, corpus, "corpus", stream)
             rows = ((each.number, name, each.offset) for each, (name, _) in places)
-            _fill(database, f"INSERT INTO documents SELECT ?1, ?2, ?3 WHERE {wanted}", rows)
+            _fill(database, f"INSERT INTO documents SELECT * FROM {new} WHERE {wanted}", rows)
         _reject_repeated(database, "documents", corpus, ("document_id",), REPEATED_ID)
 
     def documents(self, database: sqlite3.Connection, ids: Sequence[str]) -> dict[str, str]:

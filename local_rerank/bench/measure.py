@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,9 @@ from local_rerank.requests.pair import num_batch_tokens
 from local_rerank.reranker import Reranker
 
 CEILING_TOKENS = {name: platform.max_batch_tokens for name, platform in PLATFORMS.items()}  # rows of the GEMM
+CEILING_SHARE = 0.1  # of these rows, for an estimate
 WARM_UP_DOCUMENTS = 8
+SHORT_SECONDS = 5.0  # a first pass that took less is repeated
 LogOdds = Sequence[Sequence[float]]
 
 
@@ -61,51 +64,112 @@ class WorkloadResult:
     rows: tuple[TargetResult, ...]
 
 
-def measure(
-    workload: Workload,
-    targets: Sequence[Target],
-    *,
-    reference: Reranker | None,
-    rounds: int,
-    advance: Callable[[], object],
-) -> WorkloadResult:
-    """Warm up all targets, then run them in alternation. Ratios refer to `targets[0]`, which is a RerankerTarget."""
-    first = targets[0]
-    assert isinstance(first, RerankerTarget)
-    requests = make_requests(workload, first.reranker.tokenizer.count_tokens)
-    tokenized = [first.reranker.tokenizer.pairs(request) for request in requests]
-    shape = DecoderShape.from_config(first.reranker.checkpoint.config)
-    flops = sum(useful_flops(shape, each.pairs) for each in tokenized)
-    num_tokens = sum(num_batch_tokens(each.pairs) for each in tokenized)
-    exact = None
-    if reference is not None:
-        exact = RerankerTarget("reference", reference, "", None).run(requests, concurrent=False).log_odds
-    taken: dict[str, list[Round]] = {target.name: [] for target in targets}
-    ceilings: dict[str, list[float]] = {target.name: [] for target in targets}
-    few = dataclasses.replace(requests[0], documents=requests[0].documents[:WARM_UP_DOCUMENTS])
-    for target in targets:
-        target.run([few], concurrent=False)
-    for _ in range(rounds):
-        for target in targets:
-            if isinstance(target, RerankerTarget):  # in each round, because the machine's speed may change
-                ceilings[target.name].append(_ceiling(target.reranker, shape))
-            taken[target.name].append(target.run(requests, concurrent=workload.concurrent))
-            advance()
-    base = statistics.median(each.seconds for each in taken[first.name])
-    rows = [_result(name, each, base, ceilings[name], flops, num_tokens, exact) for name, each in taken.items()]
-    return WorkloadResult(
-        workload=workload.name,
-        about=workload.about,
-        num_requests=len(requests),
-        num_pairs=sum(len(request.documents) for request in requests),
-        num_tokens=num_tokens,
-        rows=tuple(rows),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How fast a target is, from a first pass over a few documents."""
+
+    seconds_per_flop: float  # of useful operations
+    ceiling_seconds: float  # to measure the ceiling once
+
+    def seconds(self, flops: float) -> float:
+        """The estimated time of a round."""
+        return flops * self.seconds_per_flop + self.ceiling_seconds
 
 
-def _ceiling(reranker: Reranker, shape: DecoderShape) -> float:
+Begin = Callable[[str, float, int], object]
+"""Called before each step of a measurement with its name, its estimated seconds and its tokens."""
+
+
+class Measurement:
+    """A workload, and the rounds of targets on it so far. Ratios refer to `targets[0]`, which is a RerankerTarget."""
+
+    def __init__(
+        self, workload: Workload, targets: Sequence[Target], *, reference: RerankerTarget | None, rounds: int
+    ) -> None:
+        first = targets[0]
+        assert isinstance(first, RerankerTarget)
+        self._workload, self._targets, self._reference, self._rounds = workload, targets, reference, rounds
+        self._requests = make_requests(workload, first.reranker.tokenizer.count_tokens)
+        self._shape = DecoderShape.from_config(first.reranker.checkpoint.config)
+        tokenized = [first.reranker.tokenizer.pairs(request) for request in self._requests]
+        self._flops = sum(useful_flops(self._shape, each.pairs) for each in tokenized)
+        self._num_tokens = sum(num_batch_tokens(each.pairs) for each in tokenized)
+        documents = self._requests[0].documents[:WARM_UP_DOCUMENTS]
+        self._few = dataclasses.replace(self._requests[0], documents=documents)
+        self._few_flops = useful_flops(self._shape, first.reranker.tokenizer.pairs(self._few).pairs)
+        self._warm: set[str] = set()
+        self._taken: dict[str, list[Round]] = {target.name: [] for target in targets}
+        self._ceilings: dict[str, list[float]] = {target.name: [] for target in targets}
+        self._exact: LogOdds | None = None
+
+    def pace(self, target: RerankerTarget, *, with_ceiling: bool = True) -> Pace:
+        """Warm up a target, and measure its pace. A GPU compiles and captures in the first of two passes."""
+        is_cpu = target.reranker.info.device == "cpu"
+        seconds = self._warm_up(target)
+        if seconds < SHORT_SECONDS or not is_cpu:
+            seconds = self._warm_up(target)
+        ceiling_seconds = 0.0
+        for _ in range(with_ceiling * (1 if is_cpu else 2)):
+            start = time.perf_counter()
+            _ceiling(target.reranker, self._shape, share=CEILING_SHARE)
+            ceiling_seconds = (time.perf_counter() - start) / CEILING_SHARE
+        return Pace(seconds_per_flop=seconds / self._few_flops, ceiling_seconds=ceiling_seconds)
+
+    def estimate(self, paces: Mapping[str, Pace]) -> float:
+        """The estimated seconds of all rounds and of the reference, from paces on any workload by name of target."""
+        rounds = sum(paces[target.name].seconds(self._flops) for target in self._targets)
+        last = 0.0 if self._reference is None else paces[self._reference.name].seconds(self._flops)
+        return self._rounds * rounds + last
+
+    def run(self, paces: Mapping[str, Pace] | None = None, begin: Begin = lambda *_: None) -> WorkloadResult:
+        """Warm up all targets and run them in alternation, and the reference last, since an interrupt keeps rounds."""
+        for target in [*self._targets, *([] if self._reference is None else [self._reference])]:
+            if target.name not in self._warm:
+                self._warm_up(target)
+        for number in range(1, self._rounds + 1):
+            for target in self._targets:
+                self._begin(begin, paces, target, f"{target.name}, round {number} of {self._rounds}")
+                if isinstance(target, RerankerTarget):  # in each round, because the machine's speed may change
+                    self._ceilings[target.name].append(_ceiling(target.reranker, self._shape))
+                self._taken[target.name].append(target.run(self._requests, concurrent=self._workload.concurrent))
+        if self._reference is not None:
+            self._begin(begin, paces, self._reference, self._reference.name)
+            self._exact = self._reference.run(self._requests, concurrent=False).log_odds
+        result = self.result
+        assert result is not None
+        return result
+
+    @property
+    def result(self) -> WorkloadResult | None:
+        """The result of the rounds so far; None before the first one is complete."""
+        taken = {name: rounds for name, rounds in self._taken.items() if rounds}
+        if not taken:
+            return None
+        base = statistics.median(each.seconds for each in taken[self._targets[0].name])
+        return WorkloadResult(
+            workload=self._workload.name,
+            about=self._workload.about,
+            num_requests=len(self._requests),
+            num_pairs=sum(len(request.documents) for request in self._requests),
+            num_tokens=self._num_tokens,
+            rows=tuple(
+                _result(name, each, base, self._ceilings[name], self._flops, self._num_tokens, self._exact)
+                for name, each in taken.items()
+            ),
+        )
+
+    def _warm_up(self, target: Target) -> float:
+        self._warm.add(target.name)
+        return target.run([self._few], concurrent=False).seconds
+
+    def _begin(self, begin: Begin, paces: Mapping[str, Pace] | None, target: Target, step: str) -> None:
+        seconds = 0.0 if paces is None else paces[target.name].seconds(self._flops)
+        begin(f"{self._workload.name}: {step}", seconds, self._num_tokens)
+
+
+def _ceiling(reranker: Reranker, shape: DecoderShape, *, share: float = 1.0) -> float:
     device = torch.device(reranker.info.device)
-    num_tokens = CEILING_TOKENS[device.type]
+    num_tokens = round(CEILING_TOKENS[device.type] * share)
     return gemm_ceiling(shape, arithmetic=reranker.info.compute_dtype, num_tokens=num_tokens, device=device)
 
 

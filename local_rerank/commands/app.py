@@ -13,13 +13,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Token, UnusedCliTokensError
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, UnusedCliTokensError
 from cyclopts.config import Env
 
 from local_rerank import __version__
-from local_rerank.commands.console import Console, complain, failed, set_up_streams
+from local_rerank.commands.console import INTERRUPTED, Console, complain, failed, missing_package, set_up_streams
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -39,6 +39,8 @@ class _Variables(Env):
     """Options from `option_variables`. cyclopts' own class also takes empty variables and those of Kubernetes."""
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if any(argument.name == "--server" and argument.tokens for argument in arguments):
+            return  # variables are about an engine in this process, and `rank --server` has none
         given = option_variables()
         for argument in arguments:
             name = self._convert_argument(commands, argument)
@@ -54,6 +56,8 @@ app = App(
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
     config=_Variables(ENV_PREFIX, command=False),
+    # no --empty-api-key, and no default of flags, which are all off, or of texts and lists that are empty
+    default_parameter=Parameter(negative_iterable=(), show_default=lambda value: value or None),
     console=Console(),
 )
 for _name, _function, _help in (
@@ -67,7 +71,8 @@ for _name, _function, _help in (
      "Prints nDCG@10, MRR, MAP and recall, wins and losses, and the significance of the difference."),
     ("bench", "local_rerank.commands.bench:bench", "Measure speed, memory and exactness on this machine.\n\n"
      "Compares throughput with the limit of the hardware, and log-odds with fp32. Precisions run in alternation, so "
-     "their ratios stay valid when the machine's speed changes."),
+     "their ratios stay valid when the machine's speed changes. Says first how long it will take; Ctrl-C prints what "
+     "was measured until then."),
     ("plan", "local_rerank.commands.plan:plan", "Estimate time, machines and cost of a large job."),
     ("pull", "local_rerank.commands.models:pull", "Download a model from a hub."),
     ("pack", "local_rerank.commands.models:pack", "Pack a model into one bundle for offline use."),
@@ -75,8 +80,17 @@ for _name, _function, _help in (
      "The exit status is 1 if scores differ from those in the bundle."),
     ("doctor", "local_rerank.commands.doctor:doctor", "Check that scores are correct, and diagnose faults.\n\n"
      "Also says what would make this machine faster. The exit status is 1 on a fault."),
+    ("completion", "local_rerank.commands.app:completion", "Print the completion script of a shell.\n\n"
+     "README.md says where it goes."),
 ):  # fmt: skip
     app.command(_function, name=_name, help=_help)
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print the completion script of a shell."""
+    script = app.generate_completion(shell=shell)
+    # in bash complete names of files where cyclopts has nothing to offer, as for --model, which may be a folder
+    sys.stdout.write(script.replace("complete -F", "complete -o default -F"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,8 +120,13 @@ def _run(arguments: Sequence[str]) -> int | str | None:
     except LocalRerankError as error:
         _print_error(str(error), arguments)
         return 1
+    except ImportError as error:
+        if not (message := missing_package(error)):
+            raise
+        _print_error(message, arguments)
+        return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except SystemExit as exit:
         return exit.code
 

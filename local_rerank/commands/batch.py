@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Group, Token
+
+from local_rerank.batch.formats import STANDARD_INPUT, copy_standard_input
 from local_rerank.batch.job import JobFolder
-from local_rerank.commands.batch_options import BatchOptions, Judgements, judgements_of, source_of
+from local_rerank.commands.batch_options import STREAM, BatchOptions, Judgements, StreamFormat, judgements_of, source_of
 from local_rerank.commands.batch_progress import Display, Mode
 from local_rerank.commands.console import Console, option, say, status
 from local_rerank.config import EngineConfig
-from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.errors import ConfigError, DeviceFailure, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
 
 if TYPE_CHECKING:
@@ -22,7 +29,15 @@ if TYPE_CHECKING:
     from local_rerank.evaluation.measures import System
     from local_rerank.reranker import Reranker
 
+RUNS = Group("Runs, measures and blending", sort_key=0)
 MEASURED_DEPTH = 100  # recall is R@100 unless --top-k bounds it
+
+
+def _name_or_dash(_: Any, tokens: Sequence[Token]) -> str:
+    """A converter for cyclopts, which takes any text for the input if it may begin with a hyphen."""
+    if tokens[0].value.startswith("-") and tokens[0].value != STREAM:
+        raise ValueError(f"Unknown option: {tokens[0].value}")
+    return tokens[0].value
 
 
 def batch(
@@ -30,30 +45,48 @@ def batch(
         str,
         option(
             help="File to score: .jsonl or .parquet (a query with documents, or a pair), .csv or .tsv (pairs), or a "
-            "run (.run, .trec, .txt, and with --queries .tsv or .csv) with --queries and --corpus, or --dataset."
+            "run (.run, .trec, .txt, and with --queries .tsv or .csv) with --queries and --corpus, or --dataset. Or - "
+            "for standard input: JSON lines, CSV or TSV.",
+            allow_leading_hyphen=True,
+            converter=_name_or_dash,
         ),
     ],
     *,
-    output: Annotated[str, option(help="File to write: .jsonl, .csv, .tsv, .parquet or .run.")],
+    output: Annotated[
+        str,
+        option(
+            help="File to write: .jsonl, .csv, .tsv, .parquet or .run; or - for standard output.",
+            allow_leading_hyphen=True,
+        ),
+    ],
+    output_format: Annotated[StreamFormat | None, option(help="Form of standard output. Default: jsonl.")] = None,
     queries: Annotated[
-        Path | None, option(help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics.")
+        Path | None,
+        option(group=RUNS, help="Queries of a run: .jsonl (id, text), .tsv (id, text), .csv or TREC topics."),
     ] = None,
-    corpus: Annotated[Path | None, option(help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")] = None,
+    corpus: Annotated[
+        Path | None, option(group=RUNS, help="Documents of a run: .jsonl, .tsv, .csv or TREC documents.")
+    ] = None,
     dataset: Annotated[
-        str | None, option(help="ir_datasets collection with the queries and documents of a run.")
+        str | None, option(group=RUNS, help="ir_datasets collection with the queries and documents of a run.")
     ] = None,
     qrels: Annotated[
         Path | None,
-        option(help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete."),
+        option(
+            group=RUNS,
+            help="Relevance judgements, TREC's or BEIR's, to measure the output run with, once it is complete.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, option(help="Candidates to rerank per query of a run; the others keep their order. Default: all.")
+        int | None,
+        option(group=RUNS, help="Candidates to rerank per query of a run; the others keep their order. Default: all."),
     ] = None,
     blend: Annotated[
         str | None,
         option(
+            group=RUNS,
             help="Rank by log-odds plus W times other scores, both as z-scores: run=W (scores of the run, or `score` "
-            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone."
+            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone.",
         ),
     ] = None,
     cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,
@@ -79,6 +112,13 @@ def batch(
 ) -> None:
     """Score a file, or resume a job that was killed."""
     mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
+    if output_format is not None and output != STREAM:
+        raise ConfigError(f"output_format is for standard output (-), but output is {output}, whose suffix counts")
+    if output == STREAM and overwrite:
+        raise ConfigError("overwrite needs a file as output, but output is -")
+    if ray and STREAM in (input, output):
+        name = "input" if input == STREAM else "output"
+        raise ConfigError(f"{name} is -, but workers of --ray need files that all of them can reach")
     if ray:
         return _run_on_ray(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
@@ -88,8 +128,9 @@ def batch(
         )  # fmt: skip
     _run(
         BatchOptions(
-            input=Path(input),
-            output=Path(output),
+            input=STANDARD_INPUT if input == STREAM else Path(input),
+            output=Path(f"standard output.{output_format or 'jsonl'}") if output == STREAM else Path(output),
+            is_stream=output == STREAM,
             queries=queries,
             corpus=corpus,
             dataset=dataset,
@@ -107,11 +148,13 @@ def batch(
 
 
 @contextmanager
-def _io_errors_as_config_error(what_next: Callable[[], str]) -> Iterator[None]:
-    """Report a full disk, for example, in one line."""
+def _saying_what_next(what_next: Callable[[], str]) -> Iterator[None]:
+    """Report a full disk or a GPU that failed, for example, in one line."""
     try:
         yield
-    except (OSError, sqlite3.Error) as error:
+    except BrokenPipeError:  # the reader of standard output has gone
+        raise
+    except (OSError, sqlite3.Error, DeviceFailure) as error:
         raise ConfigError(f"the job stopped: {error}; {what_next()}") from error
 
 
@@ -145,7 +188,7 @@ def _run_on_ray(
     )
     num_rows = 0
     parts = "the same command goes on with the parts that are missing"
-    with Display(mode, Path(input).name) as display, _io_errors_as_config_error(lambda: parts):
+    with Display(mode, Path(input).name) as display, _saying_what_next(lambda: parts):
         for done in run(job, address, overwrite=overwrite, begin=display.begin):
             num_rows += done.num_rows
             display.piece(done.num_pairs, done.num_tokens, done.num_rejected)
@@ -159,6 +202,25 @@ def _run_on_ray(
 
 
 def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
+    """Do a job. With standard streams its folder and a copy of the input are temporary; if the output is one, all else
+    that the command prints goes to standard error.
+    """
+    with ExitStack() as stack:
+        stream = None
+        if job.is_stream or job.input == STANDARD_INPUT:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="local-rerank-")))
+        if job.input == STANDARD_INPUT:
+            with _saying_what_next(lambda: f"{folder} takes a copy of standard input; TMPDIR chooses another"):
+                copy_standard_input(folder / "input")
+            job = replace(job, input_copy=folder / "input")
+        if job.is_stream:
+            stream = io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
+            job = replace(job, output=folder / job.output.name)
+            stack.enter_context(redirect_stdout(sys.stderr))
+        _do(job, mode, overwrite, stream)
+
+
+def _do(job: BatchOptions, mode: Mode, overwrite: bool, stream: io.RawIOBase | None) -> None:
     """Judge everything that can be judged without the model, then load it and do the job."""
     judgements = judgements_of(job)
     if job.cache is not None:
@@ -166,8 +228,8 @@ def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
 
         ScoreCache(job.cache, "").close()
     with closing(JobFolder(job.output, job.rejects, job.settings, overwrite=overwrite)) as folder:
-        display = Display(mode, job.input.name)
-        with _io_errors_as_config_error(lambda: folder.next_time):
+        display = Display(mode, job.input.name, has_rejects_file=not job.is_stream)
+        with _saying_what_next(lambda: _next_time(job, folder)):
             source = source_of(job, folder, judgements)
             if folder.begins:
                 display.start(str(job.output), folder.begins)
@@ -176,7 +238,11 @@ def _run(job: BatchOptions, mode: Mode, overwrite: bool) -> None:
             with status("loading the model") if mode == "bar" else nullcontext():
                 reranker = Reranker(config=job.engine)
             with reranker:
-                _score(job, folder, source, reranker, display, judgements)
+                _score(job, folder, source, reranker, display, judgements, stream)
+
+
+def _next_time(job: BatchOptions, folder: JobFolder) -> str:
+    return "the same command starts anew" if job.is_stream else folder.next_time
 
 
 def _score(
@@ -186,6 +252,7 @@ def _score(
     reranker: Reranker,
     display: Display,
     judgements: Judgements | None,
+    stream: io.RawIOBase | None,
 ) -> None:
     from local_rerank.batch.formats import open_sink
     from local_rerank.batch.job import run_job
@@ -204,6 +271,7 @@ def _score(
         with_documents=job.return_documents,
         is_blended=job.blend is not None,
         spreadsheet_safe=job.spreadsheet_safe,
+        stream=stream,
     )
     with (
         closing(ScoreCache(job.cache or folder.path / "scores.sqlite", identity)) as cache,
@@ -245,8 +313,8 @@ def _summarize(
     if display.mode == "json":
         display.event(
             "done",
-            output=str(job.output),
-            rejects=str(job.rejects) if progress.num_rejected else None,
+            output=STREAM if job.is_stream else str(job.output),
+            rejects=str(job.rejects) if progress.num_rejected and not job.is_stream else None,
             rows=progress.num_rows,
             pairs=progress.num_pairs,
             rejected=progress.num_rejected,
@@ -258,9 +326,10 @@ def _summarize(
         )
     if display.mode != "bar":
         return
-    say(f"{job.output}: {progress.num_rows:,} rows, {progress.num_pairs:,} pairs" + " (was complete)" * was_done)
+    name = "standard output" if job.is_stream else job.output
+    say(f"{name}: {progress.num_rows:,} rows, {progress.num_pairs:,} pairs" + " (was complete)" * was_done)
     if progress.num_rejected:
-        say(f"{job.rejects}: {progress.num_rejected:,} rejected records")
+        say(("" if job.is_stream else f"{job.rejects}: ") + f"{progress.num_rejected:,} rejected records")
     if not was_done:
         say(f"{display.num_model_pairs:,} pairs scored by the model, {display.seconds:.1f} s, {display.rates_text}")
     if systems:

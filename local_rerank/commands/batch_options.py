@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from local_rerank.batch.formats import OUTPUT_SUFFIXES, judge_output, open_source
+from local_rerank.batch.formats import (
+    OUTPUT_SUFFIXES,
+    STANDARD_INPUT,
+    judge_output,
+    open_source,
+    open_standard_input,
+)
 from local_rerank.batch.rows import Row
 from local_rerank.batch.sources import Position, first_row
 from local_rerank.config import EngineConfig
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
     from local_rerank.batch.sources import Source
     from local_rerank.batch.trec_source import TextStore
 
+STREAM = "-"  # as input or output: standard input or output
+StreamFormat = Literal["jsonl", "csv", "tsv", "run"]
 RUN_SUFFIXES = (".run", ".trec", ".txt")
 Judgements = dict[str, dict[str, int]]
 
@@ -28,8 +38,10 @@ Judgements = dict[str, dict[str, int]]
 class BatchOptions:
     """The options of a job in this process."""
 
-    input: Path
-    output: Path
+    input: Path  # STANDARD_INPUT for -
+    output: Path  # for - a name with the suffix of the chosen form, later in the job's temporary folder
+    is_stream: bool  # whether the output is standard output
+    input_copy: Path | None = None  # of standard input
     queries: Path | None
     corpus: Path | None
     dataset: str | None
@@ -46,6 +58,10 @@ class BatchOptions:
         return Path(f"{self.output}.rejects.jsonl")
 
     @property
+    def shown_output(self) -> Path:
+        return Path(self.output.name) if self.is_stream else self.output
+
+    @property
     def is_run(self) -> bool:
         """Whether the input is a run; one in .tsv, as MS MARCO has them, or .csv is told by the texts beside it."""
         suffix = suffix_of(self.input)
@@ -56,14 +72,20 @@ class BatchOptions:
             raise InvalidRequest(
                 f"top_k is {self.top_k}; it must be at least 1", field="top_k", limit=1, value=self.top_k
             )
-        self._check_files("input")
+        if self.input == STANDARD_INPUT:
+            self._check_standard_input()
+        else:
+            self._check_files("input")
         if self.input.resolve() in (self.output.resolve(), self.rejects.resolve()):
             raise ConfigError(f"output is {self.output}, which is the input; choose another name")
         if self.output.suffix.lower() not in OUTPUT_SUFFIXES:
             raise ConfigError(f"output is {self.output}; it must end in one of {', '.join(OUTPUT_SUFFIXES)}")
         if self.spreadsheet_safe and self.output.suffix.lower() not in (".csv", ".tsv"):
             raise ConfigError(f"spreadsheet_safe needs .csv or .tsv as output, but output is {self.output}")
-        check_writable(self.output, "output")
+        if not self.is_stream:
+            check_writable(self.output, "output")
+        elif self.qrels is not None:
+            raise ConfigError("qrels measures a file, but output is -; give the output a name")
         if self.is_run:
             if (self.dataset is None) == (self.queries is None or self.corpus is None):
                 raise ConfigError(
@@ -74,6 +96,12 @@ class BatchOptions:
         if self.qrels is not None and self.output.suffix.lower() != ".run":
             raise ConfigError(f"qrels needs a run as output, but output is {self.output}; it must end in .run")
         self._check_files("queries", "corpus", "qrels")
+
+    def _check_standard_input(self) -> None:
+        if given := [name for name in ("queries", "corpus", "dataset", "top_k") if getattr(self, name) is not None]:
+            raise ConfigError(f"{given[0]} needs a run, and a run needs a file as input, but input is -")
+        if self.input_copy is None and sys.stdin.isatty():
+            raise InvalidRequest("input is -, but nothing is piped into standard input", field="input")
 
     def _check_files(self, *names: str) -> None:
         for name in names:
@@ -86,9 +114,10 @@ class BatchOptions:
         """What determines the output and is known before the model is loaded; a resumed job must have the same."""
         from local_rerank.batch.score_cache import score_settings
 
-        values = {
-            name: _state(file) for name in ("input", "queries", "corpus") if (file := getattr(self, name)) is not None
-        }
+        files = {name: getattr(self, name) for name in ("input", "queries", "corpus")}
+        values = {name: _state(file) for name, file in files.items() if file not in (None, STANDARD_INPUT)}
+        if self.input_copy is not None:
+            values["input"] = _content(self.input_copy)
         optional = {
             "dataset": self.dataset,
             "top_k": self.top_k,
@@ -117,11 +146,13 @@ def judgements_of(job: BatchOptions) -> Judgements | None:
 def source_of(job: BatchOptions, folder: JobFolder, judgements: Judgements | None) -> Source:
     """Open the input, and judge it against the output, `--blend` and the judgements."""
     source = _open(job, folder)
-    judge_output(job.output, source)
+    judge_output(job.shown_output, source)
     if not job.is_run and (first := first_row(source.read(Position()), job.input)) is not None:
         _judge_first(job, first)
         if job.output.suffix.lower() == ".run" and all(row.id is None for row in _rows(source)):
-            raise ConfigError(f"output is {job.output}, a run, which needs an id; no record of {job.input} has one")
+            raise ConfigError(
+                f"output is {job.shown_output}, a run, which needs an id; no record of {job.input} has one"
+            )
     if judgements is not None and not any(row.id in judgements for row in _rows(source)):
         raise InvalidRequest(f"none of the queries of {job.input} has a judgement in {job.qrels}", field="qrels")
     return source
@@ -140,6 +171,8 @@ def _judge_first(job: BatchOptions, row: Row) -> None:
 
 
 def _open(job: BatchOptions, folder: JobFolder) -> Source:
+    if job.input_copy is not None:
+        return open_standard_input(job.input_copy)
     if not job.is_run:
         return open_source(job.input, folder.path)
     from local_rerank.batch.trec_source import DatasetTexts, FileTexts, RunSource
@@ -160,3 +193,10 @@ def _state(file: Path) -> str:
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror}", field=file.name) from error
     return f"{file.resolve()} ({found.st_size} bytes, changed at {found.st_mtime_ns} ns)"
+
+
+def _content(copy: Path) -> str:
+    """Identify what was read from standard input."""
+    with copy.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return f"{STANDARD_INPUT} ({copy.stat().st_size} bytes, SHA-256 {digest})"

@@ -82,8 +82,16 @@ class Estimate:
 class Display:
     """Counts and shows what this run of a job does."""
 
-    def __init__(self, mode: Mode, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        name: str,
+        *,
+        has_rejects_file: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.mode = mode
+        self._has_rejects_file = has_rejects_file
         self._clock = clock
         self._started = self._last_line = clock()
         self._estimate = Estimate()
@@ -181,9 +189,11 @@ class Display:
     def _reject(self, rejected: Rejected) -> None:
         self.num_rejected += 1
         self.event("rejected", file=rejected.file, line=rejected.number, error=rejected.error)
-        if self.mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES:
+        is_only_here = not self._has_rejects_file and self.mode != "json"
+        if is_only_here or (self.mode == "bar" and self.num_rejected <= MAX_REJECTED_LINES):
             where = f"{rejected.file}:{rejected.number}: {rejected.error}"
-            more = " (further ones are only in the file of rejects)" * (self.num_rejected == MAX_REJECTED_LINES)
+            is_last = not is_only_here and self.num_rejected == MAX_REJECTED_LINES
+            more = " (further ones are only in the file of rejects)" * is_last
             self._bar.console.print(visible(where + more), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self) -> None:

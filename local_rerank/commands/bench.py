@@ -11,9 +11,23 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, repeatable, status
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from local_rerank.commands.console import (
+    INTERRUPTED,
+    Console,
+    JsonOutput,
+    complain,
+    duration,
+    option,
+    print_json,
+    repeatable,
+    status,
+    warn,
+)
 from local_rerank.config import DType, EngineConfig
 from local_rerank.errors import ConfigError
 from local_rerank.text_files import visible
@@ -21,7 +35,7 @@ from local_rerank.text_files import visible
 if TYPE_CHECKING:
     from local_rerank.bench.measure import WorkloadResult
     from local_rerank.bench.targets import RerankerTarget
-    from local_rerank.reranker import Reranker
+    from local_rerank.requests.worker import BatchReport
 
 WorkloadName = Literal["titles", "passages", "chunks", "longquery", "rag", "small"]
 
@@ -46,8 +60,11 @@ def bench(
     skip_start: Annotated[bool, option(help="Do not measure the start-up time.")] = False,
     json_output: JsonOutput = False,
     engine: EngineConfig | None = None,
-) -> None:
-    """Measure throughput, latency, memory and exactness of a model on this machine."""
+) -> int:
+    """Measure throughput, latency, memory and exactness of a model on this machine, and return the exit status.
+
+    After Ctrl-C it prints what was measured until then.
+    """
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}; it must be at least 1")
     if weights is not None and shape is None:
@@ -58,12 +75,13 @@ def bench(
             config = dataclasses.replace(config, model=str(random_weights(stack, shape, weights)))
         targets = [_load(stack, config, each, skip_start) for each in dict.fromkeys(mode) or (config.dtype,)]
         reference = None if skip_reference else load_reference(stack, config)
-        results = _measure(workload or ("passages",), targets, reference, rounds)
-    report = _report(shape, targets, results)
-    if json_output:
-        print_json(report)
-    else:
-        _print_tables(report, results)
+        results, is_interrupted = _measure(workload or ("passages",), targets, reference, rounds)
+        if is_interrupted:
+            complain("interrupted; " + ("these results are incomplete" if results else "no round was complete"))
+        if results or not is_interrupted:
+            report = _report(shape, targets, results) | {"interrupted": is_interrupted}
+            print_json(report) if json_output else _print_tables(report, results)
+    return INTERRUPTED if is_interrupted else 0
 
 
 def random_weights(stack: ExitStack, shape: str, weights: Path | None) -> Path:
@@ -80,42 +98,104 @@ def _load(stack: ExitStack, config: EngineConfig, dtype: DType, skip_start: bool
     from local_rerank.reranker import Reranker
 
     config = dataclasses.replace(config, dtype=dtype)
-    start = None if skip_start else _start_seconds(config)
-    reranker = stack.enter_context(Reranker(config=config))
+    start = None
+    if not skip_start:
+        with status(f"measuring the start of a process (dtype {dtype})"):
+            start = _start_seconds(config)
+    with status(f"loading the model (dtype {dtype})"):
+        reranker = stack.enter_context(Reranker(config=config))
     exact = len(reranker.info.unquantized)
     version = f"local-rerank {__version__}" + (f", {exact} linear layers left in fp32" if exact else "")
     return RerankerTarget(f"local-rerank {reranker.info.dtype}", reranker, version, start)
 
 
 def _start_seconds(config: EngineConfig) -> float:
-    """Measure the time from the start of a process to its first answer."""
+    """Measure the time from the start of a process to its first answer. Raises ConfigError with its own message."""
     options = ["--device", config.device, "--dtype", config.dtype]
     options += ["--model", config.model] if config.model else []
     options += ["--threads", str(config.threads)] if config.threads else []
     start = time.perf_counter()
     command = [sys.executable, "-m", "local_rerank", "rank", "a query", "a document", "--json", *options]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(done.stderr.strip().removeprefix("local-rerank: ") or f"exit status {done.returncode}")
     return time.perf_counter() - start
 
 
-def load_reference(stack: ExitStack, config: EngineConfig) -> Reranker:
+def load_reference(stack: ExitStack, config: EngineConfig) -> RerankerTarget:
     """Load the model in fp32 with the dense attention mask, by which scores are defined."""
+    from local_rerank.bench.targets import RerankerTarget
     from local_rerank.reranker import Reranker
 
-    return stack.enter_context(Reranker(config=dataclasses.replace(config, dtype="fp32", attention="dense")))
+    with status("loading the reference in fp32"):
+        config = dataclasses.replace(config, dtype="fp32", attention="dense")
+        return RerankerTarget("reference", stack.enter_context(Reranker(config=config)), "", None)
 
 
 def _measure(
-    names: Sequence[str], targets: Sequence[RerankerTarget], reference: Reranker | None, rounds: int
-) -> list[WorkloadResult]:
-    from local_rerank.bench.measure import measure
+    names: Sequence[str], targets: Sequence[RerankerTarget], reference: RerankerTarget | None, rounds: int
+) -> tuple[list[WorkloadResult], bool]:
+    """Measure all workloads; returns the results and whether Ctrl-C made them incomplete."""
+    from local_rerank.bench.measure import Measurement
     from local_rerank.bench.workloads import WORKLOADS
 
-    results = []
-    for name in dict.fromkeys(names):
-        with progress(f"{name}: rounds", rounds * len(targets)) as advance:
-            results.append(measure(WORKLOADS[name], targets, reference=reference, rounds=rounds, advance=advance))
-    return results
+    measurements: list[Measurement] = []
+    is_interrupted = False
+    try:
+        with status("estimating how long this takes"):
+            measurements += [
+                Measurement(WORKLOADS[name], targets, reference=reference, rounds=rounds)
+                for name in dict.fromkeys(names)
+            ]
+            first = measurements[0]
+            paces = {target.name: first.pace(target) for target in targets}
+            if reference is not None:
+                paces[reference.name] = first.pace(reference, with_ceiling=False)
+        seconds = [each.estimate(paces) for each in measurements]
+        parts = [f"{len(seconds)} workloads" if len(seconds) > 1 else names[0], f"{rounds * len(targets)} rounds"]
+        about = duration(sum(seconds)) + f" for {', '.join(parts)}" + (" and the reference" if reference else "")
+        warn(f"about {about}; Ctrl-C prints what is measured until then")
+        with _Bar(sum(seconds)) as bar:
+            for target in [*targets, *([] if reference is None else [reference])]:
+                target.reranker.observe_batches(bar.advance)
+            for each in measurements:
+                each.run(paces, bar.begin)
+    except KeyboardInterrupt:
+        is_interrupted = True
+    return [each.result for each in measurements if each.result is not None], is_interrupted
+
+
+class _Bar:
+    """A bar on standard error, if that is a terminal, that counts estimated seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=seconds)
+        self._end = self._seconds_per_token = 0.0  # of the running step
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, step: str, seconds: float, num_tokens: int) -> None:
+        """The step before is over, and this one begins."""
+        self._bar.update(self._task, completed=self._end, description=visible(step))
+        self._end += seconds
+        self._seconds_per_token = seconds / num_tokens
+
+    def advance(self, batch: BatchReport) -> None:
+        """Count a batch; called in the worker's thread."""
+        done = self._bar.tasks[0].completed + batch.num_tokens * self._seconds_per_token
+        self._bar.update(self._task, completed=min(done, self._end))
 
 
 def _report(shape: str | None, targets: Sequence[RerankerTarget], results: Sequence[WorkloadResult]) -> dict[str, Any]:

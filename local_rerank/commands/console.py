@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ repeatable = partial(option, show_default=False)
 
 JsonOutput = Annotated[bool, option(name="--json", help="Print the full result as JSON.")]
 
+INTERRUPTED = 130  # exit status, as shells report a program that SIGINT has ended
 PIPE_CLOSED = 141  # exit status, as shells report a program that SIGPIPE has ended
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -96,6 +98,18 @@ def failed(error: OSError) -> tuple[int, str]:
     raise error
 
 
+def missing_package(error: Exception) -> str:
+    """What to do about a package that is not installed or cannot be loaded; empty for other errors and our modules."""
+    package = ((isinstance(error, ImportError) and error.name) or "").partition(".")[0]
+    if package in {"", "local_rerank", "local_rerank_server"}:
+        return ""
+    if package == "torch":
+        fix = "install the build for this machine: https://pytorch.org/get-started/locally/"
+    else:
+        fix = f"`{sys.executable} -m pip check` lists what is missing"
+    return f"{error}, in the Python at {sys.executable}; {fix}"
+
+
 def forget(*streams: TextIO) -> None:
     """Drop what streams still hold and what is yet to come; Python would try to write it when it ends."""
     with Path(os.devnull).open("wb") as nowhere:
@@ -124,6 +138,17 @@ def progress(description: str, total: int) -> Iterator[Callable[[], object]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield partial(bar.advance, bar.add_task(description, total=total))
+
+
+def duration(seconds: float) -> str:
+    """A rounded time for people.
+
+    >>> duration(7.2), duration(130), duration(5000)
+    ('8 s', '2 min', '1.4 h')
+    """
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def say(line: str) -> None:

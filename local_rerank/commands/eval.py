@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, warn
-from local_rerank.config import EngineConfig
+from local_rerank.config import MODEL, EngineConfig, OtherEngineConfig
 from local_rerank.errors import InvalidRequest
 from local_rerank.evaluation.blending import Blend, parse_blend
 from local_rerank.evaluation.plot import check_plot, write_plot
@@ -32,7 +32,7 @@ def evaluate(
     model: Annotated[
         tuple[str, ...],
         Parameter(
-            negative="", show_default=False, help="Model to measure; may be repeated. Default: the built-in model."
+            group=MODEL, show_default=False, help="Model to measure; may be repeated. Default: the built-in model."
         ),
     ] = (),
     top_k: Annotated[int, option(help="Candidates to rerank per query; the others keep their order.")] = 20,
@@ -43,7 +43,7 @@ def evaluate(
     ] = None,
     json_output: JsonOutput = False,
     plot: Annotated[Path | None, option(help="Plot the differences by query to this file (.svg, .png, .pdf).")] = None,
-    engine: EngineConfig | None = None,
+    engine: OtherEngineConfig | None = None,
 ) -> None:
     """Rerank a first-stage run and measure both against relevance judgements."""
     for name, value in (("top_k", top_k), ("max_queries", max_queries)):

@@ -11,7 +11,7 @@ from typing import Annotated
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
 from local_rerank.commands.console import option, say, status
-from local_rerank.config import EngineConfig, PackEngineConfig, VerifyEngineConfig
+from local_rerank.config import EngineConfig, OtherEngineConfig, PackEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
 OF_A_PULL = ("config.json", ".cache/huggingface", ".msc")  # what a model's folder has, also if its download was stopped
@@ -93,7 +93,7 @@ def verify(
     file: Annotated[Path, option(help="Bundle, a file or a folder.")],
     /,
     *,
-    engine: VerifyEngineConfig | None = None,
+    engine: OtherEngineConfig | None = None,
 ) -> int:
     """Check the checksums of a bundle, recompute its expected scores, and return the exit status."""
     from local_rerank.checkpoints.bundles import damaged_files, read_manifest, unpacked_copy

@@ -17,6 +17,7 @@ from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
 from local_rerank.evaluation.blending import blend as blend_scores
+from local_rerank.requests.remote import Server, options_to_send, rank_at
 from local_rerank.requests.tokenization import clean
 from local_rerank.text_files import as_utf8, visible
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
@@ -29,7 +30,7 @@ MIN_TABLE_WIDTH = 80  # columns
 
 
 def rank(
-    query: Annotated[str, option(help="Query to rank the documents for.")],
+    query: Annotated[str, option(group="Arguments", help="Query to rank the documents for.")],
     *documents: Annotated[str, option(help="Documents. Default: read from --file or standard input.")],
     file: Annotated[
         Path | None,
@@ -47,29 +48,48 @@ def rank(
     show_prompt: Annotated[
         bool, option(help="Print the prompt and token ids of the first document instead of ranking.")
     ] = False,
+    server: Annotated[
+        str | None,
+        option(
+            help="URL of a running server that ranks instead of a model in this process, for example "
+            "http://127.0.0.1:8000. Its key is taken from LOCAL_RERANK_API_KEY."
+        ),
+    ] = None,
     engine: EngineConfig | None = None,
 ) -> None:
-    """Rank documents by their relevance to QUERY."""
+    """Rank documents by their relevance to QUERY, with a model in this process or at a server."""
     if documents and file is not None:
         raise InvalidRequest("documents are given both as arguments and with --file; use one of them", field="file")
+    if server is not None and show_prompt:
+        raise ConfigError("show_prompt cannot be combined with --server, whose tokenizer is not here")
+    remote = None if server is None else (Server.parse(server), options_to_send(engine))
     query = clean(as_utf8(query))
     texts = [clean(as_utf8(text)) for text in documents] or read_documents(file)
     weight = None if blend is None else _lexical_weight(blend)
     request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
+    whole = request if weight is None else replace(request, top_n=None)
+    if remote is not None:
+        address, options = remote
+        with status(f"ranking at {address.shown}"):
+            result = rank_at(address, whole, options)
+    elif show_prompt:
+        with _loaded(engine) as reranker:
+            return _print_prompt(reranker, query, texts[0])
+    else:
+        with _loaded(engine) as reranker:
+            result = _rank_with_progress(reranker, whole)
+    blended = None if weight is None else _blended(result, query, weight)[:top_n]
+    if json_output:
+        _print_json(result, blended)
+    else:
+        _print_table(result, blended)
+
+
+def _loaded(engine: EngineConfig | None) -> Reranker:
     from local_rerank.reranker import Reranker  # torch, after everything that can be refused without it
 
     with status("loading the model"):
-        reranker = Reranker(config=engine)
-    with reranker:
-        if show_prompt:
-            _print_prompt(reranker, query, texts[0])
-            return
-        result = _rank_with_progress(reranker, request if weight is None else replace(request, top_n=None))
-        blended = None if weight is None else _blended(result, query, weight)[:top_n]
-        if json_output:
-            _print_json(result, blended)
-        else:
-            _print_table(result, blended)
+        return Reranker(config=engine)
 
 
 def _rank_with_progress(reranker: Reranker, request: RerankRequest) -> RerankResult:

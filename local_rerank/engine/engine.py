@@ -88,23 +88,34 @@ class Engine:
         """
         batch = pack(pairs)
 
-        def attempt() -> Callable[[], list[float]] | None:
-            return unless_out_of_memory(lambda: self._forward(batch))
+        def attempt(graphs: GraphRunner | None = self.graphs) -> Callable[[], list[float]] | None:
+            return unless_out_of_memory(lambda: self._forward(batch, graphs))
 
         fetch = compute(attempt) if self.device.type == "cpu" else attempt()
         if fetch is None and self.graphs is not None and self.graphs.forget_all():
             release_cached()
-            if (fetch := attempt()) is not None:
+            if (fetch := attempt(None)) is not None:
                 self.graphs.halve()  # the pass needed their memory
         if fetch is None:
             raise OutOfMemory(num_tokens=batch.num_tokens)
         return fetch
 
-    def capture_largest_graph(self) -> None:
-        """Capture the largest CUDA graph, so that the first batch does not wait for it. Does nothing without graphs."""
+    def is_alive(self) -> bool:
+        """Whether the devices compute. After an illegal address or a failed assertion in a kernel, a launch failure or
+        an uncorrectable memory error, every later CUDA call of the process fails.
+        """
+        try:
+            for device in {tensor.device for tensor in self.weights.values() if tensor.is_cuda}:
+                torch.cuda.synchronize(device)
+        except Exception:
+            return False
+        return True
+
+    def capture_graphs(self) -> None:
+        """Capture the CUDA graphs, so that no batch waits for one. Does nothing without graphs."""
         if self.graphs is not None:
             with torch.inference_mode(), self._on_device():
-                self.graphs.capture_largest()
+                self.graphs.capture_all()
 
     def run_decoder(self, batch: PackedBatch, layout: Layout, last_layout: Callable[[], Layout]) -> Tensor:
         """Decoder and head, for a batch on the device: (num_pairs,) fp32 log-odds in packed order.
@@ -116,12 +127,12 @@ class Engine:
         log_odds: Tensor = logits[:, 1] - logits[:, 0]
         return log_odds
 
-    def _forward(self, batch: PackedBatch) -> Callable[[], list[float]]:
+    def _forward(self, batch: PackedBatch, graphs: GraphRunner | None) -> Callable[[], list[float]]:
         """Launch one pass, as a CUDA graph or kernel by kernel; the returned function waits for it."""
         if self.threads is not None:
             self.threads.begin_batch()
         with torch.inference_mode(), self._on_device():
-            log_odds = None if self.graphs is None else self.graphs.run(batch)
+            log_odds = None if graphs is None else graphs.run(batch)
             if log_odds is None:
                 kernel = self.kernel
                 # the last layer's layout is built while a GPU works on the layers before it
@@ -138,7 +149,8 @@ def _fetch(log_odds: Tensor, pair_order: Tensor) -> Callable[[], list[float]]:
     """Start copying (num_pairs,) to the host; the returned function waits for it and restores the caller's order."""
     on_host = torch.empty(log_odds.shape, dtype=log_odds.dtype, pin_memory=log_odds.is_cuda)
     on_host.copy_(log_odds, non_blocking=log_odds.is_cuda)  # without a CUDA event nothing signals completion
-    done = torch.cuda.Event() if log_odds.is_cuda else None  # type: ignore[no-untyped-call]
+    # by default waiting for an event keeps a core busy
+    done = torch.cuda.Event(blocking=True) if log_odds.is_cuda else None  # type: ignore[no-untyped-call]
     if done is not None:
         done.record(torch.cuda.current_stream(log_odds.device))
 

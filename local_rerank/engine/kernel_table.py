@@ -18,6 +18,7 @@ from local_rerank.engine.cuda.attention import (
     tile_layout,
     varlen_layout,
 )
+from local_rerank.engine.cuda.gpu import Capability, Gpu, dotted
 from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.packing import PackedBatch
 from local_rerank.errors import ConfigError
@@ -32,32 +33,43 @@ class KernelRow:
     device_types: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     package: str | None = None  # that it needs besides torch
+    least_capability: Capability = (0, 0)  # of a GPU
 
 
+_AMPERE = (8, 0)
 _HALF = (torch.bfloat16, torch.float16)
 _ANY_DTYPE = (torch.float32, *_HALF)
 _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
     "cpu-tiles": KernelRow(cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE),  # tiles as matrix products
-    "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "triton"),  # our Triton kernel, one pass
-    "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF),  # two calls of varlen_attn, merged
-    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF),  # one call, keys gathered
+    # our Triton kernel, one pass; compiled for Turing (7.5) it spills and has no tensor-core instruction
+    "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "triton", _AMPERE),
+    # varlen_attn is Flash Attention 2, which needs Ampere: two calls, merged, or one call, keys gathered
+    "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, None, _AMPERE),
+    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE),
     "sdpa": KernelRow(segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE),  # torch's SDPA, by document length
     "dense": KernelRow(dense_layout, attend_dense, _ANY_DEVICE, _ANY_DTYPE),  # one mask for the batch: the reference
 }
 """In order of preference: `auto` picks the first row that runs on the device and dtype."""
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, compiled: bool = True) -> tuple[str, str]:
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, *, gpu: Gpu | None = None, compiled: bool = True
+) -> tuple[str, str]:
     """The kernel's name and the reason for it. Raises ConfigError if `name` is unknown or cannot run here.
 
-    `compiled`: whether `auto` may pick a kernel that Triton compiles.
+    `gpu`: what `device` is, if it is CUDA. `compiled`: whether `auto` may pick a kernel that Triton compiles.
     """
     if name == "auto":
+        too_new: list[str] = []
         for candidate, row in KERNELS.items():
-            if _runs(row, device, dtype) and (compiled or row.package != "triton"):
-                return candidate, f"the fastest for {name_of(dtype)} on {device.type}"
+            if not _runs(row, device, dtype) or (row.package == "triton" and not compiled):
+                continue
+            if gpu is None or gpu.why_too_old(row.least_capability) is None:
+                reason = f"the fastest for {name_of(dtype)} on {gpu or device.type}"
+                return candidate, "; ".join([reason, *too_new])
+            too_new.append(f"{candidate} needs {dotted(row.least_capability)}")
         raise ConfigError(f"no attention kernel runs {name_of(dtype)} on {device.type}")
     if name not in KERNELS:
         raise ConfigError(f"attention is {name!r}; it must be auto or one of {', '.join(KERNELS)}")
@@ -66,6 +78,8 @@ def choose_kernel(name: str, device: torch.device, dtype: torch.dtype, *, compil
         raise ConfigError(f"attention kernel {name!r} needs the package {row.package}, which is not installed")
     if not _runs(row, device, dtype):
         raise ConfigError(f"attention kernel {name!r} does not run {name_of(dtype)} on {device.type}")
+    if gpu is not None and (why_not := gpu.why_too_old(row.least_capability)) is not None:
+        raise ConfigError(f"attention kernel {name!r} needs {why_not}; use auto or sdpa")
     return name, "set by the user"
 
 

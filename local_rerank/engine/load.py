@@ -63,6 +63,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
     follows_load = plan.decoder == "cpu" and not config.deterministic
     threads = Threads.choose(config.threads, is_fixed=not follows_load)
     threads.begin_batch()
+    cuda.keep_sums_in_fp32(plan)
     model: Any = read_qwen3(checkpoint, plan.weights) if plan.decoder == "cpu" else None
     if model is None:
         model = load_model(checkpoint, dtype=plan.weights, device=plan.device, device_map=config.device_map)
@@ -83,7 +84,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
         threads=threads,
         max_graph_tokens=max_batch_tokens if plan.cuda_graphs else None,
     )
-    engine.capture_largest_graph()
+    engine.capture_graphs()
     unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
     if plan.device.type == "cpu":
         keep_freed_memory()

@@ -6,6 +6,7 @@ The estimate is the peak of one decoder layer, because a forward pass without a 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,11 @@ T = TypeVar("T")
 
 USABLE_SHARE = 0.8  # of free memory; the rest is for fragmentation, cuBLAS workspaces and other processes
 MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
+MAX_CHAINED = 16  # errors that are looked at behind the one that was caught
+
+# "CUDA error:", "CUDA driver error:" and "Triton Error [CUDA]: out of memory", NCCL's "Cuda failure 'out of memory'";
+# torch's allocator for the CPU; CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED, in cuDNN 9 ..._ALLOCATION_FAILED
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,9 @@ def bytes_per_token(shape: LayerShape, element_size: int) -> int:
     residual = 2 * shape.hidden
     projected = shape.hidden + shape.queries + 2 * shape.keys  # the normed input and its projections
     rotated = 2 * (shape.queries + shape.keys)  # the result and the swapped halves
-    attended = 3 * shape.queries + 2 * shape.keys  # own part, prefix part and their sum; gathered keys and values
+    merged = 3 * shape.queries + 2 * shape.keys  # own part, prefix part and their sum; gathered keys and values
+    sdpa = 4 * shape.queries  # keys and values of each query head, the result of a call and that of all
+    attended = max(merged, sdpa)
     norm_of_queries = 2 * 4 * shape.queries  # bytes: transformers computes norms in fp32
     attention = (projected + rotated + attended) * element_size + norm_of_queries
     mlp = (2 * shape.hidden + 4 * shape.intermediate) * element_size
@@ -69,16 +77,25 @@ def free_bytes(devices: set[torch.device]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. The CPU allocator and some CUDA calls, such as a graph launch, raise no typed error."""
-    texts = ("can't allocate memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    """Whether memory ran out, which the text of the error says or of one behind it (its cause and its context).
+
+    Only torch's own allocator for CUDA raises a typed error. A capture that ends because memory ran out raises another
+    one, while the first is handled.
+    """
+    chain = [error]
+    for each in chain:  # grows
+        if isinstance(each, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(each)):
+            return True
+        behind = (each.__cause__, each.__context__)
+        chain += [more for more in behind if more is not None and more not in chain][: MAX_CHAINED - len(chain)]
+    return False
 
 
 def unless_out_of_memory(attempt: Callable[[], T]) -> T | None:
     """The result of `attempt`; or None if memory ran out, after releasing torch's cached blocks."""
     try:
         return attempt()
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
     release_cached()  # outside the except block: there the traceback still refers to the failed pass's tensors

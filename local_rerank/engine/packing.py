@@ -6,9 +6,10 @@ length so that attention can process equal lengths in one call. This module know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -30,6 +31,13 @@ class Run:
     def starts(self) -> range:
         """The first token of each segment."""
         return range(self.start, self.start + self.count * self.length, self.length)
+
+    def split(self, max_count: int) -> list[Run]:
+        """The same segments as runs of at most `max_count`."""
+        return [
+            Run(start, self.first_document + first, min(max_count, self.count - first), self.length)
+            for first, start in list(enumerate(self.starts))[::max_count]
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +72,54 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """A copy with its tensors on `device`, except `pair_order`; a copy to a GPU does not block."""
-        return replace(
-            self,
-            input_ids=copy_to(self.input_ids, device),
-            position_ids=copy_to(self.position_ids, device),
-            last_token_index=copy_to(self.last_token_index, device),
-        )
+        ids, positions, last = copy_to((self.input_ids, self.position_ids, self.last_token_index), device)
+        return replace(self, input_ids=ids, position_ids=positions, last_token_index=last)
 
 
-def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to `device`; from the host to a GPU through pinned memory, so that the copy does not block."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def copy_to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors to `device`; from the host to a GPU all at once and through pinned memory, which does not block."""
+    if device.type != "cuda" or any(tensor.device.type != "cpu" for tensor in tensors):
+        return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    fields = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    return views(stage(tensors, fields, pinned=True).to(device, non_blocking=True), fields)
+
+
+Field = tuple[tuple[int, ...], torch.dtype]
+"""The shape and dtype of a tensor in a block."""
+ALIGNMENT = 16  # bytes; Triton compiles another variant of a kernel for a pointer that is not a multiple of 16
+
+
+def block_bytes(fields: Sequence[Field]) -> int:
+    """The size of a block that holds `fields` one after the other."""
+    return sum(_num_bytes(field) for field in fields)
+
+
+def views(block: Tensor, fields: Sequence[Field]) -> list[Tensor]:
+    """The tensors of a block, (num_bytes,) uint8, as views of it."""
+    starts = accumulate([0, *map(_num_bytes, fields[:-1])])
+    return [
+        block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, (shape, dtype) in zip(starts, fields, strict=True)
+    ]
+
+
+def stage(tensors: Sequence[Tensor], fields: Sequence[Field], *, pinned: bool) -> Tensor:
+    """A block on the host with `tensors`, each padded with zeros to its field.
+
+    torch reuses a pinned block that was freed only after all copies from it are done.
+    """
+    block = torch.empty(block_bytes(fields), dtype=torch.uint8, pin_memory=pinned)
+    for view, tensor in zip(views(block, fields), tensors, strict=True):
+        to = view.numpy()  # a torch operator would start a thread pool, see `ranges`
+        if view.shape != tensor.shape:
+            to.fill(0)
+        to[tuple(map(slice, tensor.shape))] = tensor.numpy()
+    return block
+
+
+def _num_bytes(field: Field) -> int:
+    shape, dtype = field
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def pack(pairs: Sequence[Pair]) -> PackedBatch:

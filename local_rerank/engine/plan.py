@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,10 @@ from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu import choices as cpu
 from local_rerank.engine.cuda import choices as cuda
 from local_rerank.engine.cuda.fp8 import require_fp8
-from local_rerank.engine.dtypes import Preferred, choose_dtypes, name_of
+from local_rerank.engine.cuda.gpu import Gpu, gpu_of, why_no_gpu, why_no_kernels
+from local_rerank.engine.dtypes import choose_dtypes, name_of
 from local_rerank.engine.kernel_table import choose_kernel
+from local_rerank.engine.stored_weights import model_config
 from local_rerank.errors import ConfigError
 
 DecoderName = Literal["transformers", "cpu", "cuda"]
@@ -71,15 +73,15 @@ class LoadPlan:
 class Platform:
     """What depends on the hardware; a row per device type."""
 
-    preferred_dtype: Preferred
+    preferred_dtype: Callable[[Gpu | None], tuple[torch.dtype, str]]  # that it multiplies fastest, and the reason
     max_batch_tokens: int
     fits_memory: bool = False  # whether free memory limits the tokens of a batch
 
 
 PLATFORMS = {
-    "cpu": Platform(cpu.preferred_dtype, max_batch_tokens=2560),
+    "cpu": Platform(lambda _: cpu.preferred_dtype(), max_batch_tokens=2560),
     "cuda": Platform(cuda.preferred_dtype, max_batch_tokens=16384, fits_memory=True),
-    "mps": Platform(lambda: (torch.float32, "bf16 is not tested on mps"), max_batch_tokens=16384),
+    "mps": Platform(lambda _: (torch.float32, "bf16 is not tested on mps"), max_batch_tokens=16384),
 }
 
 
@@ -89,18 +91,22 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
     device, reasons["device"] = choose_device(config.device)
     platform, is_spread = platforms[device.type], config.device_map is not None
     on_cpu = device.type == "cpu" and not is_spread
+    gpu = gpu_of(device, is_spread=is_spread)
     weights, arithmetic, reasons["weights"] = choose_dtypes(
-        config.dtype, checkpoint, platform.preferred_dtype, can_widen=on_cpu
+        config.dtype, checkpoint, lambda: platform.preferred_dtype(gpu), can_widen=on_cpu
     )
     quantization = _quantization(config, device)
     if device.type == "cpu":
         cpu.check(config, arithmetic)
-    decoder, reasons["decoder"] = _decoder(config, checkpoint, device, arithmetic)
-    kernel, reasons["kernel"] = choose_kernel(config.attention, device, arithmetic, compiled=decoder == "cuda")
+    elif gpu is not None:
+        cuda.check(arithmetic, gpu)
+    decoder, reasons["decoder"] = _decoder(config, checkpoint, device, gpu, arithmetic)
+    compiled = decoder == "cuda"
+    kernel, reasons["kernel"] = choose_kernel(config.attention, device, arithmetic, gpu=gpu, compiled=compiled)
     linear = None
     if decoder == "cpu":
         linear, reasons["linear"] = cpu.choose_linear(config, weights, arithmetic)
-    graphs, reasons["cuda_graphs"] = _cuda_graphs(config, decoder, kernel)
+    graphs, reasons["cuda_graphs"] = _cuda_graphs(config, checkpoint, decoder, kernel)
     tokens, reasons["max_batch_tokens"] = config.max_batch_tokens, "set by the user"
     if tokens is None:
         tokens, reasons["max_batch_tokens"] = platform.max_batch_tokens, "default"
@@ -124,20 +130,26 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device and the reason for it; `auto` takes a GPU if there is one. Raises ConfigError if it is absent."""
+    """The device and the reason for it; `auto` takes a GPU that this torch can use. Raises ConfigError without it."""
     if name == "auto":
-        has_gpu = torch.cuda.is_available()
-        return torch.device("cuda" if has_gpu else "cpu"), "torch sees a GPU" if has_gpu else "torch sees no GPU"
+        gpu = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
+        why_not = why_no_gpu() if gpu is None else why_no_kernels(gpu)
+        return (torch.device("cuda"), f"torch sees a GPU: {gpu}") if why_not is None else (torch.device("cpu"), why_not)
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps") from error
     if device.type not in PLATFORMS:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if (count := torch.cuda.device_count()) == 0:
+            raise ConfigError(f"device is {name!r}, but {why_no_gpu()}, or set device to cpu")
+        if (device.index or 0) >= count:
+            raise ConfigError(f"device is {name!r}; torch sees {', '.join(f'cuda:{index}' for index in range(count))}")
+        if (gpu := gpu_of(device)) is not None and (why_not := why_no_kernels(gpu)) is not None:
+            raise ConfigError(f"device is {name!r}, but {why_not}; or set device to cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device is 'mps', but torch sees none")
+        raise ConfigError("device is 'mps', but torch sees none; it needs a Mac with Apple silicon. Set device to cpu")
     return device, "set by the user"
 
 
@@ -155,14 +167,14 @@ def _quantization(config: EngineConfig, device: torch.device) -> Literal["int8",
 
 
 def _decoder(
-    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, gpu: Gpu | None, dtype: torch.dtype
 ) -> tuple[DecoderName, str]:
     if config.device_map is not None:
         why_not = "the model is spread over devices"
     elif device.type == "cpu":
         return "cpu", "the whole model is on the CPU"
-    elif device.type == "cuda":
-        if (reason := cuda.why_not_fused_here(config, checkpoint, device, dtype)) is None:
+    elif gpu is not None:
+        if (reason := cuda.why_not_fused_here(config, checkpoint, device, gpu, dtype)) is None:
             return "cuda", "each kernel agrees with torch's operators on this GPU"
         why_not = reason
     else:
@@ -173,15 +185,18 @@ def _decoder(
     return "transformers", why_not
 
 
-def _cuda_graphs(config: EngineConfig, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
+def _cuda_graphs(config: EngineConfig, checkpoint: Checkpoint, decoder: DecoderName, kernel: str) -> tuple[bool, str]:
     """Whether to use CUDA graphs, and why. They need the GPU decoder and the only kernel whose layout can be padded.
 
-    `deterministic` excludes them: the first pass of a shape is no graph, and padded products sum in another order.
+    `deterministic` excludes them: a larger batch is no graph, and padded products sum in another order. So does a
+    rotary embedding that changes with the batch: transformers reads its longest position back from the GPU.
     """
     if decoder != "cuda":
         return False, "graphs need the GPU decoder"
     if kernel != "cuda-tiles":
         return False, f"the layout of {kernel} cannot be padded"
+    if (rope_type := model_config(checkpoint).rope_parameters["rope_type"]) != "default":
+        return False, f"rope_type {rope_type} may wait for the GPU within a pass"
     if config.no_cuda_graphs or config.deterministic:
         return False, "set by the user" if config.no_cuda_graphs else "deterministic is set"
     return True, "one launch for a whole batch"

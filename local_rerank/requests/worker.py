@@ -4,8 +4,8 @@ A failing batch never ends the thread. One that runs out of memory is retried in
 token budget. Any other failure is retried with half of the requests, until only the request that causes it fails. A
 score that is not finite fails its request.
 
-On a GPU the next batch is launched before the log-odds of the running one are fetched, so the device stays busy while
-the host writes responses.
+The thread ends if the device fails for good: a CUDA error such as an illegal address makes every later call fail, too.
+All requests, also later ones, then fail with DeviceFailure.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from local_rerank import forks
 from local_rerank.errors import (
+    DeviceFailure,
     EngineFailure,
     LocalRerankError,
     ModelUnavailable,
@@ -27,6 +29,7 @@ from local_rerank.errors import (
     Overloaded,
     UnusableAfterFork,
 )
+from local_rerank.requests.launches import Launch, Launched, Launches, Outcome, outcome_of
 from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import DrainRate, Entry, Scheduler
@@ -45,15 +48,6 @@ class BatchReport:
     seconds: float
 
 
-@dataclass(slots=True)
-class _Running:
-    """A batch that was launched and not fetched yet."""
-
-    batch: list[Entry]
-    started: float  # time.perf_counter()
-    fetch: Callable[[], list[float]] | None = None  # waits for the log-odds; None if it was not launched
-
-
 class Worker:
     """Owns the one thread that scores. The thread starts with the first request, also in a forked child."""
 
@@ -64,24 +58,29 @@ class Worker:
         max_batch_tokens: int,
         max_queued_tokens: int,
         one_pair_at_a_time: bool = False,
-        launch: Callable[[Sequence[Pair]], Callable[[], list[float]]] | None = None,
+        launch: Launch | None = None,
         device: str = "cpu",
+        is_alive: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`score`: pairs to log-odds; `one_pair_at_a_time`: each pair in a forward pass of its own.
 
         `launch`: like `score`, but returns before the device is done, with a function that waits for the log-odds.
         `device`: the model's, for error messages; a forked child can use only a model on the CPU.
+        `is_alive`: whether the device still computes; called after a failure. `clock`: seconds.
         """
         self.on_batch: Callable[[BatchReport], None] | None = None
+        self.on_failure: Callable[[DeviceFailure], None] = lambda failure: None
         self._score_pairs = score
         self._launch = None if one_pair_at_a_time else launch
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._one_pair_at_a_time = one_pair_at_a_time
         self._device = device
+        self._is_alive, self._clock = is_alive, clock
+        self._failed: str | None = None  # why the device is not used any more
         self._ids = itertools.count()
-        self._closing = False
-        self._is_in_child = False
+        self._closing = self._is_in_child = False
         self._set_up()
         forks.renew_in_child(self)
 
@@ -135,9 +134,11 @@ class Worker:
     def check_room(self, num_tokens: int = 1) -> None:
         """Check that the queue has room for `num_tokens`; an empty queue accepts any request.
 
-        Raises Overloaded or UnusableAfterFork.
+        Raises Overloaded, DeviceFailure or UnusableAfterFork.
         """
         self._check_fork()
+        if self._failed is not None:
+            raise DeviceFailure(self._failed)
         limit = self._max_queued_tokens
         with self._changed:
             queued = self._scheduler.num_queued_tokens
@@ -150,10 +151,10 @@ class Worker:
     def submit(self, request: PendingRequest) -> None:
         """Queue a request; cancelling its future removes it at once.
 
-        Raises Overloaded, ModelUnavailable or UnusableAfterFork.
+        Raises Overloaded, ModelUnavailable, DeviceFailure or UnusableAfterFork.
         """
         with self._changed:
-            if self._closing:
+            if self._closing and self._failed is None:
                 raise ModelUnavailable("the engine is closing")
             self.check_room(num_batch_tokens(request.tokenized.pairs))
             number = next(self._ids)
@@ -174,69 +175,81 @@ class Worker:
             self._thread.join()
 
     def _work(self) -> None:
-        running: _Running | None = None
-        while (batch := self._next_batch(wait=running is None)) is not None:
-            following = self._started(batch) if batch else None
-            if running is not None:
-                self._finish(running)
-            running = following
-        if running is not None:
-            self._finish(running)
-        with self._changed:
-            requests, self._requests = self._requests, {}
-        for request in requests.values():
-            request.fail(ModelUnavailable("the engine is closing"))
+        launches = None if self._launch is None else Launches(self._launch, self._changed, self._clock)
+        with suppress(DeviceFailure):
+            self._run_batches(launches)
+        if launches is not None:
+            launches.close()
+        for number in list(self._requests):
+            closing = ModelUnavailable("the engine is closing")
+            self._fail(number, DeviceFailure(self._failed) if self._failed else closing)
 
-    def _started(self, batch: list[Entry]) -> _Running | None:
-        """Launch a batch; None if it is finished already, because the device cannot work on its own."""
-        running = _Running(batch, time.perf_counter())
-        if self._launch is None:
-            self._finish(running)
-            return None
-        try:
-            running.fetch = self._launch([entry.pair for entry in batch])
-        except Exception as error:
-            logger.debug("a batch could not be launched (%s); retrying it on its own", error)
-        return running
+    def _run_batches(self, launches: Launches | None) -> None:
+        """Score and deliver batches until closing. Raises DeviceFailure."""
+        while (batch := self._next_batch(launches)) is not None:
+            if launches is None:
+                self._finish(Launched(batch, self._clock()))
+            elif batch:
+                launches.launch(batch)
+            else:
+                self._finish(launches.take())
+        while launches:
+            self._finish(launches.take())
 
-    def _finish(self, running: _Running) -> None:
-        """Score a batch, launched or not, and deliver the results."""
-        batch = running.batch
-        try:
-            self._score(batch, running.fetch)
-            now = time.perf_counter()
-            self._report(batch, now - max(running.started, self._last_done))
-            self._last_done = now
-        except Exception as error:  # a bug of ours: every waiting caller must get an error
-            _log_failure(f"a batch of {len(batch)} pairs could not be delivered", self._names(batch), error)
-            for number in {entry.request_id for entry in batch}:
-                self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
-
-    def _next_batch(self, *, wait: bool) -> list[Entry] | None:
-        """The next batch; if there is none, wait for one or return an empty one. None when closing."""
+    def _next_batch(self, launches: Launches | None) -> list[Entry] | None:
+        """Wait for the next batch; empty if a launched one is done before it is time for that. None when closing."""
         with self._changed:
             while not self._closing:
-                if batch := self._scheduler.next_batch():
+                seconds = launches.seconds_to_next() if launches else 0.0
+                if seconds == 0 and (batch := self._scheduler.next_batch()):
                     now = time.perf_counter()
                     for request in {self._requests[entry.request_id] for entry in batch}:
                         request.first_batch = request.first_batch or now
                     return batch
-                if not wait:
+                if launches and launches.is_first_done:
                     return []
-                self._changed.wait()
+                self._changed.wait(seconds or None)  # 0: for a request or a batch that is done; None: for the latter
             return None
 
-    def _score(self, batch: list[Entry], fetch: Callable[[], list[float]] | None = None) -> bool:
-        """Score and deliver a batch, in parts if it fails; returns whether all of its requests succeeded."""
+    def _finish(self, launched: Launched) -> None:
+        """Score a batch that has no outcome yet, and deliver the results. Raises DeviceFailure."""
+        batch = launched.batch
         try:
-            log_odds = self._log_odds(batch) if fetch is None else fetch()
-        except OutOfMemory as error:
-            return self._score_with_less_memory(batch, error)
-        except Exception as error:
-            return self._score_apart(batch, error)
+            self._score(batch, launched.outcome)
+            now = self._clock()
+            self._report(batch, now - max(launched.started, self._last_done))
+            self._last_done = now
+        except DeviceFailure:
+            raise
+        except Exception as error:  # a bug of ours: every waiting caller must get an error
+            numbers = {entry.request_id for entry in batch}
+            _log_failure(f"a batch of {len(batch)} pairs could not be delivered", self._names(numbers), error)
+            for number in numbers:
+                self._fail(number, EngineFailure(f"scoring failed: {type(error).__name__}: {error}"))
+
+    def _give_up(self, batch: list[Entry], error: Exception) -> DeviceFailure:
+        """Refuse requests from now on, and say why in one line of the log, with the requests of the batch."""
+        what = str(error).partition("\n")[0]  # torch's other lines say how to debug it
         with self._changed:
-            self._scheduler.raise_budget()
-        return self._deliver(batch, log_odds)
+            self._failed = f"{self._device} failed: {type(error).__name__}: {what}"
+        failure, names = DeviceFailure(self._failed), self._names(entry.request_id for entry in batch)
+        logger.critical("%s; requests: %s", failure, ", ".join(names), extra={"request_ids": names})
+        logger.debug("where the device failed", exc_info=error)
+        self.on_failure(failure)
+        return failure
+
+    def _score(self, batch: list[Entry], outcome: Outcome | None = None) -> bool:
+        """Score a batch without an outcome, and deliver it; whether all requests succeeded. Raises DeviceFailure."""
+        outcome = outcome_of(lambda: self._log_odds(batch)) if outcome is None else outcome
+        if isinstance(outcome, list):
+            with self._changed:
+                self._scheduler.raise_budget()
+            return self._deliver(batch, outcome)
+        if not self._is_alive():
+            raise self._give_up(batch, outcome)
+        if isinstance(outcome, OutOfMemory):
+            return self._score_with_less_memory(batch, outcome)
+        return self._score_apart(batch, outcome)
 
     def _log_odds(self, batch: list[Entry]) -> list[float]:
         parts = [[entry] for entry in batch] if self._one_pair_at_a_time else [batch]
@@ -244,7 +257,7 @@ class Worker:
 
     def _score_with_less_memory(self, batch: list[Entry], error: OutOfMemory) -> bool:
         if len(batch) == 1:
-            _log_failure("a single pair does not fit into memory", self._names(batch), error)
+            _log_failure("a single pair does not fit into memory", self._names([batch[0].request_id]), error)
             self._fail(batch[0].request_id, error)
             return False
         num_tokens = num_batch_tokens(entry.pair for entry in batch)
@@ -261,7 +274,7 @@ class Worker:
 
     def _score_apart(self, batch: list[Entry], error: Exception) -> bool:
         """Retry halves of the requests until the one that fails is found; it is logged once, then."""
-        numbers, names = list(dict.fromkeys(entry.request_id for entry in batch)), self._names(batch)
+        names = self._names(numbers := list(dict.fromkeys(entry.request_id for entry in batch)))
         if len(numbers) == 1:
             _log_failure(f"a batch of {len(batch)} pairs failed", names, error)
             self._fail(numbers[0], EngineFailure(f"the model failed: {type(error).__name__}: {error}"))
@@ -291,7 +304,7 @@ class Worker:
         for entry in entries:
             if not math.isfinite(value := request.log_odds[entry.position]):
                 failure = EngineFailure(f"the model gave {value} as log-odds")
-                _log_failure(f"pair {entry.position} has no score", self._names([entry]), failure)
+                _log_failure(f"pair {entry.position} has no score", self._names([number]), failure)
                 self._fail(number, failure)
                 return False
         if request.is_complete:
@@ -318,9 +331,9 @@ class Worker:
             )
         )
 
-    def _names(self, batch: Iterable[Entry]) -> list[str]:
-        """Names, for the log, of the requests of a batch that have no answer yet."""
-        requests = {number: self._requests.get(number) for number in dict.fromkeys(entry.request_id for entry in batch)}
+    def _names(self, numbers: Iterable[int]) -> list[str]:
+        """Names, for the log, of those of the requests that have no answer yet."""
+        requests = {number: self._requests.get(number) for number in numbers}
         return [request.name or f"number {number}" for number, request in requests.items() if request is not None]
 
     def _fail(self, number: int, error: LocalRerankError) -> None:

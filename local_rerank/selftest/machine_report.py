@@ -16,6 +16,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
+from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_no_kernels
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
@@ -61,14 +62,15 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
 def _device(info: ModelInfo) -> MachineProperty:
     device = torch.device(info.device)
     if device.type == "cuda":
-        return MachineProperty(value=f"{info.device}: {torch.cuda.get_device_name(device)}", faster=NOTHING)
+        return MachineProperty(value=f"{info.device}: {gpu_of(device)}", faster=NOTHING)
     name = f"{info.device}: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "mps":
         return MachineProperty(value=info.device, faster="a CUDA GPU")
     if torch.cuda.is_available():
-        return MachineProperty(value=name, faster="--device cuda: this machine has a GPU")
-    build = "this torch is a build without CUDA" if torch.version.cuda is None else "torch sees none"
-    return MachineProperty(value=name, faster=f"a CUDA GPU ({build})")
+        gpu = gpu_of(torch.device("cuda"))
+        faster = (gpu and why_no_kernels(gpu)) or f"--device cuda: this machine has a GPU, {gpu}"
+        return MachineProperty(value=name, faster=faster)
+    return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
@@ -85,11 +87,11 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     value = (
         info.dtype if info.dtype == info.compute_dtype else f"{info.dtype} weights, multiplied in {info.compute_dtype}"
     )
-    best = next(name for name, dtype in TORCH_DTYPES.items() if dtype == PLATFORMS[device.type].preferred_dtype()[0])
+    best = _best_dtype(device)
     if info.compute_dtype != "fp32":
         faster = "--dtype fp32: this device multiplies it faster" if best == "fp32" else NOTHING
     elif best != "fp32":
-        faster = f"--dtype {best}: this device multiplies it natively"
+        faster = f"--dtype {best}: this device multiplies it faster"
     elif device.type == "cpu":
         faster = "--dtype int8, which is less exact (docs/performance.md)"
     else:
@@ -101,14 +103,20 @@ def _kernel(info: ModelInfo) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device = torch.device(info.device)
     try:
-        best, _ = choose_kernel("auto", device, TORCH_DTYPES.get(info.compute_dtype, torch.float32))
+        dtype = TORCH_DTYPES.get(info.compute_dtype, torch.float32)
+        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=info.decoder != "transformers")
     except ConfigError:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:
         return MachineProperty(value=value, faster=f"--attention {best}")
-    if device.type == "cuda" and info.dtype == "fp32":
-        return MachineProperty(value=value, faster="--dtype bf16: the variable-length kernel does not support fp32")
+    if device.type == "cuda" and info.dtype == "fp32" and _best_dtype(device) == "bf16":
+        return MachineProperty(value=value, faster="--dtype bf16: the kernels that share a prefix do not support fp32")
     return MachineProperty(value=value, faster=NOTHING)
+
+
+def _best_dtype(device: torch.device) -> str:
+    preferred, _ = PLATFORMS[device.type].preferred_dtype(gpu_of(device))
+    return next(name for name, dtype in TORCH_DTYPES.items() if dtype == preferred)
 
 
 def _products(info: ModelInfo) -> MachineProperty:

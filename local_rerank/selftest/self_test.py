@@ -166,8 +166,7 @@ class _Examination:
 
     def _overflow(self) -> tuple[Fault, str] | None:
         if bad := [value for value in self.seen if not math.isfinite(value)]:
-            dtype = self.reranker.info.dtype
-            return "wrong dtype", f"log-odds of {bad[0]}: {dtype} overflows with this model; try bf16 or fp32"
+            return "wrong dtype", f"log-odds of {bad[0]}: {self.reranker.info.dtype} overflows; use --dtype fp32"
         return None
 
     def _head(self) -> tuple[Fault, str] | None:
@@ -208,47 +207,49 @@ class _Examination:
 
     def _scores(self) -> tuple[Fault, str] | None:
         """Check attention, precision and weights, after the prompt was found correct."""
-        if (fault := self._misfit()) is None and self.expected is not None:
+        if (fault := self._misfit(self.seen, self.dtype)) is None and self.expected is not None:
             return None
         pairs = self.known.pairs if fault else self.known.pairs[:2]  # two are enough to confirm
         reference = self.reranker.engine.with_kernel(KERNELS[REFERENCE_KERNEL])
         if _difference(self.seen[: len(pairs)], self._right_scores(reference, pairs)) > self.tolerance_of(self.dtype):
             kernel = self.reranker.info.kernel
             return "wrong attention kernel", f"{kernel} disagrees with {REFERENCE_KERNEL}; try another --attention"
-        return fault
+        return fault and self._or_wrong_dtype(*fault)
 
-    def _misfit(self) -> tuple[Fault, str] | None:
+    def _misfit(self, scores: Sequence[float], dtype: str) -> tuple[Fault, str] | None:
+        """What is wrong with scores in `dtype`: their order, or if some are known their values."""
         if self.expected is None:
-            return _unordered(self.seen)
-        difference = _difference(self.expected, self.seen)
-        if difference <= self.tolerance_of(self.dtype):
+            return _unordered(scores)
+        difference = _difference(self.expected, scores)
+        if difference <= self.tolerance_of(dtype):
             return None
-        worst = max(range(len(self.seen)), key=lambda i: abs(self.seen[i] - self.expected[i]))  # type: ignore[index]
+        worst = max(range(len(scores)), key=lambda i: abs(scores[i] - self.expected[i]))  # type: ignore[index]
         pair = self.known.pairs[worst]
         off = f"log-odds are off by up to {difference:.3g} ({pair.query!r}, {pair.document!r})"
         if difference <= self.tolerance_of(LOW_PRECISION):
-            return "wrong dtype", f"{off}: the size of rounding in a lower precision than {self.dtype}"
-        if self._is_right_in_fp32(self.expected):
-            return (
-                "wrong dtype",
-                f"{off} in {self.reranker.info.dtype} but correct in fp32: this model needs --dtype fp32",
-            )
+            return "wrong dtype", f"{off}: the size of rounding in a lower precision than {dtype}"
         return (
             "other scores",
             f"{off}, but prompt, head and attention are correct, so the weights differ from the known ones",
         )
 
-    def _is_right_in_fp32(self, expected: Sequence[float]) -> bool:
+    def _or_wrong_dtype(self, fault: Fault, detail: str) -> tuple[Fault, str]:
+        """The fault, or a wrong dtype if a 16-bit model has none in fp32."""
         info = self.reranker.info
-        if info.dtype not in ("bf16", "fp16") or info.num_parameters > MAX_RELOADED_PARAMETERS:
-            return False
+        if info.dtype not in ("bf16", "fp16"):
+            return fault, detail
+        if info.num_parameters > MAX_RELOADED_PARAMETERS:
+            return fault, f"{detail}; or {info.dtype} is too inexact for this model: try --dtype fp32"
         config = dataclasses.replace(self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL)
         try:
             with Reranker(config=config) as exact:
                 scores = self._right_scores(exact.engine, self.known.pairs)
         except (CheckpointError, EngineFailure):  # no memory for a second model
-            return False
-        return _difference(expected, scores) <= self.tolerance_of("fp32")
+            return fault, detail
+        if self._misfit(scores, "fp32") is not None:
+            return fault, detail
+        size = "" if self.expected is None else f" by up to {_difference(self.expected, self.seen):.3g}"
+        return "wrong dtype", f"wrong{size} in {info.dtype} but correct in fp32: this model needs --dtype fp32"
 
     def _right_scores(self, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
         """Score the model card's prompts with an engine."""

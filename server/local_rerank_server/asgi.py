@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -64,6 +66,8 @@ def create() -> ASGIApp:
         if tracing is not None:
             tracing.close()
 
+    # the server whose process this is stops and, if it has a supervisor, is started anew
+    state.on_failure = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     app = create_app(state, ApiKeys.from_config(config), lifespan=lifespan)
     return app if tracing is None else tracing.wrap(app)
 

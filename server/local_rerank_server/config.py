@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
+from local_rerank.config import ENGINE, LIMITS
 from local_rerank.errors import ConfigError
 from local_rerank.types import Limits
 
@@ -34,6 +35,11 @@ BODIES_HELD = 8  # bodies of the maximum size that may be in memory at once
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+")  # as browsers send it
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
+
+ADDRESS = Group("Address and keys", sort_key=2)
+PROXIES = Group("Proxies, TLS and browsers", sort_key=3)
+APIS = Group("Rerank APIs", sort_key=5)
+LOGS = Group("Logs", sort_key=7)
 
 DashScopeLimits = Literal["hosted", "server"]
 DocumentEcho = Literal["object", "string"]
@@ -69,112 +75,147 @@ class ReplicaRange:
 class ServerConfig:
     """Where the server listens, who may use it, and how much one request may contain."""
 
-    host: Annotated[str, Parameter(help="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, Parameter(help="Port to listen on; 0 picks a free one.")] = 8000
-    uds: Annotated[Path | None, Parameter(help="Listen on this Unix socket instead of host and port.")] = None
-    root_path: Annotated[str, Parameter(help="Path prefix under which a reverse proxy publishes the server.")] = ""
-    ssl_certfile: Annotated[Path | None, Parameter(help="TLS certificate (PEM); needs --ssl-keyfile.")] = None
-    ssl_keyfile: Annotated[Path | None, Parameter(help="TLS private key (PEM); needs --ssl-certfile.")] = None
+    host: Annotated[str, Parameter(group=ADDRESS, help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(group=ADDRESS, help="Port to listen on; 0 picks a free one.")] = 8000
+    uds: Annotated[
+        Path | None, Parameter(group=PROXIES, help="Listen on this Unix socket instead of host and port.")
+    ] = None
+    root_path: Annotated[
+        str, Parameter(group=PROXIES, help="Path prefix under which a reverse proxy publishes the server.")
+    ] = ""
+    ssl_certfile: Annotated[
+        Path | None, Parameter(group=PROXIES, help="TLS certificate (PEM); needs --ssl-keyfile.")
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None, Parameter(group=PROXIES, help="TLS private key (PEM); needs --ssl-certfile.")
+    ] = None
     api_key: Annotated[
         tuple[str, ...],
-        Parameter(help="API key that clients send as `Authorization: Bearer KEY`; all of the value is the key. May be "
+        Parameter(group=ADDRESS,
+                  help="API key that clients send as `Authorization: Bearer KEY`; all of the value is the key. May be "
                        "repeated. Other users of the machine can see it in the process list.",
                   allow_leading_hyphen=True),
     ] = field(default=(), repr=False)  # fmt: skip
     api_key_file: Annotated[
         Path | None,
-        Parameter(help="File of API keys: `NAME:KEY` lines, split at the first colon (# starts a comment line), or a "
+        Parameter(group=ADDRESS,
+                  help="File of API keys: `NAME:KEY` lines, split at the first colon (# starts a comment line), or a "
                        "single key without a colon. The name is in the log."),
     ] = None  # fmt: skip
     insecure: Annotated[
-        bool, Parameter(help="Allow listening on a public address without an API key.", negative="")
+        bool, Parameter(group=ADDRESS, help="Allow listening on a public address without an API key.", negative="")
     ] = False  # fmt: skip
     key_requests_per_minute: Annotated[
-        int | None, Parameter(help="Requests per minute of each API key; without keys, of all clients together.")
+        int | None,
+        Parameter(group=LIMITS, help="Requests per minute of each API key; without keys, of all clients together."),
     ] = None
     key_tokens_per_minute: Annotated[
-        int | None, Parameter(help="Tokens per minute of each API key; without keys, of all clients together.")
+        int | None,
+        Parameter(group=LIMITS, help="Tokens per minute of each API key; without keys, of all clients together."),
     ] = None
     cors_origins: Annotated[
         tuple[str, ...],
-        Parameter(help="Origin whose web pages may call this server, or * for all. May be repeated."),
+        Parameter(group=PROXIES, help="Origin whose web pages may call this server, or * for all. May be repeated."),
     ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
-        Parameter(help="Name under which clients reach this server besides localhost and IP addresses; *.NAME for all "
+        Parameter(group=PROXIES,
+                  help="Name under which clients reach this server besides localhost and IP addresses; *.NAME for all "
                        "names below one, * for all. May be repeated. Other names get 421; by default that holds "
                        "only on loopback without a key."),
     ] = ()  # fmt: skip
     max_body_bytes: Annotated[
-        int, Parameter(help="Maximum bytes of a request body; larger ones get 413. All bodies may total 8 times that.")
+        int,
+        Parameter(
+            group=LIMITS,
+            help="Maximum bytes of a request body; larger ones get 413. All bodies may total 8 times that.",
+        ),
     ] = 64 * 1024 * 1024
     max_queued_requests: Annotated[
-        int, Parameter(help="Maximum requests in flight, queued or running; further requests get 429.")
+        int, Parameter(group=LIMITS, help="Maximum requests in flight, queued or running; further requests get 429.")
     ] = 2048
     client_timeout_seconds: Annotated[
         int,
-        Parameter(help="Seconds a client has for sending the request head, for sending the body, and for reading any "
+        Parameter(group=LIMITS,
+                  help="Seconds a client has for sending the request head, for sending the body, and for reading any "
                        "part of the response; then it gets 408 or the connection is closed."),
     ] = 60  # fmt: skip
     request_timeout_ms: Annotated[
-        int, Parameter(help="Milliseconds a request may take; the header X-Request-Timeout-Ms can lower it.")
+        int,
+        Parameter(group=LIMITS, help="Milliseconds a request may take; the header X-Request-Timeout-Ms can lower it."),
     ] = 55_000  # many clients give up after 60 s; before that, the answer says why
     drain_seconds: Annotated[
-        int, Parameter(help="Seconds that accepted requests have to finish after SIGTERM or Ctrl-C.")
+        int, Parameter(group=LIMITS, help="Seconds that accepted requests have to finish after SIGTERM or Ctrl-C.")
     ] = 30
     max_documents: Annotated[
-        int, Parameter(help="Maximum documents of a request; --dashscope-limits has those of the DashScope routes.")
+        int,
+        Parameter(
+            group=LIMITS, help="Maximum documents of a request; --dashscope-limits has those of the DashScope routes."
+        ),
     ] = 1000
     max_request_tokens: Annotated[
         int,
-        Parameter(help="Maximum tokens of a request after truncation: query tokens x documents + document tokens."),
+        Parameter(
+            group=LIMITS,
+            help="Maximum tokens of a request after truncation: query tokens x documents + document tokens.",
+        ),
     ] = 500_000
     dashscope_limits: Annotated[
         DashScopeLimits,
-        Parameter(help="Limits on the DashScope routes: those of the hosted service (500 documents, 300,000 "
+        Parameter(group=APIS,
+                  help="Limits on the DashScope routes: those of the hosted service (500 documents, 300,000 "
                        "characters each, 120,000 tokens), or the server's own."),
     ] = "hosted"  # fmt: skip
     dashscope_instruction: Annotated[
-        str, Parameter(help="Default instruction on the DashScope routes, used when a request has none.")
+        str, Parameter(group=APIS, help="Default instruction on the DashScope routes, used when a request has none.")
     ] = HOSTED_INSTRUCTION
     model_aliases: Annotated[
         tuple[str, ...],
-        Parameter(help="Model name that the DashScope routes accept besides the model's own. May be repeated; "
+        Parameter(group=APIS,
+                  help="Model name that the DashScope routes accept besides the model's own. May be repeated; "
                        "replaces the default names."),
     ] = DASHSCOPE_MODELS  # fmt: skip
     strict: Annotated[
-        bool, Parameter(help="Answer 400 to an empty document, as the hosted service does.", negative="")
+        bool, Parameter(group=APIS, help="Answer 400 to an empty document, as the hosted service does.", negative="")
     ] = False  # fmt: skip
     strict_models: Annotated[
-        bool, Parameter(help="Answer 404 to an unknown model name on every route.", negative="")
+        bool, Parameter(group=APIS, help="Answer 404 to an unknown model name on every route.", negative="")
     ] = False  # fmt: skip
     document_echo: Annotated[
         DocumentEcho,
-        Parameter(help="How /rerank and /v1/rerank return a document: as an object with its text or, for Infinity's "
+        Parameter(group=APIS,
+                  help="How /rerank and /v1/rerank return a document: as an object with its text or, for Infinity's "
                        "clients, as a string."),
     ] = "object"  # fmt: skip
     no_self_test: Annotated[
-        bool, Parameter(help="Skip the self-test at start, which compares scores with known ones.", negative="")
+        bool, Parameter(group=ENGINE,
+                        help="Skip the self-test at start, which compares scores with known ones.", negative="")
     ] = False  # fmt: skip
     ray: Annotated[
         bool,
-        Parameter(help="Run the engines as Ray Serve replicas, on this machine or on the cluster at RAY_ADDRESS.",
+        Parameter(group=ENGINE,
+                  help="Run the engines as Ray Serve replicas, on this machine or on the cluster at RAY_ADDRESS.",
                   negative=""),
     ] = False  # fmt: skip
     replicas: Annotated[
         str,
-        Parameter(help="Number of engines with --ray: a number, a range such as 1-8 that scales with the queue, or "
+        Parameter(group=ENGINE,
+                  help="Number of engines with --ray: a number, a range such as 1-8 that scales with the queue, or "
                        "auto, which scales from one up to the size of the cluster, one per GPU."),
     ] = "auto"  # fmt: skip
-    log_level: Annotated[LogLevel, Parameter(help="Lowest severity to log.")] = "info"
-    log_format: Annotated[LogFormat, Parameter(help="Log plain lines, or one JSON object per line.")] = "human"
-    no_access_log: Annotated[bool, Parameter(help="Do not log a line per request.", negative="")] = False
+    log_level: Annotated[LogLevel, Parameter(group=LOGS, help="Lowest severity to log.")] = "info"
+    log_format: Annotated[LogFormat, Parameter(group=LOGS, help="Log plain lines, or one JSON object per line.")] = (
+        "human"
+    )
+    no_access_log: Annotated[bool, Parameter(group=LOGS, help="Do not log a line per request.", negative="")] = False
     log_texts: Annotated[
-        bool, Parameter(help="Log queries and documents; by default no text of a request is logged.", negative="")
+        bool, Parameter(group=LOGS,
+                        help="Log queries and documents; by default no text of a request is logged.", negative="")
     ] = False  # fmt: skip
     otlp_endpoint: Annotated[
         str | None,
-        Parameter(help="URL of an OpenTelemetry collector (OTLP over HTTP) that receives a span per request, such as "
+        Parameter(group=LOGS,
+                  help="URL of an OpenTelemetry collector (OTLP over HTTP) that receives a span per request, such as "
                        "http://localhost:4318/v1/traces; needs local-rerank[otel]."),
     ] = None  # fmt: skip
 

@@ -35,6 +35,7 @@ from local_rerank.errors import (
     CheckpointError,
     ConfigError,
     DeadlineExceeded,
+    DeviceFailure,
     DocumentTooLong,
     EmptyDocument,
     EmptyQuery,
@@ -212,6 +213,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     TokenRateExceeded: 429,
     DeadlineExceeded: 504,
     ModelUnavailable: 503,
+    DeviceFailure: 503,
     UnusableAfterFork: 503,
     EngineFailure: 500,
     OutOfMemory: 503,  # after retries with half of the batch; it may fit when the device is less busy

@@ -29,8 +29,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_rerank.batch.ray_cluster import require_ray
 from local_rerank.commands.app import kubernetes_variables
+from local_rerank.commands.console import missing_package
 from local_rerank.config import EngineConfig
-from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError
+from local_rerank.errors import CheckpointError, ConfigError, DeviceFailure, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.connections import make_protocol, make_tls_context
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
 MAX_FILES = 65_536  # open file descriptors, which include connections
-CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off
+CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off, or that the GPU can compute no more
 IDLE_CLOSE_SECONDS = 0.5  # for the closing handshake of TLS
 LOOPBACK = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is IPv4 on a socket for both
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,10 +56,10 @@ logger = logging.getLogger(__name__)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve until a signal arrives; returns the exit status, 1 if requests were left unanswered.
+    """Serve until a signal arrives or the GPU fails; returns the exit status, 1 if requests were left unanswered.
 
-    Ends the process itself while the model still loads or computes. Raises ConfigError or CheckpointError if the server
-    cannot start.
+    Ends the process itself while the model still loads or computes, and with status 1 if the GPU failed. Raises
+    ConfigError or CheckpointError if the server cannot start.
     """
     set_up_logging(server_config, passed_over=kubernetes_variables())
     keys = ApiKeys.from_config(server_config)
@@ -77,7 +78,9 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 
 def _end_process(status: int) -> None:
-    """End without Python's teardown, which waits 3 s for a model that loads, and in which torch's threads can abort."""
+    """End without Python's teardown: it waits 3 s for a model that loads, and torch can abort in it, because of its
+    threads or because it frees what was on a GPU that failed.
+    """
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
@@ -86,10 +89,11 @@ def _end_process(status: int) -> None:
 def _serve_on(
     listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys
 ) -> tuple[int, bool]:
-    """Returns the exit status, and whether a thread still loads or runs the model."""
+    """Returns the exit status, and whether a thread still loads or runs the model, or the GPU failed."""
     state = ServerState(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     server = _Server(_uvicorn_config(state, keys, tracing), state)
+    state.on_failure = server.fail
     address = _address(listener, config)
     announce(config, f"listening on {address}, loading the model ...")
     loading = _load_in_background(
@@ -98,6 +102,8 @@ def _serve_on(
     server.run(sockets=[listener])
     if tracing is not None:
         tracing.close()
+    if isinstance(server.failure, DeviceFailure):  # the engine has logged it
+        return 1, True
     if server.failure is not None:
         raise server.failure
     return int(server.cut_off), server.cut_off or loading.is_alive()
@@ -115,7 +121,8 @@ def _load_in_background(
             server.fail(error)
         except Exception as error:
             logger.debug("loading failed", exc_info=error)
-            server.fail(CheckpointError(f"the model cannot be loaded: {type(error).__name__}: {error}"))
+            why = missing_package(error) or f"{type(error).__name__}: {error}"
+            server.fail(CheckpointError(f"the model cannot be loaded: {why}"))
         else:
             server.restore_signal_handlers()
             state.serve(reranker)
@@ -156,7 +163,7 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def fail(self, error: LocalRerankError) -> None:
-        """Stop because the model cannot be loaded; may be called from any thread."""
+        """Stop because the model cannot be loaded or the GPU failed; may be called from any thread."""
         self.failure = error
         self.should_exit = True
 
@@ -187,7 +194,7 @@ class _Server(uvicorn.Server):
         self.state.drain()
         if self.failure is None:
             announce(self.state.config, self._stopping())
-        end = time.monotonic() + self.state.config.drain_seconds
+        end = time.monotonic() + (CUT_OFF_SECONDS if self.failure else self.state.config.drain_seconds)
         while self.state.admission.num_requests and not self.force_exit and time.monotonic() < end:
             await asyncio.sleep(0.05)
         if self.state.admission.num_requests:
@@ -274,6 +281,8 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
 
 def _listen_unix(path: Path) -> socket.socket:
     """Replaces the socket of a dead process, never that of a running one."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("uds is set, but Python has no Unix sockets on this system; set host and port instead")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))

@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from local_rerank import forks
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
-from local_rerank.errors import DeadlineExceeded, ModelUnavailable
+from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.admission import Admission
 from local_rerank_server.config import ServerConfig
@@ -51,6 +51,8 @@ class Ranker(EngineStatus, Protocol):
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None: ...
 
+    def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None: ...
+
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]: ...
 
     def close(self) -> None: ...
@@ -63,6 +65,7 @@ class ServerState:
         self.config = config
         self.started = int(time.time())
         self.draining = False
+        self.on_failure: Callable[[DeviceFailure], None] | None = None  # ends the process
         self._reranker: Ranker | None = None
         self._set_up()
         forks.renew_in_child(self)
@@ -102,12 +105,19 @@ class ServerState:
     def serve(self, reranker: Ranker) -> None:
         """Rank requests with `reranker` from now on."""
         reranker.observe_batches(self.metrics.add_batch)
+        reranker.observe_failure(self.fail)
         self.metrics.set_model(reranker.info)
         self._reranker = reranker
 
     def drain(self) -> None:
         """Refuse new requests; those already admitted are finished."""
         self.draining = True
+
+    def fail(self, error: DeviceFailure) -> None:
+        """Refuse new requests because the GPU failed; the engine answers those already admitted with the error."""
+        self.drain()
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     def close(self) -> None:
         """Close the model and the thread pools; requests still waiting get `ModelUnavailable`."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -64,6 +65,16 @@ def command_line(arguments: list[str], block_pairs: int) -> None:
     from local_rerank.commands.app import main
 
     pytest.MonkeyPatch().setattr(job, "MAX_BLOCK_PAIRS", block_pairs)
+    main(arguments)
+
+
+def command_line_in_pipes(arguments: list[str], input: str, output: str, error: str) -> None:
+    """Run `local-rerank ...` with named pipes or files as its standard streams."""
+    from local_rerank.commands.app import main
+
+    for descriptor, name, flags in ((0, input, os.O_RDONLY), (1, output, os.O_WRONLY), (2, error, os.O_WRONLY)):
+        os.dup2(os.open(name, flags | (os.O_CREAT if descriptor else 0)), descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # multiprocessing has closed it
     main(arguments)
 
 

@@ -1,16 +1,19 @@
-"""The commands `batch` and `compare`: options, output, exit status and kills."""
+"""The command `batch`: options, output, exit status and kills."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,21 @@ import pytest
 from ir_measures import RR, R, nDCG
 
 from local_rerank import Reranker
-from tests.batch.killed import command_line, command_line_at_terminal, start
+from local_rerank.batch import job
+from local_rerank.commands.console import PIPE_CLOSED
+from local_rerank.engine.engine import Engine
+from local_rerank.requests.pair import Pair
+from tests.batch.conftest import WORDS, write_lines
+from tests.batch.killed import command_line, command_line_at_terminal, command_line_in_pipes, start
 from tests.command_line import Done, command
 
 NUM_PAIRS, BLOCK_PAIRS, BROKEN = 240, 40, 230  # of the job that is killed
 CLOSE = 1e-4  # log-odds in fp32, in other batches
-WORDS = "river mountain engine protein market treaty violin harbour glacier senate enzyme orchard".split()
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> list[str]:
     return ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
-
-
-def write_lines(file: Path, records: list[Any]) -> Path:
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return file
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -139,17 +140,6 @@ def test_a_cache_is_shared_between_jobs(rankings: Path, tmp_path: Path, model: l
 # Runs and measures
 
 
-@pytest.fixture
-def collection(tmp_path: Path) -> dict[str, Path]:
-    """Ten queries with five candidates each, one of them relevant."""
-    queries = [f"q{i}\t{WORDS[i]}" for i in range(10)]
-    corpus = [f"d{i}-{j}\t{WORDS[(i + j) % 12]} {i} {j}" for i in range(10) for j in range(5)]
-    run = [f"q{i} Q0 d{i}-{j} {j + 1} {10 - j} first" for i in range(10) for j in range(5)]
-    qrels = [f"q{i} 0 d{i}-{i % 5} 1" for i in range(10)]
-    content = {"queries.tsv": queries, "corpus.tsv": corpus, "first.run": run, "qrels.trec": qrels}
-    return {name.partition(".")[0]: write_lines(tmp_path / name, lines) for name, lines in content.items()}  # type: ignore[arg-type]
-
-
 def orders(file: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in file.read_text().splitlines():
@@ -211,6 +201,11 @@ def test_texts_may_come_from_ir_datasets(collection: dict[str, Path], tmp_path: 
         (["in.jsonl", "--output", "o.xml"], "output is o.xml; it must end in one of .jsonl"),
         (["in.run", "--output", "o.run"], "which needs either --queries and --corpus or --dataset"),
         (["in.run", "--output", "o.run", "--top-k", "0"], "top_k is 0; it must be at least 1"),
+        (["-", "--output", "o.run", "--top-k", "3"], "top_k needs a run, and a run needs a file as input"),
+        (["in.jsonl", "--output", "-", "--qrels", "q"], "qrels measures a file, but output is -"),
+        (["in.jsonl", "--output", "-", "--overwrite"], "overwrite needs a file as output, but output is -"),
+        (["-", "--output", "o.jsonl", "--ray"], "input is -, but workers of --ray need files"),
+        (["in.jsonl", "--output", "o.jsonl", "--output-format", "csv"], "output_format is for standard output (-)"),
     ],
 )
 def test_wrong_options_are_reported_in_one_line_before_any_work(
@@ -224,6 +219,51 @@ def test_wrong_options_are_reported_in_one_line_before_any_work(
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("o.*"))
+
+
+# Standard streams
+
+PIPES = ("input", "output", "error")
+
+
+def piped(arguments: list[str], data: bytes, folder: Path, *, closed: bool = False) -> tuple[int | None, bytes, str]:
+    """Exit status, output and errors of a job between two pipes, of which a closed one is not read."""
+    for name in PIPES[:2]:
+        os.mkfifo(folder / name)
+    process = start(command_line_in_pipes, ["batch", *arguments], *(str(folder / name) for name in PIPES))
+    (folder / "input").write_bytes(data)  # opened by both ends in this order
+    with (folder / "output").open("rb") as stream:
+        output = b"" if closed else stream.read()
+    process.join()
+    errors = (folder / "error").read_text()
+    for name in PIPES:
+        (folder / name).unlink()
+    return process.exitcode, output, errors
+
+
+def test_pipes_carry_what_files_have_and_nothing_else(rankings: Path, tmp_path: Path, model: list[str]) -> None:
+    batch(rankings, "--output", tmp_path / "out.jsonl", "--deterministic", *model)
+    arguments = ["-", "--output", "-", "--deterministic", *model]
+    status, output, errors = piped(arguments, gzip.compress(rankings.read_bytes()), tmp_path)
+    assert (status, output) == (0, (tmp_path / "out.jsonl").read_bytes())
+    for said in ("standard input:3: not JSON", "standard input:8: ", "standard output: 6 rows, 18 pairs"):
+        assert said in errors
+    pairs = b"document\tquery\n" + b"d\tq\n" * 3000
+    status, output, errors = piped([*arguments, "--output-format", "csv", "--quiet"], pairs, tmp_path)
+    assert (status, errors, output.count(b"\n")) == (0, "", 3001)
+    assert piped(arguments, pairs, tmp_path, closed=True)[0] == PIPE_CLOSED
+
+
+def test_a_job_resumes_from_standard_input_only_if_it_gets_the_same(
+    tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for text in (b"query,document\nq,a\n", b"query,document\nq,a\n", b"query,document\nq,b\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+        said.append(command("batch", "-", "--output", str(tmp_path / "out.csv"), *model))
+    assert [done.returncode for done in said] == [0, 0, 1]
+    assert "1 rows, 1 pairs (was complete)" in said[1].stdout
+    assert "was started with input standard input (19 bytes, SHA-256 " in said[2].stderr
 
 
 # Kills
@@ -255,80 +295,35 @@ def test_a_job_killed_twice_scores_every_pair_once(tmp_path: Path, model: list[s
     assert (reject["number"], reject["content"]) == (BROKEN + 1, "{broken")
 
 
+def test_a_gpu_that_fails_stops_the_job_in_one_line_and_the_same_command_goes_on(
+    rankings: Path, tmp_path: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "MAX_BLOCK_PAIRS", 6)
+    output, scored = tmp_path / "out.jsonl", Engine.score
+    passes: list[int] = []
+    failures: list[int] = []
+
+    def failing(engine: Engine, pairs: Sequence[Pair]) -> list[float]:
+        passes.append(len(pairs))
+        if sum(passes) > 12:  # two blocks or more
+            failures.append(len(pairs))
+            raise RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+        return scored(engine, pairs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "score", failing)
+        patch.setattr(Engine, "is_alive", lambda engine: False)
+        stopped = command("batch", str(rankings), "--output", str(output), "--quiet", *model)
+    assert stopped.returncode == 1
+    says = (
+        "the job stopped: cpu failed: RuntimeError: CUDA error: device-side assert triggered; this process cannot use"
+    )
+    assert says in stopped.stderr
+    assert re.search(r"the same command goes on after [2-5] records$", stopped.stderr)
+    assert len(failures) == 1, "nothing is tried after that"
+    batch(rankings, "--output", output, "--quiet", *model)
+    assert [row["id"] for row in read_lines(output)] == list(range(6))
+
+
 def num_lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-# Compare
-
-
-def better_run(collection: dict[str, Path], folder: Path) -> Path:
-    """Write a run with the relevant document first, except for q1, where it is last."""
-    lines = []
-    for i in range(10):
-        right = f"d{i}-{i % 5}"
-        others = [f"d{i}-{j}" for j in range(5) if j != i % 5]
-        order = [*others, right] if i == 1 else [right, *others]
-        lines += [f"q{i} Q0 {name} {rank} {-rank} better" for rank, name in enumerate(order, 1)]
-    return write_lines(folder / "better.run", lines)  # type: ignore[arg-type]
-
-
-def test_compare_counts_wins_and_tests_significance(collection: dict[str, Path], tmp_path: Path) -> None:
-    better = better_run(collection, tmp_path)
-    runs = [str(collection["first"]), str(better)]
-    done = command("compare", *runs, "--qrels", str(collection["qrels"]), "--json")
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    qrels = list(ir_measures.read_trec_qrels(str(collection["qrels"])))
-    for system, file in zip(told["systems"], runs, strict=True):
-        expected = ir_measures.calc_aggregate([nDCG @ 10, RR], qrels, ir_measures.read_trec_run(file))
-        assert {name: system["mean"][name] for name in ("nDCG@10", "RR")} == pytest.approx(
-            {str(name): value for name, value in expected.items()}
-        )
-    by_measure = {comparison["measure"]: comparison for comparison in told["comparisons"]}
-    assert {"nDCG@10", "RR", "AP", "R@10", "R@100"} <= by_measure.keys()
-    comparison = by_measure["nDCG@10"]
-    assert (comparison["wins"], comparison["losses"], comparison["ties"]) == (7, 1, 2)
-    assert comparison["p_value"] < 0.05
-    assert by_measure["R@100"]["p_value"] == 1.0  # both have every document
-    assert set(comparison["differences"]) == {f"q{i}" for i in range(10)}
-    assert (told["left_out"], told["tie_rule"][:12]) == ([], "equal scores")
-    same = json.loads(command("compare", runs[0], runs[0], "--qrels", str(collection["qrels"]), "--json").stdout)
-    assert {each["p_value"] for each in same["comparisons"]} == {1.0}
-
-
-def test_c15_compare_prints_a_table_with_its_rule_for_ties_and_draws_a_plot(
-    collection: dict[str, Path], tmp_path: Path
-) -> None:
-    far = tmp_path / ("a-long-name" * 9)  # two such paths are wider than the terminal
-    far.mkdir()
-    better, plot, first = better_run(collection, far), tmp_path / "plot.svg", collection["first"].rename(far / "a.run")
-    done = command(
-        "compare", str(first), str(better), "--qrels", str(collection["qrels"]), "--queries",
-        str(collection["queries"]), "--plot", str(plot), "--measure", "RR",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("RR ")]
-    assert row[4:7] == ["7", "1", "2"]
-    assert 0 < float(row[7]) < 1
-    said = " ".join(done.stdout.split())
-    assert "10 judged queries; equal scores in a run keep the order of its lines" in said
-    assert WORDS[1] in done.stdout  # the query that lost, by its text
-    texts = [text.text or "" for text in ET.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
-    assert any(text.endswith("7 wins, 1 losses") for text in texts)
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (["--plot", "a.gif"], "it must end in one of .svg, .png, .pdf"),
-        (["--measure", "nonsense"], "measure is 'nonsense', which ir-measures cannot compute; try nDCG@10 or RR"),
-        (["--measure", "alpha_nDCG@10"], "measure is 'alpha_nDCG@10', which ir-measures cannot compute"),
-        (["--plot", "no/a.svg"], "plot is no/a.svg; there is no folder no"),
-    ],
-)
-def test_wrong_options_of_compare_are_named(collection: dict[str, Path], more: list[str], says: str) -> None:
-    run = str(collection["first"])
-    done = command("compare", run, run, "--qrels", str(collection["qrels"]), *more)
-    assert done.returncode in (1, 2)
-    assert says in done.stderr

@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
         grown.append(receive.recv())
         process.join()
     assert (tmp_path / "large.jsonl").stat().st_size > 15_000_000
-    assert grown[1] - grown[0] < 5_000_000
+    assert grown[1] - grown[0] < 8_000_000  # Python 3.13: 5.1 MB, and 5.5 MB for four times as many rows
 
 
 def test_blocks_have_bounded_pairs_and_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

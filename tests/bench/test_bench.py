@@ -5,6 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,10 +20,12 @@ from rich.console import Console
 
 from local_rerank import Reranker, __version__
 from local_rerank.bench.flops import DecoderShape, useful_flops
-from local_rerank.bench.measure import Agreement, TargetResult, WorkloadResult, kendall_tau
+from local_rerank.bench.measure import Agreement, Measurement, TargetResult, WorkloadResult, kendall_tau
 from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
+from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
+from local_rerank.commands.console import INTERRUPTED
 from local_rerank.types import RerankRequest
 from tests.command_line import command
 
@@ -100,6 +110,46 @@ def test_bench_prints_tables(tiny_checkpoint: Path) -> None:
     assert "Kendall's tau" in done.stdout
 
 
+def test_ctrl_c_prints_what_was_measured_and_a_bar_shows_the_rounds(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--workload", "titles", "--workload", "rag", "--rounds", "1000", "--skip-start", "--json"]
+    model = ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32", "--threads", "1"]
+    terminal, theirs = pty.openpty()
+    output = tmp_path / "report"
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "local_rerank", "bench", *options, *model],
+            stdout=stream, stderr=theirs, env=os.environ | {"COLUMNS": "200", "TERM": "xterm"},
+        )  # fmt: skip
+    os.close(theirs)
+    shown, is_sent = b"", False
+    with suppress(OSError):  # which ends the reading of a terminal that nobody writes to
+        while more := os.read(terminal, 65536):
+            shown += more
+            if not is_sent and re.search(rb"titles: local-rerank fp32, round ([3-9]|\d\d+) of 1000", shown):
+                process.send_signal(signal.SIGINT)
+                is_sent = True
+    os.close(terminal)
+    assert process.wait(60) == INTERRUPTED, shown
+    assert re.search(rb"about [\d.]+ (s|min|h) for 2 workloads, 1000 rounds and the reference; Ctrl-C", shown)
+    assert b"interrupted; these results are incomplete" in shown
+    report = json.loads(output.read_bytes())
+    assert report["interrupted"]
+    (titles,) = report["workloads"]
+    assert len(titles["rows"][0]["seconds"]) >= 2
+    assert titles["rows"][0]["agreement"] is None
+
+
+def test_the_estimate_is_close_to_the_time_taken(tiny_reranker: Reranker) -> None:
+    target = RerankerTarget("ours", tiny_reranker, "", None)
+    measurement = Measurement(WORKLOADS["passages"], [target], reference=None, rounds=2)
+    pace = measurement.pace(target)
+    seconds = measurement.estimate({"ours": pace})
+    assert measurement.result is None
+    start = time.perf_counter()
+    measurement.run()
+    assert seconds / 10 < time.perf_counter() - start < 10 * seconds  # both are measured beside other work
+
+
 def test_c18_tables_of_large_figures_fit_in_80_columns() -> None:
     row = TargetResult(
         system="local-rerank fp32", seconds=(12345.6,), pairs_per_second=12345.6, tokens_per_second=9876543.2,
@@ -128,6 +178,7 @@ def test_c18_tables_of_large_figures_fit_in_80_columns() -> None:
     [
         (["--rounds", "0"], "rounds is 0; it must be at least 1"),
         (["--shape", "qwen3-reranker-1b"], "shape is 'qwen3-reranker-1b'; it must be one of qwen3-reranker-0.6b"),
+        (["--model", "./nowhere"], "model './nowhere' is no folder or bundle"),
         (["--weights", "folder"], "weights is a folder for random weights, so it needs --shape"),
     ],
 )

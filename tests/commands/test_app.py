@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from local_rerank import EngineConfig, Reranker, __version__
 from local_rerank.commands.app import kubernetes_variables, option_names, serve_options
+from local_rerank.commands.console import missing_package
 from local_rerank.engine.cpu.process_setup import CACHE_VARIABLES, OPENMP_VARIABLES
 from local_rerank_server.config import ServerConfig
 from tests.command_line import Done, command
@@ -114,6 +116,17 @@ def test_a_process_exits_with_that_line(arguments: tuple[str, ...], variables: d
     check_error(run(*arguments, **variables), words)
 
 
+def test_a_missing_torch_is_one_line_that_says_how_to_install_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    done = run("rank", "q", "d", PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    check_error(done, f"No module named 'torch', in the Python at {sys.executable}; install the build for this machine")
+
+
+def test_a_missing_package_that_is_ours_is_a_fault_and_keeps_its_traceback() -> None:
+    assert "pip check" in missing_package(ImportError("No module named 'x'", name="x"))
+    assert missing_package(ImportError("No module named 'y'", name="local_rerank.y")) == ""
+
+
 def check_error(done: Done | subprocess.CompletedProcess[str], words: str) -> None:
     assert done.returncode in (1, 2)
     assert words in done.stderr
@@ -200,6 +213,46 @@ def test_c16_a_usage_error_of_serve_is_json(arguments: tuple[str, ...], variable
     error = json.loads(run_here("serve", *arguments, **variables).stderr)
     assert words in error["message"]
     assert error["level"] == "CRITICAL"
+
+
+def test_serve_shows_the_ten_options_that_matter_first() -> None:
+    done = run_here("serve", "--help")
+    first = "model device dtype threads instruction host port api-key api-key-file insecure"
+    assert re.findall(r"^│ --([\w-]+)", done.stdout, re.MULTILINE)[:10] == first.split()
+    assert re.findall(r"^╭─ ([\w, ]+) ─", done.stdout, re.MULTILINE)[:2] == ["Model", "Address and keys"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_commands_and_options(shell: str) -> None:
+    script = run_here("completion", shell).stdout
+    for name in ("serve", "batch", "api-key-file", "top-n", "fp32"):
+        assert name in script, name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["b"], {"batch", "bench"}),
+        (["rank", "--ser"], {"--server"}),
+        (["serve", "--dtype", "fp"], {"fp32", "fp16", "fp8"}),
+        (["batch", "in"], {"in.jsonl"}),
+        (["serve", "--model", "in"], {"in.jsonl"}),
+    ],
+)
+def test_bash_completes(words: list[str], expected: set[str], tmp_path: Path) -> None:
+    """The last case and the one before need readline: `-o default` completes files where the script offers nothing."""
+    (tmp_path / "in.jsonl").touch()
+    (tmp_path / "script").write_text(run_here("completion", "bash").stdout, encoding="utf-8")
+    line = " ".join(map(repr, ["local-rerank", *words]))
+    program = (
+        f"source ./script; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _local_rerank\n"
+        '[[ ${COMPREPLY[*]} ]] || { complete -p local-rerank | grep -q " -o default " && '
+        f"COMPREPLY=($(compgen -f -- {words[-1]})); }}\n"
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected
+    assert done.stderr == ""
 
 
 def test_version_prints_the_version_of_the_package() -> None:

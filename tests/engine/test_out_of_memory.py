@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,17 @@ from transformers import Qwen3Config, Qwen3Model
 
 from local_rerank import Reranker
 from local_rerank.engine.cuda import prepare as cuda
+from local_rerank.engine.decoder import ATTENTION_NAME, TransformersDecoder, register_attention
 from local_rerank.engine.engine import Engine
-from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, fitted_budget
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.out_of_memory import (
+    MIN_BATCH_TOKENS,
+    LayerShape,
+    bytes_per_token,
+    fitted_budget,
+    is_out_of_memory,
+)
+from local_rerank.engine.packing import pack
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
 
@@ -57,20 +67,41 @@ def test_the_budget_grows_with_memory_and_stays_within_it(free: int, element_siz
     assert budget == MIN_BATCH_TOKENS or budget * per_token <= free
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that `run` allocates at a time."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = recorded.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("widths", [{"intermediate_size": 64, "head_dim": 128}, {"intermediate_size": 2048}])
-def test_the_estimate_covers_the_peak_of_a_plain_pass_and_is_not_far_above(widths: dict[str, int]) -> None:
+def test_the_estimate_covers_the_peak_of_a_plain_pass_and_is_not_far_above(
+    widths: dict[str, int], dtype: torch.dtype
+) -> None:
     """The widest part is attention, then the MLP. The estimate also covers buffers of the GPU's attention kernels."""
     config = Qwen3Config(
         vocab_size=100, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         **{"head_dim": 32} | widths,
     )  # fmt: skip
-    model = Qwen3Model(config).to(torch.bfloat16).eval()
+    model = Qwen3Model(config).to(dtype).eval()
     ids = torch.ones(1, 1000, dtype=torch.int64)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        model(ids, use_cache=False, attention_mask={"full_attention": None})
-    events = recorded.profiler.kineto_results.events()
-    peak = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-    assert peak < 1000 * bytes_per_token(LayerShape.of(config), 2) < 2.2 * peak
+    peak = peak_bytes(lambda: model(ids, use_cache=False, attention_mask={"full_attention": None}))
+    assert peak < 1000 * bytes_per_token(LayerShape.of(config), dtype.itemsize) < 2.2 * peak
+
+
+def test_the_estimate_covers_a_pass_with_sdpa_in_which_many_documents_share_a_long_prefix() -> None:
+    """SDPA copies the keys of the prefix for each document, and a key head for each of its eight query heads."""
+    config = Qwen3Config(
+        vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=1,
+        head_dim=64, intermediate_size=64, attn_implementation=ATTENTION_NAME,
+    )  # fmt: skip
+    register_attention()
+    decoder, row = TransformersDecoder(Qwen3Model(config).eval()), KERNELS["sdpa"]
+    batch = pack([Pair.of((1,) * 400, (2,) * 4)] * 100)
+    peak = peak_bytes(lambda: decoder(batch, row, row.layout(batch, False), lambda: row.layout(batch, True)))
+    assert peak < batch.num_tokens * bytes_per_token(LayerShape.of(config), 4) < 2.2 * peak
 
 
 @pytest.fixture
@@ -94,6 +125,46 @@ def test_running_out_of_memory_raises_a_typed_error_and_the_engine_goes_on(engin
     assert isinstance(caught.value, EngineFailure)
     engine.kernel = kernel
     assert engine.score(BATCH) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_every_text_of_the_error_becomes_the_typed_one(engine: Engine, text: str) -> None:
+    def failing(*_: object) -> torch.Tensor:
+        raise RuntimeError(text)
+
+    engine.kernel = replace(engine.kernel, attend=failing)
+    with pytest.raises(OutOfMemory):
+        engine.score(BATCH)
+
+
+def test_an_error_behind_the_error_counts_and_a_long_or_circular_chain_ends() -> None:
+    def chain(*errors: BaseException) -> BaseException:
+        for error, behind in pairwise(errors):
+            error.__context__ = behind
+        return errors[0]
+
+    capture = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert is_out_of_memory(chain(capture, KeyError(), torch.OutOfMemoryError("CUDA out of memory")))
+    caused = ValueError("compilation failed")
+    caused.__cause__ = RuntimeError("CUDA driver error: out of memory")
+    assert is_out_of_memory(caused)
+    assert not is_out_of_memory(chain(*(RuntimeError(str(number)) for number in range(1000))))
+    first = RuntimeError("CUDA error: an illegal memory access was encountered")
+    first.__context__, first.__cause__ = RuntimeError(), RuntimeError("out of resource: shared memory")
+    first.__context__.__context__ = first
+    assert not is_out_of_memory(first)
 
 
 def test_any_other_error_passes_through(engine: Engine) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from local_rerank.engine import attention
 from local_rerank.engine.kernel_table import KERNELS, choose_kernel
-from local_rerank.engine.packing import pack
+from local_rerank.engine.packing import block_bytes, pack, stage, views
 from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair, num_batch_tokens
 
@@ -42,6 +47,20 @@ def test_a_batch_holds_each_prefix_once_and_every_document(pairs: list[Pair]) ->
     assert seen == {i: (pair.prefix_ids, pair.document_ids) for i, pair in enumerate(pairs)}
 
 
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_a_block_holds_its_tensors_padded_and_aligned(sizes: list[int]) -> None:
+    kinds = [torch.int64, torch.int32, torch.bool]
+    tensors = [torch.ones(size, 3, dtype=kinds[number % 3]) for number, size in enumerate(sizes)]
+    fields = [((size + number % 2, 3), kinds[number % 3]) for number, size in enumerate(sizes)]
+    block = stage(tensors, fields, pinned=False)
+    assert len(block) == block_bytes(fields)
+    for copied, tensor in zip(views(block, fields), tensors, strict=True):
+        assert torch.equal(copied[: len(tensor)], tensor)
+        assert not copied[len(tensor) :].any()
+        assert copied.dtype == tensor.dtype
+        assert copied.storage_offset() * copied.itemsize % 16 == 0
+
+
 def agrees_with_dense(kernel: str, pairs: list[Pair], *, last_tokens_only: bool, seed: int = 0) -> bool:
     """Whether a kernel computes what the dense one computes, on random queries, keys and values."""
     torch.manual_seed(seed)
@@ -61,6 +80,28 @@ def test_each_kernel_agrees_with_the_dense_one(
     kernel: str, last_tokens_only: bool, pairs: list[Pair], seed: int
 ) -> None:
     assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, seed=seed)
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+def test_sdpa_is_called_with_what_fused_kernels_take(last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many key heads as query heads, else a GPU stores all logits; few keys and rows of a mask at a time."""
+    pairs = [Pair.of((1,) * 9, (2,) * length) for length in (1, *[2] * 20, 11)]
+    batch, sdpa, calls = pack(pairs), F.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append((q.shape[1] == k.shape[1] == v.shape[1], k.shape[0] * k.shape[2], options))
+        return sdpa(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "QUERIES_PER_CALL", 4)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    assert agrees_with_dense("sdpa", pairs, last_tokens_only=last_tokens_only)
+    *calls, (*_, dense) = calls
+    assert dense["enable_gqa"]
+    for has_equal_heads, num_keys, options in calls:
+        assert has_equal_heads
+        assert num_keys <= batch.num_tokens
+        assert not options.get("enable_gqa")
+        assert (mask := options.get("attn_mask")) is None or mask.shape[0] <= 4
 
 
 def test_auto_takes_the_first_kernel_that_runs_and_others_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

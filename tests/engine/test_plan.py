@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from local_rerank import EngineConfig
 from local_rerank.checkpoints.find import Checkpoint, open_checkpoint
 from local_rerank.engine.cpu import choices
-from local_rerank.engine.plan import LoadPlan, Platform, make_plan
+from local_rerank.engine.plan import LoadPlan, Platform, choose_device, make_plan
 from local_rerank.errors import ConfigError
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -28,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, C
 
 
 def plan_on_cpu(checkpoint: Checkpoint, preferred: torch.dtype, **options: object) -> LoadPlan:
-    platform = Platform(lambda: (preferred, "measured"), max_batch_tokens=100)
+    platform = Platform(lambda _: (preferred, "measured"), max_batch_tokens=100)
     return make_plan(EngineConfig(device="cpu", **options), checkpoint, {"cpu": platform})  # type: ignore[arg-type]
 
 
@@ -83,6 +84,40 @@ def test_a_cpu_with_slow_bf16_computes_in_fp32(
     assert not plan.pads_attention
     assert plan.products[-2:] == ("fp32", "attention fp32")
     assert (plan.values, plan.routes_fp32) == (None, False)
+
+
+NO_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by ..."
+
+
+@pytest.mark.parametrize(
+    ("cuda", "num_gpus", "device", "says"),
+    [
+        (
+            None,
+            0,
+            "cuda",
+            f"'cuda', but torch {torch.__version__} is a build without CUDA; install a build with CUDA (h",
+        ),
+        ("13.0", 0, "cuda:0", "sees no GPU: The NVIDIA driver on your system is too old (found version 11040); n"),
+        ("13.0", 2, "cuda:2", "device is 'cuda:2'; torch sees cuda:0, cuda:1"),
+    ],
+)
+def test_a_missing_gpu_raises_an_error_that_says_why_torch_sees_none(
+    cuda: str | None, num_gpus: int, device: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        raise RuntimeError(NO_DRIVER)
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        choose_device(device)
+    if not num_gpus:
+        chosen, why = choose_device("auto")
+        assert chosen.type == "cpu"
+        assert says.split("; ")[0].removeprefix("'cuda', but ") in why
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 
@@ -45,7 +47,7 @@ class CountedEngine:
         if num_tokens > self.memory or HUGE in firsts:
             raise OutOfMemory(num_tokens=num_tokens)
         if FAILING in firsts:
-            raise RuntimeError("a kernel failed")
+            raise RuntimeError("a kernel failed\nCompile with TORCH_USE_CUDA_DSA")
         return [math.nan if first == NAN else float(first) for first in firsts]
 
 
@@ -77,9 +79,9 @@ Start = Callable[..., tuple[Worker, CountedEngine]]
 def start() -> Iterator[Start]:
     made: list[tuple[Worker, CountedEngine]] = []
 
-    def start(gpu: Gpu | None = None, **options: int) -> tuple[Worker, CountedEngine]:
+    def start(gpu: Gpu | None = None, **options: Any) -> tuple[Worker, CountedEngine]:
         engine, limits = gpu or CountedEngine(), {"max_batch_tokens": BUDGET, "max_queued_tokens": 500_000} | options
-        made.append((Worker(engine.score, **limits, launch=None if gpu is None else gpu.launch), engine))  # type: ignore[arg-type]
+        made.append((Worker(engine.score, **limits, launch=None if gpu is None else gpu.launch), engine))
         return made[-1]
 
     yield start
@@ -121,6 +123,13 @@ def submit_and_hold(worker: Worker, engine: CountedEngine) -> None:
 def submit_without_end(worker: Worker) -> None:
     while True:
         worker.submit(pending(3, 30))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def log_odds(request: PendingRequest) -> dict[int, float]:
@@ -303,17 +312,19 @@ def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(
 
 def test_a_gpu_gets_the_next_batch_before_the_scores_of_the_running_one_are_fetched(start: Start) -> None:
     gpu = Gpu()
-    worker, _ = start(gpu, max_batch_tokens=100)
-    gpu.gate.clear()
+    worker, _ = start(gpu, clock=itertools.count(step=3e-4).__next__)  # a batch takes about a millisecond
     submit(worker, first := pending(1, 10))
-    while gpu.log != ["launched batch of 1"]:
-        time.sleep(0.001)
-    submit(worker, second := pending(2, 20), third := pending(3, 30))
+    log_odds(first)
+    gpu.gate.clear()
+    submit(worker, running := pending(2, 20))
+    until(lambda: len(gpu.log) == 3)
+    submit(worker, ahead := pending(3, 30))  # while the worker waits
+    until(lambda: len(gpu.log) == 4)
+    submit(worker, *(late := [pending(4, 40), pending(5, 50)]))
     gpu.gate.set()
-    assert [log_odds(request) for request in (first, second, third)] == [{0: 10.0}, {0: 20.0}, {0: 30.0}]
-    assert gpu.log[:2] == ["launched batch of 1", "fetched batch of 1"], "no other batch was queued"
-    assert gpu.log[2:4] == ["launched batch of 1", "launched batch of 1"]
-    assert len(gpu.log) == 6
+    assert [log_odds(request)[0] for request in (running, ahead, *late)] == [20.0, 30.0, 40.0, 50.0]
+    assert gpu.log[2:5] == ["launched batch of 1", "launched batch of 1", "fetched batch of 1"]
+    assert "launched batch of 2" in gpu.log[5:]
 
 
 @pytest.mark.parametrize("computes_at_launch", [False, True])

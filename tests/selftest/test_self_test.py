@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
 from local_rerank.selftest.machine_report import MachineProperty, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
+from tests.engine.cuda.test_choices import H200, V100, gpus
 from tests.reference import ModelCard
 from tests.serving import WAIT_SECONDS, started
 from tests.tiny_checkpoints import make_checkpoint
@@ -195,8 +197,23 @@ def test_each_damage_is_diagnosed_with_and_without_known_scores(
     damage(reranker)
     after = self_test(reranker)
     assert after.fault == fault, after
-    with pytest.raises(CheckpointError, match=f"the self-test failed: {fault}: "):
+    remedy = ".* use --dtype fp32" if damage is overflow_fp16 else ""
+    with pytest.raises(CheckpointError, match=f"the self-test failed: {fault}: {remedy}"):
         require_self_test(reranker)
+
+
+@pytest.mark.parametrize("checkpoint", ["known", "unknown"])
+def test_a_16_bit_model_that_is_right_in_fp32_needs_fp32(
+    checkpoint: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Reranker(str(request.getfixturevalue(checkpoint)), device="cpu", dtype="fp16", threads=1) as reranker:
+        reranker.engine.head.neg_()  # finite scores that are wrong, as after an overflow
+        outcome = self_test(reranker)
+        monkeypatch.setattr("local_rerank.selftest.self_test.MAX_RELOADED_PARAMETERS", 0)
+        too_large = self_test(reranker)
+    assert (outcome.fault, "in fp16 but correct in fp32" in outcome.detail) == ("wrong dtype", True)
+    assert too_large.fault == ("other scores" if checkpoint == "known" else "no reranker")
+    assert too_large.detail.endswith("fp16 is too inexact for this model: try --dtype fp32")
 
 
 def test_the_scores_match_the_model_cards_code(known: Path) -> None:
@@ -238,7 +255,7 @@ def test_weights_rounded_on_disk_are_diagnosed_as_a_wrong_dtype(known: Path, tmp
 
 
 def test_a_model_that_needs_fp32_is_diagnosed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda: (torch.bfloat16, "for the test"))
+    native_bf16 = dataclasses.replace(PLATFORMS["cpu"], preferred_dtype=lambda _: (torch.bfloat16, "for the test"))
     monkeypatch.setitem(PLATFORMS, "cpu", native_bf16)
     monkeypatch.setitem(TOLERANCE, "bf16", 0.01)  # these weights' log-odds move by three to six percent of their spread
     with Reranker(device="cpu", dtype="bf16", threads=1, attention="dense") as reranker:
@@ -306,7 +323,7 @@ def test_a_server_whose_self_test_fails_exits_and_names_the_fault(other: Path, t
         assert "ready: " not in server.output
 
 
-def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None:
+def test_each_part_of_the_machine_says_what_would_be_faster(known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores = psutil.cpu_count(logical=False)
     with Reranker(str(known), **EXACT, attention="sdpa") as reranker:
         info, checkpoint = reranker.info, reranker.checkpoint
@@ -320,13 +337,16 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path) -> None
     assert best.kernel.faster == "nothing"
     assert best.threads.faster.startswith("more cores" if usable == cores else "a wider limit: ")
     rounding = describe(dataclasses.replace(info, dtype="bf16", compute_dtype="bf16"), checkpoint).dtype.faster
-    native = PLATFORMS["cpu"].preferred_dtype()[0] == torch.bfloat16
+    native = PLATFORMS["cpu"].preferred_dtype(None)[0] == torch.bfloat16
     assert rounding == ("nothing" if native else "--dtype fp32: this device multiplies it faster")
     assert machine.dtype.faster.startswith("--dtype bf16" if native else "--dtype int8")
     widened = describe(dataclasses.replace(info, dtype="bf16"), checkpoint).dtype
     assert widened.value == "bf16 weights, multiplied in fp32"
     embedded = dataclasses.replace(checkpoint, model_id=EMBEDDED_MODEL)
     assert describe(info, embedded).dtype.faster.startswith("nothing")
+    for gpu, faster in ((H200, "--device cuda: .* a GPU, NVIDIA H200"), (V100, "torch .* no kernels for")):
+        gpus(monkeypatch, gpu)
+        assert re.match(faster, describe(info, checkpoint).device.faster)
 
 
 def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path) -> None:

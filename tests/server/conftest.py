@@ -13,6 +13,7 @@ import pytest
 from httpx2 import ASGITransport, AsyncClient
 
 from local_rerank import EngineConfig, Reranker, RerankRequest, RerankResult
+from local_rerank.errors import DeviceFailure
 from local_rerank.requests.worker import BatchReport
 from local_rerank.types import ModelInfo
 from local_rerank_server.app import create_app
@@ -64,6 +65,9 @@ class HeldRanker:
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
         self.observer = observer
+
+    def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None:
+        self.on_failure = observer
 
     def retry_after(self) -> float:
         return 2.5

@@ -1,5 +1,7 @@
 """`local-rerank serve` whose model blocks while a file exists, and prints the number of pairs of each forward pass.
 
+With any text in the file the device has failed for good.
+
 python -m tests.server.held_server FILE [options of serve]
 """
 
@@ -22,10 +24,16 @@ def held_score(self: Engine, pairs: Sequence[Pair]) -> list[float]:
     sys.stdout.write(f"forward {len(pairs)}\n")
     sys.stdout.flush()
     while HELD_BY.exists():
+        if not is_alive(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
         time.sleep(0.01)
     return real_score(self, pairs)
 
 
+def is_alive(self: Engine) -> bool:
+    return not (HELD_BY.exists() and HELD_BY.read_text())
+
+
 if __name__ == "__main__":
-    Engine.score = held_score  # type: ignore[method-assign]
+    Engine.score, Engine.is_alive = held_score, is_alive  # type: ignore[method-assign]
     main(["serve", *sys.argv[2:]])

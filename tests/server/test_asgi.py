@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ import pytest
 from httpx2 import ASGITransport, AsyncClient, Client, ConnectError
 
 from local_rerank import Reranker
-from local_rerank.errors import ConfigError, UnusableAfterFork
+from local_rerank.errors import ConfigError, DeviceFailure, UnusableAfterFork
 from local_rerank_server import asgi
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
@@ -121,6 +122,18 @@ def test_gunicorn_without_preload(
         monkeypatch.setenv(f"LOCAL_RERANK_{name}", value)
     with gunicorn(tmp_path / "log", 1) as server:
         check(server, tiny_reranker, num_workers=1)
+
+
+def test_a_gpu_that_fails_stops_the_worker_so_that_its_supervisor_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RERANK_INSECURE", "true")
+    monkeypatch.setattr(asgi, "AsyncReranker", lambda config: None)
+    app, sent = asgi.create(), list[tuple[int, int]]()
+    monkeypatch.setattr(os, "kill", lambda *arguments: sent.append(arguments))
+    app.state.server.fail(DeviceFailure("cuda:0 failed"))  # type: ignore[attr-defined]
+    assert app.state.server.status == "draining"  # type: ignore[attr-defined]
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(

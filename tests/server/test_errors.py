@@ -35,6 +35,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.Overloaded("full", retry_after=1.2),
         library_errors.DeadlineExceeded(timeout_ms=60_000),
         library_errors.ModelUnavailable("loading"),
+        library_errors.DeviceFailure("cuda:0 failed"),
         library_errors.UnusableAfterFork("the model is on cuda:0"),
         library_errors.EngineFailure("the model failed"),
         library_errors.OutOfMemory(num_tokens=2048),

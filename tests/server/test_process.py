@@ -205,6 +205,33 @@ def test_b3_a_second_signal_or_the_drain_timeout_answers_503(
         assert "Traceback" not in server.output
 
 
+def test_a_gpu_that_fails_for_good_answers_503_and_ends_the_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with held(tmp_path, tiny_checkpoint) as (server, hold, client), ThreadPoolExecutor() as pool:
+        hold.touch()
+        asked = [pool.submit(client.post, NATIVE, json=body())]
+        server.wait_for("forward 1\n")
+        asked.append(pool.submit(client.post, "/v2/rerank", json=body()))
+        until(lambda: "local_rerank_queued_requests 1" in client.get("/metrics").text)
+        with server.connect() as connection:  # a client that still sends its body
+            content = json.dumps(body())
+            head = f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall((head + content[:-1]).encode())
+            until(lambda: "local_rerank_requests_in_flight 4" in client.get("/metrics").text)  # with this one
+            hold.write_text("failed")
+            answers = [each.result(WAIT_SECONDS) for each in asked]
+            assert (client.get("/ready").status_code, client.get("/health").status_code) == (503, 200)
+            assert status_of(exchange(connection, b"}")) == 503
+        assert server.process.wait(WAIT_SECONDS) == 1
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert answers[0].json()["code"] == "ModelUnavailable"
+    failed = "cpu failed: RuntimeError: CUDA error: an illegal memory access was encountered; this process cannot use"
+    assert answers[1].json()["message"].startswith(failed)
+    (line,) = (line for line in server.output.splitlines() if " CRITICAL " in line)
+    assert failed in line
+    assert line.endswith(f"; requests: {answers[0].headers['x-request-id']}")
+    assert "Traceback" not in server.output
+
+
 def test_b4_c16_a_unix_socket_a_root_path_a_key_and_json_logs_work_together(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -241,6 +268,11 @@ def test_what_another_process_puts_at_the_sockets_path_is_not_removed(tmp_path: 
         path.write_text("theirs")
         server.stop()
     assert path.read_text() == "theirs"
+
+
+def test_a_system_without_unix_sockets_refuses_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "AF_UNIX")  # as on Windows
+    assert_one_line("serve", "--uds", str(tmp_path / "socket"), says="Python has no Unix sockets")
 
 
 def test_a_regular_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 from httpx2 import Client
 
-from local_rerank import Reranker
+from local_rerank import EngineConfig, Reranker
+from local_rerank.errors import DeviceFailure, ModelUnavailable
 from tests.command_line import command
 from tests.server.conftest import Serve
 from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, options, started, until
@@ -157,6 +160,22 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
     assert "the replica died" in server.output  # it had work when it died, and that work was sent on
     for number, (_, answer) in enumerate(answers):
         assert log_odds(answer) == pytest.approx(expected(tiny_reranker, request(number, 300)), abs=TOLERANCE)
+
+
+def test_a_replica_whose_gpu_fails_ends_and_its_requests_are_sent_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from local_rerank_server.ray_serve import replica
+
+    ended: list[int] = []
+    engine = mock.Mock()
+    monkeypatch.setattr("local_rerank.Reranker", lambda config: engine)
+    monkeypatch.setattr(replica, "configure_process", lambda: None)  # this one is pytest's, and Ray runs elsewhere
+    monkeypatch.setattr(replica, "_stay_on_loopback", lambda: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    replica.EngineReplica(EngineConfig(), self_test=False)
+    ((observer,), _) = engine.observe_failure.call_args
+    observer(DeviceFailure("cuda:0 failed"))
+    assert ended == [1]
+    assert issubclass(DeviceFailure, ModelUnavailable), "which RemoteReranker tries again if an answer comes at all"
 
 
 def test_sigterm_lets_accepted_requests_finish_and_leaves_no_process(server: Server) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from local_rerank.engine.packing import PackedBatch, ranges
 
-QUERIES_PER_TILE = 64
+QUERIES_PER_TILE = 32
 QUERIES_OF_LAST_TOKENS = 16  # per tile in the last layer; smaller tiles, because more of them run in parallel
+TILE_FIELDS = 6  # columns of TileLayout.tiles
 
 
 @dataclass(frozen=True, slots=True)

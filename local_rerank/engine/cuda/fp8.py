@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from local_rerank.engine.decoder import linear_layers
@@ -17,6 +18,7 @@ from local_rerank.errors import ConfigError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+NUM_CHECKED_ROWS = 35
 SIZE_MULTIPLE = 16  # for both dimensions of a weight, required by the tensor cores
 
 
@@ -39,7 +41,7 @@ def scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: 
 
 
 class Fp8Linear(nn.Module):
-    """Replaces an nn.Linear; input and output are bf16."""
+    """Replaces an nn.Linear; its output is bf16, its input bf16 or quantized."""
 
     weight: Tensor  # (out_features, in_features) fp8
     scale: Tensor  # (out_features, 1) fp32
@@ -53,22 +55,39 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) bf16 to (..., out_features) bf16."""
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """(tokens, in_features) bf16, or fp8 and (tokens, 1) fp32 scales, to (tokens, out_features) bf16."""
         from local_rerank.engine.cuda.triton_kernels import quantize_rows
 
-        values, scale = quantize_rows(x.reshape(-1, self.in_features), FP8)
-        out = scaled_matmul(values, scale, self.weight, self.scale, self.bias)
-        return out.view(*x.shape[:-1], self.out_features)
+        values, scale = quantize_rows(x, FP8) if isinstance(x, Tensor) else x
+        return scaled_matmul(values, scale, self.weight, self.scale, self.bias)
 
 
-def quantize_model(backbone: Any) -> None:
-    """Quantize every linear layer of the decoder, one at a time. Raises ConfigError if a layer's size is unsuitable."""
+def quantize_model(backbone: Any, *, fused: bool = True) -> None:
+    """Quantize every linear layer of the decoder, one at a time. Raises ConfigError if a layer's size is unsuitable.
+
+    `fused`: a layer's norms and activation quantize what they return, so that only o_proj quantizes its own input.
+    """
     places = linear_layers(backbone.layers)
     for parent, name in places:
         _check_size(name, getattr(parent, name))
     for parent, name in places:
         setattr(parent, name, Fp8Linear(getattr(parent, name)))
+    for layer in backbone.layers:
+        layer.quantizes = fused
+
+
+def product_and_exact(in_features: int, out_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Fp8Linear` and the same product in fp32, of random rows of different sizes, which need different scales."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device, generator=generator)
+
+    x, weight = (random(rows, in_features) * random(rows, 1) for rows in (NUM_CHECKED_ROWS, out_features))
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+    return Fp8Linear(linear)(quantize(x.bfloat16())), F.linear(x.bfloat16().float(), linear.weight.float())
 
 
 def _check_size(name: str, linear: nn.Linear) -> None:

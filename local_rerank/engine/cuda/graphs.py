@@ -1,109 +1,116 @@
 """CUDA graphs: launch the few hundred kernels of a forward pass at once.
 
-A graph replays a forward pass on buffers of fixed sizes. We copy a batch into the buffers of its `GraphShape`, the next
-larger bucket in tokens, pairs and groups. The rest is padding: no tile has queries there, all other steps treat each
-token by itself, and no score is read from it.
+A graph replays a forward pass on buffers of fixed sizes, its `GraphShape`. A batch is padded to the smallest shape that
+holds it. No tile has queries in the padding, all other steps treat each token by itself, and no score is read from it.
 
-A shape is captured when it occurs for the second time. All graphs share one memory pool, because a replay ends before
-the next one starts, so the pool only needs room for the largest. The largest is captured first, because a pool cannot
-merge blocks for graphs that grow. Beyond MAX_GRAPHS, a new shape evicts one that occurs less than half as often.
+All shapes are captured at load. They depend on the number of tokens only: pairs and tiles have room in proportion. What
+a batch leaves unused costs little, because pairs matter to one layer and a tile without queries ends at once. A batch
+with many short documents or small groups takes a larger shape; the largest exists a second time, with room for more.
+
+All graphs share one memory pool, because a replay ends before the next one starts, so the pool only needs room for the
+largest. The largest is captured first, because a pool cannot merge blocks for graphs that grow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from local_rerank.engine.attention import layout_to
-from local_rerank.engine.cuda.attention import QUERIES_OF_LAST_TOKENS, QUERIES_PER_TILE, TileLayout, tile_layout
+from local_rerank.engine.cuda.attention import (
+    QUERIES_OF_LAST_TOKENS,
+    QUERIES_PER_TILE,
+    TILE_FIELDS,
+    TileLayout,
+    tile_layout,
+)
 from local_rerank.engine.out_of_memory import is_out_of_memory, release_cached
-from local_rerank.engine.packing import PackedBatch, copy_to, pack
-from local_rerank.requests.pair import Pair
+from local_rerank.engine.packing import Field, PackedBatch, block_bytes, stage, views
 
 logger = logging.getLogger(__name__)
 
-TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, *range(1024, 4096, 512), *range(4096, 16384 + 1, 1024))
-MAX_TOKENS = TOKEN_BUCKETS[-1]
-MAX_GRAPHS = 64
-FORGET_AFTER = 1000  # batches after which all counts are halved
-CHANCE = 8  # difference between the counts of two equally frequent shapes that chance may explain
-CAPTURE_AT = 2  # occurrences: a capture takes as long as several passes, and most rare shapes occur once
+TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, *range(1024, 16384 + 1, 512))
+MIN_TOKENS, MAX_TOKENS = TOKEN_BUCKETS[0], TOKEN_BUCKETS[-1]
+CAPTURE_SECONDS = 3.0  # at load; a capture takes an estimated 60 to 150 ms
+MAX_PADDING = 2  # times the tokens of a batch; a pass kernel by kernel is faster than a graph with more
 
-Inputs = tuple[PackedBatch, TileLayout, TileLayout]
-"""A batch, the layout of all its tokens and that of each document's last token."""
 Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
 """Computes (num_pairs,) fp32 from a batch and its layouts, all on the device."""
 Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
 """Takes a pass, and whether no graph is held; returns the function that replays it and the tensor of its result."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class GraphShape:
     """The sizes of a graph's buffers."""
 
     num_tokens: int
     num_pairs: int
-    num_groups: int
+    num_tiles: int  # of all tokens, and as many of last tokens
+
+    @classmethod
+    def of(cls, num_tokens: int, *, tokens_per_pair: int = 16, tokens_per_group: int = 512) -> GraphShape:
+        """The shape for batches whose documents and groups have at least so many tokens on average."""
+        num_groups = num_tokens // tokens_per_group + 4  # each has at most two partial tiles: prefix and documents
+        return cls(
+            num_tokens=num_tokens,
+            num_pairs=max(QUERIES_OF_LAST_TOKENS, num_tokens // tokens_per_pair),
+            num_tiles=num_tokens // QUERIES_PER_TILE + 2 * num_groups,
+        )
 
     @property
-    def num_tiles(self) -> int:
-        """Maximum number of tiles: a group has at most two partial ones, of its prefix and of its documents."""
-        return self.num_tokens // QUERIES_PER_TILE + 2 * self.num_groups
+    def fields(self) -> list[Field]:
+        """The buffers, in the order of `tensors_of`."""
+        sizes = (self.num_tokens, self.num_pairs)
+        of_layouts = [((self.num_tiles, TILE_FIELDS), (size,), (size,)) for size in sizes]
+        of_batch = ((1, self.num_tokens), (1, self.num_tokens), (self.num_pairs,))
+        return [
+            *((shape, torch.int64) for shape in of_batch),
+            *((shape, torch.int32) for layout in of_layouts for shape in layout),
+        ]
 
-    @property
-    def num_last_tiles(self) -> int:
-        return self.num_pairs // QUERIES_OF_LAST_TOKENS + self.num_groups
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether each of the tensors of a batch is at most as large as its buffer."""
+        return all(
+            size <= room
+            for tensor, (shape, _) in zip(tensors, self.fields, strict=True)
+            for size, room in zip(tensor.shape, shape, strict=True)
+        )
+
+
+def shapes_up_to(max_tokens: int) -> list[GraphShape]:
+    """The shapes for batches of at most `max_tokens`, in the order in which they are captured.
+
+    The largest, then powers of two, then those between them: the more are captured, the less padding a batch has. The
+    very first is for many short documents and small groups. It holds every batch with 8 tokens a document and 60 a
+    group, and Qwen's prompt alone has 9 after the document and 50 before it.
+    """
+    largest = min(MAX_TOKENS, -(-max_tokens // MIN_TOKENS) * MIN_TOKENS)
+    if largest == 0:
+        return []
+    smaller = sorted((size for size in TOKEN_BUCKETS if size < largest), key=lambda size: (_odd_part(size), -size))
+    many = GraphShape.of(largest, tokens_per_pair=8, tokens_per_group=60)
+    return [many, *map(GraphShape.of, (largest, *smaller))]
+
+
+def tensors_of(batch: PackedBatch) -> list[Tensor]:
+    """What a graph reads of a batch, on the host: its tensors and those of its two layouts."""
+    layouts = tile_layout(batch, False), tile_layout(batch, True)
+    of_layouts = [tensor for layout in layouts for tensor in (layout.tiles, layout.first_own, layout.last_own)]
+    return [batch.input_ids, batch.position_ids, batch.last_token_index, *of_layouts]
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedGraph:
-    inputs: Inputs  # buffers that a replay reads
+    shape: GraphShape
     replay: Callable[[], None]
     output: Tensor  # (num_pairs,) fp32
-
-
-def shape_of(batch: PackedBatch, *, max_tokens: int = MAX_TOKENS) -> GraphShape | None:
-    """The smallest shape that holds a batch; None if the batch has more than `max_tokens`."""
-    if batch.num_tokens > max_tokens:
-        return None
-    return GraphShape(
-        num_tokens=next(size for size in TOKEN_BUCKETS if size >= batch.num_tokens),
-        num_pairs=_power_of_two(batch.num_pairs, at_least=QUERIES_OF_LAST_TOKENS),
-        num_groups=_power_of_two(len(batch.groups), at_least=1),
-    )
-
-
-def padded(batch: PackedBatch, shape: GraphShape) -> Inputs:
-    """The batch and its layouts, padded to `shape`, on the host."""
-    wide = replace(
-        batch,
-        input_ids=_zeros_after(batch.input_ids, shape.num_tokens),
-        position_ids=_zeros_after(batch.position_ids, shape.num_tokens),
-        last_token_index=_zeros_after(batch.last_token_index, shape.num_pairs),
-        groups=(),
-    )
-    layout, last_layout = tile_layout(batch, False), tile_layout(batch, True)
-    return (
-        wide,
-        _padded_layout(layout, shape.num_tiles, shape.num_tokens),
-        _padded_layout(last_layout, shape.num_last_tiles, shape.num_pairs),
-    )
-
-
-def _padded_layout(layout: TileLayout, num_tiles: int, num_queries: int) -> TileLayout:
-    return replace(
-        layout,
-        tiles=F.pad(layout.tiles, (0, 0, 0, num_tiles - layout.tiles.shape[0])),
-        first_own=_zeros_after(layout.first_own, num_queries),
-        last_own=_zeros_after(layout.last_own, num_queries),
-    )
 
 
 class GraphRunner:
@@ -116,79 +123,78 @@ class GraphRunner:
         self._compute = compute
         self._device = device
         self._capture = capture or cuda_capture(device)
-        self._max_tokens = next((size for size in TOKEN_BUCKETS if size >= max_tokens), MAX_TOKENS)
-        self._graphs: dict[GraphShape, CapturedGraph] = {}
-        self._seen: Counter[GraphShape] = Counter()
-        self._num_counted = 0
+        self._max_tokens = max_tokens
+        self._graphs: list[CapturedGraph] = []
+        self._waiting = shapes_up_to(max_tokens)  # to be captured
+        num_bytes = block_bytes(self._waiting[0].fields)
+        self._inputs = torch.zeros(num_bytes, dtype=torch.uint8, device=device)  # of all graphs: they run in turn
 
     @property
     def sizes(self) -> list[int]:
         """Token counts of the captured graphs, oldest first."""
-        return [shape.num_tokens for shape in self._graphs]
+        return [graph.shape.num_tokens for graph in self._graphs]
 
     def run(self, batch: PackedBatch) -> Tensor | None:
-        """(num_pairs,) fp32 in packed order, on the device; None if no graph runs this batch."""
-        shape = shape_of(batch, max_tokens=self._max_tokens)
-        if shape is None:
+        """(num_pairs,) fp32 in packed order, on the device; None if no graph runs this batch.
+
+        Captures one shape if some are waiting, as after memory ran out.
+        """
+        if self._waiting:
+            self._capture_next()
+        most = MAX_PADDING * max(batch.num_tokens, MIN_TOKENS)
+        graphs = [graph for graph in self._graphs if batch.num_tokens <= graph.shape.num_tokens <= most]
+        tensors = tensors_of(batch) if graphs else []
+        graphs.sort(key=lambda graph: graph.shape)
+        graph = next((graph for graph in graphs if graph.shape.holds(tensors)), None)
+        if graph is None:
             return None
-        self._count(shape)
-        if shape not in self._graphs and not (self._earns_a_graph(shape) and self._capture_shape(shape)):
-            return None
-        graph, inputs = self._graphs[shape], padded(batch, shape)
-        for buffer, value in zip(_tensors(graph.inputs), _tensors(inputs), strict=True):
-            buffer.copy_(copy_to(value, buffer.device), non_blocking=True)
+        staged = stage(tensors, graph.shape.fields, pinned=self._device.type == "cuda")
+        self._inputs[: len(staged)].copy_(staged, non_blocking=True)
         graph.replay()
         return graph.output[: batch.num_pairs]
 
-    def capture_largest(self) -> None:
-        """Allocate the memory that graphs need, so that no batch waits for it."""
-        self._capture_shape(GraphShape(self._max_tokens, QUERIES_OF_LAST_TOKENS, 1))
+    def capture_all(self, *, seconds: float = CAPTURE_SECONDS) -> None:
+        """Capture all shapes, so that no batch waits for it; after `seconds` only those whose absence would cost most.
+
+        Batches of the others run as the next larger graph.
+        """
+        start = time.perf_counter()
+        while self._waiting:
+            is_power = _odd_part(self._waiting[0].num_tokens) == 1
+            if self._graphs and not is_power and time.perf_counter() - start > seconds:
+                break
+            self._capture_next()
+        self._waiting = []
+        logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - start)
 
     def forget_all(self) -> bool:
-        """Evict all graphs and free their memory; returns whether there were any."""
+        """Drop all graphs and free their memory; later batches capture them again. Returns whether there were any."""
         had_any = bool(self._graphs)
-        self._forget(list(self._graphs))
-        self._seen.clear()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a replay may be running
+        self._graphs = []
+        self._waiting = shapes_up_to(self._max_tokens)
         return had_any
 
     def halve(self) -> None:
         """Halve the maximum size of graphs, because memory is short."""
-        self._max_tokens = max((size for size in TOKEN_BUCKETS if size <= self._max_tokens // 2), default=0)
+        half = min(self._max_tokens, MAX_TOKENS) // 2
+        self._max_tokens = half if half >= MIN_TOKENS else 0
+        self._waiting = shapes_up_to(self._max_tokens)
         to = f"have at most {self._max_tokens} tokens" if self._max_tokens else "are off"
         logger.warning("memory is short: CUDA graphs %s from here on", to)
 
-    def _count(self, shape: GraphShape) -> None:
-        self._seen[shape] += 1
-        self._num_counted += 1
-        if self._num_counted % FORGET_AFTER == 0:
-            self._seen = Counter({seen: times // 2 for seen, times in self._seen.items()})
-
-    def _earns_a_graph(self, shape: GraphShape) -> bool:
-        times = self._seen[shape]
-        if len(self._graphs) < MAX_GRAPHS:
-            return times >= CAPTURE_AT
-        return times > 2 * self._seen[self._rarest()] + CHANCE
-
-    def _rarest(self) -> GraphShape:
-        return min(self._graphs, key=lambda shape: self._seen[shape])
-
-    def _forget(self, shapes: list[GraphShape]) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # a replay may be running
-        for shape in shapes:
-            del self._graphs[shape]
-
-    def _capture_shape(self, shape: GraphShape) -> bool:
-        """Capture a shape, and the largest one before the first; returns whether that succeeded."""
-        shapes = [shape] if self._graphs else [replace(shape, num_tokens=self._max_tokens), shape]
-        if len(self._graphs) >= MAX_GRAPHS:
-            self._forget([self._rarest()])
+    def _capture_next(self) -> None:
+        """Capture the next shape. If memory runs out, drop all graphs and halve them; any other error ends them."""
         try:
-            for each in dict.fromkeys(shapes):
-                self._graphs[each] = self._captured(each)
-            return True
+            self._graphs.append(self._captured(self._waiting.pop(0)))
+            return
         except Exception as error:  # Triton's errors have no type of their own
-            is_too_large, reason = is_out_of_memory(error), str(error)
+            # the end of a capture may fail because of an error in it, and then that of the end arrives here
+            first = error.__context__
+            is_too_large = is_out_of_memory(error) or (first is not None and is_out_of_memory(first))
+            reason = str(error) if first is None else f"{error}; before that: {first}"
+            del first
         # outside the except block: there the traceback still refers to the failed pass's tensors
         self.forget_all()
         release_cached()
@@ -196,20 +202,18 @@ class GraphRunner:
             self.halve()
         else:
             logger.warning("CUDA graphs are off from here on: a capture failed (%s)", reason)
-            self._max_tokens = 0
-        return False
+            self._max_tokens, self._waiting = 0, []
 
     def _captured(self, shape: GraphShape) -> CapturedGraph:
-        wide, *layouts = padded(pack([Pair.of((0,), (0,))]), shape)  # any values: a replay overwrites them
-        batch, (layout, last_layout) = wide.to(self._device), (layout_to(each, self._device) for each in layouts)
+        self._inputs.zero_()  # valid values: an earlier batch in the buffers of another shape could be any index
+        ids, positions, last, *of_layouts = views(self._inputs, shape.fields)
+        batch = PackedBatch(input_ids=ids, position_ids=positions, last_token_index=last, pair_order=last, groups=())
+        layout, last_layout = (
+            TileLayout(*of_layouts[at : at + 3], queries_per_tile=queries)  # type: ignore[misc, arg-type]
+            for at, queries in ((0, QUERIES_PER_TILE), (3, QUERIES_OF_LAST_TOKENS))
+        )
         replay, output = self._capture(lambda: self._compute(batch, layout, lambda: last_layout), not self._graphs)
-        return CapturedGraph((batch, layout, last_layout), replay, output)
-
-
-def _tensors(inputs: Inputs) -> list[Tensor]:
-    batch, *layouts = inputs
-    of_layouts = [tensor for layout in layouts for tensor in (layout.tiles, layout.first_own, layout.last_own)]
-    return [batch.input_ids, batch.position_ids, batch.last_token_index, *of_layouts]
+        return CapturedGraph(shape, replay, output)
 
 
 def cuda_capture(device: torch.device) -> Capture:
@@ -228,18 +232,36 @@ def cuda_capture(device: torch.device) -> Capture:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             run()  # warm-up: workspaces and compiled kernels must exist before a capture
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                output = run()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    output = run()
+            except BaseException:
+                _close(pool, graph)
+                raise
         torch.cuda.current_stream(device).wait_stream(side)
         return graph.replay, output
 
     return capture
 
 
-def _power_of_two(value: int, *, at_least: int) -> int:
-    return max(at_least, 1 << (value - 1).bit_length())
+INVALID: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture did not end. torch's allocator of pinned memory refers to them as long as the process lives."""
 
 
-def _zeros_after(tensor: Tensor, size: int) -> Tensor:
-    """(..., n) to (..., size), padded with zeros."""
-    return F.pad(tensor, (0, size - tensor.shape[-1]))
+def _close(pool: Any, graph: torch.cuda.CUDAGraph) -> None:
+    """End and release a pool that a failed capture left open.
+
+    If the end of a capture fails, torch's `CUDAGraph::capture_end` returns before it closes the pool, and its allocator
+    believes that the capture goes on: `empty_cache` fails from then on, and the pool's memory is never freed.
+    """
+    bindings: Any = torch._C  # they are what `torch.cuda.use_mem_pool` calls at its end
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # the pool is closed: the capture itself ended well
+        bindings._cuda_endAllocateToPool(device, pool)
+        INVALID.append(graph)
+        bindings._cuda_releasePool(device, pool)
+
+
+def _odd_part(number: int) -> int:
+    """1 for powers of two, and small for their small multiples."""
+    return number // (number & -number)

@@ -23,6 +23,14 @@ def prepare(model: Any, plan: LoadPlan) -> FusedDecoder:
     return decoder
 
 
+def keep_sums_in_fp32(plan: LoadPlan) -> None:
+    """Sum products of fp16 matrices in fp32, in the whole process: torch lets cuBLAS add partial sums in fp16, which
+    may overflow.
+    """
+    if plan.device.type == "cuda" and plan.arithmetic == torch.float16:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def token_budget(model: Any, device: torch.device, *, at_most: int, graphs: bool = False) -> int:
     """Tokens per batch that fit beside the weights, on the fullest of the model's GPUs.
 

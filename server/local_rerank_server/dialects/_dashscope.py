@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from local_rerank.errors import (
     DeadlineExceeded,
+    DeviceFailure,
     DocumentTooLong,
     InvalidDocumentCount,
     InvalidRequest,
@@ -77,6 +78,7 @@ _CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
     TokenRateExceeded: ("Throttling.AllocationQuota", "Allocated quota exceeded, please increase your quota limit."),
     DeadlineExceeded: ("RequestTimeOut", "Request timed out, {0}."),
     ModelUnavailable: ("ModelUnavailable", "Model is unavailable, please try again later."),
+    DeviceFailure: ("ModelUnavailable", "Model is unavailable, please try again later."),
     UnusableAfterFork: ("ModelUnavailable", "Model is unavailable, {0}."),
 }
 _UNKNOWN_ERROR = ("InternalError", "Internal server error!")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib
+import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
-from local_rerank.errors import ConfigError, LocalRerankError
+from local_rerank.errors import ConfigError, DeviceFailure, LocalRerankError
 from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import ReplicaRange, ServerConfig
 
@@ -41,6 +43,7 @@ class EngineReplica:
         from local_rerank.selftest.self_test import require_self_test
 
         self._reranker = Reranker(config=config)
+        self._reranker.observe_failure(end_process)
         if self_test:
             require_self_test(self._reranker)
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenize")
@@ -56,6 +59,14 @@ class EngineReplica:
 
     async def info(self) -> ModelInfo:
         return self._reranker.info
+
+
+def end_process(_: DeviceFailure) -> None:
+    """End this process, so that its requests are sent to another replica. Ray Serve replaces a dead one at its next
+    health check, within 10 s; until it had replaced one that fails three checks, requests would go on to be sent there.
+    """
+    logging.shutdown()
+    os._exit(1)
 
 
 def _stay_on_loopback() -> None:

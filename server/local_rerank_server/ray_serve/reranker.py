@@ -25,7 +25,14 @@ from ray.serve.handle import DeploymentHandle
 from local_rerank import forks
 from local_rerank.batch import ray_cluster
 from local_rerank.config import EngineConfig
-from local_rerank.errors import CheckpointError, EngineFailure, LocalRerankError, ModelUnavailable, UnusableAfterFork
+from local_rerank.errors import (
+    CheckpointError,
+    DeviceFailure,
+    EngineFailure,
+    LocalRerankError,
+    ModelUnavailable,
+    UnusableAfterFork,
+)
 from local_rerank.requests.worker import BatchReport
 from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
@@ -84,6 +91,9 @@ class RemoteReranker:
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:
         """Does nothing: batches run in the replicas, and Ray's own metrics cover those."""
+
+    def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None:
+        """Does nothing: a replica whose GPU fails ends, and Ray starts another one."""
 
     def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
         """Send the request to a replica; the future resolves to its result or a LocalRerankError.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,14 +15,35 @@ import torch
 from local_rerank import EngineConfig
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import choices
-from local_rerank.engine.plan import LoadPlan, make_plan
-from local_rerank.errors import ConfigError
+from local_rerank.engine.cuda.gpu import Gpu
+from local_rerank.engine.dtypes import name_of
+from local_rerank.engine.load import load
+from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
+from local_rerank.errors import CheckpointError, ConfigError
+
+BUILDS = {  # what torch's builds for CUDA 12.6 and 13.0 are compiled for
+    "12.6": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
+    "13.0": ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"],
+}
+
+
+def gpus(patch: pytest.MonkeyPatch, *found: Gpu, build: str | None = "13.0") -> None:
+    """What torch says of a machine with these GPUs."""
+    patch.setattr(torch.cuda, "is_available", lambda: bool(found))
+    patch.setattr(torch.cuda, "device_count", lambda: len(found))
+    patch.setattr(torch.cuda, "get_device_name", lambda device: found[device.index or 0].name)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: found[device.index or 0].capability)
+    patch.setattr(torch.cuda, "get_arch_list", lambda: BUILDS.get(build or "", []))
+    patch.setattr(torch.version, "cuda", build)
+
+
+H200, T4, V100 = Gpu("NVIDIA H200", (9, 0)), Gpu("Tesla T4", (7, 5)), Gpu("Tesla V100", (7, 0))
 
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that multiplies fp8 and runs our decoder."""
-    monkeypatch.setattr("local_rerank.engine.plan.choose_device", lambda name: (torch.device("cuda"), "a GPU"))
+    gpus(monkeypatch, H200)
     monkeypatch.setattr("local_rerank.engine.plan.require_fp8", lambda device: None)
     monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: None)
 
@@ -47,16 +73,17 @@ def test_a_model_that_our_decoder_cannot_run_gets_transformers(
         plan(tiny_checkpoint, attention="cuda-tiles", **options)
 
 
-def test_a_wrong_kernel_keeps_the_model_out_of_our_decoder(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("no_compile", [False, True])
+def test_a_wrong_kernel_and_no_compile_keep_the_model_out_of_our_decoder(
+    no_compile: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: "the kernels are wrong")
-    planned = plan(tiny_checkpoint)
+    reason = None if no_compile else "the kernels are wrong"
+    monkeypatch.setattr(choices, "why_not_fused", lambda *_, **__: reason)
+    planned = plan(tiny_checkpoint, no_compile=no_compile)
     assert (planned.decoder, planned.kernel) == ("transformers", "cuda-merged")
-    with pytest.raises(
-        ConfigError, match=r"dtype is 'fp8', which needs the GPU decoder; it cannot be used: the kernels are wrong"
-    ):
-        plan(tiny_checkpoint, dtype="fp8")
+    needs = f"dtype is 'fp8', which needs the GPU decoder; it cannot be used: {reason or 'no_compile is set'}"
+    with pytest.raises(ConfigError, match=needs):
+        plan(tiny_checkpoint, dtype="fp8", no_compile=no_compile)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +101,126 @@ def test_graphs_need_a_layout_that_can_be_padded_and_scores_that_may_differ(
 ) -> None:
     planned = plan(tiny_checkpoint, **options)
     assert (planned.decoder, planned.cuda_graphs) == ("cuda", has_graphs)
+
+
+@pytest.mark.parametrize(("rope_type", "has_graphs"), [("default", True), ("dynamic", False)])
+def test_graphs_need_positions_that_do_not_depend_on_the_batch(
+    rope_type: str, has_graphs: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    planned = plan(folder)
+    assert planned.cuda_graphs == has_graphs
+    assert (rope_type in planned.reasons["cuda_graphs"]) != has_graphs
+
+
+@pytest.mark.parametrize(
+    ("capability", "build", "dtype", "decoder", "kernel"),
+    [
+        ((6, 1), "12.6", "fp32", "transformers", "sdpa"),
+        ((7, 0), "12.6", "fp16", "transformers", "sdpa"),
+        ((7, 5), "13.0", "fp16", "transformers", "sdpa"),
+        ((8, 0), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((8, 6), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((8, 9), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((9, 0), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((10, 0), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((12, 0), "13.0", "bf16", "cuda", "cuda-tiles"),
+        ((13, 0), "13.0", "bf16", "cuda", "cuda-tiles"),  # the driver compiles the build's PTX
+    ],
+)
+def test_auto_takes_what_each_generation_of_gpus_runs(
+    capability: tuple[int, int], build: str, dtype: str, decoder: str, kernel: str,
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gpus(monkeypatch, Gpu("a GPU", capability), build=build)
+    planned = plan(tiny_checkpoint, dtype="auto")
+    assert planned.device.type == "cuda"
+    assert (name_of(planned.weights), name_of(planned.arithmetic)) == (dtype, dtype)
+    assert (planned.decoder, planned.kernel, planned.cuda_graphs) == (decoder, kernel, decoder == "cuda")
+
+
+def test_the_plan_says_what_an_older_gpu_lacks(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, T4)
+    reasons = plan(tiny_checkpoint, dtype="auto").reasons
+    assert reasons["device"] == "torch sees a GPU: Tesla T4 (compute capability 7.5)"
+    assert reasons["weights"].startswith("Tesla T4 (compute capability 7.5) has no bf16; fp16 rounds less")
+    assert "overflows beyond 65,504; if it does, use --dtype fp32" in reasons["weights"]
+    assert reasons["decoder"] == "its kernels need compute capability 8.0 or newer; Tesla T4 has 7.5"
+    assert reasons["kernel"] == (
+        "the fastest for fp16 on Tesla T4 (compute capability 7.5); cuda-merged needs 8.0; cuda-varlen needs 8.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"attention": "cuda-tiles"}, "attention is 'cuda-tiles', .* its kernels need compute capability 8.0 or newer"),
+        ({"attention": "cuda-merged"}, "'cuda-merged' needs compute capability 8.0 or newer; Tesla T4 has 7.5; use "),
+        ({"attention": "cuda-varlen"}, "'cuda-varlen' needs compute capability 8.0 or newer; Tesla T4 has 7.5; use "),
+        ({"dtype": "bf16"}, "'bf16', which needs compute capability 8.0 or newer; Tesla T4 has 7.5, where torch only "),
+    ],
+)
+def test_what_an_older_gpu_cannot_do_is_refused_with_the_least_capability(
+    options: dict[str, object], says: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, T4)
+    with pytest.raises(ConfigError, match=says):
+        plan(tiny_checkpoint, **{"dtype": "auto"} | options)
+
+
+@pytest.mark.parametrize(("gpu", "may_add_in_fp16"), [(T4, False), (H200, True)])
+def test_products_of_an_fp16_model_are_summed_in_fp32(
+    gpu: Gpu, may_add_in_fp16: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, gpu)
+    settings = SimpleNamespace(allow_fp16_reduced_precision_reduction=True)  # torch's default
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=CheckpointError("no GPU")))
+    with pytest.raises(CheckpointError, match="no GPU"):
+        load(plan(tiny_checkpoint, dtype="auto"), yes_id=5, no_id=6, known=list)
+    assert settings.allow_fp16_reduced_precision_reduction == may_add_in_fp16
+
+
+def test_a_model_on_several_gpus_takes_what_the_oldest_runs(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, H200, T4)
+    assert plan(tiny_checkpoint, dtype="auto").weights == torch.bfloat16
+    assert plan(tiny_checkpoint, dtype="auto", device="cuda:1").weights == torch.float16
+    spread = plan(tiny_checkpoint, dtype="auto", device_map="auto")
+    assert (spread.weights, spread.kernel) == (torch.float16, "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("found", "build", "device", "says"),
+    [
+        ([], None, "cuda", "is a build without CUDA; install a build with CUDA .*, or set device to cpu"),
+        ([], "13.0", "cuda", "sees no GPU: .*; nvidia-smi must list one, its driver must support CUDA 13.0"),
+        ([H200], "13.0", "cuda:1", "device is 'cuda:1'; torch sees cuda:0"),
+        (
+            [V100],
+            "13.0",
+            "cuda",
+            r"no kernels for Tesla V100 \(compute capability 7.0\), only for 7.5, .*; install its build for CUDA 12.6 ",
+        ),
+        (
+            [Gpu("a new GPU", (10, 3))],
+            "12.6",
+            "cuda",
+            "only for 5.0, 6.0, .*; install a newer one .*; or set device to",
+        ),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_refused_with_what_to_install(
+    found: list[Gpu], build: str | None, device: str, says: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, *found, build=build)
+    with pytest.raises(ConfigError, match=says):
+        plan(tiny_checkpoint, device=device)
+    if device == "cuda":
+        chosen, reason = choose_device("auto")
+        assert chosen.type == "cpu"
+        assert re.search(says.rpartition(";")[0], reason)

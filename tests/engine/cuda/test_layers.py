@@ -87,33 +87,69 @@ def test_a_model_with_another_activation_is_not_fused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "fp8"), [(torch.float32, False), (torch.float16, True)])
-def test_each_kernel_is_compared_with_torch_before_a_model_is_fused(dtype: torch.dtype, fp8: bool) -> None:
-    differences = cuda_layers.kernel_differences(CONFIG, CPU, dtype, fp8=fp8)
-    assert (differences.pop("quantize_rows", 1.0) < 2e-6) is fp8
+def test_each_kernel_is_compared_with_torch_before_a_model_is_fused() -> None:
+    differences = cuda_layers.kernel_differences(CONFIG, CPU, torch.float16, fp8=True)
+    assert differences.pop("quantize_rows") < 2e-6
+    # kernels that quantize differ by .026 on a GPU: the interpreter is wrong where numbers round up to a power of two
+    rounded = [differences.pop(name) for name in cuda_layers.LIMITS]
+    assert [difference < limit for difference, limit in zip(rounded, (0.07, 0.07, 0.04), strict=True)] == [True] * 3
     assert set(differences) == {"add_rms_norm", "norm_rotate", "silu_mul", "attend_tiles"}
-    assert max(differences.values()) < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
+    assert max(differences.values()) < 2e-3
 
 
 @pytest.fixture
 def kernels_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels, that for fp8 among them, in torch: correct, and much faster than in the interpreter."""
+    """The kernels in torch: correct, and much faster than in the interpreter."""
     in_torch(monkeypatch)
-    monkeypatch.setattr(triton_kernels, "quantize_rows", lambda x, dtype: fp8.quantize(x))
 
 
-@pytest.mark.usefixtures("kernels_in_torch")
+@pytest.mark.usefixtures("fp8_on_a_cpu")
 @pytest.mark.parametrize("part", [0, 1])
-def test_fp8_is_refused_where_its_kernel_is_wrong(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        parts = list(fp8.quantize(rows))
+@pytest.mark.parametrize("name", ["quantize_rows", "add_rms_norm_quantized_", "silu_mul_quantized"])
+def test_fp8_is_refused_where_its_kernel_is_wrong(name: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(triton_kernels, name)
+
+    def wrong(*arguments: object) -> tuple[Tensor, Tensor]:
+        parts = list(right(*arguments))
         parts[part] = (parts[part].float() * 1.25).to(parts[part].dtype)
         return parts[0], parts[1]
 
-    monkeypatch.setattr(triton_kernels, "quantize_rows", wrong)
+    monkeypatch.setattr(triton_kernels, name, wrong)
     assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) is None
     reason = cuda_layers.why_not_fused(CONFIG, CPU, torch.float32, fp8=True)
-    assert reason == "kernels compute something else here: quantize_rows"
+    assert reason == f"kernels compute something else here: {name.rstrip('_')}"
+
+
+@pytest.mark.usefixtures("fp8_on_a_cpu")
+@pytest.mark.parametrize("misplaced", ["a_scale", "b_scale"])
+def test_fp8_is_refused_where_a_scale_is_applied_to_another_row(
+    misplaced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+        scales = {"a_scale": a_scale, "b_scale": b_scale}
+        scales[misplaced] = scales[misplaced].roll(1, 0)
+        return dequantized_matmul(a, scales["a_scale"], b, scales["b_scale"], bias)
+
+    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32, fp8=True) is None
+    monkeypatch.setattr(fp8, "scaled_matmul", wrong)
+    reason = cuda_layers.why_not_fused(CONFIG, CPU, torch.float32, fp8=True)
+    assert reason == "kernels compute something else here: fp8_linear"
+
+
+@pytest.mark.usefixtures("fp8_on_a_cpu")
+def test_fp8_is_checked_in_the_shapes_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    products, widths = [], []
+    matmul, quantize_rows = fp8.scaled_matmul, triton_kernels.quantize_rows
+    monkeypatch.setattr(
+        fp8, "scaled_matmul", lambda a, a_scale, b, *c: products.append(b.shape) or matmul(a, a_scale, b, *c)
+    )
+    monkeypatch.setattr(
+        triton_kernels, "quantize_rows", lambda x, dtype: widths.append(x.shape[1]) or quantize_rows(x, dtype)
+    )
+    config = SimpleNamespace(**vars(CONFIG) | {"head_dim": 32})
+    assert cuda_layers.why_not_fused(config, CPU, torch.float32, fp8=True) is None
+    assert [(k, n) for n, k in products] == [(64, 8 * 32), (4 * 32, 64), (64, 2 * 96), (96, 64)]
+    assert widths == [4 * 32]  # what o_proj reads, the only input that no kernel before it quantizes
 
 
 @pytest.mark.usefixtures("kernels_in_torch")
@@ -122,9 +158,9 @@ def test_fp8_is_refused_where_its_kernel_is_wrong(part: int, monkeypatch: pytest
 def test_a_kernel_that_is_wrong_is_not_used(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right, calls = getattr(triton_kernels, name), []
 
-    def wrong(*arguments: object) -> Tensor | None:
+    def wrong(*arguments: object, **options: object) -> Tensor | None:
         """Wrong in its first call alone."""
-        calls.append(out := right(*arguments))
+        calls.append(out := right(*arguments, **options))
         if len(calls) > 1:
             return out  # type: ignore[no-any-return]
         return arguments[0].mul_(factor) if out is None else out * factor  # type: ignore[attr-defined, no-any-return]
@@ -158,17 +194,23 @@ def test_add_rms_norm_is_the_sum_and_its_norm(width: int, has_delta: bool) -> No
     assert torch.allclose(out, F.rms_norm(total, (width,), weight, 1e-6), atol=1e-5)
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 8), (6, 32), (12, 128)])
-def test_norm_rotate_normalizes_and_rotates_each_head_and_nothing_else(num_heads: int, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_query_heads", "head_dim"), [(1, None, 8), (12, None, 128), (6, 4, 32), (24, 16, 16), (9, 7, 8)]
+)
+def test_norm_rotate_normalizes_and_rotates_each_head_and_nothing_else(
+    num_heads: int, num_query_heads: int | None, head_dim: int
+) -> None:
     torch.manual_seed(0)
     rows = torch.randn(7, num_heads * head_dim + 40)
     before, x = rows.clone(), rows[:, : num_heads * head_dim].view(7, num_heads, head_dim)
-    weight, angles = torch.randn(head_dim), torch.randn(7, head_dim // 2).repeat(1, 2)
+    weights, angles = torch.randn(2, head_dim), torch.randn(7, head_dim // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    first, second = F.rms_norm(x, (head_dim,), weight, 1e-6).chunk(2, dim=-1)
+    is_key = torch.arange(num_heads) >= (num_query_heads or num_heads)
+    first, second = (F.rms_norm(x, (head_dim,), None, 1e-6) * weights[is_key.long()]).chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     expected = torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
-    triton_kernels.norm_rotate_(x, weight, cos, sin, 1e-6)
+    weight = weights[0] if num_query_heads is None else weights
+    triton_kernels.norm_rotate_(x, weight, cos, sin, 1e-6, num_query_heads=num_query_heads)
     assert torch.allclose(x, expected, atol=1e-5)
     assert torch.equal(rows[:, num_heads * head_dim :], before[:, num_heads * head_dim :])
 
@@ -188,6 +230,31 @@ def test_rows_are_quantized_as_the_weights_are() -> None:
     assert torch.allclose(scale, expected_scale, rtol=1e-6)
     x[1, 2] = torch.nan
     assert triton_kernels.quantize_rows(x, fp8.FP8)[1].isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum is numpy's
+@pytest.mark.parametrize("width", [16, 1500])
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_kernels_that_quantize_return_the_bits_of_the_two_kernels_they_replace(width: int, has_delta: bool) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(3, width).bfloat16() for _ in range(3))
+    x[1, 3] = residual[1, 3] = torch.nan
+    residuals, delta = (residual, residual.clone()), x if has_delta else None
+    normed = triton_kernels.add_rms_norm_(delta, residuals[0], weight[0], 1e-6)
+    fused = triton_kernels.add_rms_norm_quantized_(delta, residuals[1], weight[0], 1e-6, fp8.FP8)
+    assert torch.equal(*(residual.view(torch.int16) for residual in residuals))
+    assert same_numbers(fused, triton_kernels.quantize_rows(normed, fp8.FP8))
+    if has_delta:
+        gate_up = torch.cat([x, residual], dim=1)
+        unfused = triton_kernels.quantize_rows(triton_kernels.silu_mul(gate_up), fp8.FP8)
+        assert same_numbers(triton_kernels.silu_mul_quantized(gate_up, fp8.FP8), unfused)
+
+
+def same_numbers(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """Where the scales are numbers; both must be NaN in the second row."""
+    scales = (ours[1], expected[1])
+    assert all(scale.isnan().flatten().tolist() == [False, True, False] for scale in scales)
+    return all(torch.equal(mine[::2].float(), other[::2].float()) for mine, other in zip(ours, expected, strict=True))
 
 
 def test_each_row_uses_the_whole_range_of_fp8() -> None:
@@ -223,10 +290,12 @@ def fp8_on_a_cpu(kernels_in_torch: None, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_fp8_layer_is_near_the_layer_it_was_made_from() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(256, 64, dtype=torch.bfloat16).requires_grad_(False)
-    x = torch.randn(1, 7, 256, dtype=torch.bfloat16)
-    ours, exact = fp8.Fp8Linear(linear)(x), linear.float()(x.float())
-    assert ours.shape == (1, 7, 64)
+    x = torch.randn(7, 256, dtype=torch.bfloat16)
+    layer = fp8.Fp8Linear(linear)
+    ours, exact = layer(x), linear.float()(x.float())
+    assert ours.shape == (7, 64)
     assert float((ours.float() - exact).norm() / exact.norm()) < 0.05
+    assert torch.equal(layer(fp8.quantize(x)), ours)
 
 
 @pytest.mark.usefixtures("fp8_on_a_cpu")
@@ -236,6 +305,7 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     engine = engine_of(folder, fused=True, kernel="sdpa")
     decoder: Any = engine.decoder
     fp8.quantize_model(decoder.bfloat16())
+    assert [layer.quantizes for layer in decoder.layers] == [True] * 3
     assert engine.weights_dtype == "fp8"
     assert not any(isinstance(module, nn.Linear) for module in decoder.layers.modules())
     pairs = [Pair.of((1, 2, 3), tuple(range(n, n + 8))) for n in range(4, 28)]
@@ -243,6 +313,9 @@ def test_a_model_in_fp8_scores_nearly_as_in_fp32(tmp_path: Path) -> None:
     correlation = float(torch.corrcoef(torch.tensor([ours, exact]))[0, 1])
     assert correlation > 0.9  # in layers of width 64; a scale misplaced gives noise
     assert engine.head.dtype == torch.float32
+    for layer in decoder.layers:
+        layer.quantizes = False
+    assert engine.score(pairs) == ours
 
 
 def test_sizes_that_fp8_cannot_multiply_are_named() -> None:
@@ -261,8 +334,7 @@ def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPat
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("no_compile", [False, True])
+@pytest.mark.parametrize(("dtype", "no_compile"), [("bf16", False), ("bf16", True), ("fp8", False)])
 def test_scores_on_a_gpu_stay_near_fp32(dtype: str, no_compile: bool, tmp_path: Path) -> None:
     if dtype == "fp8":
         try:

@@ -68,7 +68,7 @@ sbom: $(SERVE) .venv-sbom/.installed ## list what is installed in .venv, with ve
 	@mkdir -p dist
 	.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json .venv
 
-# Hashes hold for the Python and the system that this runs on: for the image, run it in its base image (docs/operations.md).
+# Hashes hold for the Python and the system that this runs on: for the image, run it in its base image (docs/containers.md).
 hashes: .venv-hashes/.installed ## write hashes.txt: each package that serving needs, with the hashes of its files
 	.venv-hashes/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --all-build-deps \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header --constraint constraints.txt \

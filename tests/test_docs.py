@@ -11,7 +11,7 @@ import pytest
 
 import local_rerank
 from docs.options import render
-from local_rerank.commands.app import app
+from local_rerank.commands.app import ENV_PREFIX, app, option_names
 from local_rerank_server.dialects import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +21,11 @@ PAGES = [
     ROOT / name
     for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
 ]
-PAGES += sorted(ROOT.glob("docs/*.md"))
+PAGES += sorted(ROOT.glob("docs/**/*.md"))
+GUIDES = sorted(ROOT.glob("docs/guides/*.md"))
 ASSETS = ("/playground/", "/docs/")  # files that the pages at / and /docs load
+# of gunicorn, uvicorn, celery, systemd-analyze and kubectl
+OTHERS_OPTIONS = {"--preload", "--workers", "--pool", "--offline", "--patch-file"}
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -33,7 +36,8 @@ def fences(page: Path, language: str) -> list[str]:
 def commands(program: str) -> list[list[str]]:
     """The arguments of every command line of that program in the documents' shell blocks."""
     text = "\n".join(block for page in PAGES for block in fences(page, "sh") + fences(page, "console"))
-    lines = re.findall(rf"^(?:\$ |.*\| )?{program} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    before = r"(?:\$ |.*\| |docker (?:compose )?run [^'\n]*?)?(?:\w+=\S+ )*"
+    lines = re.findall(rf"^{before}{program} (.*)$", text.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -67,6 +71,23 @@ def test_the_table_of_routes_lists_every_route() -> None:
     paths = {route.path.replace(":path", "").rstrip("/") or "/" for _, router in ROWS for route in router.routes}
     served = {path for path in paths if not path.startswith(ASSETS)}
     assert set(re.findall(r"^\| `(?:GET|POST) ([^`]+)`", DIALECTS, re.MULTILINE)) == served
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_every_option_variable_route_and_method_that_a_guide_names_exists(page: Path) -> None:
+    """The first of two columns, `there` and `here`, is not ours."""
+    lines = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    if "| there | here |" in lines:
+        lines = [line.rpartition(" | ")[2] for line in lines]
+    named = re.findall(r"`([^`]+)`", "\n".join(lines))
+    options = {"--" + name.replace("_", "-") for name in option_names()}
+    assert {word for code in named for word in re.findall(r"--[a-z][\w-]*", code)} <= options | OTHERS_OPTIONS
+    variables = {ENV_PREFIX + name.upper() for name in option_names()}
+    assert {word for code in named for word in re.findall(rf"{ENV_PREFIX}[A-Z_]+", code)} <= variables
+    routes = {(method, route.path) for _, router in ROWS for route in router.routes for method in route.methods}
+    assert {tuple(code.split()) for code in named if re.fullmatch(r"(?:GET|POST) /\S*", code)} <= routes
+    methods = [code.split(".") for code in named if re.fullmatch(rf"({'|'.join(local_rerank.__all__)})\.\w+", code)]
+    assert [name for kind, name in methods if not hasattr(getattr(local_rerank, kind), name)] == []
 
 
 def anchors(page: Path) -> set[str]:
@@ -103,7 +124,7 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert {page for page in PAGES if page.name != "README.md"} <= linked
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/library.md", "docs/api.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md", "docs/api.md", "docs/guides/python-servers.md"])
 def test_the_examples_in_python_run_and_print_what_is_shown(name: str) -> None:
     """In the order of the page, of which all examples share their names."""
     names = {name: getattr(local_rerank, name) for name in local_rerank.__all__} if name == "docs/api.md" else {}

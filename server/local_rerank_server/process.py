@@ -137,8 +137,11 @@ def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | Repli
 
         return ReplicaReranker(config, server_config)
     from local_rerank import Reranker
+    from local_rerank.bench.kept_speeds import before_download
     from local_rerank.selftest.self_test import require_self_test
 
+    if expected := before_download(config):
+        logger.info(expected)
     reranker = Reranker(config=config)
     if not server_config.no_self_test:
         require_self_test(reranker)

@@ -45,7 +45,7 @@ DOCUMENT_TOKENS = 125  # 100 English words have about 115; the rest is the suffi
 BATCH_DOCUMENTS = 8  # 1,085 tokens: short passes, of which other processes leave some alone
 WARM_UP_DOCUMENTS = 2
 MAX_PASSES = 8  # the best counts
-MAX_SECONDS = 2.5  # per dtype; no pass begins after that
+MAX_SECONDS = 1.5  # no pass begins after that
 
 
 def measure_speeds() -> tuple[dict[str, dict[str, CpuSpeed]], bool]:
@@ -70,7 +70,7 @@ def _measure() -> tuple[dict[str, dict[str, CpuSpeed]], bool]:
             if dtype == "auto":
                 raise
             continue
-        seconds, is_busy = min(_passes(engine, batch, sensor))
+        seconds, is_busy = _best_pass(engine, batch, sensor)
         was_busy |= is_busy
         flops_per_second = useful_flops(_measured_shape(), batch) / seconds
         for model, shape in shapes.items():
@@ -120,12 +120,26 @@ def _random_engine(dtype: DType) -> tuple[Engine, str]:
     return engine, plan.quantization or name_of(plan.arithmetic)
 
 
-def _passes(engine: Engine, batch: list[Pair], sensor: LoadSensor | None) -> Iterator[tuple[float, bool]]:
-    """Seconds of passes, and whether their threads waited for a CPU; if so, the time as if they had not."""
-    assert engine.threads is not None
+def _best_pass(engine: Engine, batch: list[Pair], sensor: LoadSensor | None) -> tuple[float, bool]:
+    """Seconds of the best pass, and False; on a busy CPU an estimate of what they would be, and True.
+
+    Threads that wait for each other on busy cores make a pass several times as long and use up to twice the CPU time.
+    So the estimate is the CPU time of one thread, divided by the CPUs, as if threads cost nothing.
+    """
     engine.score(batch[:WARM_UP_DOCUMENTS])
     if sensor is not None:
         sensor.read(with_idle=False)
+    quiet = [seconds for seconds, _, waited in _passes(engine, batch, sensor) if waited <= MAX_WAITED]
+    if quiet:
+        return min(quiet), False
+    assert engine.threads is not None
+    num_cpus = min(engine.threads.count, cpu_limits().num_cpus)
+    engine.threads = Threads.choose(1, is_fixed=True)
+    return min(cpu_seconds for _, cpu_seconds, _ in _passes(engine, batch, sensor)) / num_cpus, True
+
+
+def _passes(engine: Engine, batch: list[Pair], sensor: LoadSensor | None) -> Iterator[tuple[float, float, float]]:
+    """Seconds, CPU seconds, and the share of the time in which threads waited for a CPU, of several passes."""
     end = time.perf_counter() + MAX_SECONDS
     for number in range(MAX_PASSES):
         start, cpu_start = time.perf_counter(), time.process_time()
@@ -133,7 +147,4 @@ def _passes(engine: Engine, batch: list[Pair], sensor: LoadSensor | None) -> Ite
             return
         engine.score(batch)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        is_busy = sensor is not None and sensor.read(with_idle=False).waited > MAX_WAITED
-        if is_busy:
-            seconds = min(seconds, cpu_seconds / min(engine.threads.count, cpu_limits().num_cpus))
-        yield seconds, is_busy
+        yield seconds, cpu_seconds, 0.0 if sensor is None else sensor.read(with_idle=False).waited

@@ -153,7 +153,7 @@ def _print_speeds(speeds: CpuSpeeds) -> None:
     for number, model in enumerate(speeds.models):
         say(f"{'' if number else 'this CPU':8}  {speeds.in_words(model)}")
     if speeds.was_busy:
-        say("          estimated from CPU time, because other processes used the CPU")
+        say("          other processes used the CPU: estimated from CPU time, as if it were idle")
 
 
 def _print(
@@ -165,7 +165,8 @@ def _print(
     label = {"measured": "measured", "given": "given", "estimate": "ESTIMATE, not measured"}[rate.kind]
     say(f"job       {job}, of which {made.computed_tokens_per_pair:.0f} are computed")
     say(f"rate      {_span(rate.tokens_per_second)} tokens/s per {device}: {label}; {rate.source}")
-    say(f"          {_span(made.pairs_per_second)} pairs/s with {num_devices}")
+    digits = 0 if made.pairs_per_second.high >= 10 else 2
+    say(f"          {_span(made.pairs_per_second, digits)} pairs/s with {num_devices}")
     say(f"time      {_span(made.hours, 1 if made.hours.high >= 1 else 3)} hours")
     say(f"machines  {made.num_machines}" + ("" if device == THIS_CPU else ", with up to 8 devices each"))
     if made.dollars is None:

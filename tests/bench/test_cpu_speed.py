@@ -12,6 +12,7 @@ import pytest
 from local_rerank import EngineConfig
 from local_rerank.bench import cpu_speed, kept_speeds
 from local_rerank.bench.kept_speeds import CpuSpeed, before_download
+from local_rerank.engine.cpu.thread_policy import Load
 from local_rerank.errors import CheckpointError
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.process import _load
@@ -59,6 +60,16 @@ def test_the_first_plan_measures_this_cpu_and_later_ones_read_the_figures(cache:
     assert planned()[1] == ""
 
 
+def test_figures_of_a_busy_cpu_are_said_to_be_estimates(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BusySensor:
+        def read(self, *, with_idle: bool) -> Load:
+            return Load(waited=0.5, idle_cpus=None)
+
+    monkeypatch.setattr(cpu_speed, "LoadSensor", BusySensor)
+    for _ in range(2):
+        assert "other processes used the CPU: estimated from CPU time" in planned()[0]
+
+
 def test_the_figures_are_scaled_by_useful_operations(cache: Path) -> None:
     models, _ = cpu_speed.measure_speeds()
     assert tuple(models) == MODELS
@@ -75,7 +86,7 @@ def test_a_plan_on_this_cpu_follows_from_the_kept_rate(cache: Path) -> None:
     said, _ = planned(
         "--pairs", "36e3", "--tokens", "200", "--shared-tokens", "100", "--documents", "100", "--gpus", "2xcpu"
     )
-    for part in (WORDS, "measured; ", "fp32 (auto)", "2 pairs/s with 2", "time      5.0 hours", "machines  2\n"):
+    for part in (WORDS, "measured; ", "fp32 (auto)", "1.98 pairs/s with 2", "time      5.0 hours", "machines  2\n"):
         assert part in said
     shown = json.loads(planned("--json")[0])
     assert shown["this_cpu"]["models"]["qwen3-reranker-8b"]["int8"]["seconds"] == 4.25

@@ -1,8 +1,7 @@
 """Measure in seconds how fast this machine's CPU runs the official models, without making or downloading one.
 
 A decoder of three layers in the shape of the 0.6B model, with random weights (`CONFIG`), is planned and prepared like a
-checkpoint. Its useful operations per second give the time of any official shape. Larger matrices are multiplied no
-slower, so the figures of 4B and 8B are upper bounds.
+checkpoint. Its useful operations per second give the time of every official shape, as if all did the same number.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def _measure() -> tuple[dict[str, dict[str, CpuSpeed]], bool]:
             continue
         seconds, is_busy = _best_pass(engine, batch, sensor)
         was_busy |= is_busy
-        flops_per_second = useful_flops(_measured_shape(), batch) / seconds
+        flops_per_second = useful_flops(DecoderShape.from_config(CONFIG), batch) / seconds
         for model, shape in shapes.items():
             models[model][dtype] = CpuSpeed(
                 arithmetic=arithmetic,
@@ -84,10 +83,6 @@ def _measure() -> tuple[dict[str, dict[str, CpuSpeed]], bool]:
 
 def _pairs(num_documents: int) -> list[Pair]:
     return [Pair.of([1] * PREFIX_TOKENS, [2] * DOCUMENT_TOKENS) for _ in range(num_documents)]
-
-
-def _measured_shape() -> DecoderShape:
-    return DecoderShape.from_config(CONFIG)
 
 
 def _random_engine(dtype: DType) -> tuple[Engine, str]:

@@ -107,14 +107,13 @@ def write(models: Mapping[str, Mapping[str, CpuSpeed]], was_busy: bool) -> CpuSp
 
 
 def before_download(config: EngineConfig) -> str:
-    """One line with the kept speed if `config` will download an official model onto a CPU, else an empty one."""
+    """One line with the kept speed if `config` will download an official model onto this CPU, else an empty string."""
     given = (config.model or "").lower()
     model = next((alias for alias, hub_id in ALIASES.items() if given in (alias, hub_id.lower())), "")
-    if not model or config.device not in ("auto", "cpu") or Path(config.model or "").exists():
+    if not model or config.device not in ("auto", "cpu") or _is_here(config, ALIASES[model]):
         return ""
-    if find_snapshot(repository_of(ALIASES[model]), config.revision or None)[0] is not None:
-        return ""
-    if (speeds := read()) is None:
+    speeds = read()
+    if speeds is None or config.threads not in (None, speeds.threads):
         return ""
     if config.device == "auto":
         import torch
@@ -122,6 +121,17 @@ def before_download(config: EngineConfig) -> str:
         if torch.cuda.is_available():
             return ""
     return f"on this CPU, {speeds.in_words(model)} (measured by `local-rerank plan`)"
+
+
+def _is_here(config: EngineConfig, hub_id: str) -> bool:
+    """Whether a folder or the hub's cache has the model; also if that cannot be told, which loading will report."""
+    try:
+        return (
+            Path(str(config.model)).exists()
+            or find_snapshot(repository_of(hub_id), config.revision or None)[0] is not None
+        )
+    except OSError:
+        return True
 
 
 def _path(of: Mapping[str, Any]) -> Path:

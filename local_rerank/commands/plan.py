@@ -120,7 +120,7 @@ def _devices(text: str) -> tuple[int, str]:
     found = re.fullmatch(r"(?:(\d+)x)?(\S+)", text)
     if found is None or (found[1] is not None and int(found[1]) < 1):
         raise ConfigError(f"gpus is {text!r}; it must be a number and a device, for example 8xH200")
-    return int(found[1] or 1), found[2]
+    return int(found[1] or 1), THIS_CPU if found[2].lower() == THIS_CPU else found[2]
 
 
 def _replicas(

@@ -58,7 +58,7 @@ def plan(
     if not 0 <= shared_tokens < tokens:
         what = f"shared_tokens is {shared_tokens}; it must be less than tokens, which is {tokens}"
         raise InvalidRequest(what, field="shared_tokens", limit=tokens, value=shared_tokens)
-    speeds = _cpu_speeds() if on_this_cpu and tokens_per_second is None else None
+    speeds = _cpu_speeds(model) if on_this_cpu and tokens_per_second is None else None
     rate = _rate(speeds, device_name, model, tokens_per_second)
     made = make_plan(
         pairs=pairs,
@@ -89,10 +89,14 @@ def plan(
         _print(made, replicas, f"{pairs:,.0f} pairs of {tokens} tokens, {model}", num_devices, device_name, p99_ms)
 
 
-def _cpu_speeds() -> CpuSpeeds:
-    """The speed of this machine's CPU: kept, or measured now and kept."""
+def _cpu_speeds(model: str) -> CpuSpeeds:
+    """The speed of this machine's CPU: kept, or measured now and kept. Raises ConfigError without one for `model`."""
     from local_rerank.bench import kept_speeds
+    from local_rerank.checkpoints.find import ALIASES
 
+    if model not in ALIASES:
+        names = ", ".join(ALIASES)
+        raise ConfigError(f"model is {model!r}; on this CPU it must be {names}, or give --tokens-per-second")
     if (speeds := kept_speeds.read()) is None:
         warn("measuring this CPU once, with three random layers in the shape of qwen3-reranker-0.6b: some 10 s ...")
         from local_rerank.bench.cpu_speed import measure_speeds
@@ -107,9 +111,6 @@ def _rate(speeds: CpuSpeeds | None, device: str, model: str, tokens_per_second: 
 
     if speeds is None:
         return find_rate(device, model, tokens_per_second)
-    if model not in speeds.models:
-        names = ", ".join(speeds.models)
-        raise ConfigError(f"model is {model!r}; on this CPU it must be {names}, or give --tokens-per-second")
     auto = speeds.models[model]["auto"]
     source = f"{speeds.cpu}, {speeds.threads} threads, {auto.arithmetic} (auto), on {speeds.date}"
     bounds = Range(low=auto.tokens_per_second, high=auto.tokens_per_second)

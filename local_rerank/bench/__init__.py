@@ -6,4 +6,5 @@
 - `targets`: what is measured, behind one method (`benchmarks/peers.py` adds other software)
 - `measure`: runs targets on workloads in alternation
 - `report`: tables
+- `cpu_speed`, `kept_speeds`: the speed of this CPU for `plan`, measured in seconds and kept
 """

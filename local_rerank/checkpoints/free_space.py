@@ -20,6 +20,15 @@ def cache_folder() -> Path:
         raise CheckpointError(what) from error
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that another process reads all of it or none; makes its folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
 def require_temporary_folder() -> None:
     """Raise CheckpointError if there is no folder for temporary files, which transformers needs to be imported."""
     try:

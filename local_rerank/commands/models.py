@@ -10,7 +10,7 @@ from typing import Annotated
 
 from local_rerank import __version__
 from local_rerank.checkpoints.download import Hub
-from local_rerank.commands.console import option, say, status
+from local_rerank.commands.console import option, say, status, warn
 from local_rerank.config import EngineConfig, OtherEngineConfig, PackEngineConfig
 from local_rerank.errors import CheckpointError, ConfigError
 
@@ -31,12 +31,14 @@ def pull(
     ] = "huggingface",
 ) -> None:
     """Download MODEL, resuming earlier downloads, and check that it is a reranker that can be loaded."""
+    from local_rerank.bench.kept_speeds import before_download
     from local_rerank.checkpoints.download import fetch, fetch_from_modelscope
     from local_rerank.checkpoints.find import hub_id, open_checkpoint
 
     model_id = hub_id(model)
     if to is not None and to.is_dir() and any(to.iterdir()) and not any((to / name).exists() for name in OF_A_PULL):
         raise ConfigError(f"to is {to}, which has files that are no model's; choose a new folder, or an empty one")
+    warn(before_download(replace(EngineConfig(), model=model, device="cpu", revision=revision)))
     folder = (fetch if hub == "huggingface" else fetch_from_modelscope)(model_id, revision, to)
     checkpoint = open_checkpoint(str(folder))
     in_cache = to is None and hub == "huggingface"

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
-from local_rerank.commands.console import Console, JsonOutput, option, print_json, status
+from local_rerank.commands.console import Console, JsonOutput, option, print_json, status, warn
 from local_rerank.commands.documents import read_documents
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -86,8 +86,10 @@ def rank(
 
 
 def _loaded(engine: EngineConfig | None) -> Reranker:
+    from local_rerank.bench.kept_speeds import before_download
     from local_rerank.reranker import Reranker  # torch, after everything that can be refused without it
 
+    warn(before_download(engine or EngineConfig()))
     with status("loading the model"):
         return Reranker(config=engine)
 

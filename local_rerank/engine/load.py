@@ -79,7 +79,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
     engine = Engine(
         decoder,
         head,
-        kernel=_kernel(plan),
+        kernel=kernel_of(plan),
         device=device,
         threads=threads,
         max_graph_tokens=max_batch_tokens if plan.cuda_graphs else None,
@@ -187,7 +187,7 @@ def _weights_present(module: nn.Module) -> AbstractContextManager[None]:
     return context
 
 
-def _kernel(plan: LoadPlan) -> KernelRow:
+def kernel_of(plan: LoadPlan) -> KernelRow:
     """The plan's row. CPU tiles are padded if oneDNN multiplies them."""
     row = KERNELS[plan.kernel]
     if plan.kernel != "cpu-tiles":

@@ -75,6 +75,7 @@ def make_plan(
     shared_tokens: int,
     documents: int,
     num_devices: int,
+    devices_per_machine: int = DEVICES_PER_MACHINE,
     device: Device,
     rate: Rate,
 ) -> Plan:
@@ -89,7 +90,7 @@ def make_plan(
         computed_tokens_per_pair=computed,
         pairs_per_second=pairs_per_second,
         hours=hours,
-        num_machines=math.ceil(num_devices / DEVICES_PER_MACHINE),
+        num_machines=math.ceil(num_devices / devices_per_machine),
         device_hours=device_hours,
         dollars=price and Range(low=device_hours.low * price.low, high=device_hours.high * price.high),
         price_source=device.price_source,

@@ -9,6 +9,7 @@ version number" and the second an empty reply. A request that is not HTTP gets a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import ssl
@@ -25,6 +26,7 @@ from local_rerank_server.errors import quoted
 
 logger = logging.getLogger(__name__)
 
+MAX_FILES = 65_536  # open file descriptors, which include connections
 GRACE_SECONDS = 5  # after the body's timeout, for sending the 408 and for skipping the rest of a refused body
 
 TLS_RECORD = b"\x16"  # the first byte of a TLS handshake; no HTTP request begins with it
@@ -194,3 +196,14 @@ class _TlsContext(ssl.SSLContext):
         assert isinstance(wrapped, _TlsObject)
         wrapped.incoming, wrapped.outgoing = incoming, outgoing
         return wrapped
+
+
+def allow_many_connections() -> None:
+    """Raise the soft limit of open files, often 1,024, because each connection takes one."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES) if hard > 0 else MAX_FILES, hard))

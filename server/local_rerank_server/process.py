@@ -34,7 +34,7 @@ from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, DeviceFailure, LocalRerankError
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.connections import make_protocol, make_tls_context
+from local_rerank_server.connections import allow_many_connections, make_protocol, make_tls_context
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.logs import announce, set_up_logging
 from local_rerank_server.state import ServerState
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
 KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
-MAX_FILES = 65_536  # open file descriptors, which include connections
 CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off, or that the GPU can compute no more
 IDLE_CLOSE_SECONDS = 0.5  # for the closing handshake of TLS
 LOOPBACK = "127.0.0.1,::1,::ffff:127.0.0.1"  # the last is IPv4 on a socket for both
@@ -63,7 +62,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """
     set_up_logging(server_config, passed_over=kubernetes_variables())
     keys = ApiKeys.from_config(server_config)
-    _allow_many_connections()
+    allow_many_connections()
     with _listen(server_config) as listener:
         path = server_config.uds
         ours = path and _file_id(path)
@@ -144,8 +143,11 @@ def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | Repli
 
         return ReplicaReranker(config, server_config)
     from local_rerank import Reranker
+    from local_rerank.bench.kept_speeds import before_download
     from local_rerank.selftest.self_test import require_self_test
 
+    if expected := before_download(config):
+        logger.info(expected)
     reranker = Reranker(config=config)
     if not server_config.no_self_test:
         require_self_test(reranker)
@@ -337,14 +339,3 @@ def _curl(address: str, config: ServerConfig) -> str:
     )
     path = "/api/v1/services/rerank/text-rerank/text-rerank"
     return f"curl {reach}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
-
-
-def _allow_many_connections() -> None:
-    """Raise the soft limit of open files, often 1,024, because each connection takes one."""
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows has no such limit
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES) if hard > 0 else MAX_FILES, hard))

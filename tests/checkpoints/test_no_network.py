@@ -64,7 +64,7 @@ def command_lines(home: Path, folder: Path) -> list[list[str]]:
         ["doctor"],
         ["pack", str(folder), "--output", bundle, "--no-self-test", *model[2:]],
         ["verify", bundle, *model[2:]],
-        ["plan"],
+        ["plan", "--gpus", "H100"],
         ["completion", "bash"],
         ["bench", "--workload", "titles", "--rounds", "1", "--skip-reference", *model],
     ]

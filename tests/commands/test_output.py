@@ -144,13 +144,17 @@ def test_d3_rank_imports_nothing_that_it_does_not_use(process: Process) -> None:
 @pytest.mark.parametrize(
     ("command_line", "status", "error"),
     [
-        ("plan | true", PIPE_CLOSED, ""),
-        ("plan --json | true", PIPE_CLOSED, ""),
+        ("plan --gpus H100 | true", PIPE_CLOSED, ""),
+        ("plan --gpus H100 --json | true", PIPE_CLOSED, ""),
         ("--help | true", PIPE_CLOSED, ""),
-        ("plan >&-", 0, ""),
+        ("plan --gpus H100 >&-", 0, ""),
         ("rank q <&-", 1, "local-rerank: 0 documents; at least 1 is needed\n"),
-        ("plan >/dev/full", 1, "local-rerank: the output cannot be written: No space left on device\n"),
-        ("plan --json >/dev/full", 1, "local-rerank: the output cannot be written: No space left on device\n"),
+        ("plan --gpus H100 >/dev/full", 1, "local-rerank: the output cannot be written: No space left on device\n"),
+        (
+            "plan --gpus H100 --json >/dev/full",
+            1,
+            "local-rerank: the output cannot be written: No space left on device\n",
+        ),
     ],
 )
 def test_c9_a_closed_pipe_or_a_full_disk_is_no_traceback(command_line: str, status: int, error: str) -> None:

@@ -39,7 +39,7 @@ def tab_to(page: Page, name: str) -> list[str]:
 
 def test_the_keyboard_alone_is_enough(page: Page) -> None:
     on_the_way = tab_to(page, "query")
-    assert on_the_way[:2] == ["Skip to the results", "API documentation"]
+    assert on_the_way[:2] == ["Skip to the results", "API documentation (new tab)"]
     page.keyboard.type("capital of France")
     assert tab_to(page, "instruction") == ["instruction"]
     page.keyboard.type("Find the answer")

@@ -7,11 +7,14 @@ import re
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from local_rerank import Reranker
 from tests.client_servers import MAX_DOCUMENT_TOKENS
 from tests.playground.conftest import KEY, Open, bodies_sent, rank, shown
+from tests.playground.test_access import faults
+from tests.playground.test_origins import opened, own_server, statuses_of
+from tests.serving import until
 
 QUERY = "What is a text reranking model?"
 DOCUMENTS = [
@@ -58,6 +61,11 @@ def test_the_request_has_the_fields_that_are_not_empty(page: Page) -> None:
     bodies = bodies_sent(page)
     rank(page, QUERY, "\n\n".join(DOCUMENTS))
     shown(page)
+    names = page.get_by_label("Model").locator("option").all_inner_texts()
+    assert names[0] == "local-rerank-nano"
+    assert all(name.endswith(", an alias of local-rerank-nano") for name in names[1:])
+    for note in ("#model-note", "#built-in"):
+        assert str(page.locator(note).text_content()).startswith("local-rerank-nano")
     page.get_by_label("Model").select_option("qwen3-rerank")
     rank(page, QUERY, json.dumps([DOCUMENTS[0], {"text": "two\nlines"}, {"document": ""}]), Top_n="2")
     expect(page.locator("li")).to_have_count(2)
@@ -111,7 +119,7 @@ def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None
     assert [text.split(",")[0] for text in moved] == ["↑ 2 higher", "not in the first ranking", "↓ 1 lower"]
 
 
-def test_every_example_ranks_all_its_documents(page: Page) -> None:
+def test_every_example_ranks_all_its_documents_and_is_marked_while_the_fields_hold_it(page: Page) -> None:
     bodies = bodies_sent(page)
     buttons = page.locator("#examples button")
     assert {button.get_attribute("lang") for button in buttons.all()} == {"en", "zh"}
@@ -120,7 +128,58 @@ def test_every_example_ranks_all_its_documents(page: Page) -> None:
         shown(page)
         expect(page.locator(".ranking").first.locator("li")).to_have_count(len(bodies[-1]["documents"]))
         assert len(bodies[-1]["documents"]) >= 3
+        assert pressed(page) == [button.inner_text()]
     assert len(bodies) > buttons.count()  # one of them compares
+    for label in ("Query", "Instruction what", "Documents"):
+        field = page.get_by_label(label, exact=label != "Instruction what")
+        before = field.input_value()
+        field.fill(f"{before} x")
+        assert pressed(page) == []
+        field.fill(before)
+        assert len(pressed(page)) == 1
+    page.get_by_label("Compare two instructions").check()
+    assert pressed(page) == []
+
+
+def pressed(page: Page) -> list[str]:
+    return page.locator("#examples [aria-pressed=true]").all_inner_texts()
+
+
+def test_a_running_ranking_shows_its_time_and_cancelling_frees_the_server(chromium: Browser) -> None:
+    with own_server() as (url, state), opened(chromium, url) as (page, _):
+        futures = state.reranker.futures  # type: ignore[attr-defined]
+        expect(page.locator("#server-status")).to_have_attribute("data-status", "ready")
+        page.clock.install()
+        page.get_by_label("Compare two instructions").check()
+        rank(page, "q", "a\nb")
+        until(lambda: len(futures) == 2)
+        progress, said = page.locator("#progress"), page.locator("#announcement")
+        expect(progress).to_be_hidden()  # it would only flicker if the answer came now
+        page.clock.run_for(1500)
+        expect(progress).to_contain_text("Ranking 2 documents twice")
+        expect(page.get_by_role("timer")).to_have_text("1.5 s")
+        expect(said).to_have_text("Ranking 2 documents twice …")
+        page.clock.run_for(11_000)
+        expect(page.get_by_role("timer")).to_have_text(re.compile(r"1\d s"))
+        expect(said).to_have_text("Ranking 2 documents twice: 10 s")
+        assert faults(page) == []
+        assert state.admission.num_requests == 2
+        page.get_by_role("button", name="Cancel").press("Enter")
+        until(lambda: statuses_of(state)[499] == 2)
+        assert state.admission.num_requests == 0
+        assert all(future.cancelled() for future in futures)
+        expect(progress).to_have_text(re.compile(r"Cancelled after 1\d s\."))
+        expect(page.get_by_role("button", name="Rank")).to_be_focused()
+        expect(page.locator("#error")).to_be_hidden()
+        page.keyboard.press("Enter")
+        until(lambda: len(futures) == 4)
+        expect(progress).to_be_hidden()
+        page.clock.run_for(500)
+        page.get_by_role("button", name="Cancel").focus()
+        futures[-1].set_exception(ValueError)
+        expect(page.locator("#error")).to_contain_text("internal error")
+        expect(progress).to_be_hidden()
+        assert page.evaluate("document.activeElement.id") == "results"
 
 
 def test_a_long_document_is_collapsed_until_expanded(page: Page) -> None:
@@ -164,6 +223,12 @@ def test_a_key_is_requested_and_kept_in_memory_alone(open_page: Open, locked_url
     assert len(shown(page)) == 3
     expect(page.locator("#key-form")).to_be_hidden()
     assert "Authorization: Bearer YOUR_KEY" in page.locator("#snippet").inner_text()
+    with page.context.expect_page() as opened_page:  # in this tab it would lose the key and the fields
+        page.get_by_role("link", name="API documentation").click()
+    expect(opened_page.value.get_by_text("press Authorize")).to_be_visible()
+    opened_page.value.close()
+    page.get_by_role("button", name="Rank").click()
+    assert len(shown(page)) == 3
     assert KEY not in page.content()
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
     assert page.context.cookies() == []
@@ -237,6 +302,8 @@ def test_the_page_waits_for_a_server_that_is_loading(open_page: Open, base_url: 
 
     page = open_page(base_url, routes={"**/ready": ready}, status="loading")
     expect(page.locator("#server-status")).to_have_text("loading the model …")
+    assert '"model": "qwen3-rerank"' in page.locator("#snippet").inner_text()
+    expect(page.get_by_label("Model")).to_have_value("qwen3-rerank")
     expect(page.locator("#server-status")).to_have_text("local-rerank-nano")
 
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -23,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from local_rerank import __version__
-from local_rerank.checkpoints.free_space import cache_folder
+from local_rerank.checkpoints.free_space import cache_folder, write_atomically
 from local_rerank.checkpoints.known_scores import MAX_MISORDERED, num_misordered
 from local_rerank.engine.cpu.int8 import TOLERANCE, Int8Linear
-from local_rerank.engine.cpu.process_setup import owns_process
+from local_rerank.engine.cpu.process_setup import KERNEL_VARIABLES, owns_process
 from local_rerank.engine.cpu.products import saturates
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
@@ -43,10 +42,6 @@ GROUPS = (  # linear layers of a decoder layer that read the same input
     ("mlp", ("down_proj",)),
 )
 LINEARS_PER_LAYER = sum(len(names) for _, names in GROUPS)
-ENVIRONMENT = (  # variables that change what kernels compute
-    "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
-    "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
-)  # fmt: skip
 LANES = 2**15  # int64 values per checksum step: they fit in the CPU's cache, and torch adds them in one thread
 FORMAT_VERSION = 1  # of the cache file; also increase it when the search changes
 
@@ -220,7 +215,7 @@ def facts_of(weights: Mapping[str, Tensor], pairs: Sequence[Pair], **more: Any) 
         "machine": platform.machine(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cpu": {name: value for name, value in cpu.items() if not name.startswith("num_")},
-        "variables": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "variables": {name: os.environ[name] for name in KERNEL_VARIABLES if name in os.environ},
         "limits_pairs": saturates(),
         "tolerance": [TOLERANCE, SHARE_OF_ALL, SHARE_OF_ONE, MAX_MISORDERED],
         "prompts": hashlib.sha256(repr([(pair.prefix_ids, pair.document_ids) for pair in pairs]).encode()).hexdigest(),
@@ -281,11 +276,7 @@ def write_choice(facts: Facts, names: Iterable[str]) -> None:
     text = json.dumps({"fp32_layers": sorted(names), "facts": facts}, ensure_ascii=False, indent=2) + "\n"
     try:
         path = _path(facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)  # atomic, so that another process reads a whole file or none
+        write_atomically(path, text)
     except (OSError, CheckpointError) as error:
         logger.info("cannot cache the choice of int8 layers, so the next start searches again: %r", error)
     else:

@@ -22,6 +22,11 @@ CACHE_VARIABLES = {
     "LRU_CACHE_CAPACITY": "16",  # torch's cache in front of oneDNN's
 }
 
+KERNEL_VARIABLES = (  # they change what kernels compute, and how fast
+    "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+
 NO_HOME = "/"  # as docker sets it; without one, libraries raise errors for caches that they only look for
 
 KEPT_BYTES = 2**30  # free memory kept at the top of the heap (M_TRIM_THRESHOLD); a layer's tensors take less

@@ -45,6 +45,7 @@ async def openapi(http: Request) -> JsonResponse:
         schemes = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         document["components"] = document["components"] | {"securitySchemes": schemes}
         document["security"] = [{"ApiKey": []}]
+        document["info"] = document["info"] | {"description": "Requests need an API key: press Authorize to enter it."}
     return JsonResponse(document)
 
 

@@ -24,6 +24,7 @@ NAMES = (
     "icon.svg",
     "main.js",
     "messages.js",
+    "progress.js",
     "results.js",
     "server.js",
     "style.css",

@@ -53,9 +53,9 @@ async function pollStatus() {
 async function fillModels() {
   try {
     const models = await listModels();
-    byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
+    byId("model").replaceChildren(...models.map(optionOf));
     showStatus("ready", models[0].model_name);
-    showBuiltIn(models[0].description ?? "");
+    showBuiltIn(models[0]);
     changed();
     return true;
   } catch (error) {
@@ -74,8 +74,14 @@ function showStatus(status, text) {
   say("server-status", text);
 }
 
+/** A name that can be sent; an alias says which model it stands for. */
+function optionOf({ id, model_name }) {
+  return element("option", { value: id }, id === model_name ? id : `${id}, an alias of ${model_name}`);
+}
+
 /** Show the notes about the built-in model, the only one with a description. */
-function showBuiltIn(description) {
-  say("model-note", description);
+function showBuiltIn({ model_name, description }) {
+  say("model-note", description ? `${model_name}: ${description}` : "");
+  say("built-in", `${model_name} largely ignores instructions.`);
   byId("built-in").hidden = !description;
 }

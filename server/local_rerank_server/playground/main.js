@@ -7,6 +7,7 @@ import { byId, element, say } from "./elements.js";
 import { EXAMPLES } from "./examples.js";
 import { acceptFiles } from "./files.js";
 import { clearErrors, showError } from "./messages.js";
+import { offerCancel, showCancelled, showEnd, showRunning } from "./progress.js";
 import { announce, renderRanking } from "./results.js";
 import { ServerError, rank } from "./server.js";
 
@@ -17,6 +18,7 @@ let running = new AbortController();
 function start() {
   if (/mac|iphone|ipad/i.test(navigator.platform)) say("shortcut", "⌘ ↵");
   byId("examples").append(...EXAMPLES.map(exampleButton));
+  offerCancel(cancelAll);
   byId("form").addEventListener("submit", (event) => { event.preventDefault(); rankAll(); });
   byId("form").addEventListener("input", fieldsChanged);
   document.addEventListener("keydown", rankByKeys);
@@ -56,14 +58,27 @@ function fill({ query, documents, instruction, top_n }) {
   fieldsChanged();
 }
 
-/** Update what depends on the fields: the note on the documents, the second instruction, and the code. */
+/** Update what depends on the fields: the note on the documents, the second instruction, the examples, and the code. */
 function fieldsChanged() {
   const { documents, note } = parseText(byId("documents").value);
   say("documents-note", note);
   byId("second").hidden = !byId("compare").checked;
+  for (const [index, button] of [...byId("examples").children].entries()) {
+    button.setAttribute("aria-pressed", String(isInFields(EXAMPLES[index], documents)));
+  }
   const base = new URL(".", document.baseURI).href.replace(/\/$/, "");
   const request = requestOf(documents, byId("instruction").value);
-  showCode({ ...request, model: request.model ?? "qwen3-rerank" }, base, needsKey() ? "YOUR_KEY" : "");
+  showCode(request, base, needsKey() ? "YOUR_KEY" : "");
+}
+
+/** Whether the fields hold this example, also if they were filled in by hand. */
+function isInFields(example, documents) {
+  const second = byId("compare").checked ? byId("second-instruction").value : undefined;
+  return byId("query").value === example.query
+    && byId("instruction").value === (example.instruction ?? "")
+    && second === example.second
+    && documents.length === example.documents.length
+    && documents.every((text, index) => text === example.documents[index]);
 }
 
 /** The request in the fields; empty fields are omitted. */
@@ -73,7 +88,7 @@ function requestOf(documents, instruction) {
     documents,
     instruction: instruction.trim() ? instruction : undefined,
     top_n: numberOf(byId("top-n").value.trim()),
-    model: byId("model").value || undefined,
+    model: byId("model").value,
   };
 }
 
@@ -90,17 +105,31 @@ async function rankAll() {
   running.abort();
   const mine = running = new AbortController();
   clearErrors();
-  byId("results").setAttribute("aria-busy", "true");
-  say("announcement", "Ranking …");
+  const requests = allRequests();
+  showRunning(requestsInWords(requests));
   try {
-    const requests = allRequests();
     const answers = await Promise.all(requests.map((request) => rank(request, mine.signal)));
-    if (mine === running) showRankings(requests, answers);
+    if (mine === running) finish(() => showRankings(requests, answers));
   } catch (error) {
-    if (mine === running) showFailure(error);
-  } finally {
-    if (mine === running) byId("results").removeAttribute("aria-busy");
+    if (mine === running) finish(() => showFailure(error));
   }
+}
+
+function finish(show) {
+  showEnd();
+  show();
+}
+
+/** Abort the ranking; the server then removes it from its queue. */
+function cancelAll() {
+  running.abort();
+  running = new AbortController();
+  showCancelled();
+}
+
+function requestsInWords(requests) {
+  const number = requests[0].documents.length;
+  return `Ranking ${number} ${number === 1 ? "document" : "documents"}${requests.length > 1 ? " twice" : ""}`;
 }
 
 function allRequests() {

@@ -90,7 +90,7 @@ class Dialect:
         )
 
     def error_response(self, error: LocalRerankError, http: Request) -> Response:
-        http.state.error = type(error).__name__  # for the access log and the metrics
+        http.state.dialect, http.state.error = self, type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
             page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
@@ -107,6 +107,17 @@ class DialectRoute(APIRoute):
     dialect: Dialect
     takes: Takes | None = None  # None: every body that no other dialect on this path takes
     examples: Mapping[str, Any] = {}  # example requests by name
+
+    def owns(self, body: Any, http: Request) -> bool:
+        """Whether a body on a shared path belongs to this dialect, if it does to none before it."""
+        return self.takes is None or (isinstance(body, dict) and self.takes(body))
+
+    def fits(self, body: Any, http: Request) -> bool:
+        """Whether a body on an unknown path belongs to this dialect: it has all required fields, too."""
+        assert self.body_field is not None
+        model: Any = self.body_field.field_info.annotation
+        required = [name for name, info in model.model_fields.items() if info.is_required()]
+        return isinstance(body, dict) and self.owns(body, http) and all(body.get(name) is not None for name in required)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler() if self.body_field is None else self._rank

@@ -115,9 +115,10 @@ class DialectRoute(APIRoute):
     def fits(self, body: Any, http: Request) -> bool:
         """Whether a body on an unknown path belongs to this dialect: it has all required fields, too."""
         assert self.body_field is not None
+        if not (isinstance(body, dict) and self.owns(body, http)):
+            return False
         model: Any = self.body_field.field_info.annotation
-        required = [name for name, info in model.model_fields.items() if info.is_required()]
-        return isinstance(body, dict) and self.owns(body, http) and all(body.get(name) is not None for name in required)
+        return all(body.get(name) is not None for name, info in model.model_fields.items() if info.is_required())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler() if self.body_field is None else self._rank

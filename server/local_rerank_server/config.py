@@ -184,8 +184,8 @@ class ServerConfig:
     document_echo: Annotated[
         DocumentEcho,
         Parameter(group=APIS,
-                  help="How /rerank and /v1/rerank return a document: as an object with its text or, for Infinity's "
-                       "clients, as a string."),
+                  help="How /rerank and /v1/rerank return a document: as an object with its text or, for clients of "
+                       "Qianfan and Zhipu and LiteLLM's infinity/, as a string."),
     ] = "object"  # fmt: skip
     no_self_test: Annotated[
         bool, Parameter(group=ENGINE,

@@ -45,7 +45,8 @@ async def test_get_routes_answer_head_requests(serve: Serve) -> None:
         for path in ("/health", "/ready", "/v1/models", "/docs"):
             assert (await client.head(path)).status_code == 200
     async with serve(None) as client:
-        assert (await client.head("/ready")).status_code == 503
+        for path, status in (("/ready", 503), ("/v1/health/ready", 503), ("/v1/health/live", 200)):
+            assert (await client.head(path)).status_code == status
 
 
 async def test_limits_shows_the_configured_values(serve: Serve) -> None:

@@ -78,6 +78,7 @@ class Dialect:
     lists_endpoints: bool = True  # whether a 404 lists the existing routes
     open_paths: Sequence[str] = ()  # need no API key, and answer while the server drains
     status: Mapping[type[LocalRerankError], int] = field(default_factory=dict)  # overrides of `errors.STATUS`
+    error_headers: Callable[[int], Mapping[str, str]] = lambda status: {}  # of an error's response, by its status
 
     def router(self) -> APIRouter:
         """A router whose responses all have this dialect's shape."""
@@ -89,7 +90,7 @@ class Dialect:
         )
 
     def error_response(self, error: LocalRerankError, http: Request) -> Response:
-        http.state.error = type(error).__name__  # for the access log and the metrics
+        http.state.dialect, http.state.error = self, type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
             page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
@@ -97,7 +98,7 @@ class Dialect:
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)
-        return JsonResponse(body, status_code=status, headers=headers_of(error))
+        return JsonResponse(body, status_code=status, headers={**headers_of(error), **self.error_headers(status)})
 
 
 class DialectRoute(APIRoute):
@@ -106,6 +107,18 @@ class DialectRoute(APIRoute):
     dialect: Dialect
     takes: Takes | None = None  # None: every body that no other dialect on this path takes
     examples: Mapping[str, Any] = {}  # example requests by name
+
+    def owns(self, body: Any, http: Request) -> bool:
+        """Whether a body on a shared path belongs to this dialect, if it does to none before it."""
+        return self.takes is None or (isinstance(body, dict) and self.takes(body))
+
+    def fits(self, body: Any, http: Request) -> bool:
+        """Whether a body on an unknown path belongs to this dialect: it has all required fields, too."""
+        assert self.body_field is not None
+        if not (isinstance(body, dict) and self.owns(body, http)):
+            return False
+        model: Any = self.body_field.field_info.annotation
+        return all(body.get(name) is not None for name, info in model.model_fields.items() if info.is_required())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler() if self.body_field is None else self._rank
@@ -129,7 +142,8 @@ class DialectRoute(APIRoute):
         value, errors = self.body_field.validate(body, {}, loc=("body",))
         if errors:
             raise RequestValidationError(errors, body=body)
-        response: Response = await self.endpoint(http, value)
+        named = {parameter.name: http.path_params[parameter.name] for parameter in self.dependant.path_params}
+        response: Response = await self.endpoint(http, value, **named)
         return response
 
 

@@ -210,4 +210,20 @@ CLIENTS = [
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
     other("node", "ai_sdk.mjs", "cohere-ai", shows=ALL_SHOWN, raises=COHERE),
+    other(
+        "more-sdks",
+        "pinecone_zeroentropy.py",
+        "pinecone",
+        sends={"model", "top_n", "return_documents"},
+        raises={"a wrong key": "UnauthorizedError"},  # it refuses a blank query itself
+    ),
+    other(
+        "node",
+        "pinecone_zeroentropy.mjs",
+        "@pinecone-database/pinecone",
+        sends={"model", "top_n", "return_documents"},
+        raises={"a blank query": "PineconeBadRequestError"},  # after a wrong key it shows a text of its own
+    ),
+    other("more-sdks", "pinecone_zeroentropy.py", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
+    other("node", "pinecone_zeroentropy.mjs", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
 ]

@@ -44,7 +44,7 @@ async def test_every_route_but_dashscopes_accepts_and_returns_any_model_name(
             for model in ("any/name", None):
                 answer = await client.post(route.path, json={**example, "model": model})
                 assert answer.status_code == 200, answer.text
-                if isinstance(answer.json(), dict) and route.dialect.name != "local-rerank":
+                if "model" in answer.json() and route.dialect.name != "local-rerank":
                     assert answer.json()["model"] == (model or tiny_reranker.model_id)
 
 

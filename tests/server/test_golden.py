@@ -65,10 +65,10 @@ def one_by_one(reranker: Reranker, pairs: list[tuple[str, str]]) -> RerankResult
 
 
 def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
-    """The template with every `$name` replaced; an item with `$index` in a list stands for each document."""
+    """The template with every `$name` replaced; an item with `$index` or `$document` stands for each document."""
     if isinstance(template, dict):
         return {key: fill(value, values, result) for key, value in template.items()}
-    if isinstance(template, list) and result is not None and len(template) == 1 and "$index" in template[0].values():
+    if isinstance(template, list) and result is not None and len(template) == 1 and is_one_document(template[0]):
         return [fill(template[0], values | fields(item), result) for item in result]
     if isinstance(template, list):
         return [fill(item, values, result) for item in template]
@@ -78,6 +78,10 @@ def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> 
         return template
     name = template[1:]
     return values[name] if name in values else getattr(result, name)
+
+
+def is_one_document(template: dict[str, Any]) -> bool:
+    return any(value in ("$index", "$document") for value in template.values())
 
 
 def fields(item: RankedDocument) -> dict[str, Any]:
@@ -105,5 +109,5 @@ def numbers(value: Any, key: str = "") -> Iterator[float]:
     elif isinstance(value, list):
         for inner in value:
             yield from numbers(inner, key)
-    elif isinstance(value, float) and not key.endswith("_ms"):
+    elif isinstance(value, float) and not key.endswith(("_ms", "_latency")):
         yield value

@@ -42,10 +42,11 @@ async def test_the_built_in_model_has_a_description(serve: Serve) -> None:
 
 async def test_get_routes_answer_head_requests(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
-        for path in ("/health", "/ready", "/v1/models", "/docs"):
+        for path in ("/health", "/ready", "/.well-known/ready", "/v1/models", "/docs"):
             assert (await client.head(path)).status_code == 200
     async with serve(None) as client:
-        assert (await client.head("/ready")).status_code == 503
+        for path in ("/ready", "/.well-known/ready"):
+            assert (await client.head(path)).status_code == 503
 
 
 async def test_limits_shows_the_configured_values(serve: Serve) -> None:

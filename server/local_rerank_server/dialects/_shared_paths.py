@@ -31,7 +31,7 @@ class SharedRoute(APIRoute):
         )
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handlers = [(form.takes, form.get_route_handler()) for form in self.forms]
+        handlers = [(form, form.get_route_handler()) for form in self.forms]
 
         async def respond(http: Request) -> Response:
             request = json_request(http)
@@ -39,8 +39,7 @@ class SharedRoute(APIRoute):
                 body = await request.json()
             except Exception as error:
                 return self.forms[-1].dialect.error_response(to_known_error(error, http), http)
-            is_object = isinstance(body, dict)
-            handle = next(handle for takes, handle in handlers if takes is None or (is_object and takes(body)))
+            handle = next(handle for form, handle in handlers if form.owns(body, http))
             return await handle(request)
 
         return respond

@@ -150,8 +150,8 @@ class ServerConfig:
     ] = False  # fmt: skip
     document_echo: Annotated[
         DocumentEcho,
-        Parameter(help="How /rerank and /v1/rerank return a document: as an object with its text or, for Infinity's "
-                       "clients, as a string."),
+        Parameter(help="How /rerank and /v1/rerank return a document: as an object with its text or, for clients "
+                       "of Qianfan and Zhipu and LiteLLM's infinity/, as a string."),
     ] = "object"  # fmt: skip
     no_self_test: Annotated[
         bool, Parameter(help="Skip the self-test at start, which compares scores with known ones.", negative="")

@@ -1,4 +1,4 @@
-"""API keys from the options and the key file, and the check of the Authorization header.
+"""API keys from the options and the key file, and the check of the one that a request's headers hold.
 
 An option or variable holds bare keys. The key file has one `NAME:KEY` a line, split at the first colon; a file of one
 line without a colon is a bare key. No error here quotes a key, nor a name, which may be the start of a misplaced key.
@@ -18,6 +18,7 @@ from local_rerank_server.errors import InvalidApiKey, MissingApiKey
 
 NAME = re.compile(r"[\w.@-]{1,64}")  # names are in the log, so they hold no white space
 NAME_RULE = "1 to 64 letters, digits and . _ @ -"
+PLAIN_HEADERS = ("api-key", "x-api-key")  # of Azure's and Pinecone's clients; both of Continue's
 NOT_IN_A_HEADER = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
@@ -41,19 +42,42 @@ class ApiKeys:
             _check_key(key, f"the key named {name}")
         return cls({name: key.strip() for name, key in keys.items()})
 
-    def check(self, authorization: bytes | None) -> str | None:
-        """The name of the key in an Authorization header; raises MissingApiKey or InvalidApiKey."""
+    def check(self, headers: Mapping[str, str]) -> str | None:
+        """The name of the key that a request's headers hold; raises MissingApiKey or InvalidApiKey."""
         if not self._keys:
             return None
-        scheme, _, sent = (authorization or b"").strip().partition(b" ")
-        sent = sent.strip()
-        if scheme.lower() != b"bearer" or not sent:
+        sent = _sent_key(headers)
+        if not sent:
             raise MissingApiKey()
         # compare all keys, each in constant time, so that the response time reveals nothing
         names = [name for name, key in self._keys if hmac.compare_digest(key, sent)]
         if not names:
             raise InvalidApiKey()
         return names[0]
+
+
+def _sent_key(headers: Mapping[str, str]) -> bytes:
+    """The key of the first header that holds one."""
+    authorization = _key_in(headers.get("authorization", "").strip().encode("latin-1"))
+    plain = (headers.get(name, "").strip().encode("latin-1") for name in PLAIN_HEADERS)
+    return authorization or next(filter(None, plain), b"")
+
+
+def _key_in(authorization: bytes) -> bytes:
+    """`Bearer KEY`, a key alone as Mixedbread's SDK 2 sends it, or the access key id of AWS's signature version 4.
+
+    That is `AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/SERVICE/aws4_request, SignedHeaders=..., Signature=...`. The
+    signature is not checked: it would prove knowledge of a second secret, which this server does not have.
+    """
+    scheme, _, rest = (part.strip() for part in authorization.partition(b" "))
+    match scheme.lower():
+        case b"bearer":
+            return rest
+        case b"aws4-hmac-sha256":
+            fields = dict(field.strip().partition(b"=")[::2] for field in rest.split(b","))
+            return fields.get(b"Credential", b"").rsplit(b"/", 4)[0]
+        case _:
+            return b"" if rest else scheme
 
 
 def _encodings(key: str) -> set[bytes]:

@@ -141,7 +141,7 @@ class AdmissionMiddleware:
                 await _dialect_of(http).error_response(stopped, http)(scope, receive, send)
 
     def _check(self, http: Request, num_bytes: int) -> None:
-        http.state.key = key = self.keys.check(http.headers.get("authorization", "").encode("latin-1"))
+        http.state.key = key = self.keys.check(http.headers)
         if self.state.draining:
             raise ModelUnavailable("the server is stopping")
         if http.method == "POST":

@@ -14,6 +14,12 @@ from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import InvalidApiKey, MissingApiKey
 from local_rerank_server.keys import ApiKeys
 
+AWS = (
+    "AWS4-HMAC-SHA256 Credential={}/20261128/us-east-1/bedrock/aws4_request, "
+    "SignedHeaders=content-type;host;x-amz-date, Signature=5d672d79c15b13162d9279b0855cfba6"
+)
+"""An Authorization header of AWS's signature version 4, as boto3 sends it."""
+
 
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -84,6 +90,11 @@ def test_every_numeric_option_has_a_minimum() -> None:
             ServerConfig(**{name: -1})
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The headers with a key in UTF-8, as a server decodes them."""
+    return {"authorization": f"Bearer {key}".encode().decode("latin-1")}
+
+
 def keys_of(content: bytes, folder: Path, *api_key: str) -> ApiKeys:
     (folder / "keys").write_bytes(content)
     return ApiKeys.from_config(ServerConfig(api_key=api_key, api_key_file=folder / "keys"))
@@ -110,10 +121,10 @@ def test_an_unreadable_key_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["open", "abc:def", "carol:sk:carol", "-x", "a b", "schlüssel", "密钥", " padded\n"])
 def test_a10_an_option_holds_a_bare_key(key: str, tmp_path: Path) -> None:
     keys = ApiKeys.from_config(ServerConfig(api_key=("first", key)))
-    assert keys.check(f"Bearer {key}".encode()) == "key-2"
+    assert keys.check(bearer(key)) == "key-2"
     for part in key.split(":")[1:]:
         with pytest.raises(InvalidApiKey):
-            keys.check(f"Bearer {part}".encode())
+            keys.check(bearer(part))
     assert key not in repr(ServerConfig(api_key=(key,)))
 
 
@@ -129,11 +140,11 @@ def test_a10_an_option_holds_a_bare_key(key: str, tmp_path: Path) -> None:
 )
 def test_a10_a_key_file_has_names_or_one_bare_key(content: bytes, names: dict[str, str], tmp_path: Path) -> None:
     keys = keys_of(content, tmp_path, "of the option")
-    assert {key: keys.check(f"Bearer {key}".encode()) for key in names} == names
+    assert {key: keys.check(bearer(key)) for key in names} == names
 
 
 def test_a10_a_key_beyond_ascii_may_come_as_latin_1() -> None:
-    assert ApiKeys({"a": "schlüssel"}).check("Bearer schlüssel".encode("latin-1")) == "a"
+    assert ApiKeys({"a": "schlüssel"}).check({"authorization": "Bearer schlüssel"}) == "a"
 
 
 @pytest.mark.parametrize("key", ["a\x00b", "a\nb", "\udcff"])
@@ -144,12 +155,23 @@ def test_a10_a_key_that_no_header_carries_is_refused(key: str) -> None:
 
 def test_check_refuses_missing_and_wrong_keys() -> None:
     keys = ApiKeys({"anna": "sesame"})
-    for scheme in ("Bearer", "bearer"):
-        assert keys.check(f"{scheme} sesame".encode()) == "anna"
-    for missing in (None, b"Bearer ", b"Basic c2VjcmV0"):
+    for taken in ("Bearer sesame", "bearer sesame", "sesame", AWS.format("sesame")):
+        assert keys.check({"authorization": taken}) == "anna"
+    for missing in ("", "Bearer ", "Basic c2VjcmV0", "sesame and more", "AWS4-HMAC-SHA256 ,=,", AWS.format("")):
         with pytest.raises(MissingApiKey):
-            keys.check(missing)
-    for wrong in (b"Bearer wrong", b"Bearer sesam", b"Bearer sesame and more", b"Bearer anna", b"Bearer anna:sesame"):
+            keys.check({"authorization": missing, "api-key": " "})
+    wrong = ("wrong", "sesam", "sesame and more", "anna", "anna:sesame")
+    for sent in (*map("Bearer {}".format, wrong), *map(AWS.format, wrong), "wrong", "bearersesame"):
         with pytest.raises(InvalidApiKey):
-            keys.check(wrong)
-    assert ApiKeys({}).check(None) is None
+            keys.check({"authorization": sent, "api-key": "sesame"})
+    assert ApiKeys({}).check({}) is None
+
+
+@pytest.mark.parametrize("name", ["api-key", "x-api-key"])
+def test_the_first_header_with_a_key_counts(name: str) -> None:
+    keys = ApiKeys({"anna": "sesame", "karl": "a/b"})
+    for authorization in ("", "Bearer", "Basic c2VjcmV0"):  # that of a proxy's user
+        assert keys.check({"authorization": authorization, name: " sesame "}) == "anna"
+        with pytest.raises(InvalidApiKey):
+            keys.check({"authorization": authorization, name: "Bearer sesame"})
+    assert keys.check({"authorization": AWS.format("a/b"), name: "sesame"}) == "karl"

@@ -23,7 +23,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.InvalidRequest("what is wrong", field="query"),
         library_errors.WrongType(7, field="query", expected="a string"),
         library_errors.EmptyQuery(),
-        library_errors.EmptyDocument(index=3),
+        library_errors.EmptyDocument(index=1),
         library_errors.InvalidDocumentCount(limit=500, value=501),
         library_errors.NoDocuments(limit=500),
         library_errors.DocumentTooLong(index=1, limit=10, value=11),

@@ -13,7 +13,9 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from local_rerank import Reranker
 from local_rerank.errors import ModelUnavailable
+from local_rerank_server.dialects import OPEN_PATHS
 from tests.server.conftest import HeldRanker, Serve, until
+from tests.server.test_config import AWS
 
 pytestmark = pytest.mark.anyio
 NATIVE = "/api/v1/services/rerank/text-rerank/text-rerank"
@@ -37,6 +39,32 @@ async def test_only_pages_and_probes_need_no_key(serve: Serve) -> None:
     pages = {"/", "/docs", "/openapi.json"}  # which ask for a key themselves
     probes = {"/health", "/healthz", "/ping", "/ready", "/.well-known/live", "/.well-known/ready", "/meta"}
     assert set(open_paths) == pages | probes | {"/v1/cluster/auth"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "{}"},
+        {"Authorization": AWS},
+        {"api-key": "{}"},
+        {"Api-Key": "{}", "X-Pinecone-Api-Version": "2026-07"},
+        {"X-API-KEY": "{}", "Authorization": "Basic YTpi"},
+    ],
+    ids=lambda headers: " ".join(headers),
+)
+async def test_every_way_to_send_a_key_opens_every_route_and_no_key_is_logged(
+    headers: dict[str, str], serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serve(HeldRanker(), api_key=("sesame",)) as client:
+        protected = [("GET", path) for path in paths(client) if path not in OPEN_PATHS] + [("POST", NATIVE)]
+        for key, error in (("sesam", "InvalidApiKey"), ("", "MissingApiKey"), ("sesame", None)):
+            sent = {name: value.format(key) for name, value in headers.items()}
+            for method, path in protected:
+                status = (await client.request(method, path, headers=sent)).status_code
+                logged = [vars(record)["error"] for record in caplog.records if record.name == LOGGER][-1]
+                assert (logged if status == 401 else None) == error, path
+    assert "sesam" not in caplog.text
 
 
 @pytest.mark.parametrize("path", [NATIVE, COMPATIBLE, LOCAL])

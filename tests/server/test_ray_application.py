@@ -119,9 +119,8 @@ def test_a10_options_from_yaml_are_typed(tmp_path: Path) -> None:
     args: dict[str, Any] = {"api_key": "open:door", "api_key_file": str(tmp_path / "keys"), "model_aliases": ["a", "b"]}
     config = ServerConfig(**_pop_options(args, ServerConfig))
     assert (config.model_aliases, config.api_key) == (("a", "b"), ("open:door",))
-    assert [ApiKeys.from_config(config).check(f"Bearer {key}".encode()) for key in ("open:door", "sesame")] == [
-        "key-1", "anna",
-    ]  # fmt: skip
+    keys = ApiKeys.from_config(config)
+    assert [keys.check({"authorization": f"Bearer {key}"}) for key in ("open:door", "sesame")] == ["key-1", "anna"]
 
 
 def test_a_replica_tests_itself_before_it_takes_requests(

@@ -1,4 +1,4 @@
-"""Cohere's rerank API v2, which vLLM serves too; the response has documents only if the request asks for them."""
+"""Cohere's rerank API v2, which vLLM serves too; the response has the documents, as vLLM's always has."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PATHS = (
 class CohereResult(TypedDict):
     index: int
     relevance_score: float
-    document: NotRequired[dict[str, Any]]
+    document: NotRequired[dict[str, Any]]  # unless return_documents is false
 
 
 class CohereResponse(TypedDict):
-    """The documents, most relevant first. `model` and `usage` are vLLM's."""
+    """The documents, most relevant first. `document`, `model` and `usage` are vLLM's."""
 
     id: str
     results: list[CohereResult]
@@ -55,7 +55,7 @@ def render(result: RerankResult, body: DocumentsRequest, request_id: str) -> Coh
 
 def _render_item(item: RankedDocument, body: DocumentsRequest) -> CohereResult:
     rendered: CohereResult = {"index": item.index, "relevance_score": score_of(item, body)}
-    if body.wants_documents():
+    if body.wants_documents() is not False:
         rendered["document"] = as_object(body.documents[item.index])
     return rendered
 

@@ -33,11 +33,10 @@ class MixedbreadResult(TypedDict):
     index: int
     score: float
     input: NotRequired[str | dict[str, Any]]
-    object: str
 
 
 class MixedbreadResponse(TypedDict):
-    """The documents, most relevant first."""
+    """The documents, most relevant first. Items have no `object`: the SDK 2 does not know the hosted "rank_result"."""
 
     usage: PromptUsage
     model: str
@@ -69,10 +68,10 @@ def render(result: RerankResult, body: MixedbreadRequest) -> MixedbreadResponse:
 
 
 def _render_item(item: RankedDocument, body: MixedbreadRequest) -> MixedbreadResult:
-    score = score_of(item, body)
+    rendered: MixedbreadResult = {"index": item.index, "score": score_of(item, body)}
     if body.wants_documents():
-        return {"index": item.index, "score": score, "input": body.input[item.index], "object": "rank_result"}
-    return {"index": item.index, "score": score, "object": "rank_result"}
+        rendered["input"] = body.input[item.index]
+    return rendered
 
 
 # the hosted service's error format is unknown, so this one has the fields of all clients

@@ -31,6 +31,7 @@ from local_rerank_server.dialects._responses import (
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body, state_of
 
 PATHS = ("/v1/rerank", "/rerank")
+DOUBLED = "/v1/v1/rerank"  # Cohere's and Together AI's SDKs append /v1/rerank to a base URL that ends in /v1
 
 
 class GenericRequest(DocumentsRequest):
@@ -50,23 +51,31 @@ class GenericResult(TypedDict):
     document: NotRequired[dict[str, Any] | str]  # unless return_documents is false
 
 
+class GenericScore(TypedDict):
+    index: int
+    relevance_score: float
+
+
 class GenericResponse(TypedDict):
-    """The documents, most relevant first."""
+    """The documents, most relevant first. `data` is for Voyage's clients, whose body without `top_k` is like Jina's."""
 
     id: str
     object: str
     model: str
     results: list[GenericResult]
+    data: list[GenericScore]
     usage: Usage
     meta: Meta
 
 
 def render(result: RerankResult, body: GenericRequest, request_id: str, echo: DocumentEcho) -> GenericResponse:
+    results = [_render_item(item, body, echo) for item in result]
     return {
         "id": request_id,
-        "object": "list",
+        "object": "rerank",  # Infinity's client takes nothing else; the others do not look
         "model": body.model or result.model,
-        "results": [_render_item(item, body, echo) for item in result],
+        "results": results,
+        "data": [{"index": item["index"], "relevance_score": item["relevance_score"]} for item in results],
         "usage": make_usage(result),
         "meta": make_meta(result, len(body.documents), version="1"),
     }
@@ -75,7 +84,8 @@ def render(result: RerankResult, body: GenericRequest, request_id: str, echo: Do
 def _render_item(item: RankedDocument, body: GenericRequest, echo: DocumentEcho) -> GenericResult:
     rendered: GenericResult = {"index": item.index, "relevance_score": score_of(item, body)}
     if body.wants_documents() is not False:
-        rendered["document"] = item.document if echo == "string" else as_object(body.documents[item.index])
+        as_string = echo == "string" or body.raw_scores is not None  # which Infinity's client alone sends, always
+        rendered["document"] = item.document if as_string else as_object(body.documents[item.index])
     return rendered
 
 
@@ -83,7 +93,7 @@ dialect = Dialect(
     name="Jina, Cohere v1, vLLM, Xinference, SiliconFlow",
     render_error=render_generic_error,
     error_model=GenericError,
-    prefixes=PATHS,
+    prefixes=(*PATHS, DOUBLED),
 )
 router = dialect.router()
 
@@ -131,4 +141,4 @@ async def rank(http: Request, body: GenericRequest) -> JsonResponse:
     return JsonResponse(render(result, body, http.state.request_id, echo))
 
 
-add_post(router, PATHS, rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)
+add_post(router, (*PATHS, DOUBLED), rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)

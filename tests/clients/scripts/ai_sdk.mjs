@@ -1,4 +1,4 @@
-// The Vercel AI SDK with the providers of Qwen, Cohere and Together AI, and Cohere's SDK for Node.
+// The Vercel AI SDK with the providers of Qwen, Cohere and Together AI, and the SDKs of Cohere and Voyage for Node.
 // Jobs come in and answers go out as in answering.py; the form of both stands in tests/clients/driver.py.
 
 import { createCohere } from "@ai-sdk/cohere";
@@ -7,6 +7,7 @@ import { rerank } from "ai";
 import { CohereClientV2 } from "cohere-ai";
 import { readFileSync, writeSync } from "node:fs";
 import { createQwen } from "qwen-ai-provider-v5";
+import { VoyageAIClient } from "voyageai";
 
 const providers = {
   "qwen-ai-provider-v5": ({ base_url, api_key }) =>
@@ -44,9 +45,21 @@ async function withCohere(job) {
   };
 }
 
+async function withVoyage(job) {
+  const { model, query, documents, top_n } = job.request;
+  const client = new VoyageAIClient({ apiKey: job.api_key, baseUrl: `${job.base_url}/v1`, maxRetries: 0 });
+  const { data, usage } = await client.rerank({ model, query, documents, topK: top_n });
+  return {
+    results: data.map(({ index, relevanceScore }) => ({ index, relevance_score: relevanceScore })),
+    total_tokens: usage.totalTokens,
+  };
+}
+
+const sdks = { "cohere-ai": withCohere, voyageai: withVoyage };
+
 async function answer(job) {
   try {
-    return await (job.entry === "cohere-ai" ? withCohere(job) : withAiSdk(job));
+    return await (sdks[job.entry] ?? withAiSdk)(job);
   } catch (error) {
     return {
       error: {

@@ -44,7 +44,8 @@ async def test_every_route_but_dashscopes_accepts_and_returns_any_model_name(
             for model in ("any/name", None):
                 answer = await client.post(route.path, json={**example, "model": model})
                 assert answer.status_code == 200, answer.text
-                if "model" in answer.json() and route.dialect.name != "local-rerank":
+                has_model = "model" in getattr(route.response_model, "__annotations__", {})
+                if has_model and route.dialect.name != "local-rerank":
                     assert answer.json()["model"] == (model or tiny_reranker.model_id)
 
 
@@ -81,7 +82,7 @@ async def test_c19_teis_info_has_every_field_of_its_own(serve: Serve, tiny_reran
 async def test_an_unknown_path_lists_every_endpoint(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
         listed = set((await client.post("/v1/rerankk")).json()["endpoints"])
-    ranked = {f"POST {route.path}" for route in routes() if route.examples}
+    ranked = {f"POST {route.path.replace(':path', '')}" for route in routes() if route.examples}
     assert ranked | {"GET /health", "GET /info", "GET /v1/models/{model_id}"} <= listed
 
 
@@ -101,7 +102,7 @@ async def test_c17_every_dialect_tells_what_to_change_after_a_timeout(serve: Ser
     async with serve(HeldRanker(), request_timeout_ms=1) as client:
         for route, example in ranking():
             answer = await client.post(route.path, json=example)
-            assert answer.status_code in (500, 504)
+            assert answer.status_code in (408, 500, 504)
             assert "--request-timeout-ms" in message_of(answer.json()), route.path
 
 

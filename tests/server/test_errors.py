@@ -90,11 +90,12 @@ def test_every_error_class_has_a_status() -> None:
     assert set(STATUS) == tree(LocalRerankError) - {LocalRerankError}
 
 
-def test_only_dashscope_and_tei_override_statuses() -> None:
+def test_only_dashscope_tei_and_bedrock_override_statuses() -> None:
     hosted = {errors.MethodNotAllowed: 400, library_errors.DeadlineExceeded: 500}
     changed = {dialect.name: dict(dialect.status) for dialect in DIALECTS if dialect.status}
     tei = changed.pop("Text Embeddings Inference")
-    assert changed == {"DashScope native": hosted, "DashScope compatible": hosted}
+    bedrock = {library_errors.DeadlineExceeded: 408}
+    assert changed == {"DashScope native": hosted, "DashScope compatible": hosted, "AWS Bedrock": bedrock}
     assert set(tei.values()) == {413, 422, 424}
 
 
@@ -157,6 +158,28 @@ async def test_without_a_readable_body_the_path_decides_the_shape(dialect: Diale
             for response, kind in statuses:
                 assert response.status_code == owner.status.get(kind, STATUS[kind]), (path, kind, response.text)
                 check_shape(owner, response.json())
+
+
+@pytest.mark.anyio
+async def test_bedrocks_clients_get_the_name_of_the_exception_before_and_after_the_body(serve: Serve) -> None:
+    names = dict.fromkeys((401, 403), "AccessDenied") | {404: "ResourceNotFound", 408: "ModelTimeout"}
+    names |= {429: "Throttling", 500: "InternalServer", 503: "ServiceUnavailable"}
+    bedrock = next(dialect for dialect in RANKING if dialect.name == "AWS Bedrock")
+    key, ranker = {"Authorization": "Bearer secret"}, HeldRanker()
+    async with serve(ranker, api_key=("secret",), key_requests_per_minute=2 * len(STATUS)) as client:
+        answers = []
+        for path, example in requests(bedrock):
+            answers += [await client.post(path, json=example), await client.post(path, content=b"{", headers=key)]
+            for ranker.error in map(SAMPLES.__getitem__, STATUS):
+                answers.append(await client.post(path, json=example, headers=key))
+        assert answers[-1].status_code == 429, "of admission, before the body"
+        client.state.drain()  # type: ignore[attr-defined]
+        answers += [await client.post(path, headers=key) for path, _ in requests(bedrock)]
+    assert {answer.status_code for answer in answers} > {400, 401, 404, 408, 413, 429, 500, 503}
+    for answer in answers:
+        name = names.get(answer.status_code, "Validation")
+        assert answer.headers["x-amzn-errortype"] == f"{name}Exception", answer.text
+        assert isinstance(answer.json()["message"], str)
 
 
 @pytest.mark.anyio

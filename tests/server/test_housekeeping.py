@@ -45,8 +45,9 @@ async def test_get_routes_answer_head_requests(serve: Serve) -> None:
         for path in ("/health", "/ready", "/.well-known/ready", "/v1/models", "/docs"):
             assert (await client.head(path)).status_code == 200
     async with serve(None) as client:
-        for path in ("/ready", "/.well-known/ready"):
-            assert (await client.head(path)).status_code == 503
+        probes = {"/ready": 503, "/v1/health/ready": 503, "/v1/health/live": 200, "/.well-known/ready": 503}
+        for path, status in probes.items():
+            assert (await client.head(path)).status_code == status
 
 
 async def test_limits_shows_the_configured_values(serve: Serve) -> None:

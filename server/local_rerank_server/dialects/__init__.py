@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from local_rerank_server.dialects import (
+    bedrock,
     cohere,
     dashscope,
     dashscope_compatible,
@@ -19,6 +20,7 @@ from local_rerank_server.dialects import (
     llama_cpp,
     local,
     mixedbread,
+    nvidia,
     openrouter,
     pinecone,
     playground,
@@ -39,6 +41,8 @@ ROWS = (  # on a shared path, the first dialect that takes a body answers it
     (tei.dialect, tei.router),
     (voyage.dialect, voyage.router),
     (mixedbread.dialect, mixedbread.router),
+    (nvidia.dialect, nvidia.router),
+    (bedrock.dialect, bedrock.router),
     (pinecone.dialect, pinecone.router),
     (weaviate.dialect, weaviate.router),
     (rerank_v1.dialect, rerank_v1.router),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge
 from pydantic import (
@@ -232,8 +232,12 @@ String = Annotated[StrictStr, BeforeValidator(_well_formed, json_schema_input_ty
 Text = Annotated[StrictStr, BeforeValidator(_text_of, json_schema_input_type=str | TextObject | ContentObject)]
 """A query or a document: a string, or an object with a `text` or `content`. Images, video and audio are refused."""
 
-Texts = Annotated[list[Text], _FailFast(), _at_most(MAX_DOCUMENTS)]
+Item = TypeVar("Item")
+Many = Annotated[list[Item], _FailFast(), _at_most(MAX_DOCUMENTS)]
 """Documents. The first invalid one ends validation, because collecting a million errors would block other requests."""
+
+Texts = Many[Text]
+"""Such texts."""
 
 OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
 """Texts, or one text."""
@@ -241,7 +245,7 @@ OneOrMore = Annotated[Texts, BeforeValidator(_in_a_list)]
 Document = Annotated[str | dict[str, Any], PlainValidator(_document_of, json_schema_input_type=str | dict[str, Any])]
 """A document: a string, or an object that the response repeats; `_options.texts_of` extracts its text."""
 
-Documents = Annotated[list[Document], _FailFast(), _at_most(MAX_DOCUMENTS), BeforeValidator(_in_a_list)]
+Documents = Annotated[Many[Document], BeforeValidator(_in_a_list)]
 """Such documents, or one document, which vLLM accepts too."""
 
 FieldNames = Annotated[list[String], _FailFast(), _at_most(MAX_FIELD_NAMES), BeforeValidator(_in_a_list)]

@@ -207,10 +207,11 @@ def texts_of(
     Duplicates in `rank_fields` are ignored, because repeating a field could expand a short body without limit.
     """
     names = tuple(dict.fromkeys(rank_fields or ()))
-    return tuple(_text_of(document, names, f"{field}.{index}") for index, document in enumerate(documents))
+    return tuple(text_of(document, names, f"{field}.{index}") for index, document in enumerate(documents))
 
 
-def _text_of(document: str | dict[str, Any], rank_fields: Sequence[str], field: str) -> str:
+def text_of(document: str | dict[str, Any], rank_fields: Sequence[str], field: str) -> str:
+    """The text of one document, as in `texts_of`; `field` is its name in errors."""
     if isinstance(document, str):
         return document
     if not rank_fields:

@@ -12,6 +12,16 @@ from local_rerank_server.errors import UnknownModel
 
 DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere's billing unit
 
+_AMAZON_ERRORS = {
+    401: "AccessDeniedException",
+    403: "AccessDeniedException",
+    404: "ResourceNotFoundException",
+    408: "ModelTimeoutException",
+    429: "ThrottlingException",
+    503: "ServiceUnavailableException",
+    504: "ModelTimeoutException",
+}
+
 
 class Usage(TypedDict):
     """Tokens as the model's tokenizer counts them; a reranker generates none."""
@@ -102,6 +112,12 @@ def make_meta(result: RerankResult, num_documents: int, *, version: str) -> Meta
 
 def search_units(num_documents: int) -> int:
     return math.ceil(num_documents / DOCUMENTS_PER_SEARCH_UNIT)
+
+
+def amazon_error_type(status: int) -> dict[str, str]:
+    """The header in which AWS's clients look for the name of an error's exception."""
+    other = "ValidationException" if status < 500 else "InternalServerException"
+    return {"x-amzn-errortype": _AMAZON_ERRORS.get(status, other)}
 
 
 def param_of(error: LocalRerankError) -> str | None:

@@ -78,6 +78,7 @@ class Dialect:
     lists_endpoints: bool = True  # whether a 404 lists the existing routes
     open_paths: Sequence[str] = ()  # need no API key, and answer while the server drains
     status: Mapping[type[LocalRerankError], int] = field(default_factory=dict)  # overrides of `errors.STATUS`
+    error_headers: Callable[[int], Mapping[str, str]] = lambda status: {}  # of an error's response, by its status
 
     def router(self) -> APIRouter:
         """A router whose responses all have this dialect's shape."""
@@ -97,7 +98,7 @@ class Dialect:
         body = dict(self.render_error(error, status, http.state.request_id))
         if isinstance(error, UnknownRoute) and self.lists_endpoints:
             body["endpoints"] = list(error.endpoints)
-        return JsonResponse(body, status_code=status, headers=headers_of(error))
+        return JsonResponse(body, status_code=status, headers={**headers_of(error), **self.error_headers(status)})
 
 
 class DialectRoute(APIRoute):
@@ -136,7 +137,8 @@ class DialectRoute(APIRoute):
         value, errors = self.body_field.validate(body, {}, loc=("body",))
         if errors:
             raise RequestValidationError(errors, body=body)
-        response: Response = await self.endpoint(http, value)
+        named = {parameter.name: http.path_params[parameter.name] for parameter in self.dependant.path_params}
+        response: Response = await self.endpoint(http, value, **named)
         return response
 
 

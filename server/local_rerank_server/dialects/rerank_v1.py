@@ -24,6 +24,7 @@ from local_rerank_server.dialects._responses import (
     GenericError,
     Meta,
     Usage,
+    amazon_error_type,
     make_meta,
     make_usage,
     render_generic_error,
@@ -94,6 +95,7 @@ dialect = Dialect(
     render_error=render_generic_error,
     error_model=GenericError,
     prefixes=(*PATHS, DOUBLED),
+    error_headers=amazon_error_type,  # AWS Bedrock's path is one of these, and some errors come before the body
 )
 router = dialect.router()
 

@@ -182,6 +182,7 @@ CLIENTS = [
     litellm("voyage"),
     litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # fails if documents are objects
     litellm("litellm_proxy"),
+    litellm("deepinfra /v1", sends={"model"}, raises={"a wrong key": "AuthenticationError"}),  # its field is queries
     other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
     other("frameworks", "llama_index_others.py", "JinaRerank", raises=RUNTIME),
     other("frameworks", "llama_index_others.py", "TextEmbeddingInference", errors="hidden"),
@@ -209,6 +210,7 @@ CLIENTS = [
     ),
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
+    other("node", "ai_sdk.mjs", "gateway", raises={"a blank query": "GatewayInvalidRequestError"}),
     other("node", "ai_sdk.mjs", "cohere-ai", shows=ALL_SHOWN, raises=COHERE),
     other(  # without top_k its request is like Jina's
         "node",
@@ -251,4 +253,5 @@ CLIENTS = [
     ),
     other("more-sdks", "pinecone_zeroentropy.py", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
     other("node", "pinecone_zeroentropy.mjs", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
+    other("more-sdks", "pinecone_zeroentropy.py", "isaacus", shows={"total_tokens"}, raises=STAINLESS),
 ]

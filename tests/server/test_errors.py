@@ -184,8 +184,13 @@ async def test_bedrocks_clients_get_the_name_of_the_exception_before_and_after_t
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "path",  # below /v1/models every path is a model's
-    [path for dialect in DIALECTS for path in dialect.prefixes if not path.startswith("/v1/models/")],
+    "path",  # but those below which every path is a model's
+    [
+        path
+        for dialect in DIALECTS
+        for path in dialect.prefixes
+        if not path.startswith(("/v1/models/", "/v1/inference"))
+    ],
 )
 async def test_an_unknown_path_under_a_prefix_gets_that_dialects_shape(path: str, serve: Serve) -> None:
     async with serve(HeldRanker()) as client:

@@ -15,8 +15,11 @@ from local_rerank_server.dialects import (
     cohere,
     dashscope,
     dashscope_compatible,
+    deepinfra,
     docs,
+    gateway,
     housekeeping,
+    isaacus,
     llama_cpp,
     local,
     mixedbread,
@@ -31,6 +34,7 @@ from local_rerank_server.dialects import (
     weaviate,
     xinference,
     zeroentropy,
+    zhipu,
 )
 from local_rerank_server.dialects._route import Dialect, DialectRoute
 from local_rerank_server.dialects._shared_paths import SharedRoute
@@ -52,6 +56,10 @@ ROWS = (  # on a shared path, the first dialect that takes a body answers it
     (vllm_score.dialect, vllm_score.router),
     (xinference.dialect, xinference.router),
     (zeroentropy.dialect, zeroentropy.router),
+    (zhipu.dialect, zhipu.router),
+    (isaacus.dialect, isaacus.router),
+    (gateway.dialect, gateway.router),
+    (deepinfra.dialect, deepinfra.router),
     (local.dialect, local.router),
     (playground.dialect, playground.router),
     (docs.dialect, docs.router),

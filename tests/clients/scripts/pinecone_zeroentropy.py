@@ -1,6 +1,7 @@
-"""The SDKs of Pinecone and ZeroEntropy."""
+"""The SDKs of Pinecone, ZeroEntropy and Isaacus."""
 
 from answering import answered, run
+from isaacus import Isaacus
 from pinecone import Pinecone
 from zeroentropy import ZeroEntropy
 
@@ -28,6 +29,14 @@ def zeroentropy(job):
     return answered(results, response.total_tokens)
 
 
-ENTRIES = {"pinecone": pinecone, "zeroentropy": zeroentropy}
+def isaacus(job):
+    request = {**job["request"]}
+    client = Isaacus(api_key=job["api_key"], base_url=job["base_url"] + "/v1", max_retries=0)
+    response = client.rerankings.create(texts=request.pop("documents"), **request)
+    results = [{"index": item.index, "relevance_score": item.score} for item in response.results]
+    return answered(results, response.usage.input_tokens)
+
+
+ENTRIES = {"isaacus": isaacus, "pinecone": pinecone, "zeroentropy": zeroentropy}
 
 run(lambda job: ENTRIES[job["entry"]](job))

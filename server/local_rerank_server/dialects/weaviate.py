@@ -47,7 +47,7 @@ class WeaviateError(TypedDict):
 
 def takes(body: Mapping[str, Any]) -> bool:
     """`property`, which may be empty, decides, because no other API on this path has it."""
-    return "property" in body and body.get("documents") is not None
+    return "property" in body and "documents" in body
 
 
 def parse(body: WeaviateRequest, config: ServerConfig) -> RerankRequest:

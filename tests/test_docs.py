@@ -120,3 +120,16 @@ def test_every_test_that_the_security_page_names_exists() -> None:
     for file, functions in named:
         for function in re.findall(r"test_\w+", functions):
             assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), (file, function)
+
+
+def test_the_table_of_clients_is_sorted_and_names_base_urls_of_routes() -> None:
+    table = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8").partition("| --- | --- | --- | --- |\n")[2]
+    rows = [row.split(" | ") for row in table.partition("\n\n")[0].splitlines()]
+    names = [row[0].strip("| ").replace("`", "").removeprefix("@").lower() for row in rows]
+    assert len(names) > 30
+    assert names == sorted(set(names))
+    paths = {route.path for _, router in ROWS for route in router.routes}
+    for row in rows:
+        base = re.search(r"http://127\.0\.0\.1:8000([\w/-]*)", row[2])
+        assert base, row
+        assert any(f"{path}/".startswith(f"{base[1]}/") for path in paths), row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from collections.abc import Sequence
 
@@ -9,18 +10,22 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 import local_rerank
-from local_rerank_server.dialects import dialect_at, make_routes, route_path
+from local_rerank.errors import LocalRerankError
+from local_rerank_server.dialects import api_of, dialect_at, housekeeping, make_routes, route_path
+from local_rerank_server.dialects._json import MAX_INLINE_BYTES, json_request
+from local_rerank_server.dialects._route import Dialect
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.middleware import RESULT_HEADERS, AdmissionMiddleware, RequestLog
+from local_rerank_server.middleware import RESULT_HEADERS, AdmissionMiddleware, RequestLog, declared_bytes
 from local_rerank_server.state import ServerState
 
+JUDGE_SECONDS = 1.0  # for the rest of a body that only decides what an error says
 MAX_COMPARED_CHARS = 200  # of an unknown path; comparing takes time in proportion to its length
 
 
@@ -77,21 +82,38 @@ class PostsByPath:
 
 
 async def _no_such_route(http: Request, error: Exception) -> Response:
+    """404 or 405. Path and body say what was meant; if the body has an API's marker, the error has that API's shape."""
     path, routes = route_path(http), [route for route in http.app.routes if isinstance(route, APIRoute)]
+    owner = dialect_at(path)
     if isinstance(error, HTTPException) and error.status_code == 405:
         here = [route for route in routes if route.matches(http.scope)[0] != Match.NONE]
         allowed = ", ".join(sorted({method for route in here for method in route.methods or ()}))
         if http.method == "OPTIONS":
             return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
-        return dialect_at(path).error_response(MethodNotAllowed(http.method, path, allowed=allowed), http)
+        dialect, hint = await _judge_body(http, owner, or_common=True)
+        wrong = MethodNotAllowed(http.method, path, allowed=allowed, body_hint=hint)
+        return dialect.error_response(wrong, http)
     endpoints = _endpoints(routes)
-    known = UnknownRoute(
-        path,
-        endpoints=endpoints,
-        nearest=_nearest(f"{http.method} {path.lower()}", endpoints),
-        address=str(http.base_url).rstrip("/"),
-    )
-    return dialect_at(path).error_response(known, http)
+    nearest = _nearest(f"{http.method} {path.lower()}", endpoints)
+    dialect, hint = await _judge_body(http, owner, or_common=nearest is None)
+    address = str(http.base_url).rstrip("/")
+    unknown = UnknownRoute(path, endpoints=endpoints, nearest=nearest, address=address, body_hint=hint)
+    return dialect.error_response(unknown, http)
+
+
+async def _judge_body(http: Request, owner: Dialect, *, or_common: bool) -> tuple[Dialect, str]:
+    """The dialect for the error, and whose body it is if that is known: `api_of` a POST's body, if that is small.
+
+    `owner` has the path. If that is a vendor's, a body without a marker is not told of the most common dialect.
+    """
+    if http.method != "POST" or not 0 < declared_bytes(http) <= MAX_INLINE_BYTES:
+        return owner, ""
+    or_common = or_common and owner is housekeeping.dialect
+    try:
+        async with asyncio.timeout(JUDGE_SECONDS):
+            return api_of(await json_request(http).json(), http, or_common=or_common) or (owner, "")
+    except (TimeoutError, LocalRerankError, ClientDisconnect):
+        return owner, ""
 
 
 def _nearest(wanted: str, endpoints: Sequence[str]) -> str | None:

@@ -113,10 +113,16 @@ class UnknownModel(LocalRerankError):
 
 
 class UnknownRoute(LocalRerankError):
-    """`endpoints` lists method and path of the existing routes; `address` is the server's URL for the client."""
+    """`endpoints` lists method and path of the existing routes; `address` is the server's URL for the client.
 
-    def __init__(self, path: str, *, endpoints: Sequence[str], nearest: str | None, address: str) -> None:
-        self.hint = f"the nearest path is {nearest}" if nearest else "see the routes at /docs"
+    `body_hint` says whose body it is and where to send it; it may be empty.
+    """
+
+    def __init__(
+        self, path: str, *, endpoints: Sequence[str], nearest: str | None, address: str, body_hint: str = ""
+    ) -> None:
+        near = f"the nearest path is {nearest}" if nearest else "see the routes at /docs"
+        self.hint = f"{near}; {body_hint}" if body_hint else near
         super().__init__(f"unknown path {quoted(path)}; {self.hint}")
         self.path = path
         self.endpoints = endpoints
@@ -124,9 +130,12 @@ class UnknownRoute(LocalRerankError):
 
 
 class MethodNotAllowed(LocalRerankError):
-    def __init__(self, method: str, path: str, *, allowed: str) -> None:
+    """`body_hint` is that of `UnknownRoute`."""
+
+    def __init__(self, method: str, path: str, *, allowed: str, body_hint: str = "") -> None:
         self.method = quoted(method)
-        super().__init__(f"{quoted(path)} does not take {self.method}; it takes {allowed}")
+        self.hint = body_hint and f"; {body_hint}"
+        super().__init__(f"{quoted(path)} does not take {self.method}; it takes {allowed}{self.hint}")
         self.allowed = allowed
 
 

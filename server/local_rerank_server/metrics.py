@@ -1,13 +1,15 @@
 """Prometheus metrics of one process, served at `/metrics`.
 
 Counters and histograms are updated as things happen: requests by the middleware, results by `ServerState.rank`, batches
-by the engine's thread. Gauges (queue, memory) are read when the page is rendered. No label holds a path or an API key,
-so the number of time series stays small.
+by the engine's thread. Gauges (queue, memory) are read when the page is rendered. No label holds what a client chose,
+such as a path, a key or a User-Agent that is not in `CLIENTS`, so the number of time series stays small.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -24,6 +26,22 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 TOKENS = tuple(float(2**power) for power in range(6, 18))  # 64 ... 131,072
 DOCUMENTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 GPU_MEMORY = ("allocated", "reserved")
+CLIENTS = frozenset(
+    """
+    ai ai-sdk boto3 cohere cohere-ai dashscope dashscope-v2-python infinity isaacus langchain litellm local-rerank
+    langchain-nvidia-ai-endpoints mixedbread nvidia openai pinecone voyageai zeroentropy
+    apache-httpclient aws-sdk-go-v2 aws-sdk-java aws-sdk-js aws-sdk-rust axios botocore dart deno fasthttp
+    go-http-client guzzlehttp java java-http-client node node-fetch okhttp python python-httpx python-httpx2
+    python-requests python-urllib python-urllib3 reactornetty reqwest rest-client ruby undici ureq
+    apachebench curl httpie insomnia k6 mozilla oha postmanruntime wget
+    consul elb-healthchecker googlehc kube-probe prometheus traefik uptime-kuma
+    """.split()
+)
+"""First words of the User-Agent headers of SDKs, HTTP libraries, tools and probes; all others are `other`.
+
+`python` is aiohttp, `mozilla` a browser, and Node's fetch sends `node`.
+"""
+MAX_CLIENT_CHARS = 40  # of a User-Agent; the longest of these names has 29
 
 
 class EngineStatus(Protocol):
@@ -65,7 +83,12 @@ class Metrics:
         self._request_seconds = histogram(
             "request_seconds", "Time from the request head to the response", SECONDS, "dialect", "status"
         )
-        self._by_labels: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._client_requests = counter(
+            "client_requests",
+            "Requests by the first word of their User-Agent; outcome: answered, refused (4xx) or failed",
+            "dialect", "client", "outcome",
+        )  # fmt: skip
+        self._by_labels: dict[tuple[str, int, str], tuple[Counter, Histogram, Counter]] = {}
         self._refusals = counter("refusals", "Requests answered with an error, by error class", "reason")
         self._documents = histogram("request_documents", "Documents per ranked request", DOCUMENTS)
         self._queue_seconds = histogram("queue_seconds", "Time between tokenization and the first batch", SECONDS)
@@ -91,14 +114,18 @@ class Metrics:
             "model", "source", "device", "dtype", "attention", "version",
         )  # fmt: skip
 
-    def add_request(self, *, dialect: str, status: int, seconds: float, reason: str | None) -> None:
-        """Count an answered request; `reason` is the class name of its error."""
-        if (dialect, status) not in self._by_labels:  # finding a labelled metric takes longer than counting
-            labels = (dialect, str(status))
-            self._by_labels[dialect, status] = self._requests.labels(*labels), self._request_seconds.labels(*labels)
-        num_requests, times = self._by_labels[dialect, status]
+    def add_request(self, *, dialect: str, status: int, seconds: float, reason: str | None, user_agent: str) -> None:
+        """Count an answered request; `reason` is the class name of its error. Status 0: the client left before it."""
+        key = (dialect, status, _client_of(user_agent[:MAX_CLIENT_CHARS]))
+        if (bound := self._by_labels.get(key)) is None:  # finding a labelled metric takes longer than counting
+            labels, outcome = (dialect, str(status)), _outcome_of(status)
+            of_client = self._client_requests.labels(dialect, key[2], outcome)
+            bound = self._requests.labels(*labels), self._request_seconds.labels(*labels), of_client
+            self._by_labels[key] = bound
+        num_requests, times, of_client = bound
         num_requests.inc()
         times.observe(seconds)
+        of_client.inc()
         if reason is not None:
             self._refusals.labels(reason).inc()
 
@@ -141,3 +168,16 @@ class Metrics:
             return
         for kind in GPU_MEMORY:
             self._gpu_memory.labels(kind).set(getattr(torch.cuda, f"memory_{kind}")(device))
+
+
+@lru_cache(maxsize=256)
+def _client_of(user_agent: str) -> str:
+    """`python-requests` of `python-requests/2.34.2`. Clients made by Stainless put Async before their names."""
+    word = re.split(r"[/;\s]", user_agent.strip().lower(), maxsplit=1)[0].removeprefix("async")
+    return word if word in CLIENTS else "other"
+
+
+def _outcome_of(status: int) -> str:
+    if 0 < status < 400:
+        return "answered"
+    return "refused" if 400 <= status < 500 else "failed"

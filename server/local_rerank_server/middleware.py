@@ -90,7 +90,10 @@ class RequestLog:
     def _record(self, http: Request, seconds: float) -> None:
         path, state = route_path(http), http.scope["state"]
         dialect, reason = _dialect_of(http).name, state.get("error")
-        self.state.metrics.add_request(dialect=dialect, status=state["status"], seconds=seconds, reason=reason)
+        agent = http.headers.get("user-agent", "")
+        self.state.metrics.add_request(
+            dialect=dialect, status=state["status"], seconds=seconds, reason=reason, user_agent=agent
+        )
         if self.state.config.no_access_log:
             return
         fields = {
@@ -128,7 +131,7 @@ class AdmissionMiddleware:
         http, admission = Request(scope), self.state.admission
         if route_path(http) in OPEN_PATHS:
             return await self.app(scope, receive, send)
-        num_bytes = _declared_bytes(http)
+        num_bytes = declared_bytes(http)
         try:
             self._check(http, num_bytes)
             with admission.admitted(), BodyReader(receive, admission, num_declared_bytes=num_bytes) as body:
@@ -211,7 +214,7 @@ def _dialect_of(http: Request) -> Dialect:
     return found
 
 
-def _declared_bytes(http: Request) -> int:
+def declared_bytes(http: Request) -> int:
     """The Content-Length; 0 if there is none or it is malformed."""
     declared = http.headers.get("content-length", "")
     return int(declared) if declared.isdecimal() and len(declared) < 20 else 0

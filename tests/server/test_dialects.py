@@ -34,6 +34,17 @@ def test_on_a_shared_path_each_example_goes_to_its_own_dialect() -> None:
                 assert owners == [form], (route.path, example)
 
 
+async def test_on_an_unknown_path_each_example_with_a_marker_is_told_its_own_dialect_and_path(serve: Serve) -> None:
+    marked = [route for route in routes() if route.takes is not None]
+    assert len({route.dialect.name for route in marked}) >= 4
+    async with serve(HeldRanker()) as client:
+        for route in marked:
+            own = next(each.path for each in routes() if each.dialect is route.dialect and each.examples)
+            for example in route.examples.values():
+                message = message_of((await client.post("/nothing/here", json=example)).json())
+                assert f"this body is {route.dialect.name}'s: POST {own}" in message
+
+
 async def test_every_route_but_dashscopes_accepts_and_returns_any_model_name(
     serve: Serve, tiny_reranker: Reranker
 ) -> None:

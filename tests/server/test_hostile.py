@@ -363,4 +363,4 @@ def scores(answer: Any) -> list[float]:
     if not isinstance(answer, dict):
         return []
     own = [answer[name] for name in ("relevance_score", "score") if isinstance(answer.get(name), float)]
-    return own or [score for name in ("output", "results", "data", "scores") for score in scores(answer.get(name))]
+    return own or scores(answer.get("output", answer.get("results", answer.get("data", answer.get("scores")))))

@@ -11,8 +11,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from local_rerank import Reranker
+from local_rerank.errors import ModelUnavailable
 from local_rerank_server.metrics import GPU_MEMORY
-from tests.server.conftest import Serve
+from tests.server.conftest import HeldRanker, Serve
 from tests.serving import NATIVE
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ async def test_requests_refusals_batches_and_tokens_are_counted(serve: Serve, ti
     assert value("requests_total", dialect="local-rerank", status="200") == 1
     assert value("requests_total", dialect="DashScope native", status="400") == 1
     assert value("request_seconds_count", dialect="local-rerank", status="200") == 1
+    assert value("client_requests_total", dialect="local-rerank", client="python-httpx2", outcome="answered") == 1
+    assert value("client_requests_total", dialect="DashScope native", client="python-httpx2", outcome="refused") == 1
     assert value("refusals_total", reason="MissingField") == 1
     assert value("pairs_total") == value("request_documents_sum") == 3
     assert value("computed_tokens_total") == value("batch_tokens_sum") == ranked["num_computed_tokens"]
@@ -55,6 +58,34 @@ async def test_requests_refusals_batches_and_tokens_are_counted(serve: Serve, ti
     assert found["process_resident_memory_bytes", frozenset()] > 1 << 20
     model = next(dict(labels) for name, labels in found if name == "local_rerank_model_info")
     assert (model["model"], model["dtype"], model["device"]) == ("tiny-reranker", "fp32", "cpu")
+
+
+@pytest.mark.anyio
+async def test_clients_that_only_get_errors_are_counted_by_a_fixed_list_of_names(serve: Serve) -> None:
+    sent = {
+        "voyageai/0.4.0": "voyageai",
+        "Boto3/1.44.8 md/Botocore#1.44.8": "boto3",
+        "AsyncOpenAI/Python 3.54.0": "openai",
+        "dashscope/2.0.2; python/3.11.7": "dashscope",
+        "Python/3.11 aiohttp/3.14.5": "python",
+        "curl": "curl",
+        "": "other",
+        "/": "other",
+        "x" * 10_000: "other",
+        "a made-up name": "other",
+        "curly/1": "other",
+    }
+    async with serve(HeldRanker(ModelUnavailable("no"))) as client:
+        for agent in sent:
+            await client.post("/v1/rerankin", json={"query": "q", "texts": ["a"]}, headers={"User-Agent": agent})
+            await client.post("/rerank", json={"query": "q", "texts": ["a"]}, headers={"User-Agent": agent})
+        found = samples((await client.get("/metrics")).text)
+    counted = {labels: value for (name, labels), value in found.items() if name == "local_rerank_client_requests_total"}
+    for name in set(sent.values()):
+        for outcome in ("refused", "failed"):
+            labels = {"dialect": "Text Embeddings Inference", "client": name, "outcome": outcome}
+            assert counted.pop(frozenset(labels.items())) == list(sent.values()).count(name)
+    assert counted == {}
 
 
 @pytest.mark.anyio

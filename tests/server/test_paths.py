@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from local_rerank import Reranker
+from local_rerank_server.dialects._json import MAX_INLINE_BYTES
 from tests.server.conftest import HeldRanker, Serve, message_of
 from tests.serving import NATIVE
 
@@ -98,3 +102,65 @@ async def test_e7_a_wrong_base_url_of_dashscopes_sdk_is_told_the_right_one(base:
     assert (answer.status_code, body["code"]) == (404, "NotFound")
     assert body["request_id"] == answer.headers["x-request-id"]
     assert "http://localhost/api/v1." in body["message"]
+
+
+TEI = {"query": "q", "texts": ["a", "b"]}
+COMMON = {"query": "q", "documents": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/api/v2/search", TEI, "this body is Text Embeddings Inference's: POST /rerank"),
+        ("/", TEI, "/ does not take POST; it takes GET, HEAD; this body is Text Embeddings Inference's: POST /rerank"),
+        ("/v1/models", COMMON | {"top_k": 2}, "this body is Voyage's: POST /v1/rerank"),
+        ("/rerankings", {"query": "q", "input": ["a"], "top_k": 2}, "this body is Mixedbread's: POST /v1/reranking"),
+        ("/compatible-api/v1/x", {"model": "m", "input": COMMON}, f"this body is DashScope native's: POST {NATIVE}."),
+        ("/", COMMON, "this body is one of Jina, Cohere v1, vLLM, Xinference, SiliconFlow: POST /v1/rerank"),
+        ("/cohere/v2/rerank", COMMON, "the nearest path is POST /v2/rerank"),
+        ("/compatible-mode/v1/models", COMMON, "Request method 'POST' is not supported."),
+    ],
+)
+async def test_a_body_on_a_wrong_path_is_told_whose_it_is(
+    path: str, body: dict[str, Any], told: str, serve: Serve
+) -> None:
+    async with serve(HeldRanker()) as client:
+        answer = await client.post(path, json=body)
+        assert answer.status_code in (400, 404, 405)
+        assert message_of(answer.json()).endswith(told)
+        assert ("error_type" in answer.json()) is (body is TEI), "in the shape that its client reads"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers"),
+    [
+        (b'{"query": "q", "texts": ["a"]', {}),
+        (b"[1]", {}),
+        (b"\xff", {}),
+        (b'{"query": "q", "texts": null}', {}),
+        (b'{"query": "q", "texts": ["%s"]}' % (b"x" * MAX_INLINE_BYTES), {}),
+        (json.dumps(TEI).encode(), {"Content-Type": "text/plain"}),
+        (json.dumps(TEI).encode(), {"Content-Encoding": "gzip"}),
+    ],
+    ids=["cut", "array", "not UTF-8", "null", "large", "text", "compressed"],
+)
+async def test_a_body_that_cannot_be_judged_gets_the_nearest_path(
+    content: bytes, headers: dict[str, str], serve: Serve
+) -> None:
+    async with serve(HeldRanker()) as client:
+        answer = await client.post(
+            "/v1/rerankk", content=content, headers={"Content-Type": "application/json"} | headers
+        )
+    assert message_of(answer.json()) == "unknown path /v1/rerankk; the nearest path is POST /v1/rerank"
+
+
+async def test_an_unknown_path_does_not_wait_for_a_slow_body(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("local_rerank_server.app.JUDGE_SECONDS", 0.01)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async with serve(HeldRanker()) as client, asyncio.timeout(10):
+        answer = await client.post("/v1/rerankk", content=body(), headers={"Content-Length": "2"})
+    assert answer.status_code == 404

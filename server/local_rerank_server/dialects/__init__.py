@@ -6,6 +6,7 @@ A new dialect is one module (parse, render, render_error, router) and one row he
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute
@@ -79,6 +80,21 @@ def make_routes() -> tuple[BaseRoute, ...]:
             assert isinstance(route, DialectRoute)
             by_path.setdefault((route.path, frozenset(route.methods or ())), []).append(route)
     return tuple(forms[0] if len(forms) == 1 else SharedRoute(path, forms) for (path, _), forms in by_path.items())
+
+
+def api_of(body: Any, http: Request, *, or_common: bool) -> tuple[Dialect, str] | None:
+    """Whose body it is that came to a path without a route, judged by the markers: the dialect, and what to tell.
+
+    `or_common` adds the dialect that needs no marker, the most common one.
+    """
+    routes = [route for _, router in ROWS for route in router.routes if isinstance(route, DialectRoute)]
+    judged = [each for each in routes if each.takes is not None or (or_common and each.dialect is rerank_v1.dialect)]
+    found = next((route for route in judged if route.fits(body, http)), None)
+    if found is None:
+        return None
+    whose = f"{found.dialect.name}'s" if found.takes is not None else f"one of {found.dialect.name}"
+    main = next(route for route in routes if route.dialect is found.dialect and route.examples)
+    return found.dialect, f"this body is {whose}: POST {main.path}"
 
 
 def route_path(http: Request) -> str:

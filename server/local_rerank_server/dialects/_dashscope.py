@@ -66,7 +66,7 @@ _CODES_AND_MESSAGES: Mapping[type[LocalRerankError], tuple[str, str]] = {
     BodyTooSlow: ("RequestTimeOut", "Request timed out, {0}."),
     BodyTooLarge: ("InvalidParameter", "Required body invalid, {0}."),
     UnsupportedContent: ("InvalidParameter", "Required body invalid, {0}."),
-    MethodNotAllowed: ("InvalidParameter", "Request method '{0.method}' is not supported."),
+    MethodNotAllowed: ("InvalidParameter", "Request method '{0.method}' is not supported{0.hint}."),
     UnknownModel: ("ModelNotFound", "Model can not be found."),
     ForeignOrigin: ("AccessDenied", "Access denied, {0}."),
     UnknownHost: ("AccessDenied", "Access denied, {0}."),

@@ -90,7 +90,7 @@ class Dialect:
         )
 
     def error_response(self, error: LocalRerankError, http: Request) -> Response:
-        http.state.error = type(error).__name__  # for the access log and the metrics
+        http.state.dialect, http.state.error = self, type(error).__name__  # for the access log and the metrics
         status = self.status.get(type(error), STATUS[type(error)])
         if isinstance(error, MissingApiKey) and http.method == "GET" and "text/html" in http.headers.get("accept", ""):
             page = _KEY_PAGE.format(home=html.escape(f"{http.scope.get('root_path', '')}/"))
@@ -114,6 +114,14 @@ class DialectRoute(APIRoute):
         if self.takes is None or (self.header is not None and self.header in http.headers):
             return True
         return isinstance(body, dict) and self.takes(body)
+
+    def fits(self, body: Any, http: Request) -> bool:
+        """Whether a body on an unknown path belongs to this dialect: it has all required fields, too."""
+        assert self.body_field is not None
+        if not (isinstance(body, dict) and self.owns(body, http)):
+            return False
+        model: Any = self.body_field.field_info.annotation
+        return all(body.get(name) is not None for name, info in model.model_fields.items() if info.is_required())
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler() if self.body_field is None else self._rank

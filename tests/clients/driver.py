@@ -47,12 +47,14 @@ class Client:
     script: str
     entry: str = ""
     sends: frozenset[str] = frozenset({"model", "top_n", "return_documents", "instruct"})
+    sends_empty_texts: bool = True
     shows: frozenset[str] = frozenset({"total_tokens", "request_id"})
     hosted: bool = False  # whether it shows DashScope's error codes
     default_instruction: str | None = None  # None: the library's own
     server: Literal["keyed", "open"] = "keyed"  # open: requires no key, returns documents as strings
     # how a caller sees an error; hidden: as a crash
     errors: Literal["returned", "raised", "printed", "hidden"] = "raised"
+    shows_log_odds: bool = False  # in place of scores
     shows_words: bool = True  # whether exceptions contain the server's message
     raises: Mapping[str, str] = field(default_factory=dict, hash=False)  # refusal to exception, if not hosted
 
@@ -61,7 +63,9 @@ class Client:
 
     def sendable(self, request: Request) -> Request:
         """The part of a request that this client can send."""
-        return {name: request[name] for name in request if name in {"query", "documents", *self.sends}}
+        documents = [text for text in request["documents"] if text or self.sends_empty_texts]
+        sent = {name: request[name] for name in request if name in {"query", *self.sends}}
+        return sent | {"documents": documents}
 
     def job(self, base_url: str, key: str, request: Request) -> dict[str, Any]:
         return {"base_url": base_url, "api_key": key, "entry": self.entry, "request": self.sendable(request)}
@@ -132,6 +136,7 @@ VOYAGE = {"a wrong key": "AuthenticationError", "a blank query": "InvalidRequest
 STAINLESS = {"a wrong key": "AuthenticationError", "a blank query": "BadRequestError"}
 API_CALL = {"a wrong key": "APICallError", "a blank query": "APICallError"}
 RUNTIME = {"a wrong key": "RuntimeError", "a blank query": "RuntimeError"}
+BEDROCK = {"a wrong key": "AccessDeniedException", "a blank query": "ValidationException"}
 ALL_SHOWN = {"total_tokens", "request_id"}
 
 CLIENTS = [
@@ -183,6 +188,24 @@ CLIENTS = [
     litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # fails if documents are objects
     litellm("litellm_proxy"),
     litellm("deepinfra /v1", sends={"model"}, raises={"a wrong key": "AuthenticationError"}),  # its field is queries
+    litellm("nvidia_nim", shows_log_odds=True, raises=dict.fromkeys(STAINLESS, "BadRequestError")),
+    litellm("nvidia_nim/ranking", shows_log_odds=True, raises=dict.fromkeys(STAINLESS, "BadRequestError")),
+    litellm("bedrock", sends={"model", "top_n"}),
+    other(
+        "sdks",
+        "boto3_sdk.py",
+        "bedrock-agent-runtime rerank",
+        sends={"model", "top_n", "instruct"},
+        sends_empty_texts=False,
+        raises=BEDROCK,
+    ),
+    other(
+        "sdks",
+        "boto3_sdk.py",
+        "bedrock-runtime invoke_model",
+        sends={"model", "top_n", "return_documents", "instruct"},
+        raises=BEDROCK,
+    ),
     other("frameworks", "llama_index_others.py", "CohereRerank", raises=COHERE),
     other("frameworks", "llama_index_others.py", "JinaRerank", raises=RUNTIME),
     other("frameworks", "llama_index_others.py", "TextEmbeddingInference", errors="hidden"),
@@ -192,7 +215,21 @@ CLIENTS = [
     other("frameworks", "llama_index_others.py", "SiliconFlowRerank", raises=RUNTIME),
     other("frameworks", "langchain_partners.py", "CohereRerank", raises=COHERE),
     other("frameworks", "langchain_partners.py", "VoyageAIRerank", raises=VOYAGE),
-    other("frameworks", "haystack_cohere.py", raises=COHERE),
+    other(
+        "frameworks",
+        "langchain_partners.py",
+        "NVIDIARerank",
+        shows_log_odds=True,
+        raises={"a wrong key": "Exception", "a blank query": "Exception"},
+    ),
+    other("frameworks", "haystack_rankers.py", "CohereRanker", raises=COHERE),
+    other(
+        "frameworks",
+        "haystack_rankers.py",
+        "NvidiaRanker",
+        shows_log_odds=True,
+        raises={"a wrong key": "ValueError", "a blank query": "ValueError"},
+    ),
     other(
         "frameworks",
         "xinference_sdk.py",
@@ -208,6 +245,7 @@ CLIENTS = [
         shows_words=False,  # shows the HTTP reason phrase
         raises={**API_CALL, "an unknown model": "APICallError"},
     ),
+    other("node", "ai_sdk.mjs", "@ai-sdk/amazon-bedrock", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
     other("node", "ai_sdk.mjs", "gateway", raises={"a blank query": "GatewayInvalidRequestError"}),

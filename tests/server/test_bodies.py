@@ -252,6 +252,8 @@ async def test_c13_content_parts_are_ranked_like_their_text_in_every_dialect(
         ({"text": "a", "image": "x"}, "images", ""),
         ({"type": "image_url", "image_url": {"url": "x"}}, "images", ""),
         (f"data:image/png;base64,{PNG}", "images", ""),
+        ({"text": f"data:image/png;base64,{PNG}"}, "images", ".text"),
+        ({"content": "data:video/mp4;base64,xx"}, "videos", ".content"),
         ({"content": [part("data:audio/wav;base64,xx")]}, "audio", ".content.0"),
         (PNG, "images", ""),
     ],

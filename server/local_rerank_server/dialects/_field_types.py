@@ -104,9 +104,11 @@ def _text_in(value: dict[str, Any]) -> Any:
     text, content = value.get("text"), value.get("content")
     if text is None and isinstance(content, list):
         return "\n".join(_text_of_part(part, f"content.{index}") for index, part in enumerate(content))
-    if text is None and isinstance(content, str):
-        return content
-    return value.get("text", value)
+    key = "content" if text is None and isinstance(content, str) else "text"
+    found = value.get(key, value)
+    if isinstance(found, str):
+        _refuse_media_text(found, key)
+    return found
 
 
 def _text_of_part(part: Any, at: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NotRequired, Self
 from annotated_types import Ge, Len
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
@@ -41,7 +42,9 @@ class CamelCase(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+        if not isinstance(body, dict):
+            raise PydanticCustomError("object", "a JSON object is expected")
+        return {name: value for name, value in body.items() if value is not None}
 
 
 class BedrockQuery(CamelCase):

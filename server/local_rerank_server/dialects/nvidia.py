@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from local_rerank.errors import LocalRerankError
+from local_rerank.errors import LocalRerankError, TextTooLong
 from local_rerank.types import RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
@@ -80,8 +80,9 @@ def render(result: RerankResult) -> NvidiaResponse:
 
 
 def render_error(error: LocalRerankError, status: int, request_id: str) -> NvidiaError:
+    message = f'{error}; "truncate": "END" cuts it' if isinstance(error, TextTooLong) else str(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"object": "error", "message": str(error), "detail": str(error), "type": kind}
+    return {"object": "error", "message": message, "detail": message, "type": kind}
 
 
 dialect = Dialect(

@@ -1,8 +1,9 @@
-"""LangChain's partner packages: Cohere and Voyage."""
+"""LangChain's partner packages: Cohere, NVIDIA and Voyage."""
 
 from answering import answered, run
 from langchain_cohere import CohereRerank
 from langchain_core.documents import Document
+from langchain_nvidia_ai_endpoints import NVIDIARerank
 from langchain_voyageai import VoyageAIRerank
 
 
@@ -19,12 +20,18 @@ def cohere(job, request):
     )
 
 
+def nvidia(job, request):
+    return NVIDIARerank(
+        base_url=job["base_url"] + "/v1", api_key=job["api_key"], model=request["model"], top_n=request["top_n"]
+    )
+
+
 def voyage(job, request):
     return VoyageAIRerank(
         base_url=job["base_url"] + "/v1", api_key=job["api_key"], model=request["model"], top_k=request.get("top_n")
     )
 
 
-ENTRIES = {"CohereRerank": cohere, "VoyageAIRerank": voyage}
+ENTRIES = {"CohereRerank": cohere, "NVIDIARerank": nvidia, "VoyageAIRerank": voyage}
 
 run(call)

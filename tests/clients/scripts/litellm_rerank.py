@@ -1,15 +1,19 @@
 """LiteLLM's rerank, by provider; an entry is `provider path`, the path being what its base URL ends in."""
 
+import os
+
 import litellm
 from answering import answered, ranked, run
 
 litellm.suppress_debug_info = True
 litellm.telemetry = False
+os.environ |= {"AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
 
 
 def call(job):
     provider, _, path = job["entry"].partition(" ")
     request = {**job["request"]}
+    os.environ["AWS_ACCESS_KEY_ID"] = job["api_key"]  # for bedrock, which takes no api_key
     model = request.pop("model")
     response = litellm.rerank(
         model=f"{provider}/{model}",

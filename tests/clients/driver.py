@@ -187,6 +187,7 @@ CLIENTS = [
     litellm("voyage"),
     litellm("infinity", server="open", raises={"a blank query": "BadRequestError"}),  # fails if documents are objects
     litellm("litellm_proxy"),
+    litellm("deepinfra /v1", sends={"model"}, raises={"a wrong key": "AuthenticationError"}),  # its field is queries
     litellm("nvidia_nim", shows_log_odds=True, raises=dict.fromkeys(STAINLESS, "BadRequestError")),
     litellm("nvidia_nim/ranking", shows_log_odds=True, raises=dict.fromkeys(STAINLESS, "BadRequestError")),
     litellm("bedrock", sends={"model", "top_n"}),
@@ -247,6 +248,7 @@ CLIENTS = [
     other("node", "ai_sdk.mjs", "@ai-sdk/amazon-bedrock", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/cohere", raises=API_CALL),
     other("node", "ai_sdk.mjs", "@ai-sdk/togetherai", raises=API_CALL),
+    other("node", "ai_sdk.mjs", "gateway", raises={"a blank query": "GatewayInvalidRequestError"}),
     other("node", "ai_sdk.mjs", "cohere-ai", shows=ALL_SHOWN, raises=COHERE),
     other(  # without top_k its request is like Jina's
         "node",
@@ -273,4 +275,21 @@ CLIENTS = [
         raises=COHERE,
     ),
     other("more-sdks", "infinity_mixedbread_tei.py", "tei-client", sends={"return_documents"}, errors="hidden"),
+    other(
+        "more-sdks",
+        "pinecone_zeroentropy.py",
+        "pinecone",
+        sends={"model", "top_n", "return_documents"},
+        raises={"a wrong key": "UnauthorizedError"},  # it refuses a blank query itself
+    ),
+    other(
+        "node",
+        "pinecone_zeroentropy.mjs",
+        "@pinecone-database/pinecone",
+        sends={"model", "top_n", "return_documents"},
+        raises={"a blank query": "PineconeBadRequestError"},  # after a wrong key it shows a text of its own
+    ),
+    other("more-sdks", "pinecone_zeroentropy.py", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
+    other("node", "pinecone_zeroentropy.mjs", "zeroentropy", shows={"total_tokens"}, raises=STAINLESS),
+    other("more-sdks", "pinecone_zeroentropy.py", "isaacus", shows={"total_tokens"}, raises=STAINLESS),
 ]

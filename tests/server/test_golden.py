@@ -32,8 +32,10 @@ async def test_golden_request_gets_golden_response(path: Path, serve: Serve, tin
         response = await send(client, case["request"])
     assert response.status_code == case["response"]["status"], response.text
     assert response.headers["content-type"] == "application/json"
-    values = {"model": tiny_reranker.model_id, "request_id": response.headers["x-request-id"]}
+    values: dict[str, Any] = {"model": tiny_reranker.model_id, "request_id": response.headers["x-request-id"]}
     result = rank(tiny_reranker, case["library"]) if "library" in case else None
+    if result is not None:  # in the order of the request
+        values["scores"] = [item.relevance_score for item in sorted(result, key=lambda item: item.index)]
     expected = fill(case["response"]["body"], values, result)
     assert masked(response.json()) == masked(expected)  # compared as text, which includes the order of keys
     assert list(numbers(response.json())) == pytest.approx(list(numbers(expected)), rel=1e-5)
@@ -65,10 +67,10 @@ def one_by_one(reranker: Reranker, pairs: list[tuple[str, str]]) -> RerankResult
 
 
 def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> Any:
-    """The template with every `$name` replaced; an item with `$index` in a list stands for each document."""
+    """The template with every `$name` replaced; an item with `$index` or `$document` stands for each document."""
     if isinstance(template, dict):
         return {key: fill(value, values, result) for key, value in template.items()}
-    if isinstance(template, list) and result is not None and len(template) == 1 and "$index" in template[0].values():
+    if isinstance(template, list) and result is not None and len(template) == 1 and is_one_document(template[0]):
         return [fill(template[0], values | fields(item), result) for item in result]
     if isinstance(template, list):
         return [fill(item, values, result) for item in template]
@@ -78,6 +80,10 @@ def fill(template: Any, values: dict[str, Any], result: RerankResult | None) -> 
         return template
     name = template[1:]
     return values[name] if name in values else getattr(result, name)
+
+
+def is_one_document(template: dict[str, Any]) -> bool:
+    return any(value in ("$index", "$document") for value in template.values())
 
 
 def fields(item: RankedDocument) -> dict[str, Any]:
@@ -105,5 +111,5 @@ def numbers(value: Any, key: str = "") -> Iterator[float]:
     elif isinstance(value, list):
         for inner in value:
             yield from numbers(inner, key)
-    elif isinstance(value, float) and not key.endswith("_ms"):
+    elif isinstance(value, float) and not key.endswith(("_ms", "_latency")):
         yield value

@@ -47,6 +47,8 @@ FORMS: dict[str, tuple[str, Callable[[str, list[Any], str], Body]]] = {
     "Text Embeddings Inference": ("/rerank", lambda q, d, i: {"query": q, "texts": d, "instruction": i,
                                                               "return_text": True}),
     "Mixedbread": ("/v1/reranking", lambda q, d, i: {"query": q, "input": d, "instruction": i, "return_input": True}),
+    "Pinecone": ("/rerank", lambda q, d, i: flat(q, d, i) | {"rank_fields": ["text"], "parameters": {}}),
+    "Weaviate": ("/rerank", lambda q, d, i: flat(q, d, i) | {"property": q}),
     "vLLM score": ("/score", lambda q, d, i: {"text_1": q, "text_2": d, "instruction": i}),
 }  # fmt: skip
 """Path and body of each dialect for a query, documents and an instruction, with the documents returned."""
@@ -361,4 +363,4 @@ def scores(answer: Any) -> list[float]:
     if not isinstance(answer, dict):
         return []
     own = [answer[name] for name in ("relevance_score", "score") if isinstance(answer.get(name), float)]
-    return own or scores(answer.get("output", answer.get("results", answer.get("data"))))
+    return own or scores(answer.get("output", answer.get("results", answer.get("data", answer.get("scores")))))

@@ -42,10 +42,11 @@ async def test_the_built_in_model_has_a_description(serve: Serve) -> None:
 
 async def test_get_routes_answer_head_requests(serve: Serve) -> None:
     async with serve(HeldRanker()) as client:
-        for path in ("/health", "/ready", "/v1/models", "/docs"):
+        for path in ("/health", "/ready", "/.well-known/ready", "/v1/models", "/docs"):
             assert (await client.head(path)).status_code == 200
     async with serve(None) as client:
-        for path, status in (("/ready", 503), ("/v1/health/ready", 503), ("/v1/health/live", 200)):
+        probes = {"/ready": 503, "/v1/health/ready": 503, "/v1/health/live": 200, "/.well-known/ready": 503}
+        for path, status in probes.items():
             assert (await client.head(path)).status_code == status
 
 

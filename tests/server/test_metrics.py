@@ -77,7 +77,7 @@ async def test_clients_that_only_get_errors_are_counted_by_a_fixed_list_of_names
     }
     async with serve(HeldRanker(ModelUnavailable("no"))) as client:
         for agent in sent:
-            await client.post("/v1/rerankings", json={"query": "q", "texts": ["a"]}, headers={"User-Agent": agent})
+            await client.post("/v1/rerankin", json={"query": "q", "texts": ["a"]}, headers={"User-Agent": agent})
             await client.post("/rerank", json={"query": "q", "texts": ["a"]}, headers={"User-Agent": agent})
         found = samples((await client.get("/metrics")).text)
     counted = {labels: value for (name, labels), value in found.items() if name == "local_rerank_client_requests_total"}

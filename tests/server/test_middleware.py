@@ -38,6 +38,7 @@ async def test_only_pages_and_probes_need_no_key(serve: Serve) -> None:
         open_paths = [path for path in paths(client) if (await client.get(path)).status_code != 401]
     pages = {"/", "/docs", "/openapi.json"}  # which ask for a key themselves
     probes = {"/health", "/healthz", "/ping", "/ready", "/v1/health/ready", "/v1/health/live"}
+    probes |= {"/.well-known/live", "/.well-known/ready", "/meta"}
     assert set(open_paths) == pages | probes | {"/v1/cluster/auth"}
 
 

@@ -16,7 +16,7 @@ from tests.serving import NATIVE
 
 pytestmark = pytest.mark.anyio
 FLAT = {"model": "qwen3-rerank", "query": "q", "documents": ["a", "b"]}
-BASES = ("", "/v1", "/v2", "/api/v1", "/compatible-api/v1", "/compatible-mode/v1")
+BASES = ("", "/v1", "/v2", "/v3", "/api/v1", "/api/paas/v4", "/compatible-api/v1", "/compatible-mode/v1", "/openai/v1")
 
 
 @pytest.mark.parametrize("path", ["//v1/rerank", "/v1//rerank", "/v1/rerank/", "/v1/rerank//", "/api/v1/reranks"])

@@ -106,11 +106,14 @@ class DialectRoute(APIRoute):
 
     dialect: Dialect
     takes: Takes | None = None  # None: every body that no other dialect on this path takes
+    header: str | None = None  # sent by the dialect's clients alone, so any body beside it is the dialect's
     examples: Mapping[str, Any] = {}  # example requests by name
 
     def owns(self, body: Any, http: Request) -> bool:
         """Whether a body on a shared path belongs to this dialect, if it does to none before it."""
-        return self.takes is None or (isinstance(body, dict) and self.takes(body))
+        if self.takes is None or (self.header is not None and self.header in http.headers):
+            return True
+        return isinstance(body, dict) and self.takes(body)
 
     def fits(self, body: Any, http: Request) -> bool:
         """Whether a body on an unknown path belongs to this dialect: it has all required fields, too."""
@@ -186,11 +189,12 @@ def add_post(
     *,
     examples: Mapping[str, Any],
     takes: Takes | None = None,
+    header: str | None = None,
     **documentation: Any,
 ) -> None:
     """Serve `handler` on each path. OpenAPI lists the first one.
 
-    `takes` recognizes this dialect's bodies on a shared path.
+    `takes`, or a header that only this dialect's clients send, recognizes its bodies on a shared path.
     """
     for path in paths:
         router.add_api_route(
@@ -203,7 +207,7 @@ def add_post(
         )
         route = router.routes[-1]
         assert isinstance(route, DialectRoute)
-        route.takes, route.examples = takes, examples
+        route.takes, route.header, route.examples = takes, header, examples
 
 
 def documented_errors(model: Any) -> dict[int | str, dict[str, Any]]:

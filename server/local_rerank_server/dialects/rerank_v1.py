@@ -19,6 +19,7 @@ from local_rerank.types import RankedDocument, RerankResult
 from local_rerank_server.config import DocumentEcho
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._json import JsonResponse
+from local_rerank_server.dialects._models import add_models
 from local_rerank_server.dialects._options import DocumentsRequest, as_object, parse_documents, score_of
 from local_rerank_server.dialects._responses import (
     GenericError,
@@ -32,6 +33,7 @@ from local_rerank_server.dialects._responses import (
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body, state_of
 
 PATHS = ("/v1/rerank", "/rerank")
+ALIASES = ("/v3/rerank", "/openai/v1/rerank")  # of OpenVINO Model Server and KServe
 DOUBLED = "/v1/v1/rerank"  # Cohere's and Together AI's SDKs append /v1/rerank to a base URL that ends in /v1
 
 
@@ -94,7 +96,7 @@ dialect = Dialect(
     name="Jina, Cohere v1, vLLM, Xinference, SiliconFlow",
     render_error=render_generic_error,
     error_model=GenericError,
-    prefixes=(*PATHS, DOUBLED),
+    prefixes=(*PATHS, DOUBLED, "/v3", "/openai/v1"),
     error_headers=amazon_error_type,  # AWS Bedrock's path is one of these, and some errors come before the body
 )
 router = dialect.router()
@@ -143,4 +145,5 @@ async def rank(http: Request, body: GenericRequest) -> JsonResponse:
     return JsonResponse(render(result, body, http.state.request_id, echo))
 
 
-add_post(router, (*PATHS, DOUBLED), rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)
+add_post(router, (*PATHS, *ALIASES, DOUBLED), rank, examples=EXAMPLES, summary="Rerank", response_model=GenericResponse)
+add_models(router, "/v3", "/openai/v1")

@@ -1,10 +1,10 @@
-// The Vercel AI SDK with the providers of Amazon Bedrock, Qwen, Cohere and Together AI, and the SDKs of Cohere and Voyage for
-// Node. Jobs come in and answers go out as in answering.py; the form of both stands in tests/clients/driver.py.
+// The Vercel AI SDK with the providers of Amazon Bedrock, Qwen, Cohere and Together AI and with its gateway, and the SDKs of
+// Cohere and Voyage for Node. Jobs come in and answers go out as in answering.py; driver.py has the form of both.
 
 import { createAmazonBedrock } from "@ai-sdk/amazon-bedrock";
 import { createCohere } from "@ai-sdk/cohere";
 import { createTogetherAI } from "@ai-sdk/togetherai";
-import { rerank } from "ai";
+import { createGateway, rerank } from "ai";
 import { CohereClientV2 } from "cohere-ai";
 import { readFileSync, writeSync } from "node:fs";
 import { createQwen } from "qwen-ai-provider-v5";
@@ -17,6 +17,7 @@ const providers = {
     createAmazonBedrock({ apiKey: api_key, baseURL: base_url, region: "us-east-1" }),
   "@ai-sdk/cohere": ({ base_url, api_key }) => createCohere({ apiKey: api_key, baseURL: `${base_url}/v2` }),
   "@ai-sdk/togetherai": ({ base_url, api_key }) => createTogetherAI({ apiKey: api_key, baseURL: `${base_url}/v1` }),
+  gateway: ({ base_url, api_key }) => createGateway({ apiKey: api_key, baseURL: `${base_url}/v3/ai` }),
 };
 
 async function withAiSdk(job) {

@@ -22,7 +22,10 @@ def call(job):
         return_documents=request.pop("return_documents", False),
         **request,
     )
-    return answered(ranked(response.results))
+    results = ranked(response.results)
+    if provider == "deepinfra":  # whose scores have the order of the documents
+        results.sort(key=lambda result: -result["relevance_score"])
+    return answered(results)
 
 
 run(call)

@@ -87,6 +87,22 @@ def test_a_batch_of_no_time_is_waited_for_by_the_thread_that_launched_it(device:
     assert device.launches.take().outcome == [0.0]
 
 
+def test_a_batch_that_only_seemed_to_take_no_time_is_waited_for_and_corrects_the_estimate(device: Device) -> None:
+    """As a small batch after large ones: a GPU takes milliseconds for any."""
+    device.start(10_000)
+    device.finish(0.01)  # a million tokens per second
+    device.launches.take()
+    for takes_long in (False, True):
+        device.start(100)
+        assert device.launches.is_first_done == (not takes_long)
+        device.now += 5.0
+        device.computed.put(None)
+        assert device.launches.take().outcome == [0.0]
+    device.start(100)
+    device.computed.put(failure := RuntimeError("a kernel failed"))
+    assert device.launches.take().outcome is failure
+
+
 def test_a_batch_that_is_done_early_or_fails_is_not_waited_for(device: Device) -> None:
     device.start(100)
     device.finish(1.0)

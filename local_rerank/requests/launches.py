@@ -51,19 +51,21 @@ class LaunchTimes:
     def __init__(self) -> None:
         self._rate = DrainRate()
         self._last_done = float("-inf")
+        self._last_seconds = float("inf")
 
     def add(self, num_tokens: int, *, launched: float, done: float) -> None:
         """Record a batch that is done. A device starts one when the one before it is done."""
-        self._rate.add(num_tokens, done - max(launched, self._last_done))
+        self._last_seconds = done - max(launched, self._last_done)
         self._last_done = done
+        self._rate.add(num_tokens, self._last_seconds)
 
     def next_launch(self, num_tokens: int, *, launched: float) -> float:
         """The time when a running batch will have AHEAD_SECONDS of work left."""
-        return max(launched, self._last_done) + self.seconds(num_tokens) - AHEAD_SECONDS
+        return max(launched, self._last_done) + self._rate.seconds_for(num_tokens) - AHEAD_SECONDS
 
-    def seconds(self, num_tokens: int) -> float:
-        """What a batch takes on the device."""
-        return self._rate.seconds_for(num_tokens)
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether a batch takes less than SHORT_SECONDS, as the last one did: a GPU takes milliseconds for any."""
+        return max(self._last_seconds, self._rate.seconds_for(num_tokens)) < SHORT_SECONDS
 
 
 class Launches:
@@ -107,7 +109,7 @@ class Launches:
             logger.debug("a batch could not be launched (%s); retrying it on its own", error)
             return
         launched.launched = self._clock()
-        launched.is_short = self._times.seconds(launched.num_tokens) < SHORT_SECONDS
+        launched.is_short = self._times.is_short(launched.num_tokens)
         if not launched.is_short:
             self._to_fetch.put(launched)
 

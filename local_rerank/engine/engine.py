@@ -7,8 +7,9 @@ log-odds are fetched once, at the end. `launch` returns before that, so that the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -148,16 +149,32 @@ class Engine:
 def _fetch(log_odds: Tensor, pair_order: Tensor) -> Callable[[], list[float]]:
     """Start copying (num_pairs,) to the host; the returned function waits for it and restores the caller's order."""
     on_host = torch.empty(log_odds.shape, dtype=log_odds.dtype, pin_memory=log_odds.is_cuda)
-    on_host.copy_(log_odds, non_blocking=log_odds.is_cuda)  # without a CUDA event nothing signals completion
     # by default waiting for an event keeps a core busy
     done = torch.cuda.Event(blocking=True) if log_odds.is_cuda else None  # type: ignore[no-untyped-call]
-    if done is not None:
-        done.record(torch.cuda.current_stream(log_odds.device))
+    with _never_freed_after_an_error(on_host):
+        on_host.copy_(log_odds, non_blocking=log_odds.is_cuda)  # without a CUDA event nothing signals completion
+        if done is not None:
+            done.record(torch.cuda.current_stream(log_odds.device))
 
     def wait() -> list[float]:
         if done is not None:
-            done.synchronize()  # the only place that blocks on the device
+            with _never_freed_after_an_error(on_host):
+                done.synchronize()  # the only place that blocks on the device
         in_order: list[float] = torch.empty_like(on_host).scatter_(0, pair_order, on_host).tolist()
         return in_order
 
     return wait
+
+
+@contextmanager
+def _never_freed_after_an_error(pinned: Tensor) -> Iterator[None]:
+    """Keep a tensor beyond Python's exit if the block raises.
+
+    torch frees pinned memory that a GPU used with a CUDA event; if that fails, as after an illegal address, it calls
+    `std::terminate`, and the process would end before its requests have an error.
+    """
+    try:
+        yield
+    except BaseException:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pinned))
+        raise

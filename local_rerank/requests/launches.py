@@ -19,6 +19,7 @@ from local_rerank.requests.scheduler import DrainRate, Entry
 logger = logging.getLogger(__name__)
 
 SHORT_SECONDS = 0.0005  # handing a batch to the other thread and back costs a fifth of that
+NUM_RECENT = 10  # batches; the thread that waits may be late for some
 AHEAD_SECONDS = 0.005  # of work left when the next batch is launched; packing one took 1.8 ms on an H200's machine
 MAX_LAUNCHED = 2  # the running batch and the next one; all other pairs are in the queue, where the policy orders them
 
@@ -51,19 +52,21 @@ class LaunchTimes:
     def __init__(self) -> None:
         self._rate = DrainRate()
         self._last_done = float("-inf")
+        self._recent: deque[float] = deque(maxlen=NUM_RECENT)  # seconds of the last batches
 
     def add(self, num_tokens: int, *, launched: float, done: float) -> None:
         """Record a batch that is done. A device starts one when the one before it is done."""
-        self._rate.add(num_tokens, done - max(launched, self._last_done))
+        self._recent.append(done - max(launched, self._last_done))
+        self._rate.add(num_tokens, self._recent[-1])
         self._last_done = done
 
     def next_launch(self, num_tokens: int, *, launched: float) -> float:
         """The time when a running batch will have AHEAD_SECONDS of work left."""
-        return max(launched, self._last_done) + self.seconds(num_tokens) - AHEAD_SECONDS
+        return max(launched, self._last_done) + self._rate.seconds_for(num_tokens) - AHEAD_SECONDS
 
-    def seconds(self, num_tokens: int) -> float:
-        """What a batch takes on the device."""
-        return self._rate.seconds_for(num_tokens)
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether a batch takes less than SHORT_SECONDS, as a recent one did: a GPU takes milliseconds for any."""
+        return max(min(self._recent, default=1.0), self._rate.seconds_for(num_tokens)) < SHORT_SECONDS
 
 
 class Launches:
@@ -107,7 +110,8 @@ class Launches:
             logger.debug("a batch could not be launched (%s); retrying it on its own", error)
             return
         launched.launched = self._clock()
-        launched.is_short = self._times.seconds(launched.num_tokens) < SHORT_SECONDS
+        with self._changed:
+            launched.is_short = self._times.is_short(launched.num_tokens)
         if not launched.is_short:
             self._to_fetch.put(launched)
 

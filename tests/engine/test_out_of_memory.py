@@ -1,12 +1,16 @@
-"""The token budget that fits in a GPU's memory, and the error when memory runs out."""
+"""The token budget that fits in a GPU's memory, the error when memory runs out, and memory of a GPU that failed."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from transformers import Qwen3Config, Qwen3Model
 from local_rerank import Reranker
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.decoder import ATTENTION_NAME, TransformersDecoder, register_attention
-from local_rerank.engine.engine import Engine
+from local_rerank.engine.engine import Engine, _fetch
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.out_of_memory import (
     MIN_BATCH_TOKENS,
@@ -174,3 +178,40 @@ def test_any_other_error_passes_through(engine: Engine) -> None:
     engine.kernel = replace(engine.kernel, attend=broken)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         engine.score(BATCH)
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("fails_in", [None, "record", "synchronize"])
+def test_pinned_memory_of_a_failed_gpu_is_never_freed(fails_in: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would end the process: it records an event to free it, and cannot handle an error of that."""
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return self.fail if name == fails_in else lambda *_: None
+
+        def fail(self, *_: object) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    on_host: list[weakref.ref[torch.Tensor]] = []
+    empty = torch.empty
+
+    def pinned(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:
+        assert pin_memory
+        on_host.append(weakref.ref(tensor := empty(*shape, **options)))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    scores = None
+    with suppress(RuntimeError):
+        scores = _fetch(torch.ones(2).as_subclass(OnGpu), torch.tensor([1, 0]))()
+    assert scores == (None if fails_in else [1.0, 1.0])
+    gc.collect()
+    assert (on_host[0]() is None) == (fails_in is None)

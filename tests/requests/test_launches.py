@@ -87,6 +87,28 @@ def test_a_batch_of_no_time_is_waited_for_by_the_thread_that_launched_it(device:
     assert device.launches.take().outcome == [0.0]
 
 
+def test_a_batch_that_only_seemed_to_take_no_time_is_waited_for_and_corrects_the_estimate(device: Device) -> None:
+    device.start(100)
+    device.finish(0.0001)
+    device.launches.take()
+    for takes_long in (False, True):
+        device.start(100)
+        assert device.launches.is_first_done == (not takes_long)
+        device.now += 5.0
+        device.computed.put(failure := RuntimeError("a kernel failed") if takes_long else None)
+        assert device.launches.take().outcome == (failure or [0.0])
+
+
+def test_a_small_batch_after_a_large_one_is_not_expected_to_take_no_time(device: Device) -> None:
+    """A GPU takes milliseconds for any; the thread that launches would not launch the next one meanwhile."""
+    device.start(10_000)
+    device.finish(0.01)  # a million tokens per second
+    device.launches.take()
+    device.start(100)
+    assert not device.launches.is_first_done
+    device.finish(0.013)
+
+
 def test_a_batch_that_is_done_early_or_fails_is_not_waited_for(device: Device) -> None:
     device.start(100)
     device.finish(1.0)

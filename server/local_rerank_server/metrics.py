@@ -29,17 +29,18 @@ GPU_MEMORY = ("allocated", "reserved")
 CLIENTS = frozenset(
     """
     ai ai-sdk boto3 cohere cohere-ai dashscope dashscope-v2-python infinity isaacus langchain litellm local-rerank
-    langchain-nvidia-ai-endpoints mixedbread nvidia openai pinecone voyageai zeroentropy
-    apache-httpclient aws-sdk-go-v2 aws-sdk-java aws-sdk-js aws-sdk-rust axios botocore dart deno fasthttp
-    go-http-client guzzlehttp java java-http-client node node-fetch okhttp python python-httpx python-httpx2
-    python-requests python-urllib python-urllib3 reactornetty reqwest rest-client ruby undici ureq
+    langchain-nvidia-ai-endpoints mixedbread nvidia openai @pinecone-database python-client together voyageai
+    zeroentropy
+    apache-httpasyncclient apache-httpclient aws-sdk-go-v2 aws-sdk-java aws-sdk-js aws-sdk-rust axios botocore dart
+    deno fasthttp go-http-client guzzlehttp java java-http-client node node-fetch okhttp python python-httpx
+    python-httpx2 python-requests python-urllib python-urllib3 reactornetty reqwest rest-client ruby undici ureq
     apachebench curl httpie insomnia k6 mozilla oha postmanruntime wget
     consul elb-healthchecker googlehc kube-probe prometheus traefik uptime-kuma
     """.split()
 )
 """First words of the User-Agent headers of SDKs, HTTP libraries, tools and probes; all others are `other`.
 
-`python` is aiohttp, `mozilla` a browser, and Node's fetch sends `node`.
+`python-client` is Pinecone's SDK, `python` aiohttp, `mozilla` a browser, and Node's fetch sends `node`.
 """
 MAX_CLIENT_CHARS = 40  # of a User-Agent; the longest of these names has 29
 
@@ -172,8 +173,11 @@ class Metrics:
 
 @lru_cache(maxsize=256)
 def _client_of(user_agent: str) -> str:
-    """`python-requests` of `python-requests/2.34.2`. Clients made by Stainless put Async before their names."""
-    word = re.split(r"[/;\s]", user_agent.strip().lower(), maxsplit=1)[0].removeprefix("async")
+    """`python-requests` of `python-requests/2.34.2` and `python-client` of Pinecone's `python-client-10.2.0`.
+
+    Clients made by Stainless put Async before their names.
+    """
+    word = re.split(r"[/;\s]|-\d", user_agent.strip().lower(), maxsplit=1)[0].removeprefix("async")
     return word if word in CLIENTS else "other"
 
 

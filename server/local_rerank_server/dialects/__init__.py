@@ -40,9 +40,10 @@ from local_rerank_server.dialects import (
 from local_rerank_server.dialects._route import Dialect, DialectRoute
 from local_rerank_server.dialects._shared_paths import SharedRoute
 
-ROWS = (  # on a shared path, the first dialect that takes a body answers it
+ROWS = (  # on a shared path, and for the error on an unknown one, the first dialect that takes a body answers it
     (dashscope.dialect, dashscope.router),
     (dashscope_compatible.dialect, dashscope_compatible.router),
+    (isaacus.dialect, isaacus.router),
     (tei.dialect, tei.router),
     (voyage.dialect, voyage.router),
     (mixedbread.dialect, mixedbread.router),
@@ -58,7 +59,6 @@ ROWS = (  # on a shared path, the first dialect that takes a body answers it
     (xinference.dialect, xinference.router),
     (zeroentropy.dialect, zeroentropy.router),
     (zhipu.dialect, zhipu.router),
-    (isaacus.dialect, isaacus.router),
     (gateway.dialect, gateway.router),
     (deepinfra.dialect, deepinfra.router),
     (local.dialect, local.router),
@@ -88,7 +88,8 @@ def api_of(body: Any, http: Request, *, or_common: bool) -> tuple[Dialect, str] 
     `or_common` adds the dialect that needs no marker, the most common one.
     """
     routes = [route for _, router in ROWS for route in router.routes if isinstance(route, DialectRoute)]
-    judged = [each for each in routes if each.takes is not None or (or_common and each.dialect is rerank_v1.dialect)]
+    common = next(route for route in rerank_v1.router.routes if isinstance(route, DialectRoute))
+    judged = [*(route for route in routes if route.takes is not None), *([common] if or_common else [])]
     found = next((route for route in judged if route.fits(body, http)), None)
     if found is None:
         return None

@@ -35,6 +35,7 @@ class DeepInfraScores(TypedDict):
     scores: list[float]  # in the order of the request
     input_tokens: int
     request_id: str
+    inference_status: dict[str, str | int]  # LiteLLM keeps it beside the results
 
 
 def parse(body: DeepInfraRequest, config: ServerConfig) -> RerankRequest:
@@ -51,8 +52,10 @@ async def rank(http: Request, body: DeepInfraRequest, model: str) -> JsonRespons
     """Score documents for one query, like DeepInfra."""
     ranked = await rank_body(http, body.model_copy(update={"model": body.model or model}), parse)
     scores = [score_of(item, body) for item in sorted(ranked, key=lambda item: item.index)]
+    total, request_id = ranked.total_tokens, http.state.request_id
+    status: dict[str, str | int] = {"status": "succeeded", "tokens_input": total}
     return JsonResponse(
-        DeepInfraScores(scores=scores, input_tokens=ranked.total_tokens, request_id=http.state.request_id)
+        DeepInfraScores(scores=scores, input_tokens=total, request_id=request_id, inference_status=status)
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from starlette.requests import Request
 from typing_extensions import TypedDict
@@ -35,6 +36,11 @@ class GatewayError(TypedDict):
     error: ErrorDetail
 
 
+def takes(body: Mapping[str, Any]) -> bool:
+    """On an unknown path: no other API has documents in an object."""
+    return isinstance(body.get("documents"), dict)
+
+
 def parse(body: GatewayRequest, config: ServerConfig) -> RerankRequest:
     texts = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in body.documents.values]
     return make_request(body.query, texts, body, config)
@@ -57,4 +63,5 @@ async def rank(http: Request, body: GatewayRequest) -> JsonResponse:
 
 
 EXAMPLE = {"AI Gateway": {"documents": {"type": "text", "values": DOCUMENTS}, "query": QUERY, "topN": 2}}
-add_post(router, PATHS, rank, examples=EXAMPLE, summary="AI Gateway", response_model=dict[str, list[dict[str, float]]])
+Ranking = dict[str, list[dict[str, float]]]
+add_post(router, PATHS, rank, takes=takes, examples=EXAMPLE, summary="AI Gateway", response_model=Ranking)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from starlette.requests import Request
@@ -36,6 +37,11 @@ class IsaacusResponse(TypedDict):
     usage: dict[str, int]
 
 
+def takes(body: Mapping[str, Any]) -> bool:
+    """On an unknown path: Text Embeddings Inference, which has `texts` too, has no `model`."""
+    return body.get("texts") is not None and body.get("model") is not None
+
+
 def parse(body: IsaacusRequest, config: ServerConfig) -> RerankRequest:
     return make_request(body.query, body.texts, body, config)
 
@@ -49,7 +55,7 @@ def render(result: RerankResult, body: IsaacusRequest) -> IsaacusResponse:
 dialect = Dialect(name="Isaacus", render_error=render_generic_error, error_model=GenericError, prefixes=PATHS)
 router = dialect.router()
 
-EXAMPLE = {"model": "kanon-2-reranker", "query": QUERY, "texts": DOCUMENTS, "top_n": 2}
+EXAMPLE = {"Isaacus": {"model": "kanon-2-reranker", "query": QUERY, "texts": DOCUMENTS, "top_n": 2}}
 
 
 async def rank(http: Request, body: IsaacusRequest) -> JsonResponse:
@@ -57,4 +63,4 @@ async def rank(http: Request, body: IsaacusRequest) -> JsonResponse:
     return JsonResponse(render(await rank_body(http, body, parse), body))
 
 
-add_post(router, PATHS, rank, examples={"Isaacus": EXAMPLE}, summary="Isaacus rerank", response_model=IsaacusResponse)
+add_post(router, PATHS, rank, takes=takes, examples=EXAMPLE, summary="Isaacus", response_model=IsaacusResponse)

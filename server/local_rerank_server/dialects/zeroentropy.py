@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from collections.abc import Mapping
+from typing import Any, NotRequired
 
 from pydantic import Field
 from starlette.requests import Request
@@ -40,6 +41,11 @@ class ZeroEntropyResponse(TypedDict):
     inference_latency: float
 
 
+def takes(body: Mapping[str, Any]) -> bool:
+    """On an unknown path: no other API has a `latency`."""
+    return body.get("latency") is not None
+
+
 def render(result: RerankResult, body: ZeroEntropyRequest) -> ZeroEntropyResponse:
     documents = texts_of(body.documents, body.rank_fields)
     return {
@@ -74,6 +80,7 @@ add_post(
     router,
     PATHS,
     rank,
+    takes=takes,
     examples={"ZeroEntropy": EXAMPLE},
     summary="ZeroEntropy rerank",
     response_model=ZeroEntropyResponse,

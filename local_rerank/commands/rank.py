@@ -65,6 +65,8 @@ def rank(
     remote = None if server is None else (Server.parse(server), options_to_send(engine))
     query = clean(as_utf8(query))
     texts = [clean(as_utf8(text)) for text in documents] or read_documents(file)
+    if len(texts) == len(documents) == 1 and _is_file(texts[0]):
+        warn(f"note: this ranks the text {texts[0]!r}; with --file it ranks the documents in the file of that name")
     weight = None if blend is None else _lexical_weight(blend)
     request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
     whole = request if weight is None else replace(request, top_n=None)
@@ -83,6 +85,13 @@ def rank(
         _print_json(result, blended)
     else:
         _print_table(result, blended)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path can be, or with a NUL
+        return False
 
 
 def _loaded(engine: EngineConfig | None) -> Reranker:

@@ -84,7 +84,7 @@ def rank(
     if json_output:
         _print_json(result, blended)
     else:
-        _print_table(result, blended)
+        _print_table(result, blended, is_remote=remote is not None)
 
 
 def _is_file(text: str) -> bool:
@@ -139,7 +139,7 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
     print_json(value)
 
 
-def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
+def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None, *, is_remote: bool) -> None:
     """Print a line for each document: cut to the width of a terminal, whole in a file or pipe."""
     console = Console(highlight=False)
     console.width = max(console.width, MIN_TABLE_WIDTH)
@@ -160,7 +160,8 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
             console.print(line, no_wrap=True, overflow=cut_with)
         else:
             console.print(line, soft_wrap=True)
-    note = " (small built-in model; choose another with --model)" if result.model == EMBEDDED_MODEL else ""
+    other = "start the server with --model for another" if is_remote else "choose another with --model"
+    note = f" (small built-in model; {other})" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
     console.print(Text(f"{visible(result.model)}{note}: {cost}", style="dim"), soft_wrap=True)
 

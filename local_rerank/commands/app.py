@@ -13,13 +13,29 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, Token, UnusedCliTokensError
+from cyclopts import (
+    App,
+    ArgumentCollection,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    Token,
+    UnusedCliTokensError,
+)
 from cyclopts.config import Env
 
 from local_rerank import __version__
-from local_rerank.commands.console import INTERRUPTED, Console, complain, failed, missing_package, set_up_streams
+from local_rerank.commands.console import (
+    INTERRUPTED,
+    Console,
+    complain,
+    failed,
+    missing_package,
+    option,
+    set_up_streams,
+)
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, LocalRerankError
 
@@ -81,12 +97,15 @@ for _name, _function, _help in (
     ("doctor", "local_rerank.commands.doctor:doctor", "Check that scores are correct, and diagnose faults.\n\n"
      "Also says what would make this machine faster. The exit status is 1 on a fault."),
     ("completion", "local_rerank.commands.app:completion", "Print the completion script of a shell.\n\n"
-     "README.md says where it goes."),
+     "In a bash that is open: `source <(local-rerank completion bash)`; in a fish: `local-rerank completion fish | "
+     "source`. For every new shell write it to a file: for bash with the package bash-completion "
+     "~/.local/share/bash-completion/completions/local-rerank, for zsh _local-rerank in a folder of $fpath, for fish "
+     "~/.config/fish/completions/local-rerank.fish."),
 ):  # fmt: skip
     app.command(_function, name=_name, help=_help)
 
 
-def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+def completion(shell: Annotated[Literal["bash", "zsh", "fish"], option()], /) -> None:
     """Print the completion script of a shell."""
     script = app.generate_completion(shell=shell)
     # in bash complete names of files where cyclopts has nothing to offer, as for --model, which may be a folder
@@ -135,6 +154,10 @@ def _usage_error(error: CycloptsError, arguments: Sequence[str]) -> str:
     """The error in one line, which quotes no API key."""
     if isinstance(error, UnusedCliTokensError) and any(text.startswith("--api-key") for text in arguments):
         return "there are more arguments than options take; each key needs an --api-key of its own"
+    if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument and error.command_chain:
+        name, command = error.argument.name, " ".join(error.command_chain)
+        what = name if error.argument.index is None else name.removeprefix("--").upper()
+        return f"{command} needs {what}; `local-rerank {command} --help` shows how"
     return str(error)
 
 

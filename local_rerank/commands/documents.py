@@ -20,6 +20,7 @@ from local_rerank.text_files import has_nul, lines, name_of, suffix_of
 TEXT_KEYS = ("text", "document")  # of a JSON object, or the columns of a table
 DELIMITERS = ",;\t"  # a CSV file has the one that is most frequent in its head
 MAX_CELL_CHARS = 2**31 - 1  # instead of Python's 131,072
+HOW_TO_GIVE = "give them as arguments, with --file or on standard input"
 MAX_SHOWN_CHARS = 200  # of a table's head in an error
 _ARRAY_START = re.compile(r'\[\s*["{]')
 _WHITESPACE = re.compile(r"\s*")
@@ -33,14 +34,15 @@ def read_documents(file: Path | None) -> list[str]:
     """Read documents from a file, or from standard input for None and "-". Raises InvalidRequest."""
     file = None if file == Path("-") else file
     if file is None and sys.stdin.isatty():
-        raise InvalidRequest(
-            "there are no documents; give them as arguments, with --file or on standard input", field="documents"
-        )
+        raise InvalidRequest(f"there are no documents; {HOW_TO_GIVE}", field="documents")
     numbered, name = list(lines(file, "file")), name_of(file)
     for number, line in numbered:
         if "\0" in line:
             raise _invalid(has_nul(f"{name}:{number}"))
-    return _FORMS.get("" if file is None else suffix_of(file), _by_content)(numbered, name)
+    documents = _FORMS.get("" if file is None else suffix_of(file), _by_content)(numbered, name)
+    if not documents:
+        raise InvalidRequest(f"{name} has no documents; {HOW_TO_GIVE}", field="documents")
+    return documents
 
 
 def _by_content(numbered: Lines, name: str) -> list[str]:

@@ -65,6 +65,8 @@ def rank(
     remote = None if server is None else (Server.parse(server), options_to_send(engine))
     query = clean(as_utf8(query))
     texts = [clean(as_utf8(text)) for text in documents] or read_documents(file)
+    if len(texts) == len(documents) == 1 and _is_file(texts[0]):
+        warn(f"note: this ranks the text {texts[0]!r}; with --file it ranks the documents in the file of that name")
     weight = None if blend is None else _lexical_weight(blend)
     request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
     whole = request if weight is None else replace(request, top_n=None)
@@ -82,7 +84,14 @@ def rank(
     if json_output:
         _print_json(result, blended)
     else:
-        _print_table(result, blended)
+        _print_table(result, blended, is_remote=remote is not None)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a path can be, or with a NUL
+        return False
 
 
 def _loaded(engine: EngineConfig | None) -> Reranker:
@@ -130,7 +139,7 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
     print_json(value)
 
 
-def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
+def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None, *, is_remote: bool) -> None:
     """Print a line for each document: cut to the width of a terminal, whole in a file or pipe."""
     console = Console(highlight=False)
     console.width = max(console.width, MIN_TABLE_WIDTH)
@@ -151,7 +160,8 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
             console.print(line, no_wrap=True, overflow=cut_with)
         else:
             console.print(line, soft_wrap=True)
-    note = " (small built-in model; choose another with --model)" if result.model == EMBEDDED_MODEL else ""
+    other = "start the server with --model for another" if is_remote else "choose another with --model"
+    note = f" (small built-in model; {other})" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
     console.print(Text(f"{visible(result.model)}{note}: {cost}", style="dim"), soft_wrap=True)
 

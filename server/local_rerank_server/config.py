@@ -253,7 +253,7 @@ class ServerConfig:
         if not (self.has_keys or self.insecure or self.uds or is_loopback(self.host)):
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
-                "set one, or allow this with --insecure"
+                "set --api-key-file or --api-key, or allow this with --insecure"
             )
 
     @property

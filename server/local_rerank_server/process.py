@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -273,7 +274,10 @@ def _listen(config: ServerConfig) -> socket.socket:
     try:
         return _listen_unix(config.uds) if config.uds else _listen_tcp(config.host, config.port)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from None
+        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address in brackets
+        taken = "; stop the process that uses it, or choose another" if error.errno == errno.EADDRINUSE else ""
+        option = "--uds" if config.uds else "--port"
+        raise ConfigError(f"cannot listen on {where}: {reason}{taken and f'{taken} {option}'}") from None
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:

@@ -73,6 +73,12 @@ def test_rank_reads_documents_from_a_file(model: tuple[str, ...], tmp_path: Path
     assert {item["document"] for item in json.loads(done.stdout)["results"]} == {"one\u2028line", "two"}
 
 
+def test_one_document_that_is_the_name_of_a_file_gets_a_note(model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("a document")
+    assert "with --file it ranks" in run_here("rank", "q", str(tmp_path / "d.txt"), *model).stderr
+    assert "with --file" not in run_here("rank", "q", "d" * 5000, *model).stderr
+
+
 def test_show_prompt_prints_the_prompt_and_its_token_ids(model: tuple[str, ...], tiny_reranker: Reranker) -> None:
     done = run_here("rank", "the query", "the document", "--show-prompt", *model)
     prompt, ids = tiny_reranker.explain("the query", "the document")
@@ -94,6 +100,9 @@ def test_show_prompt_prints_the_prompt_and_its_token_ids(model: tuple[str, ...],
         (("rank", "q", "d", "--max-document-tokens", "-5"), {}, "max_document_tokens is -5"),
         (("rank", "q", "d", "--model", "a/b..c"), {}, "model 'a/b..c' is no folder or bundle"),
         (("rank", " ", "d"), {}, "query is empty"),
+        (("rank",), {}, "rank needs QUERY; `local-rerank rank --help` shows how"),
+        (("batch", "in.jsonl"), {}, "batch needs --output; `local-rerank batch --help` shows how"),
+        (("batch", "in.jsonl", "--output"), {}, "--output requires an argument"),
         (("rank", "q", "d", "--top-n", "0"), {}, "top_n is 0"),
         (("rank", "q", "d"), {"LOCAL_RERANK_THREADS": "x"}, "LOCAL_RERANK_THREADS"),
     ],
@@ -220,6 +229,12 @@ def test_serve_shows_the_ten_options_that_matter_first() -> None:
     first = "model device dtype threads instruction host port api-key api-key-file insecure"
     assert re.findall(r"^│ --([\w-]+)", done.stdout, re.MULTILINE)[:10] == first.split()
     assert re.findall(r"^╭─ ([\w, ]+) ─", done.stdout, re.MULTILINE)[:2] == ["Model", "Address and keys"]
+
+
+def test_completion_help_says_where_the_script_goes_and_names_no_variable() -> None:
+    text = " ".join(run_here("completion", "--help").stdout.split())
+    assert "bash-completion/completions/local-rerank" in text
+    assert "LOCAL_RERANK_SHELL" not in text
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

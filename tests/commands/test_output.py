@@ -148,7 +148,11 @@ def test_d3_rank_imports_nothing_that_it_does_not_use(process: Process) -> None:
         ("plan --gpus H100 --json | true", PIPE_CLOSED, ""),
         ("--help | true", PIPE_CLOSED, ""),
         ("plan --gpus H100 >&-", 0, ""),
-        ("rank q <&-", 1, "local-rerank: 0 documents; at least 1 is needed\n"),
+        (
+            "rank q <&-",
+            1,
+            "local-rerank: standard input has no documents; give them as arguments, with --file or on standard input\n",
+        ),
         ("plan --gpus H100 >/dev/full", 1, "local-rerank: the output cannot be written: No space left on device\n"),
         (
             "plan --gpus H100 --json >/dev/full",

@@ -96,7 +96,7 @@ NO_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). 
             None,
             0,
             "cuda",
-            f"'cuda', but torch {torch.__version__} is a build without CUDA; install a build with CUDA (h",
+            f"'cuda', but torch {torch.__version__} is a build without CUDA; for a GPU install a build with CUDA (h",
         ),
         ("13.0", 0, "cuda:0", "sees no GPU: The NVIDIA driver on your system is too old (found version 11040); n"),
         ("13.0", 2, "cuda:2", "device is 'cuda:2'; torch sees cuda:0, cuda:1"),

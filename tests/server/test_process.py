@@ -133,7 +133,8 @@ def test_a_port_in_use_is_reported_in_one_line(server: Server) -> None:
     port = server.address.rpartition(":")[2]
     arguments = [sys.executable, "-m", "local_rerank", "serve", "--port", port]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=WAIT_SECONDS)
-    check_one_line(ended, f"cannot listen on 127.0.0.1:{port}: Address already in use")
+    reason = f"cannot listen on 127.0.0.1:{port}: Address already in use"
+    check_one_line(ended, f"{reason}; stop the process that uses it, or choose another --port")
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_model_that_cannot_be_loaded_is_reported_in_one_line(tmp_path: Path) -
 
 
 def test_an_invalid_option_is_reported_in_one_line(tmp_path: Path) -> None:
-    assert_one_line("serve", "--host", "0.0.0.0", says="no api_key is set")
+    assert_one_line("serve", "--host", "0.0.0.0", says="set --api-key-file or --api-key, or allow this with --insecure")
     assert_one_line("serve", "--port", "0", "--api-key-file", "nowhere", says="api_key_file nowhere")
     key = tmp_path / "key.pem"
     key.write_text("no key", encoding="utf-8")

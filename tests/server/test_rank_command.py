@@ -87,6 +87,11 @@ def test_the_output_is_that_of_a_model_in_this_process(
     assert without_figures(remote.stdout) == without_figures(local.stdout)
 
 
+def test_a_built_in_model_at_a_server_is_not_exchanged_here(keyed: str, tiny_reranker: Reranker) -> None:
+    with mock.patch("local_rerank.commands.rank.EMBEDDED_MODEL", tiny_reranker.model_id):
+        assert "start the server with --model for another" in rank(keyed).stdout
+
+
 def test_neither_torch_nor_a_web_framework_is_imported(keyed: str) -> None:
     script = (
         "import atexit, json, sys, time\n"

@@ -59,7 +59,7 @@ def why_no_kernels(gpu: Gpu) -> str | None:
 def why_no_gpu() -> str:
     """Why torch sees no GPU, in torch's own words if its build could use one, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is a build without CUDA; install a build with CUDA ({BUILDS})"
+        return f"torch {torch.__version__} is a build without CUDA; for a GPU install a build with CUDA ({BUILDS})"
     sees = f"torch {torch.__version__} sees no GPU"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Batches on a device that computes on its own: when to launch the next one, and the thread that waits for them.
+"""Batches on a device that computes on its own, and the thread that waits for them.
 
-The next batch is launched shortly before the running one is done. The device then stays busy while the host writes
-responses, and requests that arrive until then are in that batch.
+The next batch is launched behind the running one as soon as pairs wait. The device then stays busy while the host
+writes responses. To wait until the running one is almost done makes batches fuller and requests slower (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 SHORT_SECONDS = 0.0005  # handing a batch to the other thread and back costs a fifth of that
 NUM_RECENT = 10  # batches; the thread that waits may be late for some
-AHEAD_SECONDS = 0.005  # of work left when the next batch is launched; packing one took 1.8 ms on an H200's machine
 MAX_LAUNCHED = 2  # the running batch and the next one; all other pairs are in the queue, where the policy orders them
 
 Launch = Callable[[Sequence[Pair]], Callable[[], list[float]]]
@@ -47,7 +46,7 @@ class Launched:
 
 
 class LaunchTimes:
-    """When to launch a batch behind a running one, by the measured rate. All times are seconds of one clock."""
+    """What batches take, by the measured rate. All times are seconds of one clock."""
 
     def __init__(self) -> None:
         self._rate = DrainRate()
@@ -59,10 +58,6 @@ class LaunchTimes:
         self._recent.append(done - max(launched, self._last_done))
         self._rate.add(num_tokens, self._recent[-1])
         self._last_done = done
-
-    def next_launch(self, num_tokens: int, *, launched: float) -> float:
-        """The time when a running batch will have AHEAD_SECONDS of work left."""
-        return max(launched, self._last_done) + self._rate.seconds_for(num_tokens) - AHEAD_SECONDS
 
     def is_short(self, num_tokens: int) -> bool:
         """Whether a batch takes less than SHORT_SECONDS, as a recent one did: a GPU takes milliseconds for any."""
@@ -90,14 +85,10 @@ class Launches:
         """Whether `take` returns within SHORT_SECONDS."""
         return bool(self._batches) and (self._batches[0].is_done or self._batches[0].is_short)
 
-    def seconds_to_next(self) -> float | None:
-        """Seconds until the next batch is to be launched; None: not before the first one is taken."""
-        if len(self._batches) >= MAX_LAUNCHED:
-            return None
-        if not self._batches or self._batches[-1].is_done:
-            return 0.0
-        running = self._batches[-1]
-        return max(0.0, self._times.next_launch(running.num_tokens, launched=running.launched) - self._clock())
+    @property
+    def has_room(self) -> bool:
+        """Whether a batch may be launched before the first one is taken."""
+        return len(self._batches) < MAX_LAUNCHED
 
     def launch(self, batch: list[Entry]) -> None:
         """Launch a batch. If that fails, it is taken in its turn, without an outcome."""

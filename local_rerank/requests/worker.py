@@ -197,18 +197,17 @@ class Worker:
             self._finish(launches.take())
 
     def _next_batch(self, launches: Launches | None) -> list[Entry] | None:
-        """Wait for the next batch; empty if a launched one is done before it is time for that. None when closing."""
+        """Wait for the next batch; empty if a launched one is done before that. None when closing."""
         with self._changed:
             while not self._closing:
-                seconds = launches.seconds_to_next() if launches else 0.0
-                if seconds == 0 and (batch := self._scheduler.next_batch()):
+                if (not launches or launches.has_room) and (batch := self._scheduler.next_batch()):
                     now = time.perf_counter()
                     for request in {self._requests[entry.request_id] for entry in batch}:
                         request.first_batch = request.first_batch or now
                     return batch
                 if launches and launches.is_first_done:
                     return []
-                self._changed.wait(seconds or None)  # 0: for a request or a batch that is done; None: for the latter
+                self._changed.wait()  # for a request or for a batch that is done
             return None
 
     def _finish(self, launched: Launched) -> None:

@@ -1,4 +1,4 @@
-"""When the next batch is launched behind a running one. The clock and the device are the test's."""
+"""How many batches are launched, and who waits for them. The clock and the device are the test's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from local_rerank.requests.launches import AHEAD_SECONDS, Launches
+from local_rerank.requests.launches import Launches
 from local_rerank.requests.pair import Pair
 from local_rerank.requests.scheduler import Entry
 
@@ -47,34 +47,17 @@ def device() -> Device:
     return Device()
 
 
-def test_the_next_batch_is_launched_5_ms_before_the_running_one_is_done(device: Device) -> None:
+def test_one_batch_is_launched_behind_the_running_one(device: Device) -> None:
     launches = device.launches
-    assert launches.seconds_to_next() == 0, "an idle device gets its batch at once"
     device.start(100)
-    device.finish(0.1)  # 1,000 tokens per second
-    assert launches.seconds_to_next() == 0
-    launches.take()
-    device.now = 0.5
+    assert launches.has_room
     device.start(200)
-    assert launches.seconds_to_next() == pytest.approx(0.2 - AHEAD_SECONDS)
-    device.now = 0.5 + 0.2 - AHEAD_SECONDS - 0.001
-    assert launches.seconds_to_next() == pytest.approx(0.001)
-    device.now += 0.001 + 1e-9
-    assert launches.seconds_to_next() == 0
-    device.start(100)
-    assert launches.seconds_to_next() is None, "a third batch would only keep its requests from better ones"
-    device.finish(0.7)
-    assert launches.seconds_to_next() is None, "results are delivered before more is launched"
+    assert not launches.has_room, "a third batch would only keep its requests from better ones"
+    device.finish(0.1)
+    assert not launches.has_room, "results are delivered before more is launched"
     launches.take()
-    assert launches.seconds_to_next() == pytest.approx(0.1 - AHEAD_SECONDS), "it starts when the one before it is done"
-
-
-def test_a_batch_that_takes_less_than_5_ms_never_delays_the_next(device: Device) -> None:
-    device.start(100)
-    device.finish(0.004)
-    device.launches.take()
-    device.start(100)
-    assert device.launches.seconds_to_next() == 0
+    assert launches.has_room
+    device.finish(0.2)
 
 
 def test_a_batch_of_no_time_is_waited_for_by_the_thread_that_launched_it(device: Device) -> None:
@@ -115,11 +98,9 @@ def test_a_batch_that_is_done_early_or_fails_is_not_waited_for(device: Device) -
     device.launches.take()
     device.start(1000)  # 10 s, it seems
     device.finish(1.5)
-    assert device.launches.seconds_to_next() == 0
     assert device.launches.take().outcome == [0.0]
     device.start(1000)
     device.finish(1.6, failure := RuntimeError("a kernel failed"))
-    assert device.launches.seconds_to_next() == 0
     assert device.launches.take().outcome is failure
 
 

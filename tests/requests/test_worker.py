@@ -312,7 +312,7 @@ def test_a_batch_report_has_the_prefix_tokens_that_sharing_saved(
 
 def test_a_gpu_gets_the_next_batch_before_the_scores_of_the_running_one_are_fetched(start: Start) -> None:
     gpu = Gpu()
-    worker, _ = start(gpu, clock=itertools.count(step=3e-4).__next__)  # a batch takes about a millisecond
+    worker, _ = start(gpu, clock=itertools.count(step=1e-3).__next__)  # a batch takes milliseconds
     submit(worker, first := pending(1, 10))
     log_odds(first)
     gpu.gate.clear()

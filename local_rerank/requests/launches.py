@@ -1,7 +1,7 @@
 """Batches on a device that computes on its own, and the thread that waits for them.
 
 The next batch is launched behind the running one as soon as pairs wait. The device then stays busy while the host
-writes responses. To wait until the running one is almost done makes batches fuller and requests slower (docs/log.md).
+writes responses. To wait until the running one is almost done makes batches fuller and nothing faster (docs/log.md).
 """
 
 from __future__ import annotations

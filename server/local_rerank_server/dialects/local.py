@@ -66,7 +66,10 @@ def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
 
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
     omitted = {"document"} if body.wants_documents() is False else set()
-    items = [{name: value for name, value in vars(item).items() if name not in omitted} for item in result]
+    items = [
+        {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
+        for item in result
+    ]
     return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from local_rerank import Reranker
@@ -52,7 +52,7 @@ def check(tokenizer: PairTokenizer, document: str, tokens: int, overlap: int) ->
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     document=st.lists(st.sampled_from(ODD) | st.text(max_size=6), min_size=1, max_size=60).map("".join),
     tokens=st.integers(16, 60),

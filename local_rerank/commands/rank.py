@@ -131,6 +131,7 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
     value = asdict(result)
     if blended is not None:
         value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
+    value["results"] = [{name: each for name, each in item.items() if each is not None} for item in value["results"]]
     print_json(value)
 
 

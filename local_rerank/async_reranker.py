@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 from local_rerank import forks
 from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
-from local_rerank.types import RerankRequest, RerankResult, documents_of, requests_of, scores_of
+from local_rerank.types import LongDocuments, RerankRequest, RerankResult, documents_of, requests_of, scores_of
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -83,11 +83,25 @@ class AsyncReranker:
         return await asyncio.shield(asyncio.wrap_future(self._loading))  # cancelling one caller must not stop loading
 
     async def rank(
-        self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        long_documents: LongDocuments | None = None,
+        spans: bool = False,
     ) -> RerankResult:
         """As `Reranker.rank`. Cancelling the call removes the request from the queue."""
         return await self.submit(
-            RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
+            RerankRequest(
+                query=query,
+                documents=documents_of(documents),
+                instruction=instruction,
+                top_n=top_n,
+                long_documents=long_documents,
+                spans=spans,
+            )
         )
 
     async def score(

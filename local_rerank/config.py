@@ -18,6 +18,7 @@ from cyclopts import Group, Parameter, Token
 
 from local_rerank.errors import ConfigError
 from local_rerank.text_files import as_utf8
+from local_rerank.types import MIN_CHUNK_TOKENS, LongDocuments
 
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 """The model card's default. The hosted service's default ends with a full stop, this one does not."""
@@ -87,6 +88,18 @@ class EngineConfig:
     max_document_tokens: Annotated[
         int, Parameter(group=LIMITS, help="Maximum tokens of a document; longer documents are truncated.")
     ] = 4000  # fmt: skip
+    long_documents: Annotated[
+        LongDocuments,
+        Parameter(group=LIMITS,
+                  help="Long documents: truncate, or chunk to score each by its best chunk (docs/long-documents.md)."),
+    ] = "truncate"  # fmt: skip
+    chunk_tokens: Annotated[int, Parameter(group=LIMITS, help="Maximum tokens of a chunk.")] = 512
+    chunk_overlap_tokens: Annotated[
+        int, Parameter(group=LIMITS, help="Tokens that a chunk repeats of the one before, at most half of it.")
+    ] = 64  # fmt: skip
+    num_best_chunks: Annotated[
+        int, Parameter(group=LIMITS, help="A document's log-odds: the mean of this many of its best chunks.")
+    ] = 1  # fmt: skip
     max_batch_tokens: Annotated[
         int | None,
         Parameter(group=ENGINE,
@@ -111,9 +124,9 @@ class EngineConfig:
         for name, hint in _hints().items():
             if not _is_a(value := getattr(self, name), hint):
                 raise ConfigError(f"{name} is {reprlib.repr(value)}; it must be {_name_of(hint)}")
-        for name in _POSITIVE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the built-in one")
 
@@ -148,6 +161,10 @@ class EngineOptions(TypedDict, total=False):
     max_length: int
     max_query_tokens: int
     max_document_tokens: int
+    long_documents: LongDocuments
+    chunk_tokens: int
+    chunk_overlap_tokens: int
+    num_best_chunks: int
     max_batch_tokens: int | None
     no_cuda_graphs: bool
     no_compile: bool
@@ -155,9 +172,10 @@ class EngineOptions(TypedDict, total=False):
     deterministic: bool
 
 
-_POSITIVE = (
-    "threads", "max_length", "max_query_tokens", "max_document_tokens", "max_batch_tokens", "max_queued_tokens",
-)  # fmt: skip
+_LEAST = {
+    "threads": 1, "max_length": 1, "max_query_tokens": 1, "max_document_tokens": 1, "max_batch_tokens": 1,
+    "max_queued_tokens": 1, "chunk_tokens": MIN_CHUNK_TOKENS, "chunk_overlap_tokens": 0, "num_best_chunks": 1,
+}  # fmt: skip
 
 
 def merged(config: EngineConfig | None, model: str | os.PathLike[str] | None, options: EngineOptions) -> EngineConfig:

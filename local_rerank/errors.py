@@ -8,6 +8,7 @@
     │   │   └── NoDocuments
     │   ├── DocumentTooLong, TooManyCharacters    in characters
     │   ├── TooManyTokens, TextTooLong, InstructionTooLong    in tokens
+    │   ├── TooManyChunks
     │   └── InvalidTopN
     ├── Overloaded
     ├── DeadlineExceeded
@@ -128,6 +129,15 @@ class TextTooLong(InvalidRequest):
     def __init__(self, *, field: str, limit: int, value: int) -> None:
         what = f"{field} has {value} tokens, {limit} fit, and this request forbids cutting"
         super().__init__(what, field=field, limit=limit, value=value)
+
+
+class TooManyChunks(InvalidRequest):
+    """A document has more chunks than `Limits.max_document_chunks`, or a request than `Limits.max_request_chunks`."""
+
+    def __init__(self, *, field: str, limit: int, value: int) -> None:
+        name = "the request" if field == "documents" else field
+        what = f"{name} has {value} chunks or more; at most {limit} are taken"
+        super().__init__(f"{what}. Send less text, or raise chunk_tokens", field=field, limit=limit, value=value)
 
 
 class InstructionTooLong(InvalidRequest):

@@ -23,10 +23,12 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
 from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
+from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.pending import PendingRequest
-from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
+from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import (
+    LongDocuments,
     ModelInfo,
     RerankRequest,
     RerankResult,
@@ -71,6 +73,10 @@ class Reranker:
                 max_length=min(self.config.max_length, checkpoint.max_length),
                 max_query_tokens=self.config.max_query_tokens,
                 max_document_tokens=self.config.max_document_tokens,
+                long_documents=self.config.long_documents,
+                chunk_tokens=self.config.chunk_tokens,
+                chunk_overlap_tokens=self.config.chunk_overlap_tokens,
+                num_best_chunks=self.config.num_best_chunks,
             ),
             default_instruction=self.config.instruction,
         )
@@ -133,16 +139,34 @@ class Reranker:
         self._worker.on_failure = observer
 
     def rank(
-        self, query: str, documents: Iterable[str], *, instruction: str | None = None, top_n: int | None = None
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+        long_documents: LongDocuments | None = None,
+        spans: bool = False,
     ) -> RerankResult:
         """The documents ranked by relevance, most relevant first, at most `top_n`.
 
         `documents` is a list, tuple, NumPy array, pandas column or generator of strings; one string is one document.
-        `instruction` replaces the default one. Raises a leaf of InvalidRequest, Overloaded, EngineFailure,
-        ModelUnavailable, DeviceFailure or UnusableAfterFork.
+        `instruction` replaces the default one, `long_documents` the engine's setting: with "chunk" a document longer
+        than `chunk_tokens` is scored by its best chunk. `spans=True` scores the sentences of the best chunk of each
+        returned document, too. A RerankRequest for `rank_batch` has more options.
+
+        Raises a leaf of InvalidRequest, Overloaded, EngineFailure, ModelUnavailable, DeviceFailure or
+        UnusableAfterFork.
         """
         return self.submit(
-            RerankRequest(query=query, documents=documents_of(documents), instruction=instruction, top_n=top_n)
+            RerankRequest(
+                query=query,
+                documents=documents_of(documents),
+                instruction=instruction,
+                top_n=top_n,
+                long_documents=long_documents,
+                spans=spans,
+            )
         ).result()
 
     def score(
@@ -219,7 +243,12 @@ class Reranker:
         started = time.perf_counter()
         self._worker.check_room()  # before the work of tokenizing
         pending = PendingRequest(
-            request, self.tokenizer.pairs(request), model_id=self.model_id, started=started, name=name
+            request,
+            self.tokenizer.pairs(request),
+            model_id=self.model_id,
+            started=started,
+            name=name,
+            span_pairs=self.tokenizer.span_pairs,
         )
         self._worker.submit(pending)
         return pending.future

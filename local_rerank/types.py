@@ -26,6 +26,11 @@ from local_rerank.errors import (
 Truncation = Literal["end", "start", "error"]
 """Which end of a text beyond its limit is cut off; "error" refuses the request instead."""
 
+LongDocuments = Literal["truncate", "chunk"]
+"""Whether a long document is cut off, or scored by the best of its overlapping chunks."""
+
+MIN_CHUNK_TOKENS = 16  # a single character can have twelve
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -36,6 +41,8 @@ class Limits:
     max_instruction_chars: int | None = None
     max_document_chars: int | None = None
     max_request_tokens: int | None = None  # query tokens x documents + document tokens, after truncation
+    max_document_chunks: int | None = 256  # some 115,000 tokens of the default chunks
+    max_request_chunks: int | None = 10_000
     allow_empty_documents: bool = True  # the hosted DashScope service refuses them
 
 
@@ -55,6 +62,12 @@ class RerankRequest:
     max_document_tokens: int | None = None  # likewise
     max_prompt_tokens: int | None = None  # likewise; the whole prompt, with the model's template
     truncation: Truncation = "end"
+    long_documents: LongDocuments | None = None  # None: the engine's setting
+    chunk_tokens: int | None = None  # likewise; the most tokens of a chunk
+    chunk_overlap_tokens: int | None = None  # likewise; at most half of a chunk is used
+    num_best_chunks: int | None = None  # likewise; whose mean log-odds a document gets
+    max_chunks_per_document: int | None = None  # what is beyond them is cut off; None: all are scored
+    spans: bool = False  # whether to score the sentences of each document's best chunk as well
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -71,23 +84,29 @@ class RerankRequest:
             raise InvalidDocumentCount(limit=limit, value=len(self.documents))
         if self.top_n is not None and self.top_n < 1:
             raise InvalidTopN(value=self.top_n)
-        for name in _TOKEN_LIMITS:
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)
+            if value is not None and value < least:
+                what = f"{name} is {value}; it must be at least {least}"
+                raise InvalidRequest(what, field=name, limit=least, value=value)
         for index, document in enumerate(self.documents):
             self._check_document(index, document)
 
     def _check_types(self) -> None:
         if not isinstance(self.documents, tuple | list):  # a string would be ranked letter by letter
             raise WrongType(self.documents, field="documents", expected="a tuple of strings")
-        for name in ("top_n", *_TOKEN_LIMITS):
+        for name in ("top_n", *_LEAST):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise WrongType(value, field=name, expected="an integer or None")
         if self.truncation not in get_args(Truncation):
             expected = f"one of {', '.join(get_args(Truncation))}"
             raise WrongType(self.truncation, field="truncation", expected=expected)
+        if self.long_documents not in (None, *get_args(LongDocuments)):
+            expected = f"one of {', '.join(get_args(LongDocuments))} or None"
+            raise WrongType(self.long_documents, field="long_documents", expected=expected)
+        if not isinstance(self.spans, bool):
+            raise WrongType(self.spans, field="spans", expected="True or False")
         if not isinstance(self.limits, Limits):
             raise WrongType(self.limits, field="limits", expected="a Limits")
 
@@ -101,6 +120,15 @@ class RerankRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredSpan:
+    """A part of a document, scored as a document of this text."""
+
+    start: int  # code points of the document as it was sent
+    end: int
+    score: float  # 0...1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankedDocument:
     """A document of the result."""
 
@@ -108,8 +136,11 @@ class RankedDocument:
     relevance_score: float  # 0...1: sigmoid(log_odds)
     log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it
     document: str
-    num_tokens: int  # tokens of the document that were scored
+    num_tokens: int  # tokens of the document that were scored; those in two chunks count twice
     num_truncated_tokens: int  # tokens of the document that were cut off
+    num_chunks: int | None = None  # None, as below: the request asked for neither chunks nor spans
+    best_chunk: ScoredSpan | None = None  # all of a document that fits
+    spans: tuple[ScoredSpan, ...] | None = None  # sentences of the best chunk, best first; None: not asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +200,10 @@ class ModelInfo:
     products: tuple[str, ...] = ()  # on a CPU: names of the matrix-product kernels
 
 
-_TOKEN_LIMITS = ("max_query_tokens", "max_document_tokens", "max_prompt_tokens")
+_LEAST = {
+    "max_query_tokens": 1, "max_document_tokens": 1, "max_prompt_tokens": 1, "chunk_tokens": MIN_CHUNK_TOKENS,
+    "chunk_overlap_tokens": 0, "num_best_chunks": 1, "max_chunks_per_document": 1,
+}  # fmt: skip
 _REQUEST = 'a RerankRequest, as in RerankRequest(query="a query", documents=("a document",))'
 _PAIR = 'a (query, document) pair, as in score([("a query", "a document")])'
 _PAIRS = 'a list of (query, document) pairs, as in score([("a query", "a document")])'

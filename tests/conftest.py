@@ -93,7 +93,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 GROUPS = {"ray": ("_ray_",), "clients": ("tests/clients/", "tests/playground/"), "hostile": ("_hostile", "_fuzz")}
-"""Files that share a server or Ray, by parts of their paths: each group runs on one worker of pytest-xdist."""
+GROUPS["tokenizer"] = ("requests/test_tokenization", "requests/test_chunks", "requests/test_prompts")
+"""Files that share a server, Ray or a tokenizer, by parts of their paths: each group runs on one worker of xdist."""
 LONGEST_FIRST = ("ray", "clients", "hostile")
 SLOW_FILES = (  # servers, SDKs, other processes, the built-in model
     "tests/server/", "tests/clients/", "tests/playground/", "_ray_", "test_forks", "test_celery", "test_packaging",

@@ -34,6 +34,8 @@ _SPEED_ONLY = {
 }  # fmt: skip
 """Settings that change a score by rounding at most. Every other setting is part of the key."""
 
+_OF_CHUNKS = {"long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks"}
+
 PairKey = tuple[str, str, str]
 """Instruction, query, document."""
 
@@ -129,7 +131,8 @@ def score_identity(reranker: Reranker) -> str:
 
 def score_settings(config: EngineConfig) -> dict[str, object]:
     """Return the options on which scores depend, beside model and instruction."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _SPEED_ONLY}
+    unused = _SPEED_ONLY | (set() if config.long_documents == "chunk" else _OF_CHUNKS)
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 
 def _file_digests(checkpoint: Checkpoint) -> dict[str, str]:

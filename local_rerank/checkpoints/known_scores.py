@@ -19,7 +19,8 @@ from local_rerank.checkpoints.manifest import MANIFEST
 from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
-from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
+from local_rerank.requests.parts import PromptLimits
+from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.types import RerankRequest
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 20  # characters of a bar for a relevance score of 1
 MIN_TABLE_WIDTH = 80  # columns
+SHOWN_SPANS = 3  # of a document; --json has all
 
 
 def rank(
@@ -45,6 +46,9 @@ def rank(
         str | None,
         option(help="Rank by log-odds plus W times BM25, both as z-scores: bm25=W. Default: log-odds alone."),
     ] = None,
+    spans: Annotated[
+        bool, option(help="Score the sentences of each document, or of its best chunk, and print the best ones.")
+    ] = False,
     show_prompt: Annotated[
         bool, option(help="Print the prompt and token ids of the first document instead of ranking.")
     ] = False,
@@ -68,7 +72,7 @@ def rank(
     if len(texts) == len(documents) == 1 and _is_file(texts[0]):
         warn(f"note: this ranks the text {texts[0]!r}; with --file it ranks the documents in the file of that name")
     weight = None if blend is None else _lexical_weight(blend)
-    request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n)
+    request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n, spans=spans)
     whole = request if weight is None else replace(request, top_n=None)
     if remote is not None:
         address, options = remote
@@ -136,6 +140,7 @@ def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]
     value = asdict(result)
     if blended is not None:
         value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
+    value["results"] = [{name: each for name, each in item.items() if each is not None} for item in value["results"]]
     print_json(value)
 
 
@@ -146,10 +151,18 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     rows = [["#", "score", "", "log-odds", *([] if blended is None else ["blended"]), "document"]]
     for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = _bar(item.relevance_score, is_ascii_only=console.is_ascii_only)
-        cut = f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
+        text, cut = item.document, f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
+        if item.best_chunk is not None and (item.num_chunks or 0) > 1:
+            chunk = item.best_chunk
+            text = text[chunk.start : chunk.end]
+            cut = f"  (characters {chunk.start} to {chunk.end}, the best of {item.num_chunks} chunks){cut}"
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         cells += [] if score is None else [f"{score:+.2f}"]
-        rows.append([*cells, visible(" ".join(item.document.split())) + cut])
+        rows.append([*cells, visible(" ".join(text.split())) + cut])
+        for span in (item.spans or ())[:SHOWN_SPANS]:
+            bar = _bar(span.score, is_ascii_only=console.is_ascii_only)
+            sentence = visible(" ".join(item.document[span.start : span.end].split()))
+            rows.append(["", f"{span.score:.4f}", bar, *[""] * (len(cells) - 3), f"  {sentence}"])
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     cut_with: OverflowMethod = "crop" if console.is_ascii_only else "ellipsis"
     for number, (*cells, document) in enumerate(rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from local_rerank import forks
+from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import ID_BYTES, to_bytes
 
 Encode = Callable[[Sequence[str]], list[bytes]]
@@ -23,6 +25,8 @@ Encode = Callable[[Sequence[str]], list[bytes]]
 CHECK_STEP = 193  # between code points; a prime, so that it is no step of any script's table
 LAST_CODE_POINT = 0x3FFFF  # the planes above hold no assigned characters but tags and private use
 SURROGATES = range(0xD800, 0xE000)
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
+_MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,18 @@ def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
     plain.normalizer, plain.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
     plain.post_processor = tokenizer.post_processor  # it trims offsets
     return plain
+
+
+def check_base_vocabulary(full: Tokenizer, plain: Tokenizer, template: str) -> None:
+    """Raise CheckpointError if text could become a control token, which must be an added token alone."""
+    added = {each.content: id for id, each in full.get_added_tokens_decoder().items()}
+    control = [text for text in added if _MARKUP.fullmatch(text)]
+    for text in dict.fromkeys(control + CONTROL_TOKEN.findall(template)):
+        base = plain.id_to_token(added[text]) if text in added else None
+        base = base if plain.token_to_id(text) is None else text
+        if base is not None:
+            what = f"the base vocabulary has {base!r} for the control token {text}, so that text could produce it"
+            raise CheckpointError(f"{what}; use the tokenizer.json of the base model")
 
 
 def with_tokenizers(tokenizer: Tokenizer) -> Encode:

@@ -1,4 +1,4 @@
-"""A pair of query and document as token ids, and the size of a batch of pairs.
+"""A pair of query and document as token ids, the pairs of a request, and the size of a batch of pairs.
 
 Ids are bytes, four for each id: bytes are compared and hashed as one value, and joined without a Python integer for
 each token.
@@ -51,6 +51,33 @@ class Pair:
     @property
     def num_tokens(self) -> int:
         return (len(self.prefix) + len(self.document)) // ID_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedRequest:
+    """The pairs of a request, one for each chunk of each distinct document, and the token counts of its result."""
+
+    pairs: tuple[Pair, ...]
+    pairs_of_document: tuple[range, ...]  # per document: positions in `pairs`; several if it was cut into chunks
+    bounds: tuple[tuple[int, int], ...] | None = None  # per pair: its characters in the document, if asked for
+    text_starts: tuple[int, ...] | None = None  # per document that was unwrapped: characters before the text
+    num_best_chunks: int = 1  # whose mean is a document's score
+    num_truncated_tokens: tuple[int, ...]  # per document
+    num_query_tokens: int
+    num_query_truncated_tokens: int
+    num_suffix_tokens: int
+    total_tokens: int  # as the hosted service counts usage
+    unwrapped: bool  # whether the client had rendered the prompts
+
+    def bounds_as_sent(self, index: int, pair: int) -> tuple[int, int] | None:
+        """The characters of a pair in a document as it was sent; None if nobody asked for them."""
+        if self.bounds is None:
+            return None
+        (start, end), shift = self.bounds[pair], 0 if self.text_starts is None else self.text_starts[index]
+        return start + shift, end + shift
+
+    def num_document_tokens(self, index: int) -> int:
+        return sum(self.pairs[i].num_document_tokens - self.num_suffix_tokens for i in self.pairs_of_document[index])
 
 
 def num_batch_tokens(pairs: Iterable[Pair]) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 from local_rerank.errors import LocalRerankError
-from local_rerank.requests.tokenization import TokenizedRequest
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank.requests.pair import Pair, TokenizedRequest
+from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 logger = logging.getLogger(__name__)
+
+SpanPairs = Callable[[str, tuple[int, int], Pair], list[tuple[tuple[int, int], Pair]]]
+"""The sentences of a part of a document, each with the pair that scores it."""
 
 
 class PendingRequest:
@@ -25,8 +31,11 @@ class PendingRequest:
         model_id: str,
         started: float,
         name: str | None = None,
+        span_pairs: SpanPairs = lambda document, bounds, pair: [],
     ) -> None:
-        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log."""
+        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log;
+        `span_pairs` is used if the request asks for spans.
+        """
         self.request = request
         self.tokenized = tokenized
         self.name = name
@@ -34,13 +43,32 @@ class PendingRequest:
         self.log_odds: dict[int, float] = {}  # by position of the pair
         self.num_computed_tokens = 0
         self.first_batch: float | None = None
+        self._num_pairs = len(tokenized.pairs)  # with those of spans, as soon as they are known
+        self._span_pairs = span_pairs if request.spans else None
+        self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
         self._started = started
         self._queued = time.perf_counter()
 
     @property
     def is_complete(self) -> bool:
-        return len(self.log_odds) == len(self.tokenized.pairs)
+        return len(self.log_odds) == self._num_pairs
+
+    def more_pairs(self) -> list[Pair]:
+        """After all pairs were scored: those of the spans, numbered on. Empty when they were returned before."""
+        if self._span_pairs is None:
+            return []
+        span_pairs, self._span_pairs = self._span_pairs, None
+        pairs: list[Pair] = []
+        for index in _order(self._document_log_odds())[: self.request.top_n]:
+            best = self._best_pair(index)
+            if (bounds := self.tokenized.bounds_as_sent(index, best)) is not None:
+                spans = span_pairs(self.request.documents[index], bounds, self.tokenized.pairs[best])
+                first = self._num_pairs + len(pairs)
+                self._spans[index] = {first + i: span for i, (span, _) in enumerate(spans)}
+                pairs += [pair for _, pair in spans]
+        self._num_pairs += len(pairs)
+        return pairs
 
     def answer(self) -> None:
         """Resolve the future with the result. Every pair must have its log-odds."""
@@ -61,8 +89,7 @@ class PendingRequest:
     def _result(self) -> RerankResult:
         """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
-        log_odds = [self.log_odds[pair] for pair in tokenized.pair_of_document]
-        order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
+        log_odds = self._document_log_odds()
         num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
         return RerankResult(
             results=tuple(
@@ -73,8 +100,9 @@ class PendingRequest:
                     document=self.request.documents[index],
                     num_tokens=num_tokens[index],
                     num_truncated_tokens=tokenized.num_truncated_tokens[index],
+                    **self._chunks(index),
                 )
-                for index in order[: self.request.top_n]
+                for index in _order(log_odds)[: self.request.top_n]
             ),
             model=self._model_id,
             num_query_tokens=tokenized.num_query_tokens,
@@ -88,6 +116,36 @@ class PendingRequest:
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,
             total_ms=(now - self._started) * 1e3,
         )
+
+    def _document_log_odds(self) -> list[float]:
+        """By document: the mean of its best chunks."""
+        num_best = self.tokenized.num_best_chunks
+        best = (
+            heapq.nlargest(num_best, map(self.log_odds.__getitem__, own)) for own in self.tokenized.pairs_of_document
+        )
+        return [sum(values) / len(values) for values in best]
+
+    def _best_pair(self, index: int) -> int:
+        return max(self.tokenized.pairs_of_document[index], key=self.log_odds.__getitem__)
+
+    def _chunks(self, index: int) -> dict[str, Any]:
+        """The fields of a result about chunks and spans."""
+        best = self._best_pair(index)
+        if (bounds := self.tokenized.bounds_as_sent(index, best)) is None:
+            return {}
+        spans = [self._scored(pair, span) for pair, span in self._spans.get(index, {}).items()]
+        return {
+            "num_chunks": len(self.tokenized.pairs_of_document[index]),
+            "best_chunk": self._scored(best, bounds),
+            "spans": tuple(sorted(spans, key=lambda span: -span.score)) if self.request.spans else None,
+        }
+
+    def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
+        return ScoredSpan(start=bounds[0], end=bounds[1], score=sigmoid(self.log_odds[pair]))
+
+
+def _order(log_odds: list[float]) -> list[int]:
+    return sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
 
 
 def sigmoid(x: float) -> float:

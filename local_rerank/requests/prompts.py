@@ -73,6 +73,11 @@ class PromptTemplate:
             for document in request.documents
         )
 
+    def start_of_text(self, document: str) -> int:
+        """Where the text of an unwrapped document starts."""
+        start = document.index(self.document_label) + len(self.document_label)
+        return start + document.startswith(" ", start)
+
     def _unwrap_document(self, document: str, needs_suffix: bool) -> str | None:
         text = document.lstrip()
         suffix = next((suffix for suffix in self.client_suffixes if text.rstrip().endswith(suffix)), None)

@@ -35,6 +35,10 @@ SENT = {  # engine options that a request can have, and their names in it
     "max_query_tokens": "max_query_tokens",
     "max_document_tokens": "max_document_tokens",
     "max_length": "truncate_prompt_tokens",
+    "long_documents": "long_documents",
+    "chunk_tokens": "chunk_tokens",
+    "chunk_overlap_tokens": "chunk_overlap_tokens",
+    "num_best_chunks": "num_best_chunks",
 }
 FORMS = "http://HOST:PORT, https://HOST or http+unix:///PATH, as `local-rerank serve` prints it"
 MAX_SHOWN_CHARS = 300  # of a server's message
@@ -113,6 +117,7 @@ def rank_at(server: Server, request: RerankRequest, options: Mapping[str, Any]) 
     ModelUnavailable for what it refuses.
     """
     body = {"query": request.query, "documents": request.documents, "top_n": request.top_n, "return_documents": False}
+    body |= {"spans": True} if request.spans else {}
     key = next(iter(os.environ.get(KEY_VARIABLE, "").split()), None)
     answer = _post(server, json.dumps(body | dict(options)).encode(), key)
     if answer.status != 200:

@@ -46,8 +46,9 @@ class Scheduler:
     def num_queued_requests(self) -> int:
         return len(self._queued)
 
-    def add(self, request_id: int, pairs: Iterable[Pair]) -> None:
-        entries = [Entry(request_id, position, pair) for position, pair in enumerate(pairs)]
+    def add(self, request_id: int, pairs: Iterable[Pair], first: int = 0) -> None:
+        """Queue pairs of a request that has none in the queue; `first` is the position of the first one."""
+        entries = [Entry(request_id, position, pair) for position, pair in enumerate(pairs, first)]
         # attention runs over neighbours of equal length at once
         entries.sort(key=lambda entry: len(entry.pair.document))
         self._queued[request_id] = deque(entries)

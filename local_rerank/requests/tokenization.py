@@ -29,8 +29,16 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
-from local_rerank.requests.encoders import fastest, with_tokenizers, without_added_tokens
-from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes, to_ids
+from local_rerank.requests.chunks import Bounds, sentences
+from local_rerank.requests.encoders import (
+    CONTROL_TOKEN,
+    check_base_vocabulary,
+    fastest,
+    with_tokenizers,
+    without_added_tokens,
+)
+from local_rerank.requests.pair import ID_BYTES, Pair, TokenizedRequest, to_bytes, to_ids
+from local_rerank.requests.parts import Cutting, PromptLimits, check_num_chunks, parts_of
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
 from local_rerank.types import RerankRequest, Truncation
@@ -38,38 +46,10 @@ from local_rerank.types import RerankRequest, Truncation
 MAX_INSTRUCTION_TOKENS = 1024
 DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
 MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
-CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
-_CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
-_MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
+ENCODED_CHARS = 1_000_000  # at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptLimits:
-    """Limits in tokens. A longer query or document is truncated."""
-
-    max_length: int  # of the whole prompt
-    max_query_tokens: int
-    max_document_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizedRequest:
-    """The pairs of a request, one for each distinct document, and the token counts of its result."""
-
-    pairs: tuple[Pair, ...]
-    pair_of_document: tuple[int, ...]  # per document: position in `pairs`
-    num_truncated_tokens: tuple[int, ...]  # per document
-    num_query_tokens: int
-    num_query_truncated_tokens: int
-    num_suffix_tokens: int
-    total_tokens: int  # as the hosted service counts usage
-    unwrapped: bool  # whether the client had rendered the prompts
-
-    def num_document_tokens(self, index: int) -> int:
-        return self.pairs[self.pair_of_document[index]].num_document_tokens - self.num_suffix_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +60,7 @@ class _Query:
     text: str
     num_tokens: int  # of the text
     num_wanted_tokens: int  # within the query's own limits
-    max_document_tokens: int
+    max_document_tokens: int  # of a document or a chunk
     max_prompt_tokens: int
     truncation: Truncation
 
@@ -111,7 +91,7 @@ class PairTokenizer:
         self._full.no_padding()
         self._plain = without_added_tokens(self._full)
         self._encode = with_tokenizers(self._plain)
-        self._check_base_vocabulary()
+        check_base_vocabulary(self._full, self._plain, template.prefix + template.suffix)
         self._limits = limits
         self._default_instruction = default_instruction
         self.prefix_ids = self._control_ids(template.prefix)
@@ -155,30 +135,35 @@ class PairTokenizer:
 
     def pairs(self, request: RerankRequest) -> TokenizedRequest:
         """Encode a request. Raises a leaf of InvalidRequest."""
-        request, unwrapped = self._unwrapped(request)
-        query = self._query(request)
+        as_sent, (request, unwrapped) = request.documents, self._unwrapped(request)
+        query, cutting = self._query(request), Cutting.of(request, self._limits)
         whole, shortened = self._prefix(query, query.num_wanted_tokens), None
         documents = [clean(document) for document in request.documents]
         repeats = Counter(documents)  # in the order in which documents first occur
         place = {document: position for position, document in enumerate(repeats)}
-        pair_of_document = tuple(place[document] for document in documents)
         pairs: list[Pair] = []
+        bounds: list[Bounds] = []
+        ranges: list[range] = []
         cuts: list[int] = []
-        num_request_tokens = 0  # as `Limits.max_request_tokens` counts them
+        num_request_tokens = num_request_chunks = 0  # as `Limits` counts them
         limit, suffix = request.limits.max_request_tokens, to_bytes(self.suffix_ids)
-        for document, ids in self._encode_in_chunks(list(repeats)):
+        for document, ids in self._encode_in_turn(list(repeats)):
             prefix, num_tokens = whole, len(ids) // ID_BYTES
             if min(num_tokens, query.max_document_tokens) > whole.room:
                 prefix = shortened = shortened or self._shortened(whole, query)
-            num_kept = min(num_tokens, prefix.room, query.max_document_tokens)
-            if num_kept < num_tokens:
-                if query.truncation == "error":
-                    raise TextTooLong(field=f"documents[{documents.index(document)}]", limit=num_kept, value=num_tokens)
-                kept = ID_BYTES * num_kept
-                ids = ids[-kept:] if query.truncation == "start" else ids[:kept]
-            pairs.append(Pair(prefix.ids, ids + suffix))
-            cuts.append(num_tokens - num_kept)
-            num_request_tokens += repeats[document] * (prefix.num_query_tokens + num_kept)
+            parts, num_cut = parts_of(document, ids, prefix.room, cutting, encode=self._encode, tokenizer=self._plain)
+            if len(parts) > 1 or (num_cut and query.truncation == "error"):
+                field = f"documents[{documents.index(document)}]"
+                if num_cut and query.truncation == "error":
+                    raise TextTooLong(field=field, limit=num_tokens - num_cut, value=num_tokens)
+                num_request_chunks += repeats[document] * len(parts)
+                check_num_chunks(request, field, num_chunks=len(parts), num_request_chunks=num_request_chunks)
+            ranges.append(range(len(pairs), len(pairs) + len(parts)))
+            pairs += [Pair(prefix.ids, part + suffix) for _, part in parts]
+            bounds += [part_bounds for part_bounds, _ in parts]
+            cuts.append(num_cut)
+            num_part_tokens = sum(len(part) // ID_BYTES for _, part in parts)
+            num_request_tokens += repeats[document] * (len(parts) * prefix.num_query_tokens + num_part_tokens)
             if limit is not None and num_request_tokens > limit:
                 raise TooManyTokens(limit=limit, value=num_request_tokens)
         num_query_tokens = (shortened or whole).num_query_tokens
@@ -188,14 +173,27 @@ class PairTokenizer:
             self._warn_once(what, num_query_cut, num_query_tokens)
         return TokenizedRequest(
             pairs=tuple(pairs),
-            pair_of_document=pair_of_document,
-            num_truncated_tokens=tuple(cuts[i] for i in pair_of_document),
+            pairs_of_document=tuple(ranges[place[document]] for document in documents),
+            bounds=tuple(bounds) if cutting.with_bounds else None,
+            text_starts=tuple(map(self.template.start_of_text, as_sent)) if unwrapped else None,
+            num_best_chunks=request.num_best_chunks or self._limits.num_best_chunks,
+            num_truncated_tokens=tuple(cuts[place[document]] for document in documents),
             num_query_tokens=num_query_tokens,
             num_query_truncated_tokens=num_query_cut,
             unwrapped=unwrapped,
             num_suffix_tokens=len(self.suffix_ids),
-            total_tokens=sum(repeats[text] * self._billed_tokens(pairs[i]) for text, i in place.items()),
+            total_tokens=sum(
+                repeats[text] * self._billed_tokens(pairs[i]) for text, at in place.items() for i in ranges[at]
+            ),
         )
+
+    def span_pairs(self, document: str, bounds: Bounds, pair: Pair) -> list[tuple[Bounds, Pair]]:
+        """The sentences of a part of a document as sent, each as a document behind the prefix of the part's pair."""
+        text, suffix = clean(document), to_bytes(self.suffix_ids)
+        spans = sentences(text, bounds)
+        most = len(pair.document) - len(suffix)  # a sentence may have a token more than it has in the chunk
+        encoded = self._encode([" " + text[start:end] for start, end in spans]) if spans else []
+        return [(span, Pair(pair.prefix, ids[:most] + suffix)) for span, ids in zip(spans, encoded, strict=True)]
 
     def count_tokens(self, text: str) -> int:
         """The number of tokens of a text outside a prompt."""
@@ -227,13 +225,12 @@ class PairTokenizer:
         num_wanted = min(num_tokens, limits.max_query_tokens, request.max_query_tokens or num_tokens)
         if num_wanted < num_tokens and request.truncation == "error":
             raise TextTooLong(field="query", limit=num_wanted, value=num_tokens)
-        max_document = limits.max_document_tokens
         return _Query(
             instruction=instruction,
             text=text,
             num_tokens=num_tokens,
             num_wanted_tokens=num_wanted,
-            max_document_tokens=min(max_document, request.max_document_tokens or max_document),
+            max_document_tokens=Cutting.of(request, limits).max_part_tokens,
             max_prompt_tokens=min(limits.max_length, request.max_prompt_tokens or limits.max_length),
             truncation=request.truncation,
         )
@@ -294,32 +291,21 @@ class PairTokenizer:
         """Tokens of instruction, query and document, as the hosted service bills them (from live samples)."""
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
 
-    def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, bytes]]:
+    def _encode_in_turn(self, documents: list[str]) -> Iterator[tuple[str, bytes]]:
         """Each document with the ids of " " + document. Lazy, so that a request over its limit is refused early."""
-        chunk: list[str] = []
+        some: list[str] = []
         num_chars = 0
         for number, document in enumerate(documents, 1):
-            chunk.append(document)
+            some.append(document)
             num_chars += len(document)
-            if number == len(documents) or num_chars > CHUNK_CHARS:
-                yield from zip(chunk, self._encode([" " + text for text in chunk]), strict=True)
-                chunk, num_chars = [], 0
-
-    def _check_base_vocabulary(self) -> None:
-        """Raise CheckpointError if text could become a control token, which must be an added token alone."""
-        added = {each.content: id for id, each in self._full.get_added_tokens_decoder().items()}
-        control = [text for text in added if _MARKUP.fullmatch(text)]
-        for text in dict.fromkeys(control + _CONTROL_TOKEN.findall(self.template.prefix + self.template.suffix)):
-            base = self._plain.id_to_token(added[text]) if text in added else None
-            base = base if self._plain.token_to_id(text) is None else text
-            if base is not None:
-                what = f"the base vocabulary has {base!r} for the control token {text}, so that text could produce it"
-                raise CheckpointError(f"{what}; use the tokenizer.json of the base model")
+            if number == len(documents) or num_chars > ENCODED_CHARS:
+                yield from zip(some, self._encode([" " + text for text in some]), strict=True)
+                some, num_chars = [], 0
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a template text. Each control token in it must be a single token of the vocabulary."""
         encoding = self._full.encode(text, add_special_tokens=False)
-        for match in _CONTROL_TOKEN.finditer(text):
+        for match in CONTROL_TOKEN.finditer(text):
             if not any(start <= match.start() and match.end() <= end for start, end in encoding.offsets):
                 raise CheckpointError(f"the tokenizer does not know the control token {match[0]}: not a reranker")
         return tuple(encoding.ids)

@@ -144,9 +144,8 @@ class Worker:
             queued = self._scheduler.num_queued_tokens
             if queued and queued + num_tokens > limit:
                 what = f"{queued} tokens are queued, this request has {num_tokens} or more"
-                over = min(queued, queued + num_tokens - limit)  # an empty queue accepts any request
-                retry_after = self._drain_rate.seconds_for(over)
-                raise Overloaded(f"{what}; at most {limit} can be queued", retry_after=retry_after)
+                after = self._drain_rate.seconds_for(min(queued, queued + num_tokens - limit))
+                raise Overloaded(f"{what}; at most {limit} can be queued", retry_after=after)
 
     def submit(self, request: PendingRequest) -> None:
         """Queue a request; cancelling its future removes it at once.
@@ -262,11 +261,8 @@ class Worker:
         num_tokens = num_batch_tokens(entry.pair for entry in batch)
         with self._changed:
             self._scheduler.lower_budget(num_tokens)
-        logger.warning(
-            "out of memory with %d tokens; batches have at most %d from now on",
-            num_tokens,
-            self._scheduler.max_batch_tokens,
-        )
+        what = "out of memory with %d tokens; batches have at most %d from now on"
+        logger.warning(what, num_tokens, self._scheduler.max_batch_tokens)
         half = len(batch) // 2
         served = [self._score(part) for part in (batch[:half], batch[half:])]
         return all(served)
@@ -279,8 +275,7 @@ class Worker:
             self._fail(numbers[0], EngineFailure(f"the model failed: {type(error).__name__}: {error}"))
             return False
         first = set(numbers[: len(numbers) // 2])
-        halves = [[entry for entry in batch if (entry.request_id in first) is wanted] for wanted in (True, False)]
-        served = [self._score(half) for half in halves]
+        served = [self._score([each for each in batch if (each.request_id in first) is part]) for part in (True, False)]
         if all(served):
             _log_failure(f"a batch of {len(batch)} pairs failed once and succeeded in halves", names, error)
         return all(served)
@@ -307,8 +302,13 @@ class Worker:
                 self._fail(number, failure)
                 return False
         if request.is_complete:
-            self._drop(number)
-            request.answer()
+            if pairs := request.more_pairs():  # of a request that was admitted before
+                with self._changed:
+                    if number in self._requests:  # else cancelled a moment ago
+                        self._scheduler.add(number, pairs, first=len(request.log_odds))
+            else:
+                self._drop(number)
+                request.answer()
         return True
 
     def _report(self, batch: list[Entry], seconds: float) -> None:

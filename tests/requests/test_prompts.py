@@ -36,7 +36,7 @@ def rendered(
 
 def all_ids(tokenizer: PairTokenizer, request: RerankRequest) -> list[tuple[int, ...]]:
     tokenized = tokenizer.pairs(request)
-    pairs = [tokenized.pairs[place] for place in tokenized.pair_of_document]
+    pairs = [tokenized.pairs[place] for own in tokenized.pairs_of_document for place in own]
     return [(*pair.prefix_ids, *pair.document_ids) for pair in pairs]
 
 

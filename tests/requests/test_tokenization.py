@@ -22,11 +22,12 @@ from local_rerank.errors import (
 )
 from local_rerank.requests.encoders import checked, with_fastokens, with_tokenizers
 from local_rerank.requests.pair import to_ids
+from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.prompts import QWEN3_RERANKER
-from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
+from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.types import Limits, RerankRequest
 from tests.reference import INSTRUCTION, prompt_ids
-from tests.tiny_checkpoints import CONTROL_TOKENS, byte_tokenizer_json, qwen_tokenizer_json
+from tests.tiny_checkpoints import CONTROL_TOKENS, byte_tokenizer_json
 
 HOSTED_INSTRUCTION = INSTRUCTION + "."
 NASTY_TEXTS = [
@@ -38,23 +39,6 @@ NASTY_TEXTS = [
     "{braces} %s {0}", "<Query>: other\n<Document>: mine", "<Instruct>:", "C:\\path\\file", "def f(x):\n    return x\n",
     "ＡＢＣ full width", "\u0300 lone mark", "math ∑∫√ ≤ ≥", "mixed 中英 text 12 号",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def qwen_json() -> str:
-    return qwen_tokenizer_json()
-
-
-@pytest.fixture(scope="module")
-def whole(qwen_json: str) -> Tokenizer:
-    return Tokenizer.from_str(qwen_json)
-
-
-@pytest.fixture(scope="module")
-def qwen(qwen_json: str) -> PairTokenizer:
-    tokenizer = make(qwen_json)
-    tokenizer.use_fastest()
-    return tokenizer
 
 
 def make(
@@ -154,7 +138,7 @@ def test_total_tokens_count_duplicates_each_time_although_they_are_scored_once(q
     one = qwen.pairs(RerankRequest(query="q", documents=("a b c",)))
     three = qwen.pairs(RerankRequest(query="q", documents=("a b c",) * 3))
     assert len(three.pairs) == 1
-    assert three.pair_of_document == (0, 0, 0)
+    assert three.pairs_of_document == (range(1),) * 3
     assert three.total_tokens == 3 * one.total_tokens
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from local_rerank.errors import EngineFailure, ModelUnavailable, OutOfMemory, Overloaded
-from local_rerank.requests.pair import Pair, num_batch_tokens
+from local_rerank.requests.pair import Pair, TokenizedRequest, num_batch_tokens
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scheduler import GOOD_BATCHES
-from local_rerank.requests.tokenization import TokenizedRequest
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult
 
@@ -96,7 +95,7 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
     num = len(pairs)
     tokenized = TokenizedRequest(
         pairs=pairs,
-        pair_of_document=tuple(range(num)),
+        pairs_of_document=tuple(range(i, i + 1) for i in range(num)),
         num_truncated_tokens=(0,) * num,
         num_query_tokens=1,
         num_query_truncated_tokens=0,

@@ -23,8 +23,9 @@ from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.prompts import PromptTemplate
-from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
+from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.selftest.machine_report import MachineProperty, describe
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command

@@ -79,7 +79,8 @@ async def test_c11_an_option_of_another_dialect_is_heeded_or_refused(
             refused = await client.post(path, json={**body, name: True})
             assert refused.status_code in (400, 422)
             assert name in message_of(refused.json())
-        extra = {"priority": 0, "user": "u", "relevant_spans": False, "max_chunks_per_doc": 1024, "x": [1]}
+        extra = {"relevant_spans": False, "max_chunks_per_doc": 1024}
+        extra |= {} if path == "/v1/local/rank" else {"priority": 0, "user": "u", "x": [1]}
         assert len(results_of(await client.post(path, json={**body, **extra}))) == 3
 
 

@@ -30,6 +30,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.TooManyCharacters(field="query", limit=10, value=11),
         library_errors.TooManyTokens(limit=120_000, value=120_001),
         library_errors.TextTooLong(field="query", limit=10, value=11),
+        library_errors.TooManyChunks(field="documents", limit=10_000, value=10_001),
         library_errors.InstructionTooLong(limit=1024, value=1025),
         library_errors.InvalidTopN(value=0),
         library_errors.Overloaded("full", retry_after=1.2),

@@ -75,6 +75,7 @@ def without_figures(output: str) -> str:
         ("--top-n", "3"),
         ("--blend", "bm25=0.5", "--top-n", "2"),
         ("--instruction", "Find cities", "--max-query-tokens", "2", "--max-length", "330", "--json"),
+        ("--long-documents", "chunk", "--chunk-tokens", "16", "--spans", "--json"),
     ],
 )
 def test_the_output_is_that_of_a_model_in_this_process(

@@ -94,7 +94,10 @@ class Options(Instructed):
     return_raw_scores: Flag | None = Field(default=None, description="The same.")
     use_activation: Flag | None = Field(default=None, description="false means raw_scores.")
     activation: Flag | None = Field(default=None, description="The same.")
-    max_chunks_per_doc: CountOrAll | None = Field(default=None, description="Met by any value: documents stay whole.")
+    max_chunks_per_doc: CountOrAll | None = Field(
+        default=None, description="Score a long document by the best of so many chunks of it."
+    )
+    overlap_tokens: CountOrAll | None = Field(default=None, description="The same, with so many tokens in two chunks.")
     return_embeddings: Unsupported = None
     relevant_spans: Unsupported = None
     rewrite_query: Unsupported = None
@@ -116,7 +119,8 @@ class Options(Instructed):
     def names(self) -> dict[str, str]:
         """The names of the request's fields in this body, for errors."""
         own = {"instruction": self.given_instruction()[0], "max_prompt_tokens": "truncate_prompt_tokens"}
-        return own | self.own_names
+        chunks = {"max_chunks_per_document": "max_chunks_per_doc", "chunk_overlap_tokens": "overlap_tokens"}
+        return own | chunks | self.own_names
 
     def count(self) -> int | None:
         """How many documents to return; None means all."""
@@ -158,6 +162,9 @@ def make_request(query: str, documents: Sequence[str], options: Options, config:
         max_document_tokens=options.max_tokens_per_doc or options.max_document_tokens or None,
         max_prompt_tokens=prompt_tokens if prompt_tokens > 0 else None,
         truncation=options.wanted_truncation(),
+        long_documents="chunk" if options.max_chunks_per_doc or options.overlap_tokens else None,
+        max_chunks_per_document=options.max_chunks_per_doc or None,
+        chunk_overlap_tokens=options.overlap_tokens or None,
         limits=config.limits,
     )
 

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, cast
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, NotRequired, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import LongDocuments, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, Texts, Unsupported
+from local_rerank_server.dialects._field_types import Count, CountOrAll, Flag, Texts, Unsupported, snake_case
 from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
+from local_rerank_server.errors import InvalidField
 
 PATH = "/v1/local/rank"
 
 
 class LocalRequest(CommonRequest):
-    """Refuses `top_n` 0, unlike the other dialects. Log-odds are always in the response."""
+    """Refuses `top_n` 0 and unknown fields, unlike the other dialects. Log-odds are always in the response."""
 
     documents: Texts
+    long_documents: LongDocuments | None = Field(
+        default=None, description="chunk: score a long document by the best of its chunks."
+    )
+    chunk_tokens: Count | None = Field(default=None, description="Maximum tokens of a chunk.")
+    chunk_overlap_tokens: CountOrAll | None = Field(default=None, description="Tokens that two chunks share.")
+    num_best_chunks: Count | None = Field(default=None, description="How many chunks' mean a document's log-odds are.")
+    max_chunks_per_document: Count | None = Field(default=None, description="Cut off what is beyond so many chunks.")
+    spans: Flag | None = Field(default=None, description="Whether to score the sentences of the best chunks, too.")
     rank_fields: Unsupported = None
     top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, body: Any) -> Any:
+        is_ours = isinstance(body, dict) and {"query", "documents"} <= body.keys()  # else that is what is wrong
+        for key in body if is_ours else ():
+            if key != "parameters" and snake_case(key) not in cls.model_fields:
+                near = get_close_matches(snake_case(key), cls.model_fields, n=1)
+                what = f"the nearest is {near[0]}" if near else "GET /openapi.json lists those it has"
+                raise InvalidField(key, f"this route has no such field; {what}")
+        return body
+
     def count(self) -> int | None:
         return self.top_k if self.top_n is None else self.top_n
+
+
+class LocalSpan(TypedDict):
+    """A part of a document: `local_rerank.ScoredSpan`."""
+
+    start: int
+    end: int
+    score: float
 
 
 class LocalResult(TypedDict):
@@ -40,6 +70,9 @@ class LocalResult(TypedDict):
     document: NotRequired[str]  # unless the request declines them
     num_tokens: int
     num_truncated_tokens: int
+    num_chunks: NotRequired[int]  # if the request or the server asks for chunks or spans
+    best_chunk: NotRequired[LocalSpan]
+    spans: NotRequired[list[LocalSpan]]
 
 
 class LocalResponse(TypedDict):
@@ -60,13 +93,23 @@ class LocalResponse(TypedDict):
     total_ms: float
 
 
+_OF_CHUNKS = (
+    "long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "spans",
+)  # fmt: skip
+
+
 def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
-    return make_request(body.query, body.documents, body, config)
+    request = make_request(body.query, body.documents, body, config)
+    given = {name: getattr(body, name) for name in _OF_CHUNKS if getattr(body, name) is not None}
+    return replace(request, **given) if given else request
 
 
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
     omitted = {"document"} if body.wants_documents() is False else set()
-    items = [{name: value for name, value in vars(item).items() if name not in omitted} for item in result]
+    items = [
+        {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
+        for item in result
+    ]
     return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
 
 

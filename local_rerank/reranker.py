@@ -24,7 +24,7 @@ from local_rerank.engine.load import load
 from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
 from local_rerank.requests.pending import PendingRequest
-from local_rerank.requests.tokenization import PairTokenizer, PromptLimits
+from local_rerank.requests.tokenization import PromptLimits
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import (
     ModelInfo,
@@ -63,10 +63,8 @@ class Reranker:
         **options: Unpack[EngineOptions],
     ) -> None:
         self.config = merged(config, model, options)
-        self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision)
-        self.tokenizer = PairTokenizer.from_folder(
-            checkpoint.folder,
-            checkpoint.template,
+        self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision, self.config.recipe)
+        self.tokenizer = checkpoint.tokenizer(
             limits=PromptLimits(
                 max_length=min(self.config.max_length, checkpoint.max_length),
                 max_query_tokens=self.config.max_query_tokens,
@@ -74,7 +72,6 @@ class Reranker:
             ),
             default_instruction=self.config.instruction,
         )
-        checkpoint.require_embeddings(self.tokenizer.num_ids)
         with ThreadPoolExecutor(1) as thread:  # beside the weights
             faster = thread.submit(self.tokenizer.use_fastest)
             self.engine, self.info = compute(self._load)
@@ -92,8 +89,7 @@ class Reranker:
 
     def _load(self) -> tuple[Engine, ModelInfo]:
         plan = make_plan(self.config, self.checkpoint)
-        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
-        return load(plan, **ids, known=lambda: known_pairs(self.checkpoint))
+        return load(plan, self.tokenizer.answer_ids, known=lambda: known_pairs(self.checkpoint))
 
     @property
     def model_id(self) -> str:
@@ -219,7 +215,12 @@ class Reranker:
         started = time.perf_counter()
         self._worker.check_room()  # before the work of tokenizing
         pending = PendingRequest(
-            request, self.tokenizer.pairs(request), model_id=self.model_id, started=started, name=name
+            request,
+            self.tokenizer.pairs(request),
+            model_id=self.model_id,
+            activation=self.checkpoint.activation,
+            started=started,
+            name=name,
         )
         self._worker.submit(pending)
         return pending.future

@@ -26,7 +26,9 @@ class Pair:
     """One query with one document, as token ids."""
 
     prefix: bytes  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
-    document: bytes  # " " + document + suffix
+    document: bytes  # " " + document + suffix; for an encoder the whole pair
+    num_query_tokens: int = 0  # for an encoder: tokens of `document` before the document itself
+    first_typed: int = 0  # for an encoder: index in `document` of the first token of type 1
 
     @classmethod
     def of(cls, prefix_ids: Iterable[int], document_ids: Iterable[int]) -> Pair:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 
 from local_rerank.errors import LocalRerankError
@@ -23,10 +24,14 @@ class PendingRequest:
         tokenized: TokenizedRequest,
         *,
         model_id: str,
+        activation: str = "sigmoid",
         started: float,
         name: str | None = None,
     ) -> None:
-        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log."""
+        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
+
+        `activation`: a row of ACTIVATIONS.
+        """
         self.request = request
         self.tokenized = tokenized
         self.name = name
@@ -35,6 +40,7 @@ class PendingRequest:
         self.num_computed_tokens = 0
         self.first_batch: float | None = None
         self._model_id = model_id
+        self._relevance_score = ACTIVATIONS[activation]
         self._started = started
         self._queued = time.perf_counter()
 
@@ -68,7 +74,7 @@ class PendingRequest:
             results=tuple(
                 RankedDocument(
                     index=index,
-                    relevance_score=sigmoid(log_odds[index]),
+                    relevance_score=self._relevance_score(log_odds[index]),
                     log_odds=log_odds[index],
                     document=self.request.documents[index],
                     num_tokens=num_tokens[index],
@@ -93,3 +99,7 @@ class PendingRequest:
 def sigmoid(x: float) -> float:
     """The relevance score of log-odds `x`."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}
+"""What makes a relevance score of log-odds; some classifiers are used with their bare logit."""

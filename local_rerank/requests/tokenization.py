@@ -29,7 +29,7 @@ from local_rerank.errors import (
     TextTooLong,
     TooManyTokens,
 )
-from local_rerank.requests.encoders import fastest, with_tokenizers, without_added_tokens
+from local_rerank.requests.encoders import clean, cut_text, fastest, with_tokenizers, without_added_tokens
 from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes, to_ids
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
@@ -41,7 +41,6 @@ MIN_ROOM = 32  # tokens for query and document; with less, what is left of them 
 CHUNK_CHARS = 1_000_000  # encoded at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
 _CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +68,12 @@ class TokenizedRequest:
     unwrapped: bool  # whether the client had rendered the prompts
 
     def num_document_tokens(self, index: int) -> int:
-        return self.pairs[self.pair_of_document[index]].num_document_tokens - self.num_suffix_tokens
+        pair = self.pairs[self.pair_of_document[index]]
+        return pair.num_document_tokens - pair.num_query_tokens - self.num_suffix_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Query:
+class RequestQuery:
     """The query of a request and what decides how much of it is used."""
 
     instruction: str
@@ -86,7 +86,7 @@ class _Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prefix:
+class RequestPrefix:
     """The ids before a document, with all of the query or a part of it."""
 
     ids: bytes  # see `pair.py`
@@ -96,6 +96,9 @@ class _Prefix:
 
 class PairTokenizer:
     """A checkpoint's tokenizer in two copies: with control tokens for the template, without them for user text."""
+
+    document_lead = " "  # encoded with a document
+    num_types = 1  # token types that the model tells apart
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class PairTokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
+        cls, folder: Path, *template: PromptTemplate, limits: PromptLimits, default_instruction: str
     ) -> PairTokenizer:
         """Raises CheckpointError if the folder has no usable tokenizer.json, ConfigError if prompts do not fit."""
         path = folder / "tokenizer.json"
@@ -137,7 +140,7 @@ class PairTokenizer:
         try:
             with open_utf8(path, "model") as stream:
                 text = stream.read().decode("utf-8")
-            return cls(text, template, limits=limits, default_instruction=default_instruction)
+            return cls(text, *template, limits=limits, default_instruction=default_instruction)
         except LocalRerankError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
@@ -146,6 +149,11 @@ class PairTokenizer:
     def use_fastest(self) -> None:
         """Encode with fastokens from now on, if it can be used here. It takes 1.4 s to load Qwen's tokenizer."""
         self._encode = fastest(self._plain)
+
+    @property
+    def answer_ids(self) -> tuple[int, int] | None:
+        """The ids of "yes" and "no"; None for a model that computes a score itself."""
+        return self.yes_id, self.no_id
 
     @property
     def num_ids(self) -> int:
@@ -176,7 +184,7 @@ class PairTokenizer:
                     raise TextTooLong(field=f"documents[{documents.index(document)}]", limit=num_kept, value=num_tokens)
                 kept = ID_BYTES * num_kept
                 ids = ids[-kept:] if query.truncation == "start" else ids[:kept]
-            pairs.append(Pair(prefix.ids, ids + suffix))
+            pairs.append(self._pair(prefix, ids + suffix))
             cuts.append(num_tokens - num_kept)
             num_request_tokens += repeats[document] * (prefix.num_query_tokens + num_kept)
             if limit is not None and num_request_tokens > limit:
@@ -217,8 +225,8 @@ class PairTokenizer:
             )
         return request, False
 
-    def _query(self, request: RerankRequest) -> _Query:
-        instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
+    def _query(self, request: RerankRequest) -> RequestQuery:
+        instruction = self._instruction(request)
         num_instruction_tokens = self.count_tokens(instruction)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
@@ -228,7 +236,7 @@ class PairTokenizer:
         if num_wanted < num_tokens and request.truncation == "error":
             raise TextTooLong(field="query", limit=num_wanted, value=num_tokens)
         max_document = limits.max_document_tokens
-        return _Query(
+        return RequestQuery(
             instruction=instruction,
             text=text,
             num_tokens=num_tokens,
@@ -238,15 +246,24 @@ class PairTokenizer:
             truncation=request.truncation,
         )
 
-    def _prefix(self, query: _Query, num_query_tokens: int) -> _Prefix:
+    def _prefix(self, query: RequestQuery, num_query_tokens: int) -> RequestPrefix:
         text = query.text
         if num_query_tokens < query.num_tokens:
-            text = self._cut_text(text, num_query_tokens, query.truncation == "start")
-        ids = to_bytes(self.prefix_ids) + self._encode([self.template.shared_body(query.instruction, text)])[0]
+            text = cut_text(self._plain, text, num_query_tokens, query.truncation == "start")
+        ids = self._ids_before_document(query, text)
         room = query.max_prompt_tokens - len(ids) // ID_BYTES - len(self.suffix_ids)
-        return _Prefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
+        return RequestPrefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
 
-    def _shortened(self, whole: _Prefix, query: _Query) -> _Prefix:
+    def _instruction(self, request: RerankRequest) -> str:
+        return clean(self._default_instruction if request.instruction is None else request.instruction)
+
+    def _ids_before_document(self, query: RequestQuery, text: str) -> bytes:
+        return to_bytes(self.prefix_ids) + self._encode([self.template.shared_body(query.instruction, text)])[0]
+
+    def _pair(self, prefix: RequestPrefix, ids: bytes) -> Pair:
+        return Pair(prefix.ids, ids)
+
+    def _shortened(self, whole: RequestPrefix, query: RequestQuery) -> RequestPrefix:
         """The prefix of pairs that are too long, which leaves a document its share of the room."""
         room = whole.room + whole.num_query_tokens
         share = min(room // DOCUMENT_SHARE, query.max_document_tokens)
@@ -261,7 +278,7 @@ class PairTokenizer:
             prefix = self._prefix(query, prefix.num_query_tokens - (share - prefix.room))
         return prefix
 
-    def _no_room(self, query: _Query, *, num_fixed_tokens: int) -> InvalidRequest:
+    def _no_room(self, query: RequestQuery, *, num_fixed_tokens: int) -> InvalidRequest:
         needed = num_fixed_tokens + MIN_ROOM
         if query.max_prompt_tokens < self._limits.max_length:
             what = (
@@ -295,14 +312,14 @@ class PairTokenizer:
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
 
     def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Each document with the ids of " " + document. Lazy, so that a request over its limit is refused early."""
+        """Each document with its ids. Lazy, so that a request over its limit is refused early."""
         chunk: list[str] = []
         num_chars = 0
         for number, document in enumerate(documents, 1):
             chunk.append(document)
             num_chars += len(document)
             if number == len(documents) or num_chars > CHUNK_CHARS:
-                yield from zip(chunk, self._encode([" " + text for text in chunk]), strict=True)
+                yield from zip(chunk, self._encode([self.document_lead + text for text in chunk]), strict=True)
                 chunk, num_chars = [], 0
 
     def _check_base_vocabulary(self) -> None:
@@ -329,17 +346,3 @@ class PairTokenizer:
         if len(ids) != 1:
             raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; it must be one")
         return ids[0]
-
-    def _cut_text(self, text: str, limit: int, from_start: bool) -> str:
-        """The part of a text that its first or last `limit` tokens cover."""
-        offsets = self._plain.encode(text, add_special_tokens=False).offsets
-        return text[offsets[-limit][0] :] if from_start else text[: offsets[limit - 1][1]]
-
-
-def clean(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
-    try:
-        text.encode()  # takes a tenth of the time of the search
-        return text
-    except UnicodeEncodeError:
-        return _LONE_SURROGATES.sub("\ufffd", text)

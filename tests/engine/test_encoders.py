@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from local_rerank import Reranker
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.requests.pending import sigmoid
+from local_rerank.selftest.self_test import self_test
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
 from tests.reference import FP32_TOLERANCE
 
@@ -86,3 +88,17 @@ def test_a_long_pair_is_cut_to_the_positions_of_the_model(tmp_path: Path) -> Non
         assert (len(ids), ids[-1]) == (512, 2)
         cut = "a" * result[0].num_tokens
     assert result[0].log_odds == pytest.approx(float(DenseEncoder(folder).logits(QUERY, [cut])[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_the_self_test_certifies_known_scores_and_tells_a_wrong_pair(kind: str, tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model", kind)
+    card = DenseEncoder(folder)
+    pairs = [(QUERY, "the cat"), (QUERY, ""), ("a", "b")]
+    known = [{"query": q, "document": d, "log_odds": float(card.logits(q, [d])[0])} for q, d in pairs]
+    (folder / "golden.json").write_text(json.dumps(known), encoding="utf-8")
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        assert self_test(reranker).detail == "the scores are those stored with the model"
+        assert reranker.info.reasons["recipe"].endswith(f"architecture {kind}ForSequenceClassification")
+        reranker.tokenizer.suffix_ids = ()
+        assert self_test(reranker).fault == "other prompt"

@@ -117,6 +117,7 @@ def load(
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
+        recipe=plan.recipe,
     )
 
 

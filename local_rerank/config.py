@@ -48,6 +48,12 @@ class EngineConfig:
                        "Default: the built-in local-rerank-nano."),
     ] = None  # fmt: skip
     revision: Annotated[str | None, Parameter(group=ENGINE, help="Branch, tag or commit of a hub model.")] = None
+    recipe: Annotated[
+        str | None,
+        Parameter(group=ENGINE,
+                  help="How pairs are written and scored: qwen3-reranker, bert, xlm-roberta or modernbert. Default: by "
+                       "config.json. Name it if the files do not say that the model is a reranker."),
+    ] = None  # fmt: skip
     device: Annotated[
         str, Parameter(group=MODEL, help="auto, cpu, cuda, cuda:N or mps. auto uses a GPU if there is one.")
     ] = "auto"
@@ -152,6 +158,7 @@ class EngineOptions(TypedDict, total=False):
     """The keyword options of `Reranker`: the fields of `EngineConfig` without `model`, for type checkers."""
 
     revision: str | None
+    recipe: str | None
     device: str
     dtype: DType
     device_map: str | None

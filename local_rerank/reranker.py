@@ -25,7 +25,6 @@ from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
 from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.pending import PendingRequest
-from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import (
     LongDocuments,
@@ -65,10 +64,8 @@ class Reranker:
         **options: Unpack[EngineOptions],
     ) -> None:
         self.config = merged(config, model, options)
-        self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision)
-        self.tokenizer = PairTokenizer.from_folder(
-            checkpoint.folder,
-            checkpoint.template,
+        self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision, self.config.recipe)
+        self.tokenizer = checkpoint.tokenizer(
             limits=PromptLimits(
                 max_length=min(self.config.max_length, checkpoint.max_length),
                 max_query_tokens=self.config.max_query_tokens,
@@ -80,7 +77,6 @@ class Reranker:
             ),
             default_instruction=self.config.instruction,
         )
-        checkpoint.require_embeddings(self.tokenizer.num_ids)
         with ThreadPoolExecutor(1) as thread:  # beside the weights
             faster = thread.submit(self.tokenizer.use_fastest)
             self.engine, self.info = compute(self._load)
@@ -98,8 +94,7 @@ class Reranker:
 
     def _load(self) -> tuple[Engine, ModelInfo]:
         plan = make_plan(self.config, self.checkpoint)
-        ids = {"yes_id": self.tokenizer.yes_id, "no_id": self.tokenizer.no_id}
-        return load(plan, **ids, known=lambda: known_pairs(self.checkpoint))
+        return load(plan, self.tokenizer.answer_ids, known=lambda: known_pairs(self.checkpoint))
 
     @property
     def model_id(self) -> str:
@@ -246,6 +241,7 @@ class Reranker:
             request,
             self.tokenizer.pairs(request),
             model_id=self.model_id,
+            activation=self.checkpoint.activation,
             started=started,
             name=name,
             span_pairs=self.tokenizer.span_pairs,

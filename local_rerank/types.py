@@ -133,7 +133,7 @@ class RankedDocument:
     """A document of the result."""
 
     index: int  # position in the request
-    relevance_score: float  # 0...1: sigmoid(log_odds)
+    relevance_score: float  # 0...1: sigmoid(log_odds); log_odds itself for classifiers whose config says identity
     log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it
     document: str
     num_tokens: int  # tokens of the document that were scored; those in two chunks count twice
@@ -198,6 +198,7 @@ class ModelInfo:
     load_seconds: float
     unquantized: tuple[str, ...] = ()  # with int8: linear layers kept in fp32, because int8 would change the scores
     products: tuple[str, ...] = ()  # on a CPU: names of the matrix-product kernels
+    recipe: str = "qwen3-reranker"  # how pairs are written and scored
 
 
 _LEAST = {

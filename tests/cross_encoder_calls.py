@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from local_rerank.requests.prompts import TEMPLATES
+from local_rerank.requests.prompts import QWEN3_RERANKER
 
 ANSWERS = Path(__file__).parent / "data" / "cross_encoder.json"
 NANO = Path(__file__).parents[1] / "local_rerank" / "nano"
@@ -77,7 +77,7 @@ def main() -> None:
     """Record what sentence-transformers answers with the built-in model and Qwen's prompt as chat template."""
     import sentence_transformers
 
-    template = TEMPLATES["Qwen3ForCausalLM"]
+    template = QWEN3_RERANKER
     content = {
         role: "{{ messages | selectattr('role', 'eq', '" + role + "') | map(attribute='content') | join }}"
         for role in ("system", "query", "document")

@@ -28,7 +28,7 @@ BUSY_SECONDS = 60.0  # timeout for another process that holds the write lock
 _COLUMNS = ["key", "log_odds", "num_tokens", "num_truncated_tokens"]
 _MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
-    "model", "revision", "instruction",  # part of the key by their contents
+    "model", "revision", "recipe", "instruction",  # part of the key by their contents
     "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
     "no_cuda_graphs", "no_compile", "deterministic",
 }  # fmt: skip
@@ -120,10 +120,10 @@ class ScoreCache:
 
 def score_identity(reranker: Reranker) -> str:
     """Return a hex digest of weights, tokenizer, template, dtype and limits, on which all scores depend."""
-    settings = score_settings(reranker.config)
+    settings, recipe = score_settings(reranker.config), reranker.checkpoint.recipe
     facts = {
         "files": _file_digests(reranker.checkpoint),
-        "recipe": dataclasses.asdict(reranker.checkpoint.template),
+        "recipe": recipe.stored if recipe.template is None else dataclasses.asdict(recipe.template),
         "settings": settings | {"dtype": reranker.info.dtype},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -19,7 +19,7 @@ from local_rerank.batch.rows import Record, Row, ScoredRow, to_record, try_parse
 from local_rerank.batch.score_cache import CachedScore, PairKey, ScoreCache
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
-from local_rerank.requests.pending import sigmoid
+from local_rerank.requests.pending import ACTIVATIONS
 from local_rerank.reranker import Reranker
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
@@ -103,9 +103,10 @@ class BlockScorer:
             return error
         scores = [known[pair] for pair in pairs]
         order, blended = _order(row, [score.log_odds for score in scores], self._blend)
+        to_relevance = ACTIVATIONS[self._reranker.checkpoint.activation]
         return ScoredRow(
             row=row,
-            results=tuple(_ranked(index, row.documents[index], scores[index]) for index in order),
+            results=tuple(_ranked(index, row.documents[index], scores[index], to_relevance) for index in order),
             blended_scores=None if blended is None else tuple(blended[index] for index in order),
         )
 
@@ -136,10 +137,10 @@ def _order(row: Row, log_odds: list[float], how: Blend | None) -> tuple[list[int
     return best_first(blended), blended
 
 
-def _ranked(index: int, document: str, score: CachedScore) -> RankedDocument:
+def _ranked(index: int, document: str, score: CachedScore, to_relevance: Callable[[float], float]) -> RankedDocument:
     return RankedDocument(
         index=index,
-        relevance_score=sigmoid(score.log_odds),
+        relevance_score=to_relevance(score.log_odds),
         log_odds=score.log_odds,
         document=document,
         num_tokens=score.num_tokens,

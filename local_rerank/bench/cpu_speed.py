@@ -19,6 +19,7 @@ from local_rerank.bench.flops import DecoderShape, useful_flops
 from local_rerank.bench.kept_speeds import DTYPES, PASSAGES, CpuSpeed
 from local_rerank.bench.shapes import COMMON, DEVIATION, SHAPES
 from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.recipes import RECIPES
 from local_rerank.config import DType, EngineConfig
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
@@ -95,6 +96,8 @@ def _random_engine(dtype: DType) -> tuple[Engine, str]:
         architecture=CONFIG["architectures"][0],
         config=CONFIG,
         weights=(),
+        recipe=RECIPES[0],
+        recipe_reason="the measured shape is Qwen3's",
     )
     plan = make_plan(EngineConfig(device="cpu", dtype=dtype), checkpoint)
     with torch.device("meta"):  # neither allocates nor initializes weights

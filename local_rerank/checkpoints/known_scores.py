@@ -20,7 +20,6 @@ from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.pair import Pair
 from local_rerank.requests.parts import PromptLimits
-from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.types import RerankRequest
 
 if TYPE_CHECKING:
@@ -160,9 +159,7 @@ def _read(path: Path) -> Any:
 def known_pairs(checkpoint: Checkpoint) -> list[Pair]:
     """The tokenized pairs of `ORDERED`. The user's limits do not apply."""
     limit = checkpoint.max_length
-    tokenizer = PairTokenizer.from_folder(
-        checkpoint.folder,
-        checkpoint.template,
+    tokenizer = checkpoint.tokenizer(
         limits=PromptLimits(max_length=limit, max_query_tokens=limit, max_document_tokens=limit),
         default_instruction=DEFAULT_INSTRUCTION,
     )

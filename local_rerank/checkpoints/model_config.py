@@ -1,4 +1,4 @@
-"""config.json: the keys that a Qwen3 checkpoint needs, each checked. All others are dropped.
+"""config.json: the keys that an architecture needs, each checked. All others are dropped.
 
 What transformers gets has only these keys, because others make it fetch or run code: `auto_map`, `_attn_implementation`
 and `_experts_implementation` name repositories of code, `quantization_config` and `fusion_config` choose packages.
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from local_rerank.checkpoints.files import no_config, read_json
+from local_rerank.checkpoints.recipes import ARCHITECTURES, require_no_code
 from local_rerank.errors import CheckpointError
-from local_rerank.requests.prompts import TEMPLATES
 
 DEFAULT_HEAD_DIM = 128  # of transformers' Qwen3Config, as all defaults here
 MAX_SIZE = 2**31 - 1
@@ -42,6 +42,21 @@ def _one_of(*names: str) -> _Kind:
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= MAX_NUMBER
+
+
+def _is_rotary(value: Any) -> bool:
+    """Whether these are ModernBERT's rotary parameters by layer type, unscaled."""
+    return isinstance(value, dict) and all(
+        kind in _LAYER_TYPES
+        and isinstance(each, dict)
+        and each.get("rope_type", "default") == "default"
+        and _is_positive(each.get("rope_theta"))
+        for kind, each in value.items()
+    )
+
+
+def _are_layer_types(value: Any) -> bool:
+    return isinstance(value, list) and all(each in _LAYER_TYPES for each in value)
 
 
 def _is_block(value: Any) -> bool:
@@ -107,6 +122,46 @@ _FOR_US: dict[str, _Kind] = {
     "layer_types": _Kind("a list of full_attention: sliding-window attention is not supported", _are_full),
     "partial_rotary_factor": _ROPE["partial_rotary_factor"],
 }
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ACTIVATION = _one_of("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
+_OF_ALL_ENCODERS: dict[str, _Kind] = {
+    **dict.fromkeys((*_REQUIRED, "max_position_embeddings"), _SIZE),
+    "num_hidden_layers": _whole(1, MAX_LAYERS),
+    "num_labels": _whole(1, MAX_LABELS),
+    "pad_token_id": _whole(0, MAX_SIZE),
+}
+_OF_BERT = _OF_ALL_ENCODERS | {
+    "type_vocab_size": _SIZE,
+    "hidden_act": _ACTIVATION,
+    "layer_norm_eps": _NUMBER,
+    "position_embedding_type": _one_of("absolute"),
+    "is_decoder": _Kind("false", lambda value: value is False),
+}
+_OF_ENCODERS: dict[str, dict[str, _Kind]] = {
+    "BertForSequenceClassification": _OF_BERT,
+    "XLMRobertaForSequenceClassification": _OF_BERT,
+    "ModernBertForSequenceClassification": _OF_ALL_ENCODERS
+    | {
+        "hidden_activation": _ACTIVATION,
+        "classifier_activation": _ACTIVATION,
+        "classifier_pooling": _one_of("cls", "mean"),
+        "norm_eps": _NUMBER,
+        **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), _FLAG),
+        "global_attn_every_n_layers": _SIZE,
+        "local_attention": _SIZE,
+        "global_rope_theta": _NUMBER,
+        "local_rope_theta": _NUMBER,
+        "layer_types": _Kind(f"a list of {' and '.join(_LAYER_TYPES)}", _are_layer_types),
+        "rope_parameters": _Kind("an object with an unscaled rope_theta for each type of layer", _is_rotary),
+    },
+}
+"""By architecture: the keys from which transformers makes an encoder."""
+_LABELS = ("id2label", "label2id", "dtype", "torch_dtype")  # of `_FOR_US`
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.linear.Identity": "identity",
+}
+"""What sentence-transformers may apply to the one label of a classifier."""
 _QUANTIZATION = ("quantization_config", "compression_config")  # `tensors.py` refuses most of them, by name
 
 
@@ -116,11 +171,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise no_config(folder)
     config = read_json(path)
-    kept: dict[str, Any] = {"architectures": [_architecture(folder, config)]}
+    architecture = _architecture(folder, config)
+    kept: dict[str, Any] = {"architectures": [architecture]}
     kept |= {name: config[name] for name in _QUANTIZATION if config.get(name)}
-    kept |= _checked(path, "", config, _FOR_TRANSFORMERS | _FOR_US)
+    encoder = _OF_ENCODERS.get(architecture)
+    ours = _FOR_US if encoder is None else {name: _FOR_US[name] for name in _LABELS}
+    kept |= _checked(path, "", config, (encoder or _FOR_TRANSFORMERS) | ours)
     if missing := [name for name in _REQUIRED if name not in kept]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy it again from where the weights are from")
+    kept["num_labels"] = len(kept.get("id2label", ())) or kept.get("num_labels", 2)
+    if encoder is not None:
+        return kept | {"activation": _activation(path, config)}
     for name in ("rope_parameters", "rope_scaling"):
         if name in kept:
             kept[name] = _checked(path, f"{name}.", kept[name], _ROPE)
@@ -128,7 +189,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if heads % kept.setdefault("num_key_value_heads", heads):
         what = f"{path} has num_key_value_heads {kept['num_key_value_heads']}"
         raise CheckpointError(f"{what}; it must be a divisor of num_attention_heads, {heads}")
-    kept["num_labels"] = len(kept.get("id2label", ())) or kept.get("num_labels", 2)
     quantization = kept.get("quantization_config")
     if isinstance(quantization, dict):  # block-FP8, or refused by `tensors.py`
         block = _Kind("two whole numbers of at least 1", _is_block)
@@ -138,7 +198,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def for_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config from `read_config` from which transformers makes a model: not quantized."""
-    return {name: copy.deepcopy(config[name]) for name in _FOR_TRANSFORMERS if name in config}
+    names = _OF_ENCODERS.get(config["architectures"][0], _FOR_TRANSFORMERS)
+    return {name: copy.deepcopy(config[name]) for name in names if name in config}
+
+
+def _activation(path: Path, config: Mapping[str, Any]) -> str:
+    """What sentence-transformers makes of an encoder's logit: "sigmoid" or "identity"; it stores the class's name."""
+    stored = config.get("sentence_transformers")
+    name = stored.get("activation_fn") if isinstance(stored, dict) else None
+    name = name or config.get("sbert_ce_default_activation_function") or next(iter(_ACTIVATIONS))
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        what = f"{path} has the activation function {reprlib.repr(name)}"
+        raise CheckpointError(f"{what}; it must be one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def _checked(path: Path, prefix: str, values: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> dict[str, Any]:
@@ -155,8 +227,9 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
     """The first entry of `architectures`, if we can run it."""
     names = config.get("architectures") or ["none"]
     first = names[0] if isinstance(names, list) else names
-    if not isinstance(names, list) or not isinstance(first, str) or first not in TEMPLATES:
+    require_no_code(folder, first if isinstance(first, str) else "none", config)
+    if not isinstance(names, list) or not isinstance(first, str) or first not in ARCHITECTURES:
         shown = first if isinstance(first, str) else reprlib.repr(first)
         what = f"{folder} has architecture {shown[:200]}"
-        raise CheckpointError(f"{what}; supported are {', '.join(TEMPLATES)}, in a list")
+        raise CheckpointError(f"{what}; supported are {', '.join(ARCHITECTURES)}, in a list")
     return first

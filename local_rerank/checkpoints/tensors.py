@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from local_rerank.checkpoints.encoder_tensors import ENCODER_SHAPES, UNREAD
 from local_rerank.checkpoints.files import require_kind
 from local_rerank.checkpoints.model_config import DEFAULT_HEAD_DIM
 from local_rerank.errors import CheckpointError
@@ -56,7 +57,11 @@ def check_tensors(folder: Path, files: Iterable[str], config: dict[str, Any], ar
     if twice := [name for name in stored if found[full_name(name, expected)] != name]:
         raise CheckpointError(f"{folder} has weights twice, with and without the prefix model: {_some(twice)}")
     is_tied = bool(config.get("tie_word_embeddings", False)) and HEAD in expected
-    unknown = [name for full, name in found.items() if full not in expected and not _is_scale(full, found, stored)]
+    unknown = [
+        name
+        for full, name in found.items()
+        if full not in expected and not _is_scale(full, found, stored) and not UNREAD.fullmatch(name)
+    ]
     if unknown:
         quantized = any(map(_QUANTIZED.search, unknown))
         what = f"they are quantized; {_UNQUANTIZED}" if quantized else "use the config.json that belongs to the weights"
@@ -167,8 +172,9 @@ def _check_tensor(folder: Path, name: str, tensor: StoredTensor, shape: tuple[in
 
 
 def _expected_shapes(folder: Path, config: dict[str, Any], architecture: str) -> dict[str, tuple[int, ...]]:
-    """The tensors that a Qwen3 checkpoint with this config.json must have."""
-
+    """The tensors that a checkpoint with this config.json must have."""
+    if architecture in ENCODER_SHAPES:
+        return ENCODER_SHAPES[architecture](config, _num_labels(folder, config))
     hidden, inner, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head_dim = config.get("head_dim", DEFAULT_HEAD_DIM)
     queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim

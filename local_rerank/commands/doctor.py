@@ -53,6 +53,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
     console = Console(highlight=False)
     about = f"{info.model_id} ({info.source}), {info.num_parameters / 1e6:.0f} M parameters"
     console.print(visible(about), markup=False)
+    console.print(visible(f"recipe: {info.recipe} ({info.reasons['recipe']})"), markup=False, soft_wrap=True)
     print_scores(outcome.scores)
     verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)

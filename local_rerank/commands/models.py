@@ -78,7 +78,7 @@ def pack(
             revision=checkpoint.folder.name if checkpoint.source == "hub" else checkpoint.revision,
             licence=_licence(checkpoint.folder),
             made_by=f"local-rerank {__version__}",
-            recipe=checkpoint.template.recipe,
+            recipe=checkpoint.recipe.stored,
             expected=expected,
         )
         names = [name for name in checkpoint_files(checkpoint.folder) if name != MANIFEST]  # of an earlier bundle

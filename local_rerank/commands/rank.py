@@ -17,8 +17,8 @@ from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
 from local_rerank.evaluation.blending import blend as blend_scores
+from local_rerank.requests.encoders import clean
 from local_rerank.requests.remote import Server, options_to_send, rank_at
-from local_rerank.requests.tokenization import clean
 from local_rerank.text_files import as_utf8, visible
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 

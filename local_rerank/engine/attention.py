@@ -2,7 +2,8 @@
 
 Tokens of a prefix attend causally to their prefix. Tokens of a document attend to the whole prefix of their group and
 causally to their own document, never to another document. With `last_tokens_only` there is one query per document: its
-last token, in packed order.
+last token, in packed order. In an encoder's batch, which is not causal, there are no prefixes, and tokens attend to all
+of their document or to a window of it.
 
 A kernel is two functions. `layout` runs once per batch, on the host, and computes what every layer needs. `attend` runs
 in each layer. Shapes: query (1, num_heads, num_queries, head_dim); key and value (1, num_kv_heads, num_tokens,
@@ -33,10 +34,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SegmentLayout:
-    """`last_tokens_only`: only the last token of each document is a query."""
+    """`last_tokens_only`: only the last token of each document is a query. The others: see `PackedBatch`."""
 
     groups: tuple[Group, ...]
     last_tokens_only: bool
+    is_causal: bool
+    window: int | None
 
 
 def layout_to(layout: Layout, device: torch.device) -> Layout:
@@ -56,7 +59,7 @@ def segment_layout(batch: PackedBatch, last_tokens_only: bool) -> SegmentLayout:
         parts = (run.split(batch.num_tokens // (group.prefix_length + run.length)) for run in group.runs)
         return dataclasses.replace(group, runs=tuple(chain.from_iterable(parts)))
 
-    return SegmentLayout(tuple(map(within_batch, batch.groups)), last_tokens_only)
+    return SegmentLayout(tuple(map(within_batch, batch.groups)), last_tokens_only, batch.is_causal, batch.window)
 
 
 def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
@@ -69,8 +72,16 @@ def dense_layout(batch: PackedBatch, last_tokens_only: bool) -> Tensor:
             for start in run.starts:
                 own = slice(start, start + run.length)
                 mask[own, prefix] = True
-                mask[own, own] = torch.ones_like(mask[own, own]).tril()
+                mask[own, own] = visible_within(run.length, batch.is_causal, batch.window)
     return mask[batch.last_token_index] if last_tokens_only else mask
+
+
+def visible_within(length: int, is_causal: bool, window: int | None) -> Tensor:
+    """Which keys of a document its queries see, (length, length) bool."""
+    visible = torch.ones(length, length, dtype=torch.bool)
+    if is_causal:
+        return visible.tril()
+    return visible if window is None else visible.tril(window).triu(-window)
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -88,6 +99,14 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: f
     """
     out, v = torch.empty_like(q.transpose(1, 2), dtype=v.dtype), v.to(q.dtype)  # (1, num_queries, num_heads, head_dim)
     by_head = out.transpose(1, 2)
+    if not layout.is_causal:
+        for run in chain.from_iterable(group.runs for group in layout.groups):
+            own = (run.start, run.count, run.length)
+            mask = None if layout.window is None else visible_within(run.length, False, layout.window).to(q.device)
+            q_own, k_own, v_own = (_segments(x, *own) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(q_own, k_own, v_own, attn_mask=mask, scale=scale)
+            _segments(by_head, *own).copy_(attended)
+        return out
     for group in layout.groups:
         prefix = (group.start, 1, group.prefix_length)
         if not layout.last_tokens_only:

@@ -28,6 +28,8 @@ from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair
 
+LAST_LINEARS = ("down_proj", "output.dense", "mlp.Wo")  # of a layer of Qwen3, of BERT and XLM-RoBERTa, of ModernBERT
+
 
 class Engine:
     """One thread at a time may call `launch`; on a CPU any thread may call `score`."""
@@ -41,6 +43,7 @@ class Engine:
         device: torch.device,
         threads: Threads | None = None,
         max_graph_tokens: int | None = None,
+        pack: Callable[[Sequence[Pair]], PackedBatch] = pack,
     ) -> None:
         """`head`: (2, hidden_size) fp32, the rows of "no" and "yes". `device`: where token ids enter the model.
 
@@ -51,6 +54,7 @@ class Engine:
         self.kernel = kernel
         self.device = device
         self.threads = threads
+        self._pack = pack
         self.graphs: GraphRunner | None = None
         if max_graph_tokens is not None:
             self.graphs = GraphRunner(self.run_decoder, device, max_tokens=max_graph_tokens)
@@ -61,7 +65,7 @@ class Engine:
         if any(isinstance(module, Int8Linear) for module in self.decoder.modules()):
             return "int8"
         named = self.decoder.layers[-1].named_modules()
-        return name_of(next(module for name, module in named if name.endswith("down_proj")).weight.dtype)
+        return name_of(next(module for name, module in named if name.endswith(LAST_LINEARS)).weight.dtype)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -87,7 +91,7 @@ class Engine:
         A GPU computes in the meantime; on other devices the pass is complete when this returns. If memory runs out
         while graphs hold some, they are dropped and the pass runs once more. Raises OutOfMemory.
         """
-        batch = pack(pairs)
+        batch = self._pack(pairs)
 
         def attempt(graphs: GraphRunner | None = self.graphs) -> Callable[[], list[float]] | None:
             return unless_out_of_memory(lambda: self._forward(batch, graphs))

@@ -34,6 +34,7 @@ class KernelRow:
     dtypes: tuple[torch.dtype, ...]
     package: str | None = None  # that it needs besides torch
     least_capability: Capability = (0, 0)  # of a GPU
+    runs_encoders: bool = False  # whether its layout can be other than causal
 
 
 _AMPERE = (8, 0)
@@ -42,20 +43,32 @@ _ANY_DTYPE = (torch.float32, *_HALF)
 _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
-    "cpu-tiles": KernelRow(cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE),  # tiles as matrix products
+    "cpu-tiles": KernelRow(
+        cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE, runs_encoders=True
+    ),  # tiles as matrix products
     # our Triton kernel, one pass; compiled for Turing (7.5) it spills and has no tensor-core instruction
     "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "triton", _AMPERE),
     # varlen_attn is Flash Attention 2, which needs Ampere: two calls, merged, or one call, keys gathered
     "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, None, _AMPERE),
     "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE),
-    "sdpa": KernelRow(segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE),  # torch's SDPA, by document length
-    "dense": KernelRow(dense_layout, attend_dense, _ANY_DEVICE, _ANY_DTYPE),  # one mask for the batch: the reference
+    "sdpa": KernelRow(
+        segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE, runs_encoders=True
+    ),  # torch's SDPA, by document length
+    "dense": KernelRow(
+        dense_layout, attend_dense, _ANY_DEVICE, _ANY_DTYPE, runs_encoders=True
+    ),  # one mask for the batch: the reference
 }
 """In order of preference: `auto` picks the first row that runs on the device and dtype."""
 
 
 def choose_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, *, gpu: Gpu | None = None, compiled: bool = True
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    gpu: Gpu | None = None,
+    compiled: bool = True,
+    is_encoder: bool = False,
 ) -> tuple[str, str]:
     """The kernel's name and the reason for it. Raises ConfigError if `name` is unknown or cannot run here.
 
@@ -64,7 +77,11 @@ def choose_kernel(
     if name == "auto":
         too_new: list[str] = []
         for candidate, row in KERNELS.items():
-            if not _runs(row, device, dtype) or (row.package == "triton" and not compiled):
+            if (
+                not _runs(row, device, dtype)
+                or (is_encoder and not row.runs_encoders)
+                or (row.package == "triton" and not compiled)
+            ):
                 continue
             if gpu is None or gpu.why_too_old(row.least_capability) is None:
                 reason = f"the fastest for {name_of(dtype)} on {gpu or device.type}"
@@ -74,6 +91,9 @@ def choose_kernel(
     if name not in KERNELS:
         raise ConfigError(f"attention is {name!r}; it must be auto or one of {', '.join(KERNELS)}")
     row = KERNELS[name]
+    if is_encoder and not row.runs_encoders:
+        others = ", ".join(name for name, row in KERNELS.items() if row.runs_encoders)
+        raise ConfigError(f"attention kernel {name!r} is for decoders; for this encoder it must be auto or {others}")
     if not is_installed(row):
         raise ConfigError(f"attention kernel {name!r} needs the package {row.package}, which is not installed")
     if not _runs(row, device, dtype):

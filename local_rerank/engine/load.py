@@ -29,8 +29,10 @@ from local_rerank.engine.cpu.threads import Threads
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.decoder import ATTENTION_NAME, Decoder, TransformersDecoder, register_attention
 from local_rerank.engine.dtypes import name_of
+from local_rerank.engine.encoder import TransformersEncoder, encoder_head, pack_segments
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
+from local_rerank.engine.packing import pack
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.engine.qwen3 import read_qwen3
 from local_rerank.engine.stored_weights import model_config, stored_weights
@@ -47,13 +49,17 @@ DECODERS: dict[str, Callable[[Any, LoadPlan], Decoder]] = {
     "transformers": lambda model, plan: TransformersDecoder(model.model),
     "cpu": cpu.prepare,
     "cuda": cuda.prepare,
+    "encoder": cpu.prepare_encoder,
 }
 """How to make a plan's decoder from a model."""
 
 
-def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pair]]) -> tuple[Engine, ModelInfo]:
+def load(
+    plan: LoadPlan, answer_ids: tuple[int, int] | None, *, known: Callable[[], list[Pair]]
+) -> tuple[Engine, ModelInfo]:
     """Load the weights and prepare them as planned. Raises CheckpointError or ConfigError.
 
+    `answer_ids`: the ids of "yes" and "no"; None for an encoder.
     `known`: makes pairs with known answers, relevant and irrelevant in turn; int8 leaves those layers in fp32 whose
     quantization changes the scores of these pairs too much.
     """
@@ -68,9 +74,12 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
     if model is None:
         model = load_model(checkpoint, dtype=plan.weights, device=plan.device, device_map=config.device_map)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    head = head_rows(model, checkpoint, yes_id=yes_id, no_id=no_id)
     device = entry_device(model)
+    if answer_ids is not None:
+        head = head_rows(model, checkpoint, yes_id=answer_ids[0], no_id=answer_ids[1])
     decoder = DECODERS[plan.decoder](model, plan)
+    if isinstance(decoder, TransformersEncoder):
+        head = encoder_head(decoder.classifier, checkpoint)
     max_batch_tokens = plan.max_batch_tokens
     if plan.fits_memory:
         max_batch_tokens = cuda.token_budget(model, plan.device, at_most=max_batch_tokens, graphs=plan.cuda_graphs)
@@ -83,6 +92,7 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
         device=device,
         threads=threads,
         max_graph_tokens=max_batch_tokens if plan.cuda_graphs else None,
+        pack=pack_segments if plan.decoder == "encoder" else pack,
     )
     engine.capture_graphs()
     unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
@@ -101,12 +111,13 @@ def load(plan: LoadPlan, *, yes_id: int, no_id: int, known: Callable[[], list[Pa
         reasons={**plan.reasons, "threads": threads.reason},
         num_parameters=num_parameters,
         num_layers=len(decoder.layers),
-        hidden_size=head.shape[1],
+        hidden_size=checkpoint.config["hidden_size"],
         max_length=min(config.max_length, checkpoint.max_length),
         max_batch_tokens=max_batch_tokens,
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
+        recipe=plan.recipe,
     )
 
 

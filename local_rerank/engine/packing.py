@@ -61,6 +61,9 @@ class PackedBatch:
     last_token_index: Tensor  # (num_pairs,) int64: index of each document's last token
     pair_order: Tensor  # (num_pairs,) int64: packed document i is the caller's pair pair_order[i]
     groups: tuple[Group, ...]
+    is_causal: bool = True  # False: each token of a document sees all of its document, as in an encoder
+    window: int | None = None  # without causality: tokens to each side that a token sees; None: all
+    token_type_ids: Tensor | None = None  # (1, num_tokens) int64, of an encoder
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +76,8 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """A copy with its tensors on `device`, except `pair_order`; a copy to a GPU does not block."""
         ids, positions, last = copy_to((self.input_ids, self.position_ids, self.last_token_index), device)
-        return replace(self, input_ids=ids, position_ids=positions, last_token_index=last)
+        types = None if self.token_type_ids is None else copy_to([self.token_type_ids], device)[0]
+        return replace(self, input_ids=ids, position_ids=positions, last_token_index=last, token_type_ids=types)
 
 
 def copy_to(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

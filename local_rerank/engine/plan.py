@@ -22,7 +22,7 @@ from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.stored_weights import model_config
 from local_rerank.errors import ConfigError
 
-DecoderName = Literal["transformers", "cpu", "cuda"]
+DecoderName = Literal["transformers", "cpu", "cuda", "encoder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,10 @@ class LoadPlan:
         """One line per choice, with its reason."""
         return "\n".join(f"{name}: {_text(getattr(self, name))} ({why})" for name, why in self.reasons.items())
 
+    @property
+    def recipe(self) -> str:
+        return self.checkpoint.recipe.name
+
 
 @dataclass(frozen=True, slots=True)
 class Platform:
@@ -87,13 +91,14 @@ PLATFORMS = {
 
 def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[str, Platform] = PLATFORMS) -> LoadPlan:
     """Decide how to run `checkpoint` here. Raises ConfigError if this machine cannot do what an option says."""
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = {"recipe": checkpoint.recipe_reason}
+    is_encoder = checkpoint.recipe.is_encoder
     device, reasons["device"] = choose_device(config.device)
     platform, is_spread = platforms[device.type], config.device_map is not None
     on_cpu = device.type == "cpu" and not is_spread
     gpu = gpu_of(device, is_spread=is_spread)
     weights, arithmetic, reasons["weights"] = choose_dtypes(
-        config.dtype, checkpoint, lambda: platform.preferred_dtype(gpu), can_widen=on_cpu
+        config.dtype, checkpoint, lambda: platform.preferred_dtype(gpu), can_widen=on_cpu and not is_encoder
     )
     quantization = _quantization(config, device)
     if device.type == "cpu":
@@ -102,9 +107,11 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
         cuda.check(arithmetic, gpu)
     decoder, reasons["decoder"] = _decoder(config, checkpoint, device, gpu, arithmetic)
     compiled = decoder == "cuda"
-    kernel, reasons["kernel"] = choose_kernel(config.attention, device, arithmetic, gpu=gpu, compiled=compiled)
+    kernel, reasons["kernel"] = choose_kernel(
+        config.attention, device, arithmetic, gpu=gpu, compiled=compiled, is_encoder=is_encoder
+    )
     linear = None
-    if decoder == "cpu":
+    if decoder == "cpu" or (is_encoder and on_cpu):
         linear, reasons["linear"] = cpu.choose_linear(config, weights, arithmetic)
     graphs, reasons["cuda_graphs"] = _cuda_graphs(config, checkpoint, decoder, kernel)
     tokens, reasons["max_batch_tokens"] = config.max_batch_tokens, "set by the user"
@@ -124,7 +131,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
         routes_fp32=decoder == "cpu" and cpu.routes_fp32(config, arithmetic),
         cuda_graphs=graphs,
         max_batch_tokens=tokens,
-        fits_memory=platform.fits_memory and config.max_batch_tokens is None,
+        fits_memory=platform.fits_memory and config.max_batch_tokens is None and not is_encoder,
         reasons=reasons,
     )
 
@@ -169,6 +176,11 @@ def _quantization(config: EngineConfig, device: torch.device) -> Literal["int8",
 def _decoder(
     config: EngineConfig, checkpoint: Checkpoint, device: torch.device, gpu: Gpu | None, dtype: torch.dtype
 ) -> tuple[DecoderName, str]:
+    if checkpoint.recipe.is_encoder:
+        for option, value in (("dtype", "fp8"), ("dtype", "int8"), ("device_map", config.device_map)):
+            if value is not None and getattr(config, option) == value:
+                raise ConfigError(f"{option} is {value!r}, but {checkpoint.model_id} is an encoder, which runs without")
+        return "encoder", f"the recipe {checkpoint.recipe.name} is an encoder"
     if config.device_map is not None:
         why_not = "the model is spread over devices"
     elif device.type == "cpu":

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from local_rerank.checkpoints.encoder_tensors import UNREAD
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.checkpoints.model_config import for_transformers
 from local_rerank.checkpoints.tensors import ACTIVATION_SCALES, SCALE
@@ -47,7 +48,11 @@ def stored_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[dict[
             except SafetensorError as error:  # it checks each offset, we only the last
                 raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
         scales = {key.removesuffix(SCALE): slices.pop(key) for key in list(slices) if key.endswith(SCALE)}
-        slices = {key: value for key, value in slices.items() if not key.endswith(ACTIVATION_SCALES)}
+        slices = {
+            key: value
+            for key, value in slices.items()
+            if not (key.endswith(ACTIVATION_SCALES) or UNREAD.fullmatch(key))
+        }
         block = (checkpoint.config.get("quantization_config") or {}).get("weight_block_size", DEFAULT_BLOCK)
         for key, scale in scales.items():
             try:

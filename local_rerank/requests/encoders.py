@@ -28,6 +28,8 @@ SURROGATES = range(0xD800, 0xE000)
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?think>")
 _MARKUP = re.compile(r"<[^<>\s]+>")  # such as <|im_end|>, <think> and <tool_call>
 
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+
 logger = logging.getLogger(__name__)
 
 
@@ -115,3 +117,18 @@ def check_texts() -> Iterator[str]:
         if code not in SURROGATES:
             character = chr(code)
             yield f"{character}|a{character}1 {character}b {character}{character}\n{character}'s{character} {character}"
+
+
+def clean(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
+    try:
+        text.encode()  # takes a tenth of the time of the search
+        return text
+    except UnicodeEncodeError:
+        return _LONE_SURROGATES.sub("\ufffd", text)
+
+
+def cut_text(tokenizer: Tokenizer, text: str, limit: int, from_start: bool) -> str:
+    """The part of a text that its first or last `limit` tokens cover."""
+    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    return text[offsets[-limit][0] :] if from_start else text[: offsets[limit - 1][1]]

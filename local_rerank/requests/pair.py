@@ -26,7 +26,9 @@ class Pair:
     """One query with one document, as token ids."""
 
     prefix: bytes  # prompt up to and including `<Document>:`; pairs with equal prefixes share it
-    document: bytes  # " " + document + suffix
+    document: bytes  # " " + document + suffix; for an encoder the whole pair
+    num_query_tokens: int = 0  # for an encoder: tokens of `document` before the document itself
+    first_typed: int = 0  # for an encoder: index in `document` of the first token of type 1
 
     @classmethod
     def of(cls, prefix_ids: Iterable[int], document_ids: Iterable[int]) -> Pair:
@@ -39,6 +41,11 @@ class Pair:
     @property
     def document_ids(self) -> tuple[int, ...]:
         return to_ids(self.document)
+
+    @property
+    def ids_before_document(self) -> bytes:
+        """Those of everything before the document's own tokens."""
+        return self.prefix + self.document[: ID_BYTES * self.num_query_tokens]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -77,7 +84,8 @@ class TokenizedRequest:
         return start + shift, end + shift
 
     def num_document_tokens(self, index: int) -> int:
-        return sum(self.pairs[i].num_document_tokens - self.num_suffix_tokens for i in self.pairs_of_document[index])
+        pairs = (self.pairs[i] for i in self.pairs_of_document[index])
+        return sum(pair.num_document_tokens - pair.num_query_tokens - self.num_suffix_tokens for pair in pairs)
 
 
 def num_batch_tokens(pairs: Iterable[Pair]) -> int:

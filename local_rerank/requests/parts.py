@@ -16,7 +16,7 @@ from local_rerank.requests.pair import ID_BYTES
 from local_rerank.types import LongDocuments, RerankRequest, Truncation
 
 Part = tuple[Bounds, bytes]
-"""The characters of a part in its document, and the ids of " " + its text."""
+"""The characters of a part in its document, and the ids of its text, after a space for a decoder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +60,23 @@ class Cutting:
 
 
 def parts_of(
-    text: str, ids: bytes, room: int, cutting: Cutting, *, encode: Encode, tokenizer: Tokenizer
+    text: str, ids: bytes, room: int, cutting: Cutting, tokenizer: Tokenizer, *, encode: Encode, lead: str
 ) -> tuple[list[Part], int]:
-    """The parts of a document with `ids`, of at most `room` tokens each, and how many of its tokens are in none."""
+    """The parts of a document with `ids`, of at most `room` tokens each, and how many of its tokens are in none.
+
+    `lead` is encoded before each part, as before a document.
+    """
     num_tokens, most = len(ids) // ID_BYTES, min(room, cutting.max_part_tokens)
     num_read = min(num_tokens, (cutting.max_read_tokens or num_tokens) if cutting.in_chunks else most)
     if num_read == num_tokens <= most:
         return [((0, len(text)), ids)], 0
     from_start = cutting.truncation == "start"
     first, last = (num_tokens - num_read, num_tokens) if from_start else (0, num_read)
-    starts = _token_starts(tokenizer, text) if cutting.with_bounds else []
+    starts = _token_starts(tokenizer, text, lead) if cutting.with_bounds else []
     read = (starts[first] if first else 0, starts[last] if last < num_tokens else len(text)) if starts else (0, 0)
     if num_read <= most:
         return [(read, ids[ID_BYTES * first : ID_BYTES * last])], num_tokens - num_read
-    parts = _chunks(text, starts, read, most, cutting.num_overlap_tokens, encode)
+    parts = _chunks(text, starts, read, most, cutting.num_overlap_tokens, encode, lead)
     if cutting.max_chunks is not None and len(parts) > cutting.max_chunks:
         parts = parts[-cutting.max_chunks :] if from_start else parts[: cutting.max_chunks]
     (start, _), (_, end) = parts[0][0], parts[-1][0]
@@ -93,20 +96,20 @@ def check_num_chunks(request: RerankRequest, field: str, *, num_chunks: int, num
             raise TooManyChunks(field=name, limit=limit, value=value)
 
 
-def _token_starts(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The start of each token of " " + text in the text, ascending; by tokenizers, because fastokens has no offsets."""
-    offsets = tokenizer.encode(" " + text, add_special_tokens=False).offsets
-    return list(accumulate((max(0, start - 1) for start, _ in offsets), max))
+def _token_starts(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:
+    """The start of each token of lead + text in the text, ascending. By tokenizers: fastokens has no offsets."""
+    offsets = tokenizer.encode(lead + text, add_special_tokens=False).offsets
+    return list(accumulate((max(0, start - len(lead)) for start, _ in offsets), max))
 
 
 def _chunks(
-    text: str, starts: Sequence[int], read: Bounds, most: int, num_overlap_tokens: int, encode: Encode
+    text: str, starts: Sequence[int], read: Bounds, most: int, num_overlap_tokens: int, encode: Encode, lead: str
 ) -> list[Part]:
     """Chunks of a text that have at most `most` tokens when each is encoded as a document."""
     num_tokens = most
     while True:
         bounds = list(chunks(text, starts, read, num_tokens=num_tokens, num_overlap_tokens=num_overlap_tokens))
-        ids = encode([" " + text[start:end] for start, end in bounds])
+        ids = encode([lead + text[start:end] for start, end in bounds])
         excess = max(map(len, ids)) // ID_BYTES - most
         if excess <= 0 or num_tokens <= excess:  # the latter in a room of a few tokens
             return [(each, part[: ID_BYTES * most]) for each, part in zip(bounds, ids, strict=True)]

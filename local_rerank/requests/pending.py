@@ -29,12 +29,14 @@ class PendingRequest:
         tokenized: TokenizedRequest,
         *,
         model_id: str,
+        activation: str = "sigmoid",
         started: float,
         name: str | None = None,
         span_pairs: SpanPairs = lambda document, bounds, pair: [],
     ) -> None:
-        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log;
-        `span_pairs` is used if the request asks for spans.
+        """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
+
+        `activation`: a row of ACTIVATIONS. `span_pairs` is used if the request asks for spans.
         """
         self.request = request
         self.tokenized = tokenized
@@ -47,6 +49,7 @@ class PendingRequest:
         self._span_pairs = span_pairs if request.spans else None
         self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
+        self._relevance_score = ACTIVATIONS[activation]
         self._started = started
         self._queued = time.perf_counter()
 
@@ -95,7 +98,7 @@ class PendingRequest:
             results=tuple(
                 RankedDocument(
                     index=index,
-                    relevance_score=sigmoid(log_odds[index]),
+                    relevance_score=self._relevance_score(log_odds[index]),
                     log_odds=log_odds[index],
                     document=self.request.documents[index],
                     num_tokens=num_tokens[index],
@@ -151,3 +154,7 @@ def _order(log_odds: list[float]) -> list[int]:
 def sigmoid(x: float) -> float:
     """The relevance score of log-odds `x`."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}
+"""What makes a relevance score of log-odds; some classifiers are used with their bare logit."""

@@ -1,4 +1,4 @@
-"""The prompt template of each model family, as text. To add a family, add a row to `TEMPLATES`.
+"""The prompt template of each model family, as text; `checkpoints/recipes.py` says which one a checkpoint has.
 
 The texts come from the model card of Qwen3-Reranker ("Transformers Usage"). `tokenization.py` encodes them.
 
@@ -104,9 +104,3 @@ QWEN3_RERANKER = PromptTemplate(
     yes="yes",
     no="no",
 )
-
-TEMPLATES: dict[str, PromptTemplate] = {
-    "Qwen3ForCausalLM": QWEN3_RERANKER,
-    "Qwen3ForSequenceClassification": QWEN3_RERANKER,
-}
-"""By the first entry of `architectures` in the checkpoint's config.json."""

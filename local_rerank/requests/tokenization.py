@@ -12,7 +12,6 @@ have. Only then is the query cut, too. What is cut from a pair never depends on 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,8 @@ from local_rerank.requests.chunks import Bounds, sentences
 from local_rerank.requests.encoders import (
     CONTROL_TOKEN,
     check_base_vocabulary,
+    clean,
+    cut_text,
     fastest,
     with_tokenizers,
     without_added_tokens,
@@ -47,13 +48,12 @@ MAX_INSTRUCTION_TOKENS = 1024
 DOCUMENT_SHARE = 4  # a document keeps 1/4 of the room for query and document
 MIN_ROOM = 32  # tokens for query and document; with less, what is left of them says little and the scores tie
 ENCODED_CHARS = 1_000_000  # at once; takes about 0.5 s with tokenizers, 0.05 s with fastokens
-_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Query:
+class RequestQuery:
     """The query of a request and what decides how much of it is used."""
 
     instruction: str
@@ -66,7 +66,7 @@ class _Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prefix:
+class RequestPrefix:
     """The ids before a document, with all of the query or a part of it."""
 
     ids: bytes  # see `pair.py`
@@ -76,6 +76,9 @@ class _Prefix:
 
 class PairTokenizer:
     """A checkpoint's tokenizer in two copies: with control tokens for the template, without them for user text."""
+
+    document_lead = " "  # encoded with a document
+    num_types = 1  # token types that the model tells apart
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class PairTokenizer:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, template: PromptTemplate, *, limits: PromptLimits, default_instruction: str
+        cls, folder: Path, *template: PromptTemplate, limits: PromptLimits, default_instruction: str
     ) -> PairTokenizer:
         """Raises CheckpointError if the folder has no usable tokenizer.json, ConfigError if prompts do not fit."""
         path = folder / "tokenizer.json"
@@ -117,7 +120,7 @@ class PairTokenizer:
         try:
             with open_utf8(path, "model") as stream:
                 text = stream.read().decode("utf-8")
-            return cls(text, template, limits=limits, default_instruction=default_instruction)
+            return cls(text, *template, limits=limits, default_instruction=default_instruction)
         except LocalRerankError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
@@ -126,6 +129,11 @@ class PairTokenizer:
     def use_fastest(self) -> None:
         """Encode with fastokens from now on, if it can be used here. It takes 1.4 s to load Qwen's tokenizer."""
         self._encode = fastest(self._plain)
+
+    @property
+    def answer_ids(self) -> tuple[int, int] | None:
+        """The ids of "yes" and "no"; None for a model that computes a score itself."""
+        return self.yes_id, self.no_id
 
     @property
     def num_ids(self) -> int:
@@ -151,7 +159,9 @@ class PairTokenizer:
             prefix, num_tokens = whole, len(ids) // ID_BYTES
             if min(num_tokens, query.max_document_tokens) > whole.room:
                 prefix = shortened = shortened or self._shortened(whole, query)
-            parts, num_cut = parts_of(document, ids, prefix.room, cutting, encode=self._encode, tokenizer=self._plain)
+            parts, num_cut = parts_of(
+                document, ids, prefix.room, cutting, self._plain, encode=self._encode, lead=self.document_lead
+            )
             if len(parts) > 1 or (num_cut and query.truncation == "error"):
                 field = f"documents[{documents.index(document)}]"
                 if num_cut and query.truncation == "error":
@@ -159,7 +169,7 @@ class PairTokenizer:
                 num_request_chunks += repeats[document] * len(parts)
                 check_num_chunks(request, field, num_chunks=len(parts), num_request_chunks=num_request_chunks)
             ranges.append(range(len(pairs), len(pairs) + len(parts)))
-            pairs += [Pair(prefix.ids, part + suffix) for _, part in parts]
+            pairs += [self._pair(prefix.ids, part + suffix) for _, part in parts]
             bounds += [part_bounds for part_bounds, _ in parts]
             cuts.append(num_cut)
             num_part_tokens = sum(len(part) // ID_BYTES for _, part in parts)
@@ -191,9 +201,10 @@ class PairTokenizer:
         """The sentences of a part of a document as sent, each as a document behind the prefix of the part's pair."""
         text, suffix = clean(document), to_bytes(self.suffix_ids)
         spans = sentences(text, bounds)
-        most = len(pair.document) - len(suffix)  # a sentence may have a token more than it has in the chunk
-        encoded = self._encode([" " + text[start:end] for start, end in spans]) if spans else []
-        return [(span, Pair(pair.prefix, ids[:most] + suffix)) for span, ids in zip(spans, encoded, strict=True)]
+        before = pair.ids_before_document
+        most = ID_BYTES * pair.num_tokens - len(before) - len(suffix)  # a sentence may be a token longer by itself
+        encoded = self._encode([self.document_lead + text[start:end] for start, end in spans]) if spans else []
+        return [(span, self._pair(before, ids[:most] + suffix)) for span, ids in zip(spans, encoded, strict=True)]
 
     def count_tokens(self, text: str) -> int:
         """The number of tokens of a text outside a prompt."""
@@ -215,8 +226,8 @@ class PairTokenizer:
             )
         return request, False
 
-    def _query(self, request: RerankRequest) -> _Query:
-        instruction = clean(self._default_instruction if request.instruction is None else request.instruction)
+    def _query(self, request: RerankRequest) -> RequestQuery:
+        instruction = self._instruction(request)
         num_instruction_tokens = self.count_tokens(instruction)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
@@ -225,7 +236,7 @@ class PairTokenizer:
         num_wanted = min(num_tokens, limits.max_query_tokens, request.max_query_tokens or num_tokens)
         if num_wanted < num_tokens and request.truncation == "error":
             raise TextTooLong(field="query", limit=num_wanted, value=num_tokens)
-        return _Query(
+        return RequestQuery(
             instruction=instruction,
             text=text,
             num_tokens=num_tokens,
@@ -235,15 +246,24 @@ class PairTokenizer:
             truncation=request.truncation,
         )
 
-    def _prefix(self, query: _Query, num_query_tokens: int) -> _Prefix:
+    def _prefix(self, query: RequestQuery, num_query_tokens: int) -> RequestPrefix:
         text = query.text
         if num_query_tokens < query.num_tokens:
-            text = self._cut_text(text, num_query_tokens, query.truncation == "start")
-        ids = to_bytes(self.prefix_ids) + self._encode([self.template.shared_body(query.instruction, text)])[0]
+            text = cut_text(self._plain, text, num_query_tokens, query.truncation == "start")
+        ids = self._ids_before_document(query, text)
         room = query.max_prompt_tokens - len(ids) // ID_BYTES - len(self.suffix_ids)
-        return _Prefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
+        return RequestPrefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
 
-    def _shortened(self, whole: _Prefix, query: _Query) -> _Prefix:
+    def _instruction(self, request: RerankRequest) -> str:
+        return clean(self._default_instruction if request.instruction is None else request.instruction)
+
+    def _ids_before_document(self, query: RequestQuery, text: str) -> bytes:
+        return to_bytes(self.prefix_ids) + self._encode([self.template.shared_body(query.instruction, text)])[0]
+
+    def _pair(self, before: bytes, ids: bytes) -> Pair:
+        return Pair(before, ids)
+
+    def _shortened(self, whole: RequestPrefix, query: RequestQuery) -> RequestPrefix:
         """The prefix of pairs that are too long, which leaves a document its share of the room."""
         room = whole.room + whole.num_query_tokens
         share = min(room // DOCUMENT_SHARE, query.max_document_tokens)
@@ -258,7 +278,7 @@ class PairTokenizer:
             prefix = self._prefix(query, prefix.num_query_tokens - (share - prefix.room))
         return prefix
 
-    def _no_room(self, query: _Query, *, num_fixed_tokens: int) -> InvalidRequest:
+    def _no_room(self, query: RequestQuery, *, num_fixed_tokens: int) -> InvalidRequest:
         needed = num_fixed_tokens + MIN_ROOM
         if query.max_prompt_tokens < self._limits.max_length:
             what = (
@@ -292,14 +312,14 @@ class PairTokenizer:
         return pair.num_tokens - len(self.prefix_ids) - len(self.suffix_ids) - self._num_label_tokens
 
     def _encode_in_turn(self, documents: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Each document with the ids of " " + document. Lazy, so that a request over its limit is refused early."""
+        """Each document with its ids. Lazy, so that a request over its limit is refused early."""
         some: list[str] = []
         num_chars = 0
         for number, document in enumerate(documents, 1):
             some.append(document)
             num_chars += len(document)
             if number == len(documents) or num_chars > ENCODED_CHARS:
-                yield from zip(some, self._encode([" " + text for text in some]), strict=True)
+                yield from zip(some, self._encode([self.document_lead + text for text in some]), strict=True)
                 some, num_chars = [], 0
 
     def _control_ids(self, text: str) -> tuple[int, ...]:
@@ -315,17 +335,3 @@ class PairTokenizer:
         if len(ids) != 1:
             raise CheckpointError(f"the tokenizer splits the answer {answer!r} into {len(ids)} tokens; it must be one")
         return ids[0]
-
-    def _cut_text(self, text: str, limit: int, from_start: bool) -> str:
-        """The part of a text that its first or last `limit` tokens cover."""
-        offsets = self._plain.encode(text, add_special_tokens=False).offsets
-        return text[offsets[-limit][0] :] if from_start else text[: offsets[limit - 1][1]]
-
-
-def clean(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, with U+FFFD."""
-    try:
-        text.encode()  # takes a tenth of the time of the search
-        return text
-    except UnicodeEncodeError:
-        return _LONE_SURROGATES.sub("\ufffd", text)

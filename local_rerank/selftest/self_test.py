@@ -12,9 +12,8 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -31,21 +30,9 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
 from local_rerank.requests.pair import Pair
-from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.reranker import Reranker
+from local_rerank.selftest.prompts import WRONG_PROMPTS, Fault, prompt_of
 from local_rerank.types import RerankRequest
-
-Fault = Literal[
-    "no template",
-    "wrong last token",
-    "empty query and document",
-    "other prompt",
-    "missing head rows",
-    "wrong dtype",
-    "wrong attention kernel",
-    "no reranker",
-    "other scores",
-]
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.06, "int8": int8.TOLERANCE, "fp8": 0.25}
 """Allowed difference of log-odds, relative to the spread of the known ones (at least 1). fp32 may sum in another
@@ -133,7 +120,7 @@ def _live_scores(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
     try:
         return log_odds_of(reranker, pairs)
     except EngineFailure:
-        seen = _forward(reranker.engine, [_live_ids(reranker, pair) for pair in pairs])
+        seen = _forward_live(reranker, reranker.engine, pairs)
         if all(map(math.isfinite, seen)):
             raise
         return seen
@@ -148,7 +135,7 @@ class _Examination:
         self.seen = seen
         self.expected = _expected(known)
         self.dtype = _rougher(reranker.info.dtype, known.dtype)
-        self.template = reranker.checkpoint.template
+        self.template = reranker.checkpoint.recipe.template
         self._tokenizer = Tokenizer.from_file(str(reranker.checkpoint.folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -183,15 +170,17 @@ class _Examination:
     def _prompt(self) -> tuple[Fault, str] | None:
         """Compare the token ids with those of the whole prompt encoded at once, and find out why they differ."""
         live = [_live_ids(self.reranker, pair) for pair in self.known.pairs]
-        right = [self._ids(_prompt_of(self.template, pair)) for pair in self.known.pairs]
+        right = [self._right_ids(pair) for pair in self.known.pairs]
         if live == right:
             return None
+        if (template := self.template) is None:
+            return "other prompt", f"the pair differs from the tokenizer's ({self._ends(live[0], right[0])})"
         distances = {
             (fault, number): _difference(
                 self.seen,
-                _forward(self.reranker.engine, [self._ids(build(self.template, pair)) for pair in self.known.pairs]),
+                _forward(self.reranker.engine, [self._ids(build(template, pair)) for pair in self.known.pairs]),
             )
-            for fault, builders in _WRONG_PROMPTS.items()
+            for fault, builders in WRONG_PROMPTS.items()
             for number, build in enumerate(builders)
         }
         (fault, _), distance = min(distances.items(), key=lambda item: item[1])
@@ -253,7 +242,14 @@ class _Examination:
 
     def _right_scores(self, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
         """Score the model card's prompts with an engine."""
-        return _forward(engine, [self._ids(_prompt_of(self.template, pair)) for pair in pairs])
+        if self.template is None:
+            return _forward_live(self.reranker, engine, pairs)
+        return _forward(engine, [self._right_ids(pair) for pair in pairs])
+
+    def _right_ids(self, pair: KnownPair) -> list[int]:
+        if self.template is None:
+            return list(self._tokenizer.encode(pair.query, pair.document).ids)
+        return self._ids(prompt_of(self.template, pair))
 
     def _ids(self, prompt: str) -> list[int]:
         return list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
@@ -296,6 +292,14 @@ def _live_ids(reranker: Reranker, pair: KnownPair) -> list[int]:
     return reranker.explain(pair.query, pair.document, instruction=pair.instruction)[1]
 
 
+def _forward_live(reranker: Reranker, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
+    """Score pairs as a request has them, one at a time, to exclude a fault in packing."""
+    requests = [
+        RerankRequest(query=pair.query, documents=(pair.document,), instruction=pair.instruction) for pair in pairs
+    ]
+    return [score for request in requests for score in engine.score(reranker.tokenizer.pairs(request).pairs)]
+
+
 def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Score prompts one at a time, to exclude a fault in packing."""
     scores: list[float] = []
@@ -303,36 +307,6 @@ def _forward(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[float]:
         scores += engine.score([Pair.of(ids[:1], ids[1:])])
     return scores
 
-
-def _prompt_of(template: PromptTemplate, pair: KnownPair) -> str:
-    return template.prefix + _body(template, pair) + template.suffix
-
-
-def _body(template: PromptTemplate, pair: KnownPair) -> str:
-    return template.shared_body(pair.instruction, pair.query) + " " + pair.document
-
-
-def _empty(template: PromptTemplate, pair: KnownPair) -> str:
-    return template.prefix + template.shared_body(pair.instruction, "") + " " + template.suffix
-
-
-_WRONG_PROMPTS: dict[Fault, tuple[Callable[[PromptTemplate, KnownPair], str], ...]] = {
-    "no template": (
-        lambda template, pair: f"{pair.query} {pair.document}",
-        lambda template, pair: f"{pair.query}{pair.document}",
-        lambda template, pair: f"{pair.query}\n{pair.document}",
-        _body,
-    ),
-    "wrong last token": (
-        lambda template, pair: _prompt_of(template, pair)[:-1],  # a template engine strips the last newline
-        lambda template, pair: _prompt_of(template, pair).rstrip("\n"),
-        lambda template, pair: _prompt_of(template, pair) + "\n",
-        lambda template, pair: _prompt_of(template, pair).partition("<think>")[0],  # no empty think block
-        lambda template, pair: template.prefix + _body(template, pair),  # truncation removed the suffix
-    ),
-    "empty query and document": (_empty, lambda template, pair: _empty(template, pair).replace(" <|", "<|")),
-}
-"""Known ways to build the prompt wrongly; each gives different scores."""
 
 _ABOUT = {
     "no template": "the scores are those of query and document without the prompt template",

@@ -9,6 +9,7 @@ from local_rerank.engine.cpu.int8_search import MAX_SEARCHED_PARAMETERS, facts_o
 from local_rerank.engine.cpu.layers import CpuDecoder
 from local_rerank.engine.cpu.linears import block_layers, widen
 from local_rerank.engine.cpu.products import set_fp32_precision
+from local_rerank.engine.encoder import TransformersEncoder
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.requests.pair import Pair
@@ -23,6 +24,14 @@ def prepare(model: Any, plan: LoadPlan) -> CpuDecoder:
     if plan.routes_fp32:
         set_fp32_precision("bf16")
     return CpuDecoder(model.model, values_dtype=plan.values)
+
+
+def prepare_encoder(model: Any, plan: LoadPlan) -> TransformersEncoder:
+    """Make an encoder from a transformers model, on any device."""
+    encoder = TransformersEncoder(model, plan.checkpoint.architecture)
+    if plan.linear is not None and plan.linear.startswith("blocked"):
+        block_layers(encoder.layers)
+    return encoder
 
 
 def quantize(engine: Engine, plan: LoadPlan, num_parameters: int, known: Callable[[], list[Pair]]) -> list[str]:

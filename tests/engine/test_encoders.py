@@ -1,0 +1,104 @@
+"""Encoders: a pair's score in any packed batch equals its score in a padded batch of plain transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from local_rerank import Reranker
+from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.requests.pending import sigmoid
+from local_rerank.selftest.self_test import self_test
+from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
+from tests.reference import FP32_TOLERANCE
+
+QUERY = "what is the answer?"
+RUNS_ENCODERS = [name for name, row in KERNELS.items() if row.runs_encoders]
+
+
+def documents() -> list[str]:
+    """Texts of many lengths, from empty to 400 characters, two of them equally long."""
+    generator = random.Random(1)
+    return ["".join(generator.choices(LETTERS + "   ", k=length)) for length in (0, 1, 5, 5, 30, 31, 90, 170, 400)]
+
+
+@pytest.mark.parametrize("kernel", RUNS_ENCODERS)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, {}) for kind in OF), ("ModernBert", {"classifier_pooling": "mean", "norm_bias": True, "mlp_bias": True})],
+)
+def test_each_score_equals_that_of_a_padded_batch(
+    kind: str, changes: dict[str, Any], kernel: str, tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "model", kind, **changes)
+    texts = documents()
+    expected = DenseEncoder(folder).logits(QUERY, texts)[:, 0].tolist()
+    assert max(expected) - min(expected) > 0.1
+    tolerance = FP32_TOLERANCE * max(1.0, *map(abs, expected))
+    with Reranker(str(folder), device="cpu", dtype="fp32", attention=kernel) as reranker:
+        assert reranker.info.decoder == "encoder"
+        together = {item.index: item.log_odds for item in reranker.rank(QUERY, texts)}
+        alone = [reranker.rank(QUERY, [text])[0].log_odds for text in texts]
+    assert [together[i] for i in range(len(texts))] == pytest.approx(expected, abs=tolerance)
+    assert alone == pytest.approx(expected, abs=tolerance)
+
+
+def test_two_labels_count_by_their_names(tmp_path: Path) -> None:
+    labels = {0: "relevant", 1: "irrelevant"}
+    folder = make_encoder(
+        tmp_path / "model", "Bert", num_labels=2, id2label=labels, label2id={"relevant": 0, "irrelevant": 1}
+    )
+    logits = DenseEncoder(folder).logits(QUERY, ["the cat", "a"])
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        result = reranker.rank(QUERY, ["the cat", "a"])
+    for item in result:
+        assert item.log_odds == pytest.approx(float(logits[item.index, 0] - logits[item.index, 1]), abs=1e-4)
+        assert item.relevance_score == pytest.approx(float(logits[item.index].softmax(0)[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", OF)
+@pytest.mark.parametrize("name", ["activation.Sigmoid", "linear.Identity"])
+def test_pairs_are_written_as_the_tokenizer_joins_them_and_scored_as_the_config_says(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "model", kind, activation=f"torch.nn.modules.{name}")
+    joined = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        for text in ("the cat", "", "[SEP] </s> <s> [CLS]"):
+            _, ids = reranker.explain(QUERY, text)
+            if not set("[<") & set(text):
+                assert ids == joined.encode(QUERY, text).ids
+            assert [ids.count(token) for token in (2, 3)] == ([3, ids.count(3)] if kind == "XLMRoberta" else [1, 2])
+        item = reranker.rank(QUERY, ["the cat"])[0]
+        assert item.relevance_score == (item.log_odds if name == "linear.Identity" else sigmoid(item.log_odds))
+        assert item.num_tokens == len(joined.encode("the cat", add_special_tokens=False).ids)
+
+
+def test_a_long_pair_is_cut_to_the_positions_of_the_model(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model", "XLMRoberta")
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        result = reranker.rank(QUERY, ["a" * 600])
+        assert result[0].num_tokens + result[0].num_truncated_tokens == 600
+        _, ids = reranker.explain(QUERY, "a" * 600)
+        assert (len(ids), ids[-1]) == (512, 2)
+        cut = "a" * result[0].num_tokens
+    assert result[0].log_odds == pytest.approx(float(DenseEncoder(folder).logits(QUERY, [cut])[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_the_self_test_certifies_known_scores_and_tells_a_wrong_pair(kind: str, tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model", kind)
+    card = DenseEncoder(folder)
+    pairs = [(QUERY, "the cat"), (QUERY, ""), ("a", "b")]
+    known = [{"query": q, "document": d, "log_odds": float(card.logits(q, [d])[0])} for q, d in pairs]
+    (folder / "golden.json").write_text(json.dumps(known), encoding="utf-8")
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        assert self_test(reranker).detail == "the scores are those stored with the model"
+        assert reranker.info.reasons["recipe"].endswith(f"architecture {kind}ForSequenceClassification")
+        reranker.tokenizer.suffix_ids = ()
+        assert self_test(reranker).fault == "other prompt"

@@ -110,6 +110,7 @@ class RankedDocument:
     document: str
     num_tokens: int  # tokens of the document that were scored
     num_truncated_tokens: int  # tokens of the document that were cut off
+    probability: float | None = None  # 0...1, that it is relevant; None without calibration or with another instruction
 
 
 @dataclass(frozen=True, kw_only=True)

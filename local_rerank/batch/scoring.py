@@ -19,7 +19,7 @@ from local_rerank.batch.rows import Record, Row, ScoredRow, to_record, try_parse
 from local_rerank.batch.score_cache import CachedScore, PairKey, ScoreCache
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
-from local_rerank.requests.pending import sigmoid
+from local_rerank.requests.calibration import sigmoid
 from local_rerank.reranker import Reranker
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from concurrent.futures import Future, InvalidStateError
 
 from local_rerank.errors import LocalRerankError
+from local_rerank.requests.calibration import Calibration, sigmoid
 from local_rerank.requests.tokenization import TokenizedRequest
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
@@ -25,6 +25,7 @@ class PendingRequest:
         model_id: str,
         started: float,
         name: str | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log."""
         self.request = request
@@ -35,6 +36,7 @@ class PendingRequest:
         self.num_computed_tokens = 0
         self.first_batch: float | None = None
         self._model_id = model_id
+        self._calibration = calibration if tokenized.has_default_instruction else None
         self._started = started
         self._queued = time.perf_counter()
 
@@ -63,6 +65,7 @@ class PendingRequest:
         tokenized, now = self.tokenized, time.perf_counter()
         log_odds = [self.log_odds[pair] for pair in tokenized.pair_of_document]
         order = sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
+        curve = self._calibration
         num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
         return RerankResult(
             results=tuple(
@@ -73,6 +76,7 @@ class PendingRequest:
                     document=self.request.documents[index],
                     num_tokens=num_tokens[index],
                     num_truncated_tokens=tokenized.num_truncated_tokens[index],
+                    probability=None if curve is None else curve.probability(log_odds[index]),
                 )
                 for index in order[: self.request.top_n]
             ),
@@ -88,8 +92,3 @@ class PendingRequest:
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,
             total_ms=(now - self._started) * 1e3,
         )
-
-
-def sigmoid(x: float) -> float:
-    """The relevance score of log-odds `x`."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

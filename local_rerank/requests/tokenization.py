@@ -67,6 +67,7 @@ class TokenizedRequest:
     num_suffix_tokens: int
     total_tokens: int  # as the hosted service counts usage
     unwrapped: bool  # whether the client had rendered the prompts
+    has_default_instruction: bool  # to which a calibration applies
 
     def num_document_tokens(self, index: int) -> int:
         return self.pairs[self.pair_of_document[index]].num_document_tokens - self.num_suffix_tokens
@@ -193,6 +194,7 @@ class PairTokenizer:
             num_query_tokens=num_query_tokens,
             num_query_truncated_tokens=num_query_cut,
             unwrapped=unwrapped,
+            has_default_instruction=query.instruction == clean(self._default_instruction),
             num_suffix_tokens=len(self.suffix_ids),
             total_tokens=sum(repeats[text] * self._billed_tokens(pairs[i]) for text, i in place.items()),
         )

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from local_rerank.errors import ConfigError
+from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.text_files import open_utf8
 
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ class Calibration:
 
 
 def read_calibration(file: Path) -> Calibration:
-    """Read a file that `local-rerank calibrate` wrote; raises ConfigError, or InvalidRequest if it cannot be opened."""
+    """Read a file that `local-rerank calibrate` wrote; raises ConfigError."""
     try:
         with open_utf8(file, "calibration") as stream:
             value = json.load(stream)
@@ -76,6 +76,8 @@ def read_calibration(file: Path) -> Calibration:
             recipe=dict(value["recipe"]),
             **_curve(value),
         )
+    except InvalidRequest as error:
+        raise ConfigError(f"calibration {error}") from error
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         why = f"without {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(

@@ -17,8 +17,9 @@ from local_rerank.evaluation.calibrating import Fit, Scored, fit
 from local_rerank.evaluation.collection import Collection
 from local_rerank.evaluation.labelled import pairs_of, read_pairs
 from local_rerank.evaluation.trec_files import Candidate
-from local_rerank.requests.calibration import Calibration, sigmoid
+from local_rerank.requests.calibration import Calibration, read_calibration, sigmoid
 from tests.command_line import Done, command
+from tests.tiny_checkpoints import calibration_file
 
 SANITY = Path(__file__).parents[1] / "data/sanity40.jsonl"
 OF_NOTHING: dict[str, Any] = {"model": "m", "instruction": "i", "recipe": {"dtype": "fp32"}}
@@ -148,18 +149,9 @@ def test_calibrate_writes_what_it_prints_and_the_plot(calibrated: tuple[Done, Pa
     assert "share of relevant documents" in file.with_suffix(".svg").read_text()
 
 
-def own_file(reranker: Reranker, folder: Path, **changes: Any) -> Path:
-    """A calibration that fits this reranker, but for the changes."""
-    own = {"version": 1, "model": reranker.model_id, "instruction": reranker.config.instruction}
-    own |= {"recipe": reranker.recipe, "method": "platt", "slope": 0.5, "intercept": -1.0}
-    file = folder / "calibration.json"
-    file.write_text(json.dumps(own | changes))
-    return file
-
-
 def test_results_have_the_probability_of_the_file(tiny_reranker: Reranker, tmp_path: Path) -> None:
     documents = ["Paris", "Rome"]
-    with Reranker(config=tiny_reranker.config, calibration=str(own_file(tiny_reranker, tmp_path))) as reranker:
+    with Reranker(config=tiny_reranker.config, calibration=str(calibration_file(tiny_reranker, tmp_path))) as reranker:
         for item in reranker.rank("capital", documents):
             assert item.probability == sigmoid(0.5 * item.log_odds - 1.0)
             assert item.relevance_score == sigmoid(item.log_odds)
@@ -192,9 +184,14 @@ def test_rank_shows_the_probability(calibrated: tuple[Done, Path]) -> None:
 def test_a_file_that_does_not_fit_the_engine_is_refused(
     change: dict[str, Any], why: str, tiny_reranker: Reranker, tmp_path: Path
 ) -> None:
-    file = own_file(tiny_reranker, tmp_path, **change)
+    file = calibration_file(tiny_reranker, tmp_path, **change)
     with pytest.raises(ConfigError, match=why):
         Reranker(config=tiny_reranker.config, calibration=str(file))
+
+
+def test_a_file_that_is_not_there_is_a_wrong_option(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"calibration .*none.json cannot be read: No such file"):
+        read_calibration(tmp_path / "none.json")
 
 
 def test_the_weights_are_told_by_their_contents(tiny_reranker: Reranker, tmp_path: Path) -> None:

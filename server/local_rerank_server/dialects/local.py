@@ -40,6 +40,7 @@ class LocalResult(TypedDict):
     document: NotRequired[str]  # unless the request declines them
     num_tokens: int
     num_truncated_tokens: int
+    probability: NotRequired[float]  # with --calibration, unless the request has another instruction
 
 
 class LocalResponse(TypedDict):
@@ -66,6 +67,8 @@ def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
 
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
     omitted = {"document"} if body.wants_documents() is False else set()
+    if any(item.probability is None for item in result):
+        omitted.add("probability")
     items = [{name: value for name, value in vars(item).items() if name not in omitted} for item in result]
     return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
 

@@ -85,6 +85,11 @@ class EngineConfig:
         str,
         Parameter(group=MODEL, help="Default instruction, used when a request has none.", converter=_in_utf8),
     ] = DEFAULT_INSTRUCTION
+    calibration: Annotated[
+        str | None,
+        Parameter(group=ENGINE,
+                  help="File of `local-rerank calibrate`: results get the probability that a document is relevant."),
+    ] = None  # fmt: skip
     max_length: Annotated[
         int, Parameter(group=LIMITS, help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
     ] = 8192  # fmt: skip
@@ -149,9 +154,10 @@ class PackEngineConfig(EngineConfig):
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class OtherEngineConfig(EngineConfig):
-    """Engine options of `verify` and `eval`, which name their models themselves."""
+    """Engine options of `verify`, `eval` and `calibrate`, which name their models themselves and use log-odds."""
 
     model: Annotated[str | None, Parameter(parse=False)] = None
+    calibration: Annotated[str | None, Parameter(parse=False)] = None
 
 
 class EngineOptions(TypedDict, total=False):
@@ -165,6 +171,7 @@ class EngineOptions(TypedDict, total=False):
     attention: str
     threads: int | None
     instruction: str
+    calibration: str | None
     max_length: int
     max_query_tokens: int
     max_document_tokens: int

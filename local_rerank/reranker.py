@@ -6,13 +6,16 @@ may mix pairs of several requests, and resolves each request's future with a res
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 from local_rerank import forks
 from local_rerank.checkpoints.find import open_checkpoint
@@ -23,6 +26,7 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
 from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
+from local_rerank.requests.calibration import Calibration, read_calibration
 from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.worker import BatchReport, Worker
@@ -81,6 +85,7 @@ class Reranker:
             faster = thread.submit(self.tokenizer.use_fastest)
             self.engine, self.info = compute(self._load)
         faster.result()
+        self._calibration = self._read_calibration()
         device = self.info.device
         self._worker = Worker(
             lambda pairs: self.engine.score(pairs),
@@ -92,9 +97,29 @@ class Reranker:
             is_alive=lambda: self.engine.is_alive(),
         )
 
+    def _read_calibration(self) -> Calibration | None:
+        if (where := self.config.calibration) is None:
+            return None
+        calibration = read_calibration(Path(where))
+        calibration.require(model=self.model_id, instruction=self.config.instruction, recipe=self.recipe, where=where)
+        return calibration
+
     def _load(self) -> tuple[Engine, ModelInfo]:
         plan = make_plan(self.config, self.checkpoint)
         return load(plan, self.tokenizer.answer_ids, known=lambda: known_pairs(self.checkpoint))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What log-odds depend on beside the model's name, the instruction and the texts. A calibration names it."""
+        template = json.dumps(self.checkpoint.recipe.stored, sort_keys=True)
+        return {
+            "weights": self.checkpoint.digest,
+            "template": hashlib.sha256(template.encode()).hexdigest()[:32],
+            "dtype": self.info.dtype,
+            "max_length": min(self.config.max_length, self.checkpoint.max_length),
+            "max_query_tokens": self.config.max_query_tokens,
+            "max_document_tokens": self.config.max_document_tokens,
+        }
 
     @property
     def model_id(self) -> str:
@@ -245,6 +270,7 @@ class Reranker:
             started=started,
             name=name,
             span_pairs=self.tokenizer.span_pairs,
+            calibration=self._calibration,
         )
         self._worker.submit(pending)
         return pending.future

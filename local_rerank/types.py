@@ -141,6 +141,7 @@ class RankedDocument:
     num_chunks: int | None = None  # None, as below: the request asked for neither chunks nor spans
     best_chunk: ScoredSpan | None = None  # all of a document that fits
     spans: tuple[ScoredSpan, ...] | None = None  # sentences of the best chunk, best first; None: not asked for
+    probability: float | None = None  # 0...1, that it is relevant; None without calibration or with another instruction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,15 @@ import itertools
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+if TYPE_CHECKING:
+    from local_rerank import Reranker
 
 CONTROL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -116,3 +119,12 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
         assert pair_ranks[best] < rank
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts[0], parts[1]
+
+
+def calibration_file(reranker: Reranker, folder: Path, **changes: Any) -> Path:
+    """A calibration that fits this reranker, but for the changes."""
+    own = {"version": 1, "model": reranker.model_id, "instruction": reranker.config.instruction}
+    own |= {"recipe": reranker.recipe, "method": "platt", "slope": 0.5, "intercept": -1.0}
+    file = folder / "calibration.json"
+    file.write_text(json.dumps(own | changes))
+    return file

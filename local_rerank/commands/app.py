@@ -83,7 +83,9 @@ for _name, _function, _help in (
      "Prints nDCG@10, MRR, MAP and recall, and tests whether differences are significant."),
     ("batch", "local_rerank.commands.batch:batch", "Score a file of queries and documents.\n\n"
      "The same command line resumes a killed job. Records that cannot be ranked go to OUTPUT.rejects.jsonl."),
-    ("compare", "local_rerank.commands.compare:compare", "Compare two runs query by query.\n\n"
+    ("calibrate", "local_rerank.commands.calibrate:calibrate", "Fit probabilities and thresholds to labelled pairs.\n\n"
+     "The exit status is 3 if scores do not separate relevant documents from others."),
+    ("compare", "local_rerank.commands.eval:compare", "Compare two runs query by query.\n\n"
      "Prints nDCG@10, MRR, MAP and recall, wins and losses, and the significance of the difference."),
     ("bench", "local_rerank.commands.bench:bench", "Measure speed, memory and exactness on this machine.\n\n"
      "Compares throughput with the limit of the hardware, and log-odds with fp32. Precisions run in alternation, so "

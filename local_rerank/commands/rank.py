@@ -148,7 +148,9 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     """Print a line for each document: cut to the width of a terminal, whole in a file or pipe."""
     console = Console(highlight=False)
     console.width = max(console.width, MIN_TABLE_WIDTH)
-    rows = [["#", "score", "", "log-odds", *([] if blended is None else ["blended"]), "document"]]
+    has_probability = any(item.probability is not None for item in result)  # of all or of none
+    rows = [["#", "score", "", "log-odds", *(["probability"] if has_probability else [])]]
+    rows[0] += [*([] if blended is None else ["blended"]), "document"]
     for item, score in blended if blended is not None else [(item, None) for item in result]:
         bar = _bar(item.relevance_score, is_ascii_only=console.is_ascii_only)
         text, cut = item.document, f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
@@ -157,6 +159,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
             text = text[chunk.start : chunk.end]
             cut = f"  (characters {chunk.start} to {chunk.end}, the best of {item.num_chunks} chunks){cut}"
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
+        cells += [] if item.probability is None else [f"{item.probability:.4f}"]
         cells += [] if score is None else [f"{score:+.2f}"]
         rows.append([*cells, visible(" ".join(text.split())) + cut])
         for span in (item.spans or ())[:SHOWN_SPANS]:

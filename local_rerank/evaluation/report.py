@@ -39,12 +39,12 @@ def evaluation_json(systems: Sequence[System], comparisons: Sequence[Comparison]
 def measure_table(systems: Sequence[System]) -> Any:
     names = list(systems[0].values)
     rows = [[system.name, *(f"{system.mean(name):.4f}" for name in names)] for system in systems]
-    return _table(["", *names], rows)
+    return table(["", *names], rows)
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Any:
     rows = [[f"{each.system} - {each.baseline}", *_difference_cells(each)] for each in comparisons]
-    return _table([f"difference of {comparisons[0].measure}", "mean", "wins", "losses", "ties", "p"], rows)
+    return table([f"difference of {comparisons[0].measure}", "mean", "wins", "losses", "ties", "p"], rows)
 
 
 def _difference_cells(comparison: Comparison) -> list[str]:
@@ -58,7 +58,7 @@ def difference_table(baseline: System, system: System, comparisons: Sequence[Com
         [each.measure, *(f"{one.mean(each.measure):.4f}" for one in (baseline, system)), *_difference_cells(each)]
         for each in comparisons
     ]
-    return _table(["", baseline.name, system.name, "difference", "wins", "losses", "ties", "p"], rows)
+    return table(["", baseline.name, system.name, "difference", "wins", "losses", "ties", "p"], rows)
 
 
 def examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
@@ -67,10 +67,10 @@ def examples_table(comparison: Comparison, queries: dict[str, str]) -> Any:
         [" ".join(queries[query_id].split())[:QUERY_CHARS], query_id, f"{difference:+.3f}"]
         for query_id, difference in examples
     ]
-    return _table([f"most changed: {comparison.system} - {comparison.baseline}", "query", "difference"], rows)
+    return table([f"most changed: {comparison.system} - {comparison.baseline}", "query", "difference"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
     """Align the first column left and the others right; fold long texts and heads, but never a number."""
     from rich.table import Table
     from rich.text import Text

@@ -67,7 +67,7 @@ class EncoderTokenizer(PairTokenizer):
             self._warn_once("requests have an instruction, which this model does not read; it is ignored")
         return request, False
 
-    def _instruction(self, request: RerankRequest) -> str:
+    def _instruction(self, asked: str | None) -> str:
         return ""
 
     def _ids_before_document(self, query: RequestQuery, text: str) -> bytes:

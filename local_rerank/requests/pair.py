@@ -75,6 +75,7 @@ class TokenizedRequest:
     num_suffix_tokens: int
     total_tokens: int  # as the hosted service counts usage
     unwrapped: bool  # whether the client had rendered the prompts
+    has_default_instruction: bool  # to which a calibration applies
 
     def bounds_as_sent(self, index: int, pair: int) -> tuple[int, int] | None:
         """The characters of a pair in a document as it was sent; None if nobody asked for them."""

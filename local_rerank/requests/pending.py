@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from local_rerank.errors import LocalRerankError
+from local_rerank.requests.calibration import Calibration, sigmoid
 from local_rerank.requests.pair import Pair, TokenizedRequest
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
@@ -33,6 +33,7 @@ class PendingRequest:
         started: float,
         name: str | None = None,
         span_pairs: SpanPairs = lambda document, bounds, pair: [],
+        calibration: Calibration | None = None,
     ) -> None:
         """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
 
@@ -50,6 +51,7 @@ class PendingRequest:
         self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
         self._relevance_score = ACTIVATIONS[activation]
+        self._calibration = calibration if tokenized.has_default_instruction else None
         self._started = started
         self._queued = time.perf_counter()
 
@@ -92,7 +94,7 @@ class PendingRequest:
     def _result(self) -> RerankResult:
         """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
-        log_odds = self._document_log_odds()
+        log_odds, curve = self._document_log_odds(), self._calibration
         num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
         return RerankResult(
             results=tuple(
@@ -104,6 +106,7 @@ class PendingRequest:
                     num_tokens=num_tokens[index],
                     num_truncated_tokens=tokenized.num_truncated_tokens[index],
                     **self._chunks(index),
+                    probability=None if curve is None else curve.probability(log_odds[index]),
                 )
                 for index in _order(log_odds)[: self.request.top_n]
             ),
@@ -149,11 +152,6 @@ class PendingRequest:
 
 def _order(log_odds: list[float]) -> list[int]:
     return sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
-
-
-def sigmoid(x: float) -> float:
-    """The relevance score of log-odds `x`."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}

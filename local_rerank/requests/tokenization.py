@@ -191,6 +191,7 @@ class PairTokenizer:
             num_query_tokens=num_query_tokens,
             num_query_truncated_tokens=num_query_cut,
             unwrapped=unwrapped,
+            has_default_instruction=query.instruction == self._instruction(None),
             num_suffix_tokens=len(self.suffix_ids),
             total_tokens=sum(
                 repeats[text] * self._billed_tokens(pairs[i]) for text, at in place.items() for i in ranges[at]
@@ -227,7 +228,7 @@ class PairTokenizer:
         return request, False
 
     def _query(self, request: RerankRequest) -> RequestQuery:
-        instruction = self._instruction(request)
+        instruction = self._instruction(request.instruction)
         num_instruction_tokens = self.count_tokens(instruction)
         if num_instruction_tokens > MAX_INSTRUCTION_TOKENS:
             raise InstructionTooLong(limit=MAX_INSTRUCTION_TOKENS, value=num_instruction_tokens)
@@ -254,8 +255,8 @@ class PairTokenizer:
         room = query.max_prompt_tokens - len(ids) // ID_BYTES - len(self.suffix_ids)
         return RequestPrefix(ids=ids, num_query_tokens=num_query_tokens, room=room)
 
-    def _instruction(self, request: RerankRequest) -> str:
-        return clean(self._default_instruction if request.instruction is None else request.instruction)
+    def _instruction(self, asked: str | None) -> str:
+        return clean(self._default_instruction if asked is None else asked)
 
     def _ids_before_document(self, query: RequestQuery, text: str) -> bytes:
         return to_bytes(self.prefix_ids) + self._encode([self.template.shared_body(query.instruction, text)])[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shlex
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from local_rerank.config import ENGINE, LIMITS
+from local_rerank.config import ENGINE, LIMITS, EngineConfig
 from local_rerank.errors import ConfigError
 from local_rerank.types import Limits
 
@@ -43,6 +44,7 @@ LOGS = Group("Logs", sort_key=7)
 
 DashScopeLimits = Literal["hosted", "server"]
 DocumentEcho = Literal["object", "string"]
+Scores = Literal["model", "calibrated"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["human", "json"]
 
@@ -187,6 +189,12 @@ class ServerConfig:
                   help="How /rerank and /v1/rerank return a document: as an object with its text or, for clients of "
                        "Qianfan and Zhipu and LiteLLM's infinity/, as a string."),
     ] = "object"  # fmt: skip
+    scores: Annotated[
+        Scores,
+        Parameter(group=APIS,
+                  help="What relevance_score is: the model's score, or the probability of --calibration. The latter "
+                       "needs the calibration's instruction in every request. Log-odds stay the model's."),
+    ] = "model"  # fmt: skip
     no_self_test: Annotated[
         bool, Parameter(group=ENGINE,
                         help="Skip the self-test at start, which compares scores with known ones.", negative="")
@@ -254,6 +262,20 @@ class ServerConfig:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set --api-key-file or --api-key, or allow this with --insecure"
+            )
+
+    def check_scores(self, engine: EngineConfig) -> None:
+        """Raise ConfigError if `scores` is calibrated and requests without an instruction could have no probability."""
+        if self.scores == "model":
+            return
+        if engine.calibration is None:
+            raise ConfigError(
+                "scores is calibrated, which needs --calibration FILE; `local-rerank calibrate` makes one"
+            )
+        if self.dashscope_instruction != engine.instruction:
+            raise ConfigError(
+                "scores is calibrated, but the default instruction of the DashScope routes is not the calibration's; "
+                f"set --dashscope-instruction {shlex.quote(engine.instruction)}"
             )
 
     @property

@@ -62,6 +62,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     ConfigError or CheckpointError if the server cannot start.
     """
     set_up_logging(server_config, passed_over=kubernetes_variables())
+    server_config.check_scores(engine_config)
     keys = ApiKeys.from_config(server_config)
     allow_many_connections()
     with _listen(server_config) as listener:

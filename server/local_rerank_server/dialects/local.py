@@ -73,6 +73,7 @@ class LocalResult(TypedDict):
     num_chunks: NotRequired[int]  # if the request or the server asks for chunks or spans
     best_chunk: NotRequired[LocalSpan]
     spans: NotRequired[list[LocalSpan]]
+    probability: NotRequired[float]  # with --calibration, unless the request has another instruction
 
 
 class LocalResponse(TypedDict):

@@ -23,7 +23,7 @@ from local_rerank.errors import (
     TooManyTokens,
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import ServerConfig
+from local_rerank_server.config import Scores, ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Texts, Unsupported
 from local_rerank_server.dialects._json import JsonResponse
@@ -82,6 +82,7 @@ class Info(TypedDict):
     version: str
     sha: str | None
     docker_label: str | None
+    scores: NotRequired[Scores]  # only with --scores calibrated
 
 
 def takes(body: Mapping[str, Any]) -> bool:
@@ -145,6 +146,7 @@ async def info(http: Request) -> JsonResponse:
     """The served model, as Text Embeddings Inference describes it."""
     state = state_of(http)
     model, config = state.reranker.info, state.config
+    calibrated: dict[str, Scores] = {} if config.scores == "model" else {"scores": config.scores}
     return JsonResponse(
         Info(
             model_id=model.model_id,
@@ -164,6 +166,7 @@ async def info(http: Request) -> JsonResponse:
             sha=None,  # the program's build, of which Text Embeddings Inference tells commit and image
             docker_label=None,
         )
+        | calibrated
     )
 
 

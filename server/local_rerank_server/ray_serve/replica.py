@@ -121,10 +121,9 @@ def _deployment(
 
 
 def _replica_config(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
-    """The engine options for another process: its share of CPU threads, and a model folder as an absolute path."""
-    model = config.model
-    if model is not None and Path(model).exists():
-        model = str(Path(model).resolve())
-    return dataclasses.replace(
-        config, model=model, threads=config.threads if resources.num_gpus else resources.num_cpus
-    )
+    """The engine options for another process: its share of CPU threads, and files and folders as absolute paths."""
+    paths = {name: getattr(config, name) for name in ("model", "calibration")}
+    paths = {
+        name: str(Path(path).resolve()) for name, path in paths.items() if path is not None and Path(path).exists()
+    }
+    return dataclasses.replace(config, **paths, threads=config.threads if resources.num_gpus else resources.num_cpus)

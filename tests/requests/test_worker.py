@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,20 +107,6 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
     )
     request = RerankRequest(query="q", documents=("d",) * num)
     return PendingRequest(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)
-
-
-def with_spans(in_callback: Callable[[], object], num_spans: int) -> PendingRequest:
-    """A request for the spans of two documents; `in_callback` runs when both were scored, before spans are queued."""
-    plain = pending(1, 10, 11)
-    spans = [((i, i + 1), Pair.of((1,) * 10, (20 + i,) + (1,) * 69)) for i in range(num_spans)]
-
-    def span_pairs(document: str, bounds: tuple[int, int], pair: Pair) -> list[tuple[tuple[int, int], Pair]]:
-        in_callback()
-        return spans
-
-    request = replace(plain.request, spans=True, top_n=1)
-    tokenized = replace(plain.tokenized, bounds=((0, 1), (0, 1)))
-    return PendingRequest(request, tokenized, model_id="counted", started=0, span_pairs=span_pairs)
 
 
 def submit(worker: Worker, *requests: PendingRequest) -> None:
@@ -285,40 +270,6 @@ def test_a_cancelled_request_leaves_the_queue_at_once(start: Start) -> None:
     assert len(engine.num_tokens) == 2
     with pytest.raises(CancelledError):
         gone.future.result()
-
-
-@pytest.mark.parametrize("gpu", [None, Gpu(), Gpu(computes_at_launch=True)], ids=["cpu", "gpu", "at launch"])
-def test_spans_are_scored_behind_a_full_queue_which_counts_them(gpu: Gpu | None, start: Start) -> None:
-    worker, engine = start(gpu, max_queued_tokens=1000)
-    others = pending(2, *range(10, 23))  # 920 tokens
-
-    def fill_the_queue() -> None:
-        engine.gate.clear()
-        worker.submit(others)
-
-    submit(worker, request := with_spans(fill_the_queue, num_spans=80))
-    until(lambda: worker.num_queued_tokens > 1000)
-    with pytest.raises(Overloaded):
-        worker.submit(pending(3, 10))
-    engine.gate.set()
-    (item,) = request.future.result(10)
-    assert item.index == 1
-    assert item.spans is not None
-    assert [span.start for span in item.spans[-2:]] == [1, 0], "best first"
-    assert request.future.result().total_tokens == 2 + 80 * 80
-    assert len(log_odds(others)) == 13
-
-
-@pytest.mark.parametrize("gpu", [None, Gpu(), Gpu(computes_at_launch=True)], ids=["cpu", "gpu", "at launch"])
-def test_a_request_is_cancelled_while_its_spans_are_queued(gpu: Gpu | None, start: Start) -> None:
-    worker, engine = start(gpu)
-    submit(worker, gone := with_spans(engine.gate.clear, num_spans=80))  # three batches
-    until(lambda: 0 < worker.num_queued_tokens < 80 * 70)
-    assert gone.future.cancel()  # as a server does at the deadline
-    assert worker.num_queued_tokens == worker.num_queued_requests == 0
-    engine.gate.set()
-    submit(worker, after := pending(2, 33))
-    assert log_odds(after) == {0: 33.0}
 
 
 def test_retry_after_is_the_measured_time_until_the_queue_has_room(start: Start) -> None:

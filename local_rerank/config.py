@@ -12,7 +12,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
@@ -100,17 +100,20 @@ class EngineConfig:
         int, Parameter(group=LIMITS, help="Maximum tokens of a document; longer documents are truncated.")
     ] = 4000  # fmt: skip
     long_documents: Annotated[
-        LongDocuments,
+        LongDocuments | None,
         Parameter(group=LIMITS,
-                  help="Long documents: truncate, or chunk to score each by its best chunk (docs/long-documents.md)."),
-    ] = "truncate"  # fmt: skip
-    chunk_tokens: Annotated[int, Parameter(group=LIMITS, help="Maximum tokens of a chunk.")] = 512
+                  help="Long documents: truncate, or chunk to score each by its best chunk (docs/long-documents.md). "
+                       "Default, here and for the next three: what the model's config.json says, else truncate."),
+    ] = None  # fmt: skip
+    chunk_tokens: Annotated[int | None, Parameter(group=LIMITS, help="Maximum tokens of a chunk, else 512.")] = None
     chunk_overlap_tokens: Annotated[
-        int, Parameter(group=LIMITS, help="Tokens that a chunk repeats of the one before, at most half of it.")
-    ] = 64  # fmt: skip
+        int | None,
+        Parameter(group=LIMITS, help="Tokens that a chunk repeats of the one before, at most half of it; else 64."),
+    ] = None
     num_best_chunks: Annotated[
-        int, Parameter(group=LIMITS, help="A document's log-odds: the mean of this many of its best chunks.")
-    ] = 1  # fmt: skip
+        int | None,
+        Parameter(group=LIMITS, help="A document's log-odds: the mean of this many of its best chunks, else 1."),
+    ] = None
     max_batch_tokens: Annotated[
         int | None,
         Parameter(group=ENGINE,
@@ -175,16 +178,19 @@ class EngineOptions(TypedDict, total=False):
     max_length: int
     max_query_tokens: int
     max_document_tokens: int
-    long_documents: LongDocuments
-    chunk_tokens: int
-    chunk_overlap_tokens: int
-    num_best_chunks: int
+    long_documents: LongDocuments | None
+    chunk_tokens: int | None
+    chunk_overlap_tokens: int | None
+    num_best_chunks: int | None
     max_batch_tokens: int | None
     no_cuda_graphs: bool
     no_compile: bool
     max_queued_tokens: int
     deterministic: bool
 
+
+OF_CHUNKS = ("long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks")
+"""Options that only change scores if long documents are scored in chunks."""
 
 _LEAST = {
     "threads": 1, "max_length": 1, "max_query_tokens": 1, "max_document_tokens": 1, "max_batch_tokens": 1,
@@ -207,13 +213,16 @@ def merged(config: EngineConfig | None, model: str | os.PathLike[str] | None, op
     return replace(config or EngineConfig(), **given)
 
 
+_UNIONS = (Union, types.UnionType)  # the former with a Literal
+
+
 @cache
 def _hints() -> dict[str, Any]:
     return get_type_hints(EngineConfig)
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in _UNIONS:
         return any(_is_a(value, kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
@@ -221,7 +230,7 @@ def _is_a(value: object, hint: Any) -> bool:
 
 
 def _name_of(hint: Any) -> str:
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) in _UNIONS:
         return " or ".join(map(_name_of, get_args(hint)))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"

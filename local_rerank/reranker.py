@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from typing import Any, Literal, Self, Unpack, overload
 from local_rerank import forks
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
-from local_rerank.config import EngineConfig, EngineOptions, merged
+from local_rerank.config import OF_CHUNKS, EngineConfig, EngineOptions, merged
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
@@ -52,7 +53,8 @@ class Reranker:
     `EngineConfig`, which `config` gives all at once; an option wins over its field. The constructor returns when the
     model is loaded. Any number of threads may call the methods at the same time. Raises CheckpointError or ConfigError.
 
-    `config` is the EngineConfig, `info` the ModelInfo: device, dtypes, kernels and why each was chosen.
+    `config` is the EngineConfig, with what the checkpoint states about long documents; `info` is the ModelInfo: device,
+    dtypes, kernels and why each was chosen.
 
     >>> reranker = Reranker()
     >>> result = reranker.rank("capital of France", ["Rome is in Italy", "Paris is the capital of France"], top_n=1)
@@ -69,18 +71,15 @@ class Reranker:
     ) -> None:
         self.config = merged(config, model, options)
         self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision, self.config.recipe)
-        self.tokenizer = checkpoint.tokenizer(
-            limits=PromptLimits(
-                max_length=min(self.config.max_length, checkpoint.max_length),
-                max_query_tokens=self.config.max_query_tokens,
-                max_document_tokens=self.config.max_document_tokens,
-                long_documents=self.config.long_documents,
-                chunk_tokens=self.config.chunk_tokens,
-                chunk_overlap_tokens=self.config.chunk_overlap_tokens,
-                num_best_chunks=self.config.num_best_chunks,
-            ),
-            default_instruction=self.config.instruction,
+        given = {name: value for name in OF_CHUNKS if (value := getattr(self.config, name)) is not None}
+        limits = PromptLimits(
+            max_length=min(self.config.max_length, checkpoint.max_length),
+            max_query_tokens=self.config.max_query_tokens,
+            max_document_tokens=self.config.max_document_tokens,
+            **checkpoint.config["local_rerank"] | given,
         )
+        self.config = replace(self.config, **{name: getattr(limits, name) for name in OF_CHUNKS})
+        self.tokenizer = checkpoint.tokenizer(limits=limits, default_instruction=self.config.instruction)
         with ThreadPoolExecutor(1) as thread:  # beside the weights
             faster = thread.submit(self.tokenizer.use_fastest)
             self.engine, self.info = compute(self._load)

@@ -40,7 +40,7 @@ class Limits:
     max_query_chars: int | None = None
     max_instruction_chars: int | None = None
     max_document_chars: int | None = None
-    max_request_tokens: int | None = None  # query tokens x documents + document tokens, after truncation
+    max_request_tokens: int | None = None  # query tokens x documents + document tokens, after truncation or in chunks
     max_document_chunks: int | None = 256  # some 115,000 tokens of the default chunks
     max_request_chunks: int | None = 10_000
     allow_empty_documents: bool = True  # the hosted DashScope service refuses them
@@ -155,7 +155,7 @@ class RerankResult(Sequence[RankedDocument]):
     num_document_tokens: int  # of all documents of the request with duplicates, after truncation
     num_truncated_documents: int
     unwrapped: bool  # whether the texts were parts of rendered prompts, whose template was removed
-    total_tokens: int  # as the hosted service bills: instruction and query once per document, plus the documents
+    total_tokens: int  # as the hosted service bills: instruction, query and text of each document, chunk and span
     num_computed_tokens: int  # tokens the model processed: shared prefixes and duplicates count once
     tokenize_ms: float
     queue_ms: float  # from the end of tokenization to the start of the request's first batch

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,10 @@ async def test_every_call_gives_the_result_of_the_reranker(tiny_checkpoint: Path
         assert (await reranker.load()).model_id == tiny_reranker.model_id
         whole = await reranker.submit(RerankRequest(query="q", documents=("one two",), max_document_tokens=2))
         assert whole.num_truncated_documents == 1
+        long = RerankRequest(query="q", documents=("One two. Three. " * 9,), chunk_tokens=50, long_documents="chunk")
+        (item,), (same,) = await reranker.submit(replace(long, spans=True)), tiny_reranker.submit(long).result()
+        assert (item.best_chunk, item.num_chunks) == (same.best_chunk, same.num_chunks)
+        assert item.spans
 
 
 async def test_concurrent_calls_share_batches(tiny_checkpoint: Path, expected: list[dict[int, float]]) -> None:
@@ -112,11 +117,13 @@ async def test_a_cancelled_call_leaves_the_queue(tiny_checkpoint: Path) -> None:
     async with held(tiny_checkpoint) as (reranker, gate):
         first = asyncio.ensure_future(reranker.submit(request(0)))
         await until_queued(reranker, 0, gate)
-        second = asyncio.ensure_future(reranker.submit(request(1)))
+        long = RerankRequest(query="q", documents=("word " * 400,), long_documents="chunk", chunk_tokens=100)
+        second = asyncio.ensure_future(reranker.submit(replace(long, chunk_overlap_tokens=50)))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await reranker.submit(request(2))
         await until_queued(reranker, 1, gate)
+        assert (await reranker.load()).num_queued_tokens > 3000, "2,000 tokens in chunks that overlap by half"
         second.cancel()
         await until_queued(reranker, 0, gate)
         gate.open.set()

@@ -16,6 +16,7 @@ from typing import Any
 from local_rerank.checkpoints.files import no_config, read_json
 from local_rerank.checkpoints.recipes import ARCHITECTURES, require_no_code
 from local_rerank.errors import CheckpointError
+from local_rerank.types import MIN_CHUNK_TOKENS
 
 DEFAULT_HEAD_DIM = 128  # of transformers' Qwen3Config, as all defaults here
 MAX_SIZE = 2**31 - 1
@@ -121,6 +122,7 @@ _FOR_US: dict[str, _Kind] = {
     "use_sliding_window": _Kind("false: sliding-window attention is not supported", lambda value: value is False),
     "layer_types": _Kind("a list of full_attention: sliding-window attention is not supported", _are_full),
     "partial_rotary_factor": _ROPE["partial_rotary_factor"],
+    "local_rerank": _OBJECT,
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _ACTIVATION = _one_of("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
@@ -156,7 +158,14 @@ _OF_ENCODERS: dict[str, dict[str, _Kind]] = {
     },
 }
 """By architecture: the keys from which transformers makes an encoder."""
-_LABELS = ("id2label", "label2id", "dtype", "torch_dtype")  # of `_FOR_US`
+_OF_BOTH = ("id2label", "label2id", "dtype", "torch_dtype", "local_rerank")  # of `_FOR_US`
+_LOCAL_RERANK: dict[str, _Kind] = {
+    "long_documents": _one_of("truncate", "chunk"),
+    "chunk_tokens": _whole(MIN_CHUNK_TOKENS, MAX_SIZE),
+    "chunk_overlap_tokens": _whole(0, MAX_SIZE),
+    "num_best_chunks": _whole(1, MAX_SIZE),
+}
+"""Defaults of the options of these names."""
 _ACTIVATIONS = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.modules.linear.Identity": "identity",
@@ -175,10 +184,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     kept: dict[str, Any] = {"architectures": [architecture]}
     kept |= {name: config[name] for name in _QUANTIZATION if config.get(name)}
     encoder = _OF_ENCODERS.get(architecture)
-    ours = _FOR_US if encoder is None else {name: _FOR_US[name] for name in _LABELS}
+    ours = _FOR_US if encoder is None else {name: _FOR_US[name] for name in _OF_BOTH}
     kept |= _checked(path, "", config, (encoder or _FOR_TRANSFORMERS) | ours)
     if missing := [name for name in _REQUIRED if name not in kept]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy it again from where the weights are from")
+    if unknown := sorted({*kept.get("local_rerank", {})} - {*_LOCAL_RERANK}):  # most likely misspelled
+        what = f"{path} has local_rerank.{unknown[0]}, which is unknown"
+        raise CheckpointError(f"{what}; known are {', '.join(_LOCAL_RERANK)}")
+    kept["local_rerank"] = _checked(path, "local_rerank.", kept.get("local_rerank", {}), _LOCAL_RERANK)
     kept["num_labels"] = len(kept.get("id2label", ())) or kept.get("num_labels", 2)
     if encoder is not None:
         return kept | {"activation": _activation(path, config)}

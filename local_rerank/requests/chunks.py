@@ -22,6 +22,7 @@ _CLOSERS = r"[\"'”’»)\]]"
 _SENTENCE_END = re.compile(
     # each alternative takes linear time on any text: no repeat can be entered at several places of one run
     rf"(?:(?<=[.!?…])|(?<=[.!?…]{_CLOSERS})|(?<=[.!?…]{_CLOSERS}{_CLOSERS}))\s++(?![a-z])"
+    r"|(?<=\s[.!?])\s++"  # texts split into tokens, often in lower case
     r"|[。！？｡]++[”’」』）]*+\s*+|[\n\r\u2028\u2029]\s*+"
 )
 _JOINER, _SKIN_TONES = "\u200d", range(0x1F3FB, 0x1F400)
@@ -52,19 +53,23 @@ def chunks(
     encoded by itself.
     """
     start, end = bounds
+    done = start  # where the last chunk ended
     ends = sentence_ends(text)
     num_overlap_tokens = min(num_overlap_tokens, num_tokens // 2)  # so that each chunk starts after the one before
     while True:
         first = bisect_left(starts, starts[max(0, bisect_right(starts, start) - 1)])  # of the character at `start`
-        if first + num_tokens >= bisect_left(starts, end):
+        if first + num_tokens >= bisect_left(starts, end) or start + 1 == end:
             yield start, end
             return
         high = max(starts[first + num_tokens], start + 1)
-        low = max(starts[first + num_tokens - num_tokens // 4], start)
-        cut = _last_cut(text, low, high, ends)
-        yield start, cut
-        overlap = bisect_left(starts, cut) - num_overlap_tokens
-        start = _first_cut(text, max(starts[overlap], start + 1), cut, ends) if num_overlap_tokens else cut
+        if high <= done:  # the overlap is a character of many tokens
+            start = done
+            continue
+        low = max(starts[first + num_tokens - num_tokens // 4], done)
+        done = _last_cut(text, low, high, ends)
+        yield start, done
+        overlap = bisect_left(starts, done) - num_overlap_tokens
+        start = _first_cut(text, max(starts[overlap], start + 1), done, ends) if num_overlap_tokens else done
 
 
 def _last_cut(text: str, low: int, high: int, ends: Sequence[int]) -> int:

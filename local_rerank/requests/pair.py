@@ -73,6 +73,7 @@ class TokenizedRequest:
     num_query_tokens: int
     num_query_truncated_tokens: int
     num_suffix_tokens: int
+    num_unbilled_tokens: int  # of each pair: the template's, which total_tokens does not count
     total_tokens: int  # as the hosted service counts usage
     unwrapped: bool  # whether the client had rendered the prompts
     has_default_instruction: bool  # to which a calibration applies

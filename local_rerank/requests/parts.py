@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from tokenizers import Tokenizer
 
-from local_rerank.errors import TooManyChunks
+from local_rerank.errors import TooManyChunks, TooManyTokens
 from local_rerank.requests.chunks import Bounds, chunks
 from local_rerank.requests.encoders import Encode
 from local_rerank.requests.pair import ID_BYTES
@@ -26,7 +26,7 @@ class PromptLimits:
     max_length: int  # of the whole prompt
     max_query_tokens: int
     max_document_tokens: int  # of a document or a chunk
-    long_documents: LongDocuments = "truncate"
+    long_documents: LongDocuments = "truncate"  # these are defaults for models whose config.json states none
     chunk_tokens: int = 512
     chunk_overlap_tokens: int = 64
     num_best_chunks: int = 1
@@ -94,6 +94,13 @@ def check_num_chunks(request: RerankRequest, field: str, *, num_chunks: int, num
     for name, limit, value in checks:
         if limit is not None and value > limit:
             raise TooManyChunks(field=name, limit=limit, value=value)
+
+
+def check_num_tokens(request: RerankRequest, num_tokens: int) -> None:
+    """Raises TooManyTokens."""
+    limit = request.limits.max_request_tokens
+    if limit is not None and num_tokens > limit:
+        raise TooManyTokens(limit=limit, value=num_tokens)
 
 
 def _token_starts(tokenizer: Tokenizer, text: str, lead: str) -> list[int]:

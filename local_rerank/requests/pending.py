@@ -47,6 +47,7 @@ class PendingRequest:
         self.num_computed_tokens = 0
         self.first_batch: float | None = None
         self._num_pairs = len(tokenized.pairs)  # with those of spans, as soon as they are known
+        self._num_span_tokens = 0  # as total_tokens counts them
         self._span_pairs = span_pairs if request.spans else None
         self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
@@ -73,6 +74,7 @@ class PendingRequest:
                 self._spans[index] = {first + i: span for i, (span, _) in enumerate(spans)}
                 pairs += [pair for _, pair in spans]
         self._num_pairs += len(pairs)
+        self._num_span_tokens = sum(pair.num_tokens - self.tokenized.num_unbilled_tokens for pair in pairs)
         return pairs
 
     def answer(self) -> None:
@@ -116,7 +118,7 @@ class PendingRequest:
             unwrapped=tokenized.unwrapped,
             num_document_tokens=sum(num_tokens),
             num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
-            total_tokens=tokenized.total_tokens,
+            total_tokens=tokenized.total_tokens + self._num_span_tokens,
             num_computed_tokens=self.num_computed_tokens,
             tokenize_ms=(self._queued - self._started) * 1e3,
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,

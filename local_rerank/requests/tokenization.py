@@ -15,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -26,7 +27,6 @@ from local_rerank.errors import (
     InvalidRequest,
     LocalRerankError,
     TextTooLong,
-    TooManyTokens,
 )
 from local_rerank.requests.chunks import Bounds, sentences
 from local_rerank.requests.encoders import (
@@ -39,7 +39,7 @@ from local_rerank.requests.encoders import (
     without_added_tokens,
 )
 from local_rerank.requests.pair import ID_BYTES, Pair, TokenizedRequest, to_bytes, to_ids
-from local_rerank.requests.parts import Cutting, PromptLimits, check_num_chunks, parts_of
+from local_rerank.requests.parts import Cutting, PromptLimits, check_num_chunks, check_num_tokens, parts_of
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.text_files import open_utf8
 from local_rerank.types import RerankRequest, Truncation
@@ -154,7 +154,8 @@ class PairTokenizer:
         ranges: list[range] = []
         cuts: list[int] = []
         num_request_tokens = num_request_chunks = 0  # as `Limits` counts them
-        limit, suffix = request.limits.max_request_tokens, to_bytes(self.suffix_ids)
+        longest: list[int] = []  # tokens of each document's longest part, of which spans may be scored
+        suffix = to_bytes(self.suffix_ids)
         for document, ids in self._encode_in_turn(list(repeats)):
             prefix, num_tokens = whole, len(ids) // ID_BYTES
             if min(num_tokens, query.max_document_tokens) > whole.room:
@@ -172,10 +173,11 @@ class PairTokenizer:
             pairs += [self._pair(prefix.ids, part + suffix) for _, part in parts]
             bounds += [part_bounds for part_bounds, _ in parts]
             cuts.append(num_cut)
-            num_part_tokens = sum(len(part) // ID_BYTES for _, part in parts)
-            num_request_tokens += repeats[document] * (len(parts) * prefix.num_query_tokens + num_part_tokens)
-            if limit is not None and num_request_tokens > limit:
-                raise TooManyTokens(limit=limit, value=num_request_tokens)
+            num_part_tokens = [len(part) // ID_BYTES for _, part in parts]
+            longest += repeats[document] * [max(num_part_tokens)] if request.spans else []
+            num_request_tokens += repeats[document] * (len(parts) * prefix.num_query_tokens + sum(num_part_tokens))
+            check_num_tokens(request, num_request_tokens)
+        check_num_tokens(request, num_request_tokens + sum(nlargest(request.top_n or len(documents), longest)))
         num_query_tokens = (shortened or whole).num_query_tokens
         num_query_cut = query.num_tokens - num_query_tokens
         if num_query_cut and request.max_query_tokens is request.max_prompt_tokens is None:  # else it asked for that
@@ -193,6 +195,7 @@ class PairTokenizer:
             unwrapped=unwrapped,
             has_default_instruction=query.instruction == self._instruction(None),
             num_suffix_tokens=len(self.suffix_ids),
+            num_unbilled_tokens=pairs[0].num_tokens - self._billed_tokens(pairs[0]),
             total_tokens=sum(
                 repeats[text] * self._billed_tokens(pairs[i]) for text, at in place.items() for i in ranges[at]
             ),

@@ -162,6 +162,8 @@ class ServerConfig:
             help="Maximum tokens of a request after truncation: query tokens x documents + document tokens.",
         ),
     ] = 500_000
+    max_document_chunks: Annotated[int, Parameter(group=LIMITS, help="Maximum chunks of a long document.")] = 256
+    max_request_chunks: Annotated[int, Parameter(group=LIMITS, help="Maximum chunks of a request.")] = 10_000
     dashscope_limits: Annotated[
         DashScopeLimits,
         Parameter(group=APIS,
@@ -306,6 +308,8 @@ class ServerConfig:
             max_instruction_chars=MAX_INSTRUCTION_CHARS,
             max_document_chars=MAX_DOCUMENT_CHARS,
             max_request_tokens=self.max_request_tokens,
+            max_document_chunks=self.max_document_chunks,
+            max_request_chunks=self.max_request_chunks,
             allow_empty_documents=not self.strict,
         )
 
@@ -328,6 +332,8 @@ _MINIMUM = {
     "drain_seconds": 0,
     "max_documents": 1,
     "max_request_tokens": 1,
+    "max_document_chunks": 1,
+    "max_request_chunks": 1,
 }
 _MAXIMUM = {"port": 65535, "max_documents": MAX_DOCUMENTS}
 

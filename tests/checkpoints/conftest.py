@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ def packable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In several shards, with a licence, a marker in a subfolder, and files that do not belong in a bundle."""
     folder = make_checkpoint(tmp_path_factory.mktemp("packable") / "tiny-reranker", seed=21, max_shard_size="40KB")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA random reranker.\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"local_rerank": {"chunk_tokens": 100}}), encoding="utf-8")
     (folder / "LICENSE").write_text("Apache License\n", encoding="utf-8")
     (folder / "1_LogitScore").mkdir()
     (folder / "1_LogitScore" / "config.json").write_text("{}", encoding="utf-8")

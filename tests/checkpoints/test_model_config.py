@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from local_rerank import Reranker
+from local_rerank import Reranker, RerankRequest
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.model_config import read_config
 from local_rerank.engine.stored_weights import model_config
@@ -92,6 +92,10 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused_with_file_and_key(valu
         ({"label2id": {"no": "0"}}, "label2id {'no': '0'}; it must be an object of numbers by label"),
         ({"quantization_config": {"weight_block_size": [128, 0]}}, "weight_block_size [128, 0]; it must be"),
         ({"hidden_size": "x" * 10_000}, "hidden_size 'xxx"),
+        ({"local_rerank": []}, "local_rerank []; it must be an object"),
+        ({"local_rerank": {"chunk_tokens": 15}}, "local_rerank.chunk_tokens 15; it must be a whole number from 16 to"),
+        ({"local_rerank": {"long_documents": "split"}}, "local_rerank.long_documents 'split'; it must be one of trunc"),
+        ({"local_rerank": {"chunk_token": 96}}, "local_rerank.chunk_token, which is unknown; known are long_documents"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_by_name(changes: dict[str, object], says: str, tmp_path: Path) -> None:
@@ -139,3 +143,21 @@ def test_what_transformers_refuses_in_the_config_is_one_line(tiny_checkpoint: Pa
     (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config\.json is refused by transformers: .*'factor'"):
         Reranker(str(folder), device="cpu", dtype="fp32")
+
+
+def test_config_json_states_how_long_documents_are_read_by_default(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny-reranker")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stated = {"long_documents": "chunk", "chunk_tokens": 100, "chunk_overlap_tokens": 0}
+    (folder / "config.json").write_text(json.dumps(written | {"local_rerank": stated}), encoding="utf-8")
+    document = "Some words in a line.\n" * 40  # 880 tokens
+    with Reranker(str(folder), device="cpu", dtype="fp32", chunk_overlap_tokens=50) as reranker:
+        config = reranker.config
+        default = reranker.rank("q", [document])[0].num_chunks
+        asked = RerankRequest(query="q", documents=(document,), chunk_tokens=220, chunk_overlap_tokens=0)
+        assert reranker.submit(asked).result()[0].num_chunks == 5, "nine lines each"
+        assert reranker.rank("q", [document], long_documents="truncate")[0].num_chunks is None
+    assert (config.long_documents, config.chunk_tokens, config.chunk_overlap_tokens) == ("chunk", 100, 50)
+    assert config.num_best_chunks == 1
+    assert default is not None
+    assert default > 10, "an option wins over config.json"

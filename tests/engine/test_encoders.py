@@ -91,6 +91,30 @@ def test_a_long_pair_is_cut_to_the_positions_of_the_model(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", OF)
+def test_chunks_and_spans_are_scored_as_documents_of_their_text(kind: str, tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model", kind)
+    document, fits = "the cat . a dog ? " * 60, "the cat . a dog ?"
+    with Reranker(str(folder), device="cpu", dtype="fp32", chunk_tokens=100) as reranker:
+        plain = reranker.rank(QUERY, [fits])[0]
+        item, same = sorted(
+            reranker.rank(QUERY, [document, fits], long_documents="chunk", spans=True),
+            key=lambda item: item.index,
+        )
+    assert item.num_truncated_tokens == 0
+    assert item.num_chunks is not None
+    assert item.num_chunks > 5
+    assert same.log_odds == pytest.approx(plain.log_odds, abs=1e-4)
+    assert item.best_chunk is not None
+    assert item.spans
+    found = [document[part.start : part.end] for part in (item.best_chunk, *item.spans)]
+    assert set(found[1:]) == {"the cat .", "a dog ?"}
+    logits = DenseEncoder(folder).logits(QUERY, found)[:, 0].tolist()
+    assert [part.score for part in (item.best_chunk, *item.spans)] == pytest.approx(
+        list(map(sigmoid, logits)), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", OF)
 def test_the_self_test_certifies_known_scores_and_tells_a_wrong_pair(kind: str, tmp_path: Path) -> None:
     folder = make_encoder(tmp_path / "model", kind)
     card = DenseEncoder(folder)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from local_rerank import Reranker
@@ -25,6 +25,7 @@ ODD = [
     "\u0958", "\U0001d160", "\r\n", "\r", "\n\n", " ", "   ", "\t", "\u2028", "\u200d", "\x00", "<|im_end|>", "x" * 300,
     "\u1100\u1161", "ก็", "ﬁ",
 ]  # fmt: skip
+BYTES = make(byte_tokenizer_json())  # up to twelve tokens for a character
 TEXT = " ".join(f"Sentence number {i} has some words in it." for i in range(100))
 
 
@@ -52,14 +53,17 @@ def check(tokenizer: PairTokenizer, document: str, tokens: int, overlap: int) ->
     return found
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))  # they measure time
 @given(
     document=st.lists(st.sampled_from(ODD) | st.text(max_size=6), min_size=1, max_size=60).map("".join),
     tokens=st.integers(16, 60),
     overlap=st.integers(0, 40),
 )
+@example(document="\U0001d160 " * 20, tokens=20, overlap=30)  # twelve bytes after normalization
+@example(document="中文没有空格" * 4 + "\U0001d160x" * 9, tokens=24, overlap=19)
 def test_chunks_of_any_text_cover_it_and_fit(qwen: PairTokenizer, document: str, tokens: int, overlap: int) -> None:
-    check(qwen, document, tokens, overlap)
+    for tokenizer in (qwen, BYTES):
+        check(tokenizer, document, tokens, overlap)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,7 @@ def test_chunks_end_at_lines_then_words_then_visible_characters(qwen: PairTokeni
         ("One. Two! Three?", ["One.", "Two!", "Three?"]),
         ('He said "Go." Then (left.) She cried…  "No"', ['He said "Go."', "Then (left.)", "She cried…", '"No"']),
         ("e.g. this, i.e. one", ["e.g. this, i.e. one"]),
+        ("of a wing . the results , e.g. lift ? no", ["of a wing .", "the results , e.g. lift ?", "no"]),
         ("第一句。第二句！」第三句", ["第一句。", "第二句！」", "第三句"]),
         ("a line\r\n\r\n  another\n", ["a line", "another"]),
         ("", []),

@@ -100,6 +100,7 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
         num_query_tokens=1,
         num_query_truncated_tokens=0,
         num_suffix_tokens=0,
+        num_unbilled_tokens=0,
         total_tokens=num,
         has_default_instruction=True,
         unwrapped=False,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def is_one_document(template: dict[str, Any]) -> bool:
 
 
 def fields(item: RankedDocument) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in RankedDocument.__dataclass_fields__}
+    return dict(json.loads(json.dumps(asdict(item))))
 
 
 def masked(body: Any) -> str:

@@ -51,7 +51,13 @@ async def test_get_routes_answer_head_requests(serve: Serve) -> None:
 
 
 async def test_limits_shows_the_configured_values(serve: Serve) -> None:
-    options = {"max_documents": 7, "client_timeout_seconds": 9, "key_tokens_per_minute": 9, "strict": True}
+    options = {
+        "max_documents": 7,
+        "client_timeout_seconds": 9,
+        "key_tokens_per_minute": 9,
+        "strict": True,
+        "max_document_chunks": 9,
+    }
     async with serve(HeldRanker(), **options) as client:
         published = (await client.get("/limits")).json()
     assert published["dashscope"] == {
@@ -60,7 +66,7 @@ async def test_limits_shows_the_configured_values(serve: Serve) -> None:
         "max_instruction_chars": 50_000,
         "max_document_chars": 300_000,
         "max_request_tokens": 120_000,
-        "max_document_chunks": 256,
+        "max_document_chunks": 9,
         "max_request_chunks": 10_000,
         "allow_empty_documents": False,
     }

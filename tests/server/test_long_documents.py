@@ -29,6 +29,19 @@ async def test_our_own_route_says_which_chunk_won(serve: Serve, tiny_reranker: R
     assert not {"num_chunks", "best_chunk", "spans"} & plain["results"][0].keys(), "nobody asked for them"
 
 
+async def test_spans_count_in_the_limit_of_tokens_and_in_usage(serve: Serve, tiny_reranker: Reranker) -> None:
+    body: dict[str, Any] = {"query": "q", "documents": [TEXT[:500], TEXT[:200]]}
+    result = tiny_reranker.rank("q", body["documents"])
+    num_tokens, longest = result.num_document_tokens + 2, max(item.num_tokens for item in result)
+    async with serve(tiny_reranker, max_request_tokens=num_tokens + longest) as client:
+        plain = (await client.post("/v1/local/rank", json=body)).json()
+        one = (await client.post("/v1/local/rank", json=body | {"spans": True, "top_n": 1})).json()
+        both = await client.post("/v1/local/rank", json=body | {"spans": True})
+    assert one["total_tokens"] > plain["total_tokens"] + len(one["results"][0]["spans"]) * 30
+    assert both.status_code == 400
+    assert f"has {num_tokens + result.num_document_tokens} tokens or more; at most {num_tokens + longest}" in both.text
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -131,6 +131,10 @@ class EngineConfig:
                        "to the bit. Prefixes are not shared; docs/operations.md has the cost.", negative=""),
     ] = False  # fmt: skip
 
+    @property
+    def in_chunks(self) -> bool:
+        return self.long_documents == "chunk"
+
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
             if not _is_a(value := getattr(self, name), hint):
@@ -185,6 +189,9 @@ class EngineOptions(TypedDict, total=False):
     max_queued_tokens: int
     deterministic: bool
 
+
+OF_CHUNKS = ("long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks")
+"""Options that only change scores if long documents are scored in chunks."""
 
 _LEAST = {
     "threads": 1, "max_length": 1, "max_query_tokens": 1, "max_document_tokens": 1, "max_batch_tokens": 1,

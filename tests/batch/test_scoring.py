@@ -170,7 +170,13 @@ def test_cached_pairs_are_not_scored_again(counting: Any, tmp_path: Path) -> Non
 
 def test_the_cache_distinguishes_models_settings_and_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [{}, {"max_document_tokens": 9}, {"max_length": 500}, {"dtype": "bf16"}]
-    same: list[dict[str, Any]] = [{"threads": 1}, {"instruction": "other"}, {"max_batch_tokens": 99}]
+    options += [{"long_documents": "chunk"}, {"long_documents": "chunk", "chunk_tokens": 99}]
+    same: list[dict[str, Any]] = [
+        {"chunk_tokens": 99},
+        {"threads": 1},
+        {"instruction": "other"},
+        {"max_batch_tokens": 99},
+    ]
     identities = []
     for more in [*options, *same]:
         with Reranker(str(tiny_checkpoint), device="cpu", **({"dtype": "fp32"} | more)) as reranker:

@@ -119,6 +119,7 @@ def _requests(pairs: Iterable[PairKey]) -> list[RerankRequest]:
             query=query,
             instruction=instruction,
             documents=tuple(texts[i : i + MAX_REQUEST_DOCUMENTS]),
+            max_chunks_per_document=LIMITS.max_document_chunks,  # an error would refuse all records with this query
             limits=LIMITS,
         )
         for (instruction, query), texts in documents.items()

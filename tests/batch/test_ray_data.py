@@ -185,7 +185,7 @@ def test_json_lines_to_parquet_by_uri_gives_the_same_bits_as_one_process(
     input, output, single = tmp_path / "in.jsonl", tmp_path / "out.parquet", tmp_path / "single.parquet"
     input.write_text("\n".join(rows), encoding="utf-8")
     same = ["--deterministic", "--blend", "bm25=1", "--return-documents", "--long-documents", "chunk"]
-    same += ["--chunk-tokens", "16"]
+    same += ["--chunk-tokens", "30"]
     done = on_ray(input.as_uri(), f"fsspec+{output.as_uri()}", in_this_process, tiny_checkpoint, *same, "--json")
     event = json.loads(done.stdout.splitlines()[-1])
     assert (event["rows"], event["pairs"], event["rejected"]) == (60, 240, 1)

@@ -119,6 +119,15 @@ def test_a_malformed_record_does_not_affect_the_others(tiny_reranker: Reranker) 
     assert alone["log_odds"] == same["log_odds"]  # type: ignore[index]
 
 
+def test_a_document_with_too_many_chunks_is_cut_off_and_affects_no_other(tiny_checkpoint: Path) -> None:
+    records = [{"query": "q", "document": "word " * 5000}, {"query": "q", "document": "short"}]
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "long_documents": "chunk", "chunk_tokens": 16}
+    with Reranker(str(tiny_checkpoint), **options) as reranker:
+        long, short = scored(BlockScorer(reranker).score_records(records))
+    assert (long["num_chunks"], short["num_chunks"]) == (256, 1)
+    assert (long["num_truncated_tokens"] > 0, short["num_truncated_tokens"]) == (True, 0)
+
+
 def test_an_engine_failure_ends_the_block(tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")

@@ -50,7 +50,7 @@ def plan(
     json_output: JsonOutput = False,
 ) -> None:
     """Estimate the time, machines and cost of a job, and the replicas that a p99 latency needs."""
-    from local_rerank.planning.rates import DEVICES_PER_MACHINE, chunks_of, find_device, make_plan
+    from local_rerank.planning.rates import DEVICES_PER_MACHINE, SUFFIX_TOKENS, chunks_of, find_device, make_plan
 
     num_devices, device_name = _devices(gpus)
     on_this_cpu = device_name == THIS_CPU
@@ -70,7 +70,7 @@ def plan(
     chunking = EngineConfig(
         long_documents=long_documents, chunk_tokens=chunk_tokens, chunk_overlap_tokens=chunk_overlap_tokens
     )
-    num_chunks, num_more_tokens = chunks_of(tokens - shared_tokens, chunking)
+    num_chunks, num_more_tokens = chunks_of(tokens - shared_tokens - SUFFIX_TOKENS, chunking)
     speeds = _cpu_speeds(model) if on_this_cpu and tokens_per_second is None else None
     rate = _rate(speeds, device_name, model, tokens_per_second)
     made = make_plan(

@@ -134,6 +134,10 @@ class EngineConfig:
                        "to the bit. Prefixes are not shared; docs/operations.md has the cost.", negative=""),
     ] = False  # fmt: skip
 
+    @property
+    def in_chunks(self) -> bool:
+        return self.long_documents == "chunk"
+
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
             if not _is_a(value := getattr(self, name), hint):

@@ -75,6 +75,7 @@ def open_sink(
     model_id: str,
     with_documents: bool,
     is_blended: bool,
+    in_chunks: bool = False,
     spreadsheet_safe: bool = False,
     stream: io.RawIOBase | None = None,
 ) -> Sink:
@@ -85,6 +86,7 @@ def open_sink(
     judge_output(file, source)
     suffix = file.suffix.lower()
     target = AppendFile(file) if stream is None else OutputStream(stream)
+    options = {"with_documents": with_documents, "is_blended": is_blended, "in_chunks": in_chunks}
     if suffix == ".jsonl":
         return TextSink(target, lambda scored: json_line(to_record(scored, with_documents=with_documents)))
     if suffix == ".run":
@@ -93,9 +95,8 @@ def open_sink(
         from local_rerank.batch.parquet import ParquetSink, ParquetSource, output_schema
 
         found = source.schema if isinstance(source, ParquetSource) else None
-        options = {"is_pairs": source.is_pairs, "with_documents": with_documents, "is_blended": is_blended}
-        schema = output_schema(found, source.columns, **options)
+        schema = output_schema(found, source.columns, is_pairs=source.is_pairs, **options)
         return ParquetSink(file, folder, schema, with_documents=with_documents)
-    names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
+    names = flat_columns(source, **options)
     line = partial(tsv_line if suffix == ".tsv" else csv_line, spreadsheet_safe=spreadsheet_safe)
     return TextSink(target, partial(flat_lines, names=names, line=line), header=line(names))

@@ -59,14 +59,15 @@ class PartFormat:
     suffix: str
     with_documents: bool = False
     is_blended: bool = False
+    in_chunks: bool = False
     is_pairs: bool = False  # for JSON lines; the first record decides this and the columns
     columns: tuple[str, ...] = ("query",)
 
     def schema(self, found: pa.Schema | None) -> pa.Schema:
         """Return the columns of a Parquet part; `found` is the schema of a Parquet input."""
         is_pairs = self.is_pairs if found is None else "document" in found.names
-        options = {"is_pairs": is_pairs, "with_documents": self.with_documents, "is_blended": self.is_blended}
-        return output_schema(found, self.columns, **options)
+        options = {"with_documents": self.with_documents, "is_blended": self.is_blended, "in_chunks": self.in_chunks}
+        return output_schema(found, self.columns, is_pairs=is_pairs, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from local_rerank.batch.pieces import (
     part_path,
     state_of,
 )
-from local_rerank.config import EngineConfig
+from local_rerank.config import OF_CHUNKS, EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, EngineFailure
 from local_rerank.evaluation.blending import Blend
@@ -63,6 +63,7 @@ class RayJob:
         values = {name: getattr(self, name) for name in ("suffix", "with_documents", "blend")}
         values["input"] = re.sub(r"//[^/@]*@", "//", self.input)  # without credentials in the URI
         values |= {name: getattr(self.config, name) for name in ("model", "revision", "dtype", "instruction")}
+        values |= {name: getattr(self.config, name) for name in OF_CHUNKS if self.config.in_chunks}
         values |= {"input_state": state_of(self.input), "num_pieces": num_pieces}
         return {name: str(value) for name, value in values.items()}
 
@@ -86,7 +87,12 @@ def run(job: RayJob, address: str | None, *, overwrite: bool, begin: Begin) -> I
 
 def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
     first = first_row(job.input, pieces)
-    parts = PartFormat(suffix=job.suffix, with_documents=job.with_documents, is_blended=job.blend is not None)
+    parts = PartFormat(
+        suffix=job.suffix,
+        with_documents=job.with_documents,
+        is_blended=job.blend is not None,
+        in_chunks=job.config.in_chunks,
+    )
     if first is None:
         return parts
     return dataclasses.replace(parts, is_pairs=first.is_pair, columns=tuple(first.fields))

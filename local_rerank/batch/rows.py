@@ -18,8 +18,11 @@ from local_rerank.types import RankedDocument
 Record = dict[str, Any]
 T = TypeVar("T")
 
-PAIR_COLUMNS = ("relevance_score", "log_odds", "num_tokens", "num_truncated_tokens")
+PAIR_COLUMNS = {"relevance_score": float, "log_odds": float, "num_tokens": int, "num_truncated_tokens": int}
 """Fields that scoring adds to a pair's record."""
+
+CHUNK_COLUMNS = {"num_chunks": int, "best_chunk_start": int, "best_chunk_end": int, "best_chunk_score": float}
+"""Fields that follow if long documents are scored in chunks. Positions are code points of the document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,7 @@ def try_parse(record: object) -> Row | InvalidRequest:
 def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
     """Return the output record: the row's fields plus its scores (a pair) or its results (a ranking)."""
     if scored.row.is_pair:
-        return scored.row.fields | {name: getattr(scored.results[0], name) for name in PAIR_COLUMNS}
+        return scored.row.fields | _scores(scored.results[0])
     results = [result_record(scored, rank, with_documents=with_documents) for rank in range(1, len(scored.results) + 1)]
     return scored.row.fields | {"results": results}
 
@@ -108,12 +111,23 @@ def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False)
     record: Record = {"index": item.index}
     if row.document_ids is not None:
         record["id"] = row.document_ids[item.index]
-    record |= {name: getattr(item, name) for name in PAIR_COLUMNS}
+    record |= _scores(item)
     if scored.blended_scores is not None:
         record["blended_score"] = scored.blended_scores[rank - 1]
     if with_documents:
         record["document"] = item.document
     return record
+
+
+def score_columns(*, in_chunks: bool) -> dict[str, type]:
+    return PAIR_COLUMNS | (CHUNK_COLUMNS if in_chunks else {})
+
+
+def _scores(item: RankedDocument) -> Record:
+    scores = {name: getattr(item, name) for name in PAIR_COLUMNS}
+    if (chunk := item.best_chunk) is not None:
+        scores |= zip(CHUNK_COLUMNS, (item.num_chunks, chunk.start, chunk.end, chunk.score), strict=True)
+    return scores
 
 
 def json_line(record: Record) -> str:

@@ -1,7 +1,8 @@
 """Cache scores by pair in an SQLite file, so that no run scores the same pair again.
 
 A key is a digest of everything a score depends on: the bytes of weights and tokenizer, the prompt template, the
-settings that change scores, instruction, query and document. No text is stored. Processes may share a file.
+settings that change scores, instruction, query and document. No text is stored. Processes may share a file. Scores in
+chunks have a table of their own, so that a file of a job without chunks has the form that it always had.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from local_rerank.batch.rows import score_columns
 from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.config import OF_CHUNKS
 from local_rerank.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0  # timeout for another process that holds the write lock
-_COLUMNS = ["key", "log_odds", "num_tokens", "num_truncated_tokens"]
+_TABLES = {
+    name: [column for column in score_columns(in_chunks=in_chunks) if column != "relevance_score"]
+    for name, in_chunks in (("scores", False), ("scores_in_chunks", True))
+}
+_SQL_TYPES = {float: "REAL", int: "INTEGER"}
 _MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
     "model", "revision", "recipe", "instruction",  # part of the key by their contents
@@ -33,8 +40,6 @@ _SPEED_ONLY = {
     "no_cuda_graphs", "no_compile", "deterministic", "calibration",
 }  # fmt: skip
 """Settings that change log-odds by rounding at most. Every other setting is part of the key."""
-
-_OF_CHUNKS = {"long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks"}
 
 PairKey = tuple[str, str, str]
 """Instruction, query, document."""
@@ -47,16 +52,21 @@ class CachedScore:
     log_odds: float
     num_tokens: int
     num_truncated_tokens: int
+    num_chunks: int | None = None  # None, as below: not scored in chunks
+    best_chunk_start: int | None = None
+    best_chunk_end: int | None = None
+    best_chunk_score: float | None = None
 
 
 class ScoreCache:
-    """The scores of one model; `identity` comes from `score_identity`. Raises ConfigError."""
+    """The scores of one model, in chunks or not; `identity` comes from `score_identity`. Raises ConfigError."""
 
-    def __init__(self, file: Path, identity: str) -> None:
+    def __init__(self, file: Path, identity: str, *, in_chunks: bool = False) -> None:
         if not file.parent.is_dir():
             raise ConfigError(f"cache is {file}; there is no folder {file.parent}")
         self._file = file
         self._identity = identity.encode()
+        self._table = "scores_in_chunks" if in_chunks else "scores"
         try:
             self._database = sqlite3.connect(file, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self._check()
@@ -69,18 +79,19 @@ class ScoreCache:
     def _check(self) -> None:
         """Raise ConfigError, before anything is written, if the file is a database of another program or version."""
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        columns = [name for _, name, *_ in self._database.execute("PRAGMA table_info(scores)")]
-        (num_objects,) = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if num_objects and (num_objects > 1 or columns != _COLUMNS):
+        tables = [table for (table,) in self._database.execute("SELECT name FROM sqlite_schema")]
+        columns = "SELECT name FROM pragma_table_info(?)"
+        found = {table: [name for (name,) in self._database.execute(columns, [table])] for table in tables}
+        if any(names != ["key", *_TABLES.get(table, ())] for table, names in found.items()):
             raise ConfigError(f"cache {self._file} is a database of another program; choose another name")
         if version not in (0, SCHEMA_VERSION):
             raise ConfigError(f"cache {self._file} has version {version}; this program reads version {SCHEMA_VERSION}")
 
     def _create(self) -> None:
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, log_odds REAL NOT NULL,"
-            " num_tokens INTEGER NOT NULL, num_truncated_tokens INTEGER NOT NULL) WITHOUT ROWID"
-        )
+        kinds = score_columns(in_chunks=True)
+        columns = ", ".join(f"{name} {_SQL_TYPES[kinds[name]]} NOT NULL" for name in _TABLES[self._table])
+        definition = f"{self._table} (key BLOB PRIMARY KEY, {columns}) WITHOUT ROWID"
+        self._database.execute(f"CREATE TABLE IF NOT EXISTS {definition}")
         self._database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def get(self, pairs: Iterable[PairKey]) -> dict[PairKey, CachedScore]:
@@ -91,19 +102,21 @@ class ScoreCache:
         for start in range(0, len(all_digests), _MAX_VARIABLES):
             digests = all_digests[start : start + _MAX_VARIABLES]
             marks = ", ".join("?" * len(digests))
-            rows = self._database.execute(f"SELECT * FROM scores WHERE key IN ({marks})", digests)
+            rows = self._database.execute(f"SELECT * FROM {self._table} WHERE key IN ({marks})", digests)
             found.update((by_digest[digest], CachedScore(*values)) for digest, *values in rows)
         return found
 
     def put(self, scores: Mapping[PairKey, CachedScore]) -> None:
         """Store scores in one transaction."""
-        rows = [(self._digest(pair), *dataclasses.astuple(score)) for pair, score in scores.items()]
+        names = _TABLES[self._table]
+        rows = [(self._digest(pair), *(getattr(score, name) for name in names)) for pair, score in scores.items()]
+        marks = ", ".join("?" * (1 + len(names)))
         self._database.execute("BEGIN IMMEDIATE")
-        self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
+        self._database.executemany(f"INSERT OR REPLACE INTO {self._table} VALUES ({marks})", rows)
         self._database.execute("COMMIT")
 
     def __len__(self) -> int:
-        (count,) = self._database.execute("SELECT count(*) FROM scores").fetchone()
+        (count,) = self._database.execute(f"SELECT count(*) FROM {self._table}").fetchone()
         return int(count)
 
     def close(self) -> None:
@@ -131,7 +144,7 @@ def score_identity(reranker: Reranker) -> str:
 
 def score_settings(config: EngineConfig) -> dict[str, object]:
     """Return the options on which scores depend, beside model and instruction."""
-    unused = _SPEED_ONLY | (set() if config.long_documents == "chunk" else _OF_CHUNKS)
+    unused = _SPEED_ONLY.union(() if config.in_chunks else OF_CHUNKS)
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 

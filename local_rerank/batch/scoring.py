@@ -21,9 +21,10 @@ from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
 from local_rerank.requests.pending import ACTIVATIONS
 from local_rerank.reranker import Reranker
-from local_rerank.types import RankedDocument, RerankRequest, RerankResult
+from local_rerank.types import Limits, RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 MAX_REQUEST_DOCUMENTS = 128  # per request, so that scores reach the cache and the progress bar early
+LIMITS = Limits(max_request_chunks=None)  # requests are made here, and a record may have any number of documents
 
 Advance = Callable[[int, int, int], None]
 """Called with the number of pairs just scored, of the tokens computed for them (0 for cached pairs) and of those of
@@ -86,10 +87,7 @@ class BlockScorer:
         return [(instruction, row.query, document) for document in row.documents]
 
     def _keep(self, instruction: str, query: str, result: RerankResult) -> dict[PairKey, CachedScore]:
-        scores = {
-            (instruction, query, item.document): CachedScore(item.log_odds, item.num_tokens, item.num_truncated_tokens)
-            for item in result
-        }
+        scores = {(instruction, query, item.document): _cached(item) for item in result}
         if self._cache is not None:
             self._cache.put(scores)
         self._advance(len(scores), result.num_computed_tokens, sum(item.num_tokens for item in result))
@@ -117,7 +115,13 @@ def _requests(pairs: Iterable[PairKey]) -> list[RerankRequest]:
     for instruction, query, document in pairs:
         documents.setdefault((instruction, query), []).append(document)
     return [
-        RerankRequest(query=query, instruction=instruction, documents=tuple(texts[i : i + MAX_REQUEST_DOCUMENTS]))
+        RerankRequest(
+            query=query,
+            instruction=instruction,
+            documents=tuple(texts[i : i + MAX_REQUEST_DOCUMENTS]),
+            max_chunks_per_document=LIMITS.max_document_chunks,  # an error would refuse all records with this query
+            limits=LIMITS,
+        )
         for (instruction, query), texts in documents.items()
         for i in range(0, len(texts), MAX_REQUEST_DOCUMENTS)
     ]
@@ -137,6 +141,18 @@ def _order(row: Row, log_odds: list[float], how: Blend | None) -> tuple[list[int
     return best_first(blended), blended
 
 
+def _cached(item: RankedDocument) -> CachedScore:
+    best = item.best_chunk
+    where = () if best is None else (item.num_chunks, best.start, best.end, best.score)
+    return CachedScore(item.log_odds, item.num_tokens, item.num_truncated_tokens, *where)
+
+
+def _best_chunk(score: CachedScore) -> ScoredSpan | None:
+    if score.best_chunk_start is None or score.best_chunk_end is None or score.best_chunk_score is None:
+        return None
+    return ScoredSpan(start=score.best_chunk_start, end=score.best_chunk_end, score=score.best_chunk_score)
+
+
 def _ranked(index: int, document: str, score: CachedScore, to_relevance: Callable[[float], float]) -> RankedDocument:
     return RankedDocument(
         index=index,
@@ -145,4 +161,6 @@ def _ranked(index: int, document: str, score: CachedScore, to_relevance: Callabl
         document=document,
         num_tokens=score.num_tokens,
         num_truncated_tokens=score.num_truncated_tokens,
+        num_chunks=score.num_chunks,
+        best_chunk=_best_chunk(score),
     )

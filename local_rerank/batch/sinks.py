@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from local_rerank.batch.durable import AppendFile, OutputStream
-from local_rerank.batch.rows import PAIR_COLUMNS, Record, Row, ScoredRow, encode, result_record, to_record
+from local_rerank.batch.rows import Record, Row, ScoredRow, encode, result_record, score_columns, to_record
 from local_rerank.batch.sources import Source
 
 _FORMULA = re.compile(r"[\t\r\n]|\s*[=+@＝＋－＠-]")  # how a cell begins that a spreadsheet may run
@@ -99,10 +99,11 @@ def _word(name: str | None) -> str:
     return "_".join((name or "").split()) or "_"
 
 
-def flat_columns(source: Source, *, with_documents: bool, is_blended: bool) -> tuple[str, ...]:
+def flat_columns(source: Source, *, with_documents: bool, is_blended: bool, in_chunks: bool) -> tuple[str, ...]:
+    scores = score_columns(in_chunks=in_chunks)
     if source.is_pairs:
-        return (*(name for name in source.columns if name not in PAIR_COLUMNS), *PAIR_COLUMNS)
-    names = ["id", "query", "rank", "index", "document_id", *PAIR_COLUMNS]
+        return (*(name for name in source.columns if name not in scores), *scores)
+    names = ["id", "query", "rank", "index", "document_id", *scores]
     return (*names, *["blended_score"] * is_blended, *["document"] * with_documents)
 
 

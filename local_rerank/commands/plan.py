@@ -7,7 +7,9 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from local_rerank.commands.console import JsonOutput, option, print_json, say, warn
+from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.types import LongDocuments
 
 if TYPE_CHECKING:
     from local_rerank.bench.kept_speeds import CpuSpeeds
@@ -26,6 +28,13 @@ def plan(
         int, option(help="Tokens per pair that all pairs of a query share and that are computed once.")
     ] = 69,
     documents: Annotated[int, option(help="Documents per query.")] = 100,
+    long_documents: Annotated[
+        LongDocuments, option(help="chunk: documents beyond --chunk-tokens are scored in overlapping chunks.")
+    ] = "truncate",
+    chunk_tokens: Annotated[int, option(help="Maximum tokens of a chunk.")] = EngineConfig.chunk_tokens,
+    chunk_overlap_tokens: Annotated[
+        int, option(help="Tokens that a chunk repeats of the one before.")
+    ] = EngineConfig.chunk_overlap_tokens,
     gpus: Annotated[
         str, option(help="Number and kind of devices, for example 8xH200; cpu: machines with this one's CPU.")
     ] = THIS_CPU,
@@ -41,7 +50,7 @@ def plan(
     json_output: JsonOutput = False,
 ) -> None:
     """Estimate the time, machines and cost of a job, and the replicas that a p99 latency needs."""
-    from local_rerank.planning.rates import DEVICES_PER_MACHINE, find_device, make_plan
+    from local_rerank.planning.rates import DEVICES_PER_MACHINE, SUFFIX_TOKENS, chunks_of, find_device, make_plan
 
     num_devices, device_name = _devices(gpus)
     on_this_cpu = device_name == THIS_CPU
@@ -58,11 +67,15 @@ def plan(
     if not 0 <= shared_tokens < tokens:
         what = f"shared_tokens is {shared_tokens}; it must be less than tokens, which is {tokens}"
         raise InvalidRequest(what, field="shared_tokens", limit=tokens, value=shared_tokens)
+    chunking = EngineConfig(
+        long_documents=long_documents, chunk_tokens=chunk_tokens, chunk_overlap_tokens=chunk_overlap_tokens
+    )
+    num_chunks, num_more_tokens = chunks_of(tokens - shared_tokens - SUFFIX_TOKENS, chunking)
     speeds = _cpu_speeds(model) if on_this_cpu and tokens_per_second is None else None
     rate = _rate(speeds, device_name, model, tokens_per_second)
     made = make_plan(
         pairs=pairs,
-        tokens=tokens,
+        tokens=tokens + num_more_tokens,
         shared_tokens=shared_tokens,
         documents=documents,
         num_devices=num_devices,
@@ -75,8 +88,8 @@ def plan(
         replicas = _replicas(
             rate,
             requests_per_second=requests_per_second,
-            documents=documents,
-            document_tokens=tokens - shared_tokens,
+            documents=documents * num_chunks,
+            document_tokens=(tokens - shared_tokens + num_more_tokens) / num_chunks,
             shared_tokens=shared_tokens,
             max_batch_tokens=CPU_BATCH_TOKENS if on_this_cpu else GPU_BATCH_TOKENS,
             p99_ms=p99_ms,
@@ -86,7 +99,9 @@ def plan(
     else:
         if speeds is not None:
             _print_speeds(speeds)
-        _print(made, replicas, f"{pairs:,.0f} pairs of {tokens} tokens, {model}", num_devices, device_name, p99_ms)
+        in_chunks = f" in {num_chunks} chunks" if num_chunks > 1 else ""
+        job = f"{pairs:,.0f} pairs of {tokens} tokens{in_chunks}, {model}"
+        _print(made, replicas, job, num_devices, device_name, p99_ms)
 
 
 def _cpu_speeds(model: str) -> CpuSpeeds:
@@ -129,7 +144,7 @@ def _replicas(
     *,
     requests_per_second: float,
     documents: int,
-    document_tokens: int,
+    document_tokens: float,
     shared_tokens: int,
     max_batch_tokens: int,
     p99_ms: float,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from local_rerank.errors import ConfigError
 from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
 from local_rerank.evaluation.collection import Collection
-from local_rerank.types import RerankRequest
+from local_rerank.types import Limits, RerankRequest
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -84,11 +84,14 @@ def measures(top_k: int) -> tuple[str, ...]:
 
 def score(reranker: Reranker, collection: Collection, *, top_k: int) -> Iterator[tuple[str, list[float]]]:
     """Yield each query id with the log-odds of its `top_k` candidates; skips queries without candidates."""
+    limits = Limits(max_request_chunks=None)
     found = {query_id: run[:top_k] for query_id, run in collection.run.items() if run}
     requests = (
         RerankRequest(
             query=collection.queries[query_id],
             documents=tuple(collection.documents[candidate.document_id] for candidate in candidates),
+            max_chunks_per_document=limits.max_document_chunks,  # one document should not end the command
+            limits=limits,
         )
         for query_id, candidates in found.items()
     )

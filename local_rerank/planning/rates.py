@@ -13,10 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
 
 DATA = Path(__file__).with_name("throughput.toml")
 DEVICES_PER_MACHINE = 8
+SUFFIX_TOKENS = 9  # of the template, after each document or chunk
 
 RateKind = Literal["measured", "given", "estimate"]
 
@@ -95,6 +97,15 @@ def make_plan(
         dollars=price and Range(low=device_hours.low * price.low, high=device_hours.high * price.high),
         price_source=device.price_source,
     )
+
+
+def chunks_of(document_tokens: int, config: EngineConfig) -> tuple[int, int]:
+    """Estimate the chunks of a document, and the tokens that they have beyond the document's: overlaps and suffixes."""
+    if not config.in_chunks or document_tokens <= config.chunk_tokens:
+        return 1, 0
+    overlap = min(config.chunk_overlap_tokens, config.chunk_tokens // 2)
+    num_chunks = 1 + math.ceil((document_tokens - config.chunk_tokens) / (config.chunk_tokens - overlap))
+    return num_chunks, (num_chunks - 1) * (overlap + SUFFIX_TOKENS)
 
 
 def find_device(name: str, dollars_per_hour: float | None) -> Device:

@@ -19,6 +19,7 @@ from typing import Any
 
 import ir_datasets
 import ir_measures
+import pyarrow.parquet as pq
 import pytest
 from ir_measures import RR, R, nDCG
 
@@ -135,6 +136,45 @@ def test_a_cache_is_shared_between_jobs(rankings: Path, tmp_path: Path, model: l
     assert [event["model_pairs"] for event in done] == [18, 0]
     assert [event["pairs"] for event in done] == [18, 18]
     assert read_lines(tmp_path / "a.jsonl") == read_lines(tmp_path / "b.jsonl")
+
+
+def test_long_documents_are_scored_in_chunks_by_the_same_cache_as_whole_ones(
+    rankings: Path, tmp_path: Path, model: list[str], tiny_checkpoint: Path
+) -> None:
+    long = " ".join(f"Sentence {i} has some words 🦙 in it." for i in range(40))
+    record = {"id": "q", "query": "which?", "documents": ["short", long]}
+    input = write_lines(tmp_path / "in.jsonl", [record])
+    in_chunks = ("--long-documents", "chunk", "--chunk-tokens", "100")
+    done = {}
+    for name, options in (
+        ("whole.jsonl", ()),
+        ("chunks.jsonl", in_chunks),
+        ("again.parquet", in_chunks),
+        ("again.csv", in_chunks),
+        ("whole-again.jsonl", ()),
+    ):
+        arguments = ("--output", tmp_path / name, "--cache", tmp_path / "scores.sqlite", "--json", *options)
+        done[name] = json.loads(batch(input, *arguments, *model).stdout.splitlines()[-1])["model_pairs"]
+    assert list(done.values()) == [2, 2, 0, 0, 0], "no score is taken for one of the other kind"
+    with Reranker(str(tiny_checkpoint), device="cpu", dtype="fp32", chunk_tokens=100) as reranker:
+        items = reranker.rank("which?", record["documents"], long_documents="chunk")
+    (found,) = read_lines(tmp_path / "chunks.jsonl")
+    (table,) = pq.read_table(tmp_path / "again.parquet").to_pylist()
+    assert table == found | {"results": [{"id": None} | result for result in found["results"]]}
+    with (tmp_path / "again.csv").open(encoding="utf-8", newline="") as stream:
+        cells = list(csv.DictReader(stream))
+    for result, row, item in zip(found["results"], cells, items, strict=True):
+        assert item.best_chunk is not None
+        chunk = (item.num_chunks, item.best_chunk.start, item.best_chunk.end)
+        assert (result["num_chunks"], result["best_chunk_start"], result["best_chunk_end"]) == chunk
+        assert (row["num_chunks"], row["best_chunk_end"]) == (str(chunk[0]), str(chunk[2]))
+        assert result["best_chunk_score"] == pytest.approx(item.best_chunk.score, abs=CLOSE)
+        assert result["log_odds"] == pytest.approx(item.log_odds, abs=CLOSE)
+        assert result["num_truncated_tokens"] == 0
+    assert max(item.num_chunks or 0 for item in items) > 10
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert whole == (tmp_path / "whole-again.jsonl").read_bytes()
+    assert b"chunk" not in whole, "nobody asked for them"
 
 
 # Runs and measures

@@ -166,9 +166,10 @@ def test_parquet_keeps_its_columns_and_only_a_missing_part_is_scored_again(
     assert_same(pa.concat_tables([pq.read_table(part) for part in parts]).to_pylist(), found.to_pylist())
     assert [part.stat().st_mtime_ns == before[part] for part in parts] == [True, False, True]
     again = ["batch", str(input), "--output", str(output), "--ray", in_this_process, *options(tiny_checkpoint)]
-    other = command(*again, "--instruction", "x")
-    assert other.returncode == 1
-    assert "was started with instruction " in other.stderr
+    for option, value in (("--instruction", "x"), ("--long-documents", "chunk")):
+        other = command(*again, option, value)
+        assert other.returncode == 1
+        assert f"was started with {option[2:].replace('-', '_')} " in other.stderr
     pq.write_table(table.slice(1), input, row_group_size=20)
     changed = command(*again)
     assert changed.returncode == 1
@@ -183,7 +184,8 @@ def test_json_lines_to_parquet_by_uri_gives_the_same_bits_as_one_process(
     rows.insert(30, '{"query": "q", "document": "a pair among rankings"}')
     input, output, single = tmp_path / "in.jsonl", tmp_path / "out.parquet", tmp_path / "single.parquet"
     input.write_text("\n".join(rows), encoding="utf-8")
-    same = ["--deterministic", "--blend", "bm25=1", "--return-documents"]
+    same = ["--deterministic", "--blend", "bm25=1", "--return-documents", "--long-documents", "chunk"]
+    same += ["--chunk-tokens", "30"]
     done = on_ray(input.as_uri(), f"fsspec+{output.as_uri()}", in_this_process, tiny_checkpoint, *same, "--json")
     event = json.loads(done.stdout.splitlines()[-1])
     assert (event["rows"], event["pairs"], event["rejected"]) == (60, 240, 1)

@@ -119,6 +119,15 @@ def test_a_malformed_record_does_not_affect_the_others(tiny_reranker: Reranker) 
     assert alone["log_odds"] == same["log_odds"]  # type: ignore[index]
 
 
+def test_a_document_with_too_many_chunks_is_cut_off_and_affects_no_other(tiny_checkpoint: Path) -> None:
+    records = [{"query": "q", "document": "word " * 2500}, {"query": "q", "document": "short"}]
+    options: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "long_documents": "chunk", "chunk_tokens": 16}
+    with Reranker(str(tiny_checkpoint), **options) as reranker:
+        long, short = scored(BlockScorer(reranker).score_records(records))
+    assert (long["num_chunks"], short["num_chunks"]) == (256, 1)
+    assert (long["num_truncated_tokens"] > 0, short["num_truncated_tokens"]) == (True, 0)
+
+
 def test_an_engine_failure_ends_the_block(tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -170,7 +179,13 @@ def test_cached_pairs_are_not_scored_again(counting: Any, tmp_path: Path) -> Non
 
 def test_the_cache_distinguishes_models_settings_and_texts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [{}, {"max_document_tokens": 9}, {"max_length": 500}, {"dtype": "bf16"}]
-    same: list[dict[str, Any]] = [{"threads": 1}, {"instruction": "other"}, {"max_batch_tokens": 99}]
+    options += [{"long_documents": "chunk"}, {"long_documents": "chunk", "chunk_tokens": 99}]
+    same: list[dict[str, Any]] = [
+        {"chunk_tokens": 99},
+        {"threads": 1},
+        {"instruction": "other"},
+        {"max_batch_tokens": 99},
+    ]
     identities = []
     for more in [*options, *same]:
         with Reranker(str(tiny_checkpoint), device="cpu", **({"dtype": "fp32"} | more)) as reranker:

@@ -326,6 +326,19 @@ def test_eval_ranks_like_the_reranker(files: dict[str, Path], tiny_checkpoint: P
     assert reranked["q1"] == 1 / (1 + min(ranked.index("d1"), ranked.index("d3")))
 
 
+def test_eval_reads_long_documents_in_chunks_if_asked(files: dict[str, Path]) -> None:
+    """Truncated, d1 would stay behind d2."""
+    filler = 5 * "Bananas are yellow and grow in warm places. "
+    texts = {"d1": f"{filler}Paris is the capital of France.", "d2": "Rome is the capital of Italy."}
+    files["corpus"].write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in texts.items()))
+    files["queries"].write_text('{"id": "q1", "text": "capital of France"}')
+    files["run"].write_text("q1 Q0 d2 1 2 test\nq1 Q0 d1 2 1 test\n")
+    done = evaluated(files, "--max-document-tokens", "24", "--long-documents", "chunk", "--json")
+    system = json.loads(done.stdout)["systems"][1]
+    assert system["by_query"]["RR"] == {"q1": 1.0}
+    assert system["name"] == "local-rerank-nano, in chunks"
+
+
 def test_eval_prints_tables_and_writes_the_plot(files: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plot.svg"
     output = evaluated(files, "--model", str(tiny_checkpoint), "--plot", str(plot)).stdout

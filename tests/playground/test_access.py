@@ -49,7 +49,7 @@ def test_the_keyboard_alone_is_enough(page: Page) -> None:
     page.keyboard.type("Find other cities")
     assert tab_to(page, "documents") == ["compare", "file", "documents"]
     page.keyboard.insert_text("Rome is the capital of Italy\nParis is the capital of France")
-    assert tab_to(page, "top-n") == ["model", "top-n"]
+    assert tab_to(page, "top-n") == ["in-chunks", "spans", "model", "top-n"]
     page.keyboard.type("1")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".ranking")).to_have_count(2)
@@ -97,8 +97,10 @@ def faults(page: Page) -> list[dict[str, Any]]:
 def test_axe_finds_no_fault_in_any_state(scheme: Scheme, open_page: Open, base_url: str, locked_url: str) -> None:
     page = open_page(base_url, color_scheme=scheme)
     page.get_by_label("Compare two instructions").check()
-    rank(page, "q", json.dumps(["word " * 200, ""]))
-    expect(page.locator(".ranking")).to_have_count(2)
+    page.get_by_label("Read long documents in chunks").check()
+    page.get_by_label("Score the sentences").check()
+    rank(page, "q", json.dumps(["A word. " * 200, ""]))
+    expect(page.locator("mark.chunk")).to_have_count(2)
     shown(page)
     assert faults(page) == []
     rank(page, "", "a")

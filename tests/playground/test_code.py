@@ -104,6 +104,10 @@ def test_the_code_follows_the_fields(page: Page) -> None:
     expect(snippet).not_to_contain_text("Authorization")
     page.get_by_label("Model").select_option("gte-rerank")
     expect(snippet).to_contain_text('"model": "gte-rerank"')
+    page.get_by_label("Read long documents in chunks").check()
+    expect(snippet).to_contain_text('"long_documents": "chunk"')
+    page.get_by_role("radio", name="Cohere").check(force=True)
+    expect(snippet).to_contain_text("# Long documents in chunks: local-rerank serve --long-documents chunk")
 
 
 def test_code_of_many_documents_is_shown_in_part_and_copied_whole(open_page: Open, base_url: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from local_rerank import Reranker
+from local_rerank import Reranker, RerankRequest
 from tests.client_servers import MAX_DOCUMENT_TOKENS
 from tests.playground.conftest import KEY, Open, bodies_sent, rank, shown
 from tests.playground.test_access import faults
@@ -42,6 +42,34 @@ def test_a_ranking_shows_what_the_library_says(page: Page, nano: Reranker) -> No
     assert re.search(r"Speed\s+[\d,]+ tokens/s", facts)
     assert re.search(r"Cut\s+nothing", facts)
     assert "3 ranked in" in page.locator("#announcement").inner_text()
+
+
+def test_the_best_chunk_of_a_long_document_and_its_sentences_are_marked(page: Page, nano: Reranker) -> None:
+    filler = "Llamas \U0001f999 eat grass \U0001f469\u200d\U0001f33e in the high Andes of Peru. " * 20
+    documents = ["A short text. \U0001f600 With two sentences.", f"{filler}Paris is the capital of France. {filler}"]
+    page.get_by_label("Read long documents in chunks").check()
+    page.get_by_label("Score the sentences").check()
+    rank(page, "capital of France", json.dumps(documents))
+    shown(page)
+    request = RerankRequest(query="capital of France", documents=tuple(documents), long_documents="chunk", spans=True)
+    items = nano.submit(request).result()
+    assert [item.index for item in items] == [1, 0]
+    chunk = items[0].best_chunk
+    assert chunk is not None
+    assert page.locator("mark.chunk").all_text_contents() == [documents[1][chunk.start : chunk.end]]
+    for item, shown_item in zip(items, page.locator("li").all(), strict=True):
+        sentences = sorted(item.spans or (), key=lambda span: span.start)
+        found = shown_item.locator(".sentence")
+        assert found.all_text_contents() == [item.document[span.start : span.end] for span in sentences]
+        scores = [float(str(each.get_attribute("data-score")).lstrip("<>")) for each in found.all()]
+        assert scores == pytest.approx([span.score for span in sentences], abs=1e-4)
+    best = page.locator(".chunk .sentence", has_text="Paris is the capital of France.")
+    page.locator("li").first.scroll_into_view_if_needed()
+    expect(best).to_be_in_viewport()
+    expect(page.locator(".meta").first).to_contain_text(f"best of {items[0].num_chunks} chunks")
+    page.get_by_role("button", name="Show all").click()
+    expect(page.locator(".before").first).to_be_visible()
+    assert page.locator(".document").first.text_content() == documents[1]
 
 
 def titles(page: Page, selector: str) -> list[str]:

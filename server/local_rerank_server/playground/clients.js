@@ -12,13 +12,19 @@ export const CLIENTS = [
   { name: "LlamaIndex", code: llamaIndex },
 ];
 
+/** The client's code, and for an SDK how to get chunks, for which its API has no field. */
+export function codeOf(client, request, base, key) {
+  const hint = "# Long documents in chunks: local-rerank serve --long-documents chunk\n";
+  return (request.long_documents && client.code !== curl ? hint : "") + client.code(request, base, key);
+}
+
 const PRINT = (results) => `
 for result in ${results}:
     print(result.index, result.relevance_score)
 `;
 
-function curl({ query, documents, instruction, top_n, model }, base, key) {
-  const body = JSON.stringify({ query, documents, instruction, top_n, model }, null, 2);
+function curl(request, base, key) {
+  const body = JSON.stringify(request, null, 2);
   const header = key ? ` \\\n  -H 'Authorization: Bearer ${key}'` : "";
   return `curl ${base}/v1/local/rank \\
   -H 'Content-Type: application/json'${header} \\

@@ -1,6 +1,6 @@
 // Shows the request as code for a chosen client, with a copy button.
 
-import { CLIENTS } from "./clients.js";
+import { CLIENTS, codeOf } from "./clients.js";
 import { byId, element, say } from "./elements.js";
 
 const MAX_SHOWN = 20000;  // characters, because laying out megabytes of code is slow
@@ -21,7 +21,7 @@ export function offerClients(choose) {
 /** Show the chosen client's code for `request`; `key` is a placeholder, or "" if the server needs no key. */
 export function showCode(request, base, key) {
   const client = CLIENTS[Number(byId("clients").querySelector(":checked").value)];
-  code = client.code(request, base, key);
+  code = codeOf(client, request, base, key);
   const rest = code.length - MAX_SHOWN;
   byId("snippet").textContent = rest > 0
     ? `${code.slice(0, MAX_SHOWN)}\n… and ${rest} more characters; Copy copies all of them`

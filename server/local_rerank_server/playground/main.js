@@ -89,6 +89,8 @@ function requestOf(documents, instruction) {
     instruction: instruction.trim() ? instruction : undefined,
     top_n: numberOf(byId("top-n").value.trim()),
     model: byId("model").value,
+    long_documents: byId("in-chunks").checked ? "chunk" : undefined,
+    spans: byId("spans").checked || undefined,
   };
 }
 

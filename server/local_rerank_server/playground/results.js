@@ -47,13 +47,14 @@ function renderItem(item, moved) {
       element("span", { className: "log-odds", title: `log-odds ${item.log_odds}` },
         element("span", { className: "hidden" }, "log-odds "), signed(item.log_odds)),
     ),
-    ...renderText(item.document),
+    ...renderText(item),
     element("p", { className: "meta" }, ...meta(item, moved)),
   );
 }
 
-function renderText(text) {
-  const paragraph = element("p", { className: "document", dir: "auto" }, text || "(empty)");
+function renderText(item) {
+  const text = item.document;
+  const paragraph = element("p", { className: "document", dir: "auto" }, ...(text ? marked(item) : ["(empty)"]));
   if (text.length <= LONG && text.split("\n").length <= 4) return [paragraph];
   const more = element("button", { type: "button", className: "quiet more" }, "Show all");
   more.setAttribute("aria-expanded", "false");
@@ -66,8 +67,54 @@ function renderText(text) {
   return [paragraph, more];
 }
 
+/** The text; the best of several chunks and its scored sentences, best first in `spans`, are marked. */
+function marked({ document: text, best_chunk: chunk, num_chunks: count, spans = [] }) {
+  if (!chunk) return [text];
+  const sentences = [...spans].sort((a, b) => a.start - b.start);
+  const places = [chunk.start, ...sentences.flatMap(({ start, end }) => [start, end]), chunk.end];
+  const [start, ...units] = unitsOf(text, places);
+  const parts = [];
+  let last = count === 1 ? 0 : start;
+  for (const [index, sentence] of sentences.entries()) {
+    const [from, to] = units.slice(2 * index);
+    parts.push(text.slice(last, from));
+    if (sentence === spans[0]) parts.splice(0, parts.length, ...before(...parts));
+    parts.push(renderSentence(text.slice(from, to), sentence.score));
+    last = to;
+  }
+  parts.push(text.slice(last, units.at(-1)));
+  if (count === 1) return [...parts, text.slice(units.at(-1))];
+  const title = `characters ${chunk.start} to ${chunk.end}, relevance ${chunk.score}`;
+  return [
+    ...before(text.slice(0, start)),
+    element("mark", { className: "chunk", title }, ...parts),
+    text.slice(units.at(-1)),
+  ];
+}
+
+/** What is hidden until all of the text is shown. */
+const before = (...parts) => (parts.join("") ? [element("span", { className: "before" }, ...parts)] : []);
+
+function renderSentence(text, value) {
+  const mark = element("mark", { className: "sentence", title: `relevance ${value}` }, text);
+  mark.style.setProperty("--score", value);
+  mark.dataset.score = score(value);
+  return mark;
+}
+
+/** Positions in a string, whose units are those of UTF-16, of ascending positions in code points. */
+function unitsOf(text, positions) {
+  let point = 0;
+  let unit = 0;
+  return positions.map((position) => {
+    for (; point < position; point++) unit += text.codePointAt(unit) > 0xffff ? 2 : 1;
+    return unit;
+  });
+}
+
 function meta(item, moved) {
   const parts = [`index ${item.index}`, tokens(item.num_tokens)];
+  if (item.num_chunks > 1) parts.push(`best of ${number.format(item.num_chunks)} chunks`);
   const cut = item.num_truncated_tokens;
   return [
     parts.join(" · "),

@@ -167,7 +167,7 @@ class Overloaded(LocalRerankError):
 
 
 class DeadlineExceeded(LocalRerankError):
-    """The server did not answer within the request's timeout of `timeout_ms` milliseconds. The library has no timeouts.
+    """The request has a timeout, of `timeout_ms` milliseconds, and was not answered by then.
 
     The message ends with what would make such a request succeed.
     """

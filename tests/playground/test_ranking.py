@@ -73,8 +73,14 @@ def test_the_request_has_the_fields_that_are_not_empty(page: Page) -> None:
     page.keyboard.press("Control+Enter")
     shown(page)
     expect(page.locator("dd").last).to_have_text("local-rerank-nano")
-    own = {"query": QUERY, "model": "local-rerank-nano"}
-    aliased = {"query": QUERY, "model": "qwen3-rerank", "top_n": 2, "documents": [DOCUMENTS[0], "two\nlines", ""]}
+    own = {"query": QUERY, "model": "local-rerank-nano", "stream": True}
+    aliased = {
+        "query": QUERY,
+        "model": "qwen3-rerank",
+        "stream": True,
+        "top_n": 2,
+        "documents": [DOCUMENTS[0], "two\nlines", ""],
+    }
     assert bodies == [own | {"documents": DOCUMENTS}, aliased, aliased | {"instruction": "Find definitions"}]
 
 
@@ -106,7 +112,7 @@ def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None
 
     def answer(route: Route) -> None:
         order = orders[json.loads(route.request.post_data or "")["instruction"]]
-        body = route.fetch().json()
+        body = json.loads(route.fetch().text().splitlines()[-1])
         by_index = {item["index"]: item for item in body["results"]}
         route.fulfill(json=body | {"results": [by_index[index] for index in order]})
 

@@ -57,7 +57,7 @@ class HeldRanker:
         self.error = error
         self.futures: list[Future[RerankResult]] = []
 
-    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+    def submit(self, request: RerankRequest, *, name: str | None = None, on_scored: Any = None) -> Future[RerankResult]:
         if self.error is not None:
             raise self.error
         self.futures.append(Future())

@@ -8,7 +8,7 @@ import { EXAMPLES } from "./examples.js";
 import { acceptFiles } from "./files.js";
 import { clearErrors, showError } from "./messages.js";
 import { offerCancel, showCancelled, showEnd, showRunning } from "./progress.js";
-import { announce, renderRanking } from "./results.js";
+import { announce, renderRanking, soFar } from "./results.js";
 import { ServerError, rank } from "./server.js";
 
 const DEFAULT_TITLE = "The server’s default instruction";
@@ -108,11 +108,26 @@ async function rankAll() {
   const requests = allRequests();
   showRunning(requestsInWords(requests));
   try {
-    const answers = await Promise.all(requests.map((request) => rank(request, mine.signal)));
+    const answers = await Promise.all(rankings(requests, mine));
     if (mine === running) finish(() => showRankings(requests, answers));
   } catch (error) {
     if (mine === running) finish(() => showFailure(error));
   }
+}
+
+/** The answers; until they are all there, the page shows what is scored, at most once per frame. */
+function rankings(requests, mine) {
+  const scored = requests.map(() => []);
+  let frame = 0;
+  const show = () => {
+    frame = 0;
+    const partial = scored.map((items, index) => soFar(items, requests[index].top_n));
+    if (mine === running && byId("results").hasAttribute("aria-busy")) showRankings(requests, partial);
+  };
+  return requests.map((request, index) => rank(request, mine.signal, (items) => {
+    scored[index].push(...items);
+    if (items.length && !frame) frame = requestAnimationFrame(show);
+  }));
 }
 
 function finish(show) {
@@ -145,7 +160,9 @@ function showRankings(requests, answers) {
     before: index ? answers[0] : null,
   })));
   byId("rankings").classList.toggle("compared", compared);
-  say("announcement", answers.map(announce).join(". "));
+  const complete = answers.every((answer) => "model" in answer);
+  byId("rankings").classList.toggle("so-far", !complete);
+  if (complete) say("announcement", answers.map(announce).join(". "));
 }
 
 function showFailure(error) {

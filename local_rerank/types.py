@@ -6,7 +6,6 @@ A `RerankRequest` checks itself when it is created, except for limits in tokens,
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ OnDeadline = Literal["error", "partial"]
 
 STATUS_KINDS = ("truncated", "partial", "constant")
 
+MAX_TIMEOUT = 1_000_000_000  # seconds; threads can wait nine times as long
 MIN_CHUNK_TOKENS = 16  # a single character can have twelve
 
 
@@ -111,11 +111,8 @@ class RerankRequest:
         for name, choices in (("truncation", get_args(Truncation)), ("on_deadline", get_args(OnDeadline))):
             if (value := getattr(self, name)) not in choices:
                 raise WrongType(value, field=name, expected=f"one of {', '.join(choices)}")
-        seconds: Any = self.timeout
-        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real)):
-            raise WrongType(seconds, field="timeout", expected="a number of seconds or None")
-        if seconds is not None and not 0 < seconds < math.inf:  # false for NaN as well
-            raise InvalidRequest(f"timeout is {seconds}; give a positive number of seconds", field="timeout")
+        if self.timeout is not None:
+            _check_timeout(self.timeout)
         if self.long_documents not in (None, *get_args(LongDocuments)):
             expected = f"one of {', '.join(get_args(LongDocuments))} or None"
             raise WrongType(self.long_documents, field="long_documents", expected=expected)
@@ -250,6 +247,15 @@ def _check_text(field: str, value: object, limit: int | None = None) -> None:
         raise WrongType(value, field=field, expected="a string")
     if limit is not None and len(value) > limit:
         raise TooManyCharacters(field=field, limit=limit, value=len(value))
+
+
+def _check_timeout(seconds: Any) -> None:
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number:
+        raise WrongType(seconds, field="timeout", expected="a number of seconds or None")
+    if not 0 < seconds <= MAX_TIMEOUT:  # true for NaN as well
+        what = f"timeout is {seconds}; give a positive number of seconds, at most {MAX_TIMEOUT:,}"
+        raise InvalidRequest(what, field="timeout")
 
 
 def check_request(value: object) -> None:

@@ -143,14 +143,12 @@ def _status_in_words(result: RerankResult, num_documents: int) -> str:
     cut = [f"{result.num_truncated_documents} of {num_documents} documents"] if result.num_truncated_documents else []
     cut += ["the query"] if result.num_query_truncated_tokens else []
     if cut:
-        what = "was not read to its end" if cut == ["the query"] else "were not read to their end"
-        lines.append(
-            f"note: {' and '.join(cut)} {what}, because of a limit in tokens; --long-documents chunk reads long documents whole"
-        )
+        remedy = "; --long-documents chunk scores long documents whole" if result.num_truncated_documents else ""
+        lines.append(f"note: {' and '.join(cut)} exceeded a limit in tokens and lost the rest{remedy}")
     if result.is_constant:
         lines.append(
-            f"warning: all documents have the same score ({result[0].log_odds:+.2f}), so this is the order in which they "
-            "were given; `local-rerank doctor` says whether the model is at fault"
+            f"warning: all documents have the same log-odds ({result[0].log_odds:+.2f}), so they stay in the order in "
+            "which they were given; `local-rerank doctor` tells whether the model is at fault"
         )
     return "\n".join(lines)
 

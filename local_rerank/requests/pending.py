@@ -72,7 +72,7 @@ class PendingRequest:
         """Resolve the future when the request's timeout has passed, whatever the worker does then."""
         if (seconds := self.request.timeout) is not None:
             left = seconds - (time.perf_counter() - self._started)
-            timer = threading.Timer(min(left, threading.TIMEOUT_MAX), self.expire, [seconds])
+            timer = threading.Timer(left, self.expire, [seconds])
             timer.daemon = True
             self.future.add_done_callback(lambda _: timer.cancel())
             timer.start()

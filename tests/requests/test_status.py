@@ -153,6 +153,7 @@ def test_each_document_is_reported_once_as_soon_as_its_score_is_known(start: Sta
     [
         ({"timeout": 0}, "timeout is 0; give a positive number of seconds"),
         ({"timeout": math.nan}, "timeout is nan"),
+        ({"timeout": 10**400}, "a positive number of seconds, at most 1,000,000,000"),
         ({"timeout": "1"}, "timeout must be a number of seconds or None, not str"),
         ({"timeout": True}, "timeout must be a number of seconds or None, not bool"),
         ({"on_deadline": "some"}, "on_deadline must be one of error, partial, not str"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import CheckpointError, ConfigError
-from local_rerank.requests.pair import Pair
 from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.prompts import PromptTemplate
 from local_rerank.requests.tokenization import PairTokenizer
 from local_rerank.selftest.machine_report import MachineProperty, describe
-from local_rerank.selftest.order import check_order
 from local_rerank.selftest.self_test import TOLERANCE, SelfTest, require_self_test, self_test
 from tests.command_line import command
 from tests.engine.cuda.test_choices import H200, V100, gpus
@@ -351,29 +348,6 @@ def test_each_part_of_the_machine_says_what_would_be_faster(known: Path, monkeyp
     for gpu, faster in ((H200, "--device cuda: .* a GPU, NVIDIA H200"), (V100, "torch .* no kernels for")):
         gpus(monkeypatch, gpu)
         assert re.match(faster, describe(info, checkpoint).device.faster)
-
-
-@pytest.mark.parametrize(
-    ("log_odds", "detail"),
-    [
-        ([0.25] * 4, "reranking changes nothing: all 4 documents of a list get the same log-odds, +0.2500"),
-        ([4.0, 3.0, 2.0, 1.0], "reranking left a list in its order, although document 1 answers the query"),
-        ([math.nan] * 4, "a list could not be reranked: the model gave nan as log-odds"),
-    ],
-)
-def test_an_order_that_reranking_leaves_is_said_in_words(
-    log_odds: list[float], detail: str, known: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Reranker(str(known), **EXACT) as reranker:
-        value_of = dict(zip([pair.document for pair in PUBLISHED[0].pairs], log_odds, strict=True))
-
-        def score(pairs: Sequence[Pair]) -> list[float]:
-            texts = [reranker.tokenizer.decode(list(pair.document_ids)) for pair in pairs]
-            return [next(value for text, value in value_of.items() if text in whole) for whole in texts]
-
-        monkeypatch.setattr(reranker.engine, "score", score)
-        order = check_order(reranker)
-    assert (order.detail, order.is_constant) == (detail, len(set(log_odds)) == 1 and log_odds[0] == 0.25)
 
 
 def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path) -> None:

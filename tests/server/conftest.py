@@ -61,6 +61,7 @@ class HeldRanker:
         if self.error is not None:
             raise self.error
         self.futures.append(Future())
+        self.on_scored = on_scored
         return self.futures[-1]
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:

@@ -43,8 +43,7 @@ def submitted_and_held(worker: Worker, engine: CountedEngine, *firsts: int, **op
 def test_at_the_deadline_what_is_scored_is_ranked_and_the_rest_is_removed(timeout: float, start: Start) -> None:
     worker, engine = start()
     request = submitted_and_held(worker, engine, *range(10, 110), **PARTIAL | {"timeout": timeout})
-    if timeout == 60:
-        request.expire(timeout)
+    request.expire(timeout) if timeout == 60 else request.start_timer()
     result = request.future.result(10)  # the batch that runs is not awaited
     assert [item.log_odds for item in result] == sorted((10.0 + item.index for item in result), reverse=True)
     assert 0 < len(result) < 100

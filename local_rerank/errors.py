@@ -173,7 +173,7 @@ class DeadlineExceeded(LocalRerankError):
     """
 
     def __init__(self, *, timeout_ms: float, remedy: str | None = None) -> None:
-        super().__init__(f"not answered within {timeout_ms:.0f} ms" + (f"; {remedy}" if remedy else ""))
+        super().__init__(f"not answered within {timeout_ms:.10g} ms" + (f"; {remedy}" if remedy else ""))
         self.timeout_ms = timeout_ms
 
 

@@ -147,8 +147,8 @@ def _status_in_words(result: RerankResult, num_documents: int) -> str:
         lines.append(f"note: {' and '.join(cut)} exceeded a limit in tokens and lost the rest{remedy}")
     if result.is_constant:
         lines.append(
-            f"warning: all documents have the same log-odds ({result[0].log_odds:+.2f}), so they stay in the order in "
-            "which they were given; `local-rerank doctor` tells whether the model is at fault"
+            "warning: all documents have the same log-odds, so they stay in the order in which they were given; "
+            "`local-rerank doctor` tells whether the model is at fault"
         )
     return "\n".join(lines)
 

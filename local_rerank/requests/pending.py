@@ -168,7 +168,7 @@ class PendingRequest:
             if index not in but:
                 values = [self.log_odds.get(pair, math.nan) for pair in own]
                 if all(map(math.isfinite, values)):
-                    best = heapq.nlargest(self.tokenized.num_best_chunks, values)
+                    best = heapq.nlargest(self.tokenized.num_best_chunks, values) if len(values) > 1 else values
                     found[index] = sum(best) / len(best)
         return found
 

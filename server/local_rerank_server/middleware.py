@@ -71,9 +71,9 @@ class RequestLog:
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
-                if message["status"] < 400 and (model := scope["state"].get("model")):  # of every ranking
+                if message["status"] < 400 and (model := scope["state"].get("model")):  # a ranking, no error
                     headers[MODEL_HEADER] = quote(model, safe=string.punctuation + " ")  # a header is ASCII
-                headers.update(_result_headers(scope["state"]["results"]))
+                    headers.update(_result_headers(scope["state"]["results"]))
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
                     headers["connection"] = "close"
             await send(message)
@@ -234,10 +234,10 @@ def _client(http: Request) -> str:
 
 
 def _result_headers(results: list[RerankResult]) -> dict[str, str]:
-    if not results:
-        return {}
+    """Those of finished rankings: a stream has none when its head is sent."""
     counts = {name: sum(map(count, results)) for name, count in RESULT_HEADERS.items()}
-    return {STATUS_HEADER: status_of(results)} | {name: str(count) for name, count in counts.items() if count}
+    status = {STATUS_HEADER: status_of(results)} if results else {}
+    return status | {name: str(count) for name, count in counts.items() if count}
 
 
 def _cost(results: list[RerankResult]) -> dict[str, Any]:

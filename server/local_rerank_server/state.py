@@ -164,7 +164,7 @@ class ServerState:
         try:
             patience = timeout_ms / 1e3 + (0 if deadline is None else PARTIAL_SECONDS)
             await asyncio.wait({ranking, disconnect}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if ranking.done() and not isinstance(ranking.exception(), DeadlineExceeded):
+            if ranking.done() and (deadline is None or not isinstance(ranking.exception(), DeadlineExceeded)):
                 result = ranking.result()
                 http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))

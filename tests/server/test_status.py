@@ -126,6 +126,7 @@ def indices(body: dict[str, Any]) -> list[int]:
     ("path", "headers", "num_free", "status", "message"),
     [
         (LOCAL, {}, 1, 504, "not answered within 200 ms; documents: 8"),
+        ("/score", {}, 1, 504, "not answered within 200 ms; documents: 1"),  # one of two queries was ranked
         ("/v2/rerank", {"x-on-deadline": "error"}, 1, 504, "not answered within 200 ms; documents: 8"),
         ("/v2/rerank", {"x-on-deadline": "partial"}, 0, 504, "not answered within 200 ms; documents: 8"),
         ("/v2/rerank", {"x-on-deadline": "all"}, 9, 400, "x-on-deadline: one of error, partial is expected, not all"),
@@ -138,6 +139,7 @@ async def test_without_a_partial_result_a_deadline_is_an_error(
 ) -> None:  # fmt: skip
     async with serve(small) as client:
         with Gate(small, monkeypatch, num_free):
-            answer = await client.post(path, json=BODIES[path], headers=headers | {"x-request-timeout-ms": "200"})
+            body = {"queries": ["q", "r"], "documents": TEXTS[:2]} if path == "/score" else BODIES[path]
+            answer = await client.post(path, json=body, headers=headers | {"x-request-timeout-ms": "200"})
     assert (answer.status_code, message in message_of(answer.json())) == (status, True), answer.text
     assert "x-rerank-status" not in answer.headers

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.requests import Request
@@ -23,11 +23,11 @@ from local_rerank_server.errors import STATUS
 if TYPE_CHECKING:
     from local_rerank.requests.pending import OnScored
 
-MEDIA_TYPE = "application/x-ndjson"
-
 
 class LineStream(StreamingResponse):
     """Starlette's class without its wait for the client to leave, which ends the ranking and so the lines."""
+
+    media_type = "application/x-ndjson"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.stream_response(send)
@@ -42,17 +42,6 @@ async def stream(
     render: Callable[[RerankResult], object],
 ) -> LineStream:
     """The response, as soon as there is a line. Raises what `rank` raises before that."""
-    lines = _lines(http, rank, render_item, render)
-    first = await anext(lines)
-    return LineStream(_with_last_error(first, lines, http, dialect), media_type=MEDIA_TYPE)
-
-
-async def _lines(
-    http: Request,
-    rank: Callable[[OnScored], Awaitable[RerankResult]],
-    render_item: Callable[[RankedDocument], object],
-    render: Callable[[RerankResult], object],
-) -> AsyncIterator[bytes]:
     loop, state = asyncio.get_running_loop(), state_of(http)
     arrived: asyncio.Queue[list[RankedDocument] | None] = asyncio.Queue()  # None: there is a result or an error
 
@@ -60,29 +49,30 @@ async def _lines(
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             loop.call_soon_threadsafe(arrived.put_nowait, documents)
 
-    ranking = asyncio.ensure_future(rank(on_scored))
-    ranking.add_done_callback(lambda _: arrived.put_nowait(None))
-    try:
-        while (documents := await arrived.get()) is not None:
-            yield _encode(map(render_item, state.as_served(documents)))
-        yield _encode([render(await ranking)])
-    finally:
-        ranking.cancel()
+    async def lines() -> AsyncIterator[bytes]:
+        ranking = asyncio.ensure_future(rank(on_scored))
+        ranking.add_done_callback(lambda _: arrived.put_nowait(None))
+        try:
+            while (documents := await arrived.get()) is not None:
+                yield _encoded(map(render_item, state.as_served(documents)))
+            yield _encoded([render(await ranking)])
+        finally:
+            ranking.cancel()
+
+    async def lines_and_error(first: bytes) -> AsyncIterator[bytes]:
+        yield first
+        try:
+            async for line in rest:
+                yield line
+        except (Exception, asyncio.CancelledError) as error:
+            stopped = ModelUnavailable("the server was stopped before this request was answered")
+            known = to_known_error(error, http) if isinstance(error, Exception) else stopped
+            http.state.error = type(known).__name__  # for the access log and the metrics
+            yield _encoded([dialect.render_error(known, STATUS[type(known)], http.state.request_id)])
+
+    rest = lines()
+    return LineStream(lines_and_error(await anext(rest)))
 
 
-async def _with_last_error(
-    first: bytes, lines: AsyncIterator[bytes], http: Request, dialect: Dialect
-) -> AsyncIterator[bytes]:
-    yield first
-    try:
-        async for line in lines:
-            yield line
-    except (Exception, asyncio.CancelledError) as error:
-        stopped = ModelUnavailable("the server was stopped before this request was answered")
-        known = to_known_error(error, http) if isinstance(error, Exception) else stopped
-        http.state.error = type(known).__name__  # for the access log and the metrics
-        yield _encode([dialect.render_error(known, STATUS[type(known)], http.state.request_id)])
-
-
-def _encode(values: Iterable[Any]) -> bytes:
+def _encoded(values: Iterable[object]) -> bytes:
     return b"".join(msgspec.json.encode(value) + b"\n" for value in values)

@@ -19,7 +19,7 @@ from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
-from local_rerank_server.dialects._stream import stream
+from local_rerank_server.dialects._stream import LineStream, stream
 from local_rerank_server.errors import InvalidField
 
 PATH = "/v1/local/rank"
@@ -157,4 +157,5 @@ add_post(
     examples={"local-rerank": EXAMPLE},
     summary="Rank, with all details of the result",
     response_model=LocalResponse,
+    responses={200: {"content": {LineStream.media_type: {"schema": {"type": "string"}}}}},
 )

@@ -154,13 +154,12 @@ function allRequests() {
 }
 
 function showRankings(requests, answers) {
-  const compared = answers.length > 1;
+  const compared = answers.length > 1, complete = answers.every((answer) => "model" in answer);
   byId("rankings").replaceChildren(...answers.map((answer, index) => renderRanking(answer, {
     title: compared ? requests[index].instruction ?? DEFAULT_TITLE : "",
-    before: index ? answers[0] : null,
+    before: index && complete ? answers[0] : null,
   })));
   byId("rankings").classList.toggle("compared", compared);
-  const complete = answers.every((answer) => "model" in answer);
   byId("rankings").classList.toggle("so-far", !complete);
   if (complete) say("announcement", answers.map(announce).join(". "));
 }

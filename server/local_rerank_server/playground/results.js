@@ -10,7 +10,10 @@ const twoDecimals = new Intl.NumberFormat("en", {
 });
 const signed = (value) => twoDecimals.format(value).replace("-", "−");
 
-/** A ranking with a title, without facts as long as there are only results; `before` is another ranking of the same documents to show movements against. */
+/**
+ * A ranking with a title, and with facts if `answer` is complete. `before` is another ranking of the same documents to
+ * show movements against.
+ */
 export function renderRanking(answer, { title, before = null }) {
   const items = answer.results.map((item, place) => renderItem(item, movement(item, place, before)));
   return element("article", { className: "ranking" },

@@ -42,7 +42,9 @@ export async function rank(request, signal, onScored) {
     last = lines.at(-1) ?? last;
     onScored(lines.map(parsed).filter((value) => value?.index !== undefined));
   }
-  return bodyOf(answer, rest || last);
+  const body = bodyOf(answer, rest || last);
+  if (body.results) return body;
+  throw new ServerError("The response ended before the ranking was complete.");
 }
 
 /** The texts of a body as they arrive; Safari's streams cannot be iterated. */

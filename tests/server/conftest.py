@@ -60,8 +60,8 @@ class HeldRanker:
     def submit(self, request: RerankRequest, *, name: str | None = None, on_scored: Any = None) -> Future[RerankResult]:
         if self.error is not None:
             raise self.error
-        self.futures.append(Future())
         self.on_scored = on_scored
+        self.futures.append(Future())
         return self.futures[-1]
 
     def observe_batches(self, observer: Callable[[BatchReport], None]) -> None:

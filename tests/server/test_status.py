@@ -99,11 +99,11 @@ KINDS = ("ok", "truncated", "partial", "constant")
 async def test_at_the_deadline_what_is_scored_is_ranked_and_the_rest_is_left_out(
     path: str, serve: Serve, small: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = {"x-request-timeout-ms": "300"}
+    sent = {"x-request-timeout-ms": "600"}
     body = BODIES[path] | ({"on_deadline": "partial"} if path == LOCAL else {})
     headers = sent if path == LOCAL else sent | {"x-on-deadline": "Partial"}
     async with serve(small) as client:
-        with Gate(small, monkeypatch, 2):
+        with Gate(small, monkeypatch, 1):
             answer = await client.post(path, json=body, headers=headers)
             assert small.num_queued_tokens == 0
         whole = (await client.post(path, json=BODIES[path])).json()
@@ -125,10 +125,10 @@ def indices(body: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize(
     ("path", "headers", "num_free", "status", "message"),
     [
-        (LOCAL, {}, 1, 504, "not answered within 200 ms; documents: 8"),
-        ("/score", {}, 1, 504, "not answered within 200 ms; documents: 1"),  # one of two queries was ranked
-        ("/v2/rerank", {"x-on-deadline": "error"}, 1, 504, "not answered within 200 ms; documents: 8"),
-        ("/v2/rerank", {"x-on-deadline": "partial"}, 0, 504, "not answered within 200 ms; documents: 8"),
+        (LOCAL, {}, 1, 504, "not answered within 100 ms; documents: 8"),
+        ("/score", {}, 1, 504, "not answered within 100 ms; documents: 1"),  # one of two queries was ranked
+        ("/v2/rerank", {"x-on-deadline": "error"}, 1, 504, "not answered within 100 ms; documents: 8"),
+        ("/v2/rerank", {"x-on-deadline": "partial"}, 0, 504, "not answered within 100 ms; documents: 8"),
         ("/v2/rerank", {"x-on-deadline": "all"}, 9, 400, "x-on-deadline: one of error, partial is expected, not all"),
         ("/v1/inference/m", {"x-on-deadline": "partial"}, 9, 400, "partial has no place here, where each document has"),
     ],
@@ -140,6 +140,6 @@ async def test_without_a_partial_result_a_deadline_is_an_error(
     async with serve(small) as client:
         with Gate(small, monkeypatch, num_free):
             body = {"queries": ["q", "r"], "documents": TEXTS[:2]} if path == "/score" else BODIES[path]
-            answer = await client.post(path, json=body, headers=headers | {"x-request-timeout-ms": "200"})
+            answer = await client.post(path, json=body, headers=headers | {"x-request-timeout-ms": "100"})
     assert (answer.status_code, message in message_of(answer.json())) == (status, True), answer.text
     assert "x-rerank-status" not in answer.headers

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 from local_rerank import forks
 from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
-from local_rerank.types import LongDocuments, RerankRequest, RerankResult, documents_of, requests_of, scores_of
+from local_rerank.types import (
+    LongDocuments,
+    OnDeadline,
+    RerankRequest,
+    RerankResult,
+    documents_of,
+    requests_of,
+    scores_of,
+)
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -91,6 +99,8 @@ class AsyncReranker:
         top_n: int | None = None,
         long_documents: LongDocuments | None = None,
         spans: bool = False,
+        timeout: float | None = None,
+        on_deadline: OnDeadline = "error",
     ) -> RerankResult:
         """As `Reranker.rank`. Cancelling the call removes the request from the queue."""
         return await self.submit(
@@ -101,6 +111,8 @@ class AsyncReranker:
                 top_n=top_n,
                 long_documents=long_documents,
                 spans=spans,
+                timeout=timeout,
+                on_deadline=on_deadline,
             )
         )
 

@@ -167,13 +167,13 @@ class Overloaded(LocalRerankError):
 
 
 class DeadlineExceeded(LocalRerankError):
-    """The server did not answer within the request's timeout of `timeout_ms` milliseconds. The library has no timeouts.
+    """The request has a timeout, of `timeout_ms` milliseconds, and was not answered by then.
 
     The message ends with what would make such a request succeed.
     """
 
     def __init__(self, *, timeout_ms: float, remedy: str | None = None) -> None:
-        super().__init__(f"not answered within {timeout_ms:.0f} ms" + (f"; {remedy}" if remedy else ""))
+        super().__init__(f"not answered within {timeout_ms:.10g} ms" + (f"; {remedy}" if remedy else ""))
         self.timeout_ms = timeout_ms
 
 

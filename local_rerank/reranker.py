@@ -29,11 +29,12 @@ from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
 from local_rerank.requests.calibration import Calibration, read_calibration
 from local_rerank.requests.parts import PromptLimits
-from local_rerank.requests.pending import PendingRequest
+from local_rerank.requests.pending import OnScored, PendingRequest
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import (
     LongDocuments,
     ModelInfo,
+    OnDeadline,
     RerankRequest,
     RerankResult,
     check_request,
@@ -166,16 +167,20 @@ class Reranker:
         top_n: int | None = None,
         long_documents: LongDocuments | None = None,
         spans: bool = False,
+        timeout: float | None = None,
+        on_deadline: OnDeadline = "error",
     ) -> RerankResult:
         """The documents ranked by relevance, most relevant first, at most `top_n`.
 
         `documents` is a list, tuple, NumPy array, pandas column or generator of strings; one string is one document.
         `instruction` replaces the default one, `long_documents` the engine's setting: with "chunk" a document longer
         than `chunk_tokens` is scored by its best chunk. `spans=True` scores the sentences of the best chunk of each
-        returned document, too. A RerankRequest for `rank_batch` has more options.
+        returned document, too. After `timeout` seconds DeadlineExceeded is raised; with `on_deadline="partial"` the
+        documents that are scored by then are ranked, and `not_scored` lists the others. A RerankRequest for
+        `rank_batch` has more options.
 
-        Raises a leaf of InvalidRequest, Overloaded, EngineFailure, ModelUnavailable, DeviceFailure or
-        UnusableAfterFork.
+        Raises a leaf of InvalidRequest, Overloaded, DeadlineExceeded, EngineFailure, ModelUnavailable, DeviceFailure
+        or UnusableAfterFork.
         """
         return self.submit(
             RerankRequest(
@@ -185,6 +190,8 @@ class Reranker:
                 top_n=top_n,
                 long_documents=long_documents,
                 spans=spans,
+                timeout=timeout,
+                on_deadline=on_deadline,
             )
         ).result()
 
@@ -252,11 +259,15 @@ class Reranker:
             refused.set_result(error)  # keeps its place in the order
             return refused
 
-    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+    def submit(
+        self, request: RerankRequest, *, name: str | None = None, on_scored: OnScored | None = None
+    ) -> Future[RerankResult]:
         """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
-        `name` is the request's name in the log. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable,
-        DeviceFailure or UnusableAfterFork; the future may fail with EngineFailure, ModelUnavailable or DeviceFailure.
+        `name` is the request's name in the log. `on_scored` is called with lists of RankedDocument as soon as their
+        scores are known, in the worker's thread; it must be quick and must not raise. Raises a leaf of InvalidRequest,
+        Overloaded, ModelUnavailable, DeviceFailure or UnusableAfterFork; the future may fail with DeadlineExceeded,
+        EngineFailure, ModelUnavailable or DeviceFailure.
         """
         check_request(request)
         started = time.perf_counter()
@@ -270,8 +281,10 @@ class Reranker:
             name=name,
             span_pairs=self.tokenizer.span_pairs,
             calibration=self._calibration,
+            on_scored=on_scored,
         )
         self._worker.submit(pending)
+        pending.start_timer()
         return pending.future
 
     def explain(self, query: str, document: str, *, instruction: str | None = None) -> tuple[str, list[int]]:

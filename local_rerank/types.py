@@ -6,9 +6,10 @@ A `RerankRequest` checks itself when it is created, except for limits in tokens,
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, get_args, overload
 
 from local_rerank.errors import (
@@ -29,6 +30,12 @@ Truncation = Literal["end", "start", "error"]
 LongDocuments = Literal["truncate", "chunk"]
 """Whether a long document is cut off, or scored by the best of its overlapping chunks."""
 
+OnDeadline = Literal["error", "partial"]
+"""What a request gets whose timeout passes: DeadlineExceeded, or the documents that are scored by then."""
+
+STATUS_KINDS = ("truncated", "partial", "constant")
+
+MAX_TIMEOUT = 1_000_000_000  # seconds; threads can wait nine times as long
 MIN_CHUNK_TOKENS = 16  # a single character can have twelve
 
 
@@ -68,6 +75,8 @@ class RerankRequest:
     num_best_chunks: int | None = None  # likewise; whose mean log-odds a document gets
     max_chunks_per_document: int | None = None  # what is beyond them is cut off; None: all are scored
     spans: bool = False  # whether to score the sentences of each document's best chunk as well
+    timeout: float | None = None  # seconds from the start of tokenization; None: no limit
+    on_deadline: OnDeadline = "error"  # "partial": an error only if no document is scored by then
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -99,9 +108,11 @@ class RerankRequest:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise WrongType(value, field=name, expected="an integer or None")
-        if self.truncation not in get_args(Truncation):
-            expected = f"one of {', '.join(get_args(Truncation))}"
-            raise WrongType(self.truncation, field="truncation", expected=expected)
+        for name, choices in (("truncation", get_args(Truncation)), ("on_deadline", get_args(OnDeadline))):
+            if (value := getattr(self, name)) not in choices:
+                raise WrongType(value, field=name, expected=f"one of {', '.join(choices)}")
+        if self.timeout is not None:
+            _check_timeout(self.timeout)
         if self.long_documents not in (None, *get_args(LongDocuments)):
             expected = f"one of {', '.join(get_args(LongDocuments))} or None"
             raise WrongType(self.long_documents, field="long_documents", expected=expected)
@@ -140,7 +151,7 @@ class RankedDocument:
     num_truncated_tokens: int  # tokens of the document that were cut off
     num_chunks: int | None = None  # None, as below: the request asked for neither chunks nor spans
     best_chunk: ScoredSpan | None = None  # all of a document that fits
-    spans: tuple[ScoredSpan, ...] | None = None  # sentences of the best chunk, best first; None: not asked for
+    spans: tuple[ScoredSpan, ...] | None = None  # sentences of the best chunk, best first; None: not asked for, or late
     probability: float | None = None  # 0...1, that it is relevant; None without calibration or with another instruction
 
 
@@ -160,6 +171,26 @@ class RerankResult(Sequence[RankedDocument]):
     tokenize_ms: float
     queue_ms: float  # from the end of tokenization to the start of the request's first batch
     total_ms: float  # from the start of tokenization to the last score
+    is_constant: bool = False  # two or more distinct documents were scored, and all have the same log-odds
+    not_scored: tuple[int, ...] = ()  # positions in the request of documents without a score at the deadline
+    num_without_spans: int = 0  # documents with a score whose spans were not scored by the deadline
+
+    @property
+    def status(self) -> str:
+        """`ok`, or what a caller must know about the ranking, as `truncated=2; constant`."""
+        return status_of([self])
+
+    @property
+    def status_counts(self) -> dict[str, int]:
+        """The number of each of STATUS_KINDS that is not 0: texts that were cut off (the query is one), documents
+        without a score or spans at the deadline, and 1 if all scores are the same.
+        """
+        counts = {
+            "truncated": self.num_truncated_documents + (self.num_query_truncated_tokens > 0),
+            "partial": len(self.not_scored) + self.num_without_spans,
+            "constant": int(self.is_constant),
+        }
+        return {kind: counts[kind] for kind in STATUS_KINDS if counts[kind]}
 
     def __len__(self) -> int:
         return len(self.results)
@@ -218,6 +249,15 @@ def _check_text(field: str, value: object, limit: int | None = None) -> None:
         raise TooManyCharacters(field=field, limit=limit, value=len(value))
 
 
+def _check_timeout(seconds: Any) -> None:
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number:
+        raise WrongType(seconds, field="timeout", expected="a number of seconds or None")
+    if not 0 < seconds <= MAX_TIMEOUT:  # true for NaN as well
+        what = f"timeout is {seconds}; give a positive number of seconds, at most {MAX_TIMEOUT:,}"
+        raise InvalidRequest(what, field="timeout")
+
+
 def check_request(value: object) -> None:
     """Raises WrongType for anything but a RerankRequest, such as a dict of its fields."""
     if not isinstance(value, RerankRequest):
@@ -263,6 +303,15 @@ def _items(values: Any, *, field: str, expected: str) -> Iterator[Any]:
         return iter(values)
     except TypeError:
         raise WrongType(values, field=field, expected=expected) from None
+
+
+def status_of(results: Iterable[RerankResult]) -> str:
+    """The status of results that are answered together."""
+    counts: Counter[str] = Counter()
+    for result in results:
+        counts.update(result.status_counts)
+    kinds = (kind if kind == "constant" else f"{kind}={counts[kind]}" for kind in STATUS_KINDS if counts[kind])
+    return "; ".join(kinds) or "ok"
 
 
 def scores_of(result: RerankResult, *, logits: bool) -> list[float]:

@@ -12,6 +12,7 @@ from local_rerank.text_files import visible
 
 if TYPE_CHECKING:
     from local_rerank.selftest.machine_report import Machine
+    from local_rerank.selftest.order import OrderCheck
     from local_rerank.selftest.self_test import KnownPairScore, SelfTest
     from local_rerank.types import ModelInfo
 
@@ -21,20 +22,22 @@ def doctor(
     json_output: JsonOutput = False,
     engine: EngineConfig | None = None,
 ) -> int:
-    """Run the self-test, describe the machine, and return the exit status."""
+    """Run the self-test, see whether reranking changes an order, describe the machine, and return the exit status."""
     from local_rerank.reranker import Reranker
     from local_rerank.selftest.machine_report import describe
+    from local_rerank.selftest.order import check_order
     from local_rerank.selftest.self_test import self_test
 
     with Reranker(config=engine) as reranker:
-        outcome, machine = self_test(reranker), describe(reranker.info, reranker.checkpoint)
-        (_print_json if json_output else _print_tables)(reranker.info, outcome, machine)
-    return int(not outcome.passed)
+        outcome, order = self_test(reranker), check_order(reranker)
+        machine = describe(reranker.info, reranker.checkpoint)
+        (_print_json if json_output else _print_tables)(reranker.info, outcome, order, machine)
+    return int(not outcome.passed or order.is_constant)
 
 
-def _print_json(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
-    parts = {"model": asdict(info), "self_test": asdict(outcome), "machine": asdict(machine)}
-    print_json(_finite({"passed": outcome.passed, **parts}))
+def _print_json(info: ModelInfo, outcome: SelfTest, order: OrderCheck, machine: Machine) -> None:
+    parts = {"model": asdict(info), "self_test": asdict(outcome), "order": asdict(order), "machine": asdict(machine)}
+    print_json(_finite({"passed": outcome.passed and not order.is_constant, **parts}))
 
 
 def _finite(value: Any) -> Any:
@@ -46,7 +49,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
+def _print_tables(info: ModelInfo, outcome: SelfTest, order: OrderCheck, machine: Machine) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -57,6 +60,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, machine: Machine) -> None:
     print_scores(outcome.scores)
     verdict = "pass" if outcome.passed else f"FAULT: {outcome.fault}"
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
+    console.print(Text(f"order: {order.detail}", style="bold red" if order.is_constant else ""), soft_wrap=True)
     table = Table("", "current", "faster with", box=None, pad_edge=False)
     for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)

@@ -89,6 +89,7 @@ def rank(
         _print_json(result, blended)
     else:
         _print_table(result, blended, is_remote=remote is not None)
+    warn(_status_in_words(result, len(texts)))
 
 
 def _is_file(text: str) -> bool:
@@ -136,8 +137,24 @@ def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[Rank
     return [(result[position], scores[position]) for position in best_first(scores)]
 
 
+def _status_in_words(result: RerankResult, num_documents: int) -> str:
+    """What the order cannot show; empty if there is nothing."""
+    lines = []
+    cut = [f"{result.num_truncated_documents} of {num_documents} documents"] if result.num_truncated_documents else []
+    cut += ["the query"] if result.num_query_truncated_tokens else []
+    if cut:
+        remedy = "; --long-documents chunk scores long documents whole" if result.num_truncated_documents else ""
+        lines.append(f"note: {' and '.join(cut)} exceeded a limit in tokens and lost the rest{remedy}")
+    if result.is_constant:
+        lines.append(
+            "warning: all documents have the same log-odds, so they stay in the order in which they were given; "
+            "`local-rerank doctor` tells whether the model is at fault"
+        )
+    return "\n".join(lines)
+
+
 def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-    value = asdict(result)
+    value = asdict(result) | {"status": result.status}
     if blended is not None:
         value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
     value["results"] = [{name: each for name, each in item.items() if each is not None} for item in value["results"]]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from local_rerank.errors import LocalRerankError
+from local_rerank.errors import DeadlineExceeded, LocalRerankError
 from local_rerank.requests.calibration import Calibration, sigmoid
 from local_rerank.requests.pair import Pair, TokenizedRequest
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
@@ -18,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 SpanPairs = Callable[[str, tuple[int, int], Pair], list[tuple[tuple[int, int], Pair]]]
 """The sentences of a part of a document, each with the pair that scores it."""
+
+OnScored = Callable[[list[RankedDocument]], None]
+"""Takes documents as soon as their scores are known, in the worker's thread; it must be quick and must not raise."""
 
 
 class PendingRequest:
@@ -34,10 +39,12 @@ class PendingRequest:
         name: str | None = None,
         span_pairs: SpanPairs = lambda document, bounds, pair: [],
         calibration: Calibration | None = None,
+        on_scored: OnScored | None = None,
     ) -> None:
         """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
 
-        `activation`: a row of ACTIVATIONS. `span_pairs` is used if the request asks for spans.
+        `activation`: a row of ACTIVATIONS. `span_pairs` is used if the request asks for spans. `on_scored` gets each
+        document once, without spans.
         """
         self.request = request
         self.tokenized = tokenized
@@ -53,12 +60,38 @@ class PendingRequest:
         self._model_id = model_id
         self._relevance_score = ACTIVATIONS[activation]
         self._calibration = calibration if tokenized.has_default_instruction else None
+        self._on_scored = on_scored
+        self._reported: set[int] = set()  # documents that `on_scored` has
         self._started = started
         self._queued = time.perf_counter()
 
     @property
     def is_complete(self) -> bool:
         return len(self.log_odds) == self._num_pairs
+
+    def start_timer(self) -> None:
+        """Resolve the future when the request's timeout has passed, whatever the worker does then."""
+        if (seconds := self.request.timeout) is not None:
+            left = seconds - (time.perf_counter() - self._started)
+            timer = threading.Timer(left, self.expire, [seconds])
+            timer.daemon = True
+            self.future.add_done_callback(lambda _: timer.cancel())
+            timer.start()
+
+    def expire(self, seconds: float) -> None:
+        """Resolve the future with what is scored, if the request takes that and there is any, else with an error."""
+        if self.request.on_deadline == "partial" and self._document_log_odds():
+            return self.answer()
+        remedy = 'raise the timeout, send fewer or shorter documents, or take what is scored: on_deadline="partial"'
+        self.fail(DeadlineExceeded(timeout_ms=seconds * 1e3, remedy=remedy))
+
+    def report(self) -> None:
+        """Tell `on_scored` which documents have got their scores."""
+        if self._on_scored is not None:
+            scored = self._document_log_odds(but=self._reported)
+            self._reported |= scored.keys()
+            if scored:
+                self._on_scored([self._document(index, value) for index, value in scored.items()])
 
     def more_pairs(self) -> list[Pair]:
         """After all pairs were scored: those of the spans, numbered on. Empty when they were returned before."""
@@ -78,7 +111,7 @@ class PendingRequest:
         return pairs
 
     def answer(self) -> None:
-        """Resolve the future with the result. Every pair must have its log-odds."""
+        """Resolve the future with the result; documents without a score are listed as such."""
         self._resolve(self._result())
 
     def fail(self, error: LocalRerankError) -> None:
@@ -96,42 +129,50 @@ class PendingRequest:
     def _result(self) -> RerankResult:
         """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
-        log_odds, curve = self._document_log_odds(), self._calibration
-        num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
+        documents, log_odds = self.request.documents, self._document_log_odds()
+        ranked = [self._document(index, log_odds[index]) for index in _order(log_odds)[: self.request.top_n]]
         return RerankResult(
-            results=tuple(
-                RankedDocument(
-                    index=index,
-                    relevance_score=self._relevance_score(log_odds[index]),
-                    log_odds=log_odds[index],
-                    document=self.request.documents[index],
-                    num_tokens=num_tokens[index],
-                    num_truncated_tokens=tokenized.num_truncated_tokens[index],
-                    **self._chunks(index),
-                    probability=None if curve is None else curve.probability(log_odds[index]),
-                )
-                for index in _order(log_odds)[: self.request.top_n]
-            ),
+            results=tuple(ranked),
             model=self._model_id,
             num_query_tokens=tokenized.num_query_tokens,
             num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
             unwrapped=tokenized.unwrapped,
-            num_document_tokens=sum(num_tokens),
+            num_document_tokens=sum(map(tokenized.num_document_tokens, range(len(documents)))),
             num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
             total_tokens=tokenized.total_tokens + self._num_span_tokens,
             num_computed_tokens=self.num_computed_tokens,
             tokenize_ms=(self._queued - self._started) * 1e3,
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,
             total_ms=(now - self._started) * 1e3,
+            is_constant=len(set(log_odds.values())) == 1 < len({documents[index] for index in log_odds}),
+            not_scored=tuple(index for index in range(len(documents)) if index not in log_odds),
+            num_without_spans=sum(item.spans is None for item in ranked) if self.request.spans else 0,
         )
 
-    def _document_log_odds(self) -> list[float]:
-        """By document: the mean of its best chunks."""
-        num_best = self.tokenized.num_best_chunks
-        best = (
-            heapq.nlargest(num_best, map(self.log_odds.__getitem__, own)) for own in self.tokenized.pairs_of_document
+    def _document(self, index: int, log_odds: float) -> RankedDocument:
+        return RankedDocument(
+            index=index,
+            relevance_score=self._relevance_score(log_odds),
+            log_odds=log_odds,
+            document=self.request.documents[index],
+            num_tokens=self.tokenized.num_document_tokens(index),
+            num_truncated_tokens=self.tokenized.num_truncated_tokens[index],
+            **self._chunks(index),
+            probability=None if self._calibration is None else self._calibration.probability(log_odds),
         )
-        return [sum(values) / len(values) for values in best]
+
+    def _document_log_odds(self, but: Collection[int] = ()) -> dict[int, float]:
+        """By document: the mean of its best chunks. Without those of which a pair has no score that is a number: at the
+        deadline the worker may not have looked at it yet.
+        """
+        found: dict[int, float] = {}
+        for index, own in enumerate(self.tokenized.pairs_of_document):
+            if index not in but:
+                values = [self.log_odds.get(pair, math.nan) for pair in own]
+                if all(map(math.isfinite, values)):
+                    best = heapq.nlargest(self.tokenized.num_best_chunks, values) if len(values) > 1 else values
+                    found[index] = sum(best) / len(best)
+        return found
 
     def _best_pair(self, index: int) -> int:
         return max(self.tokenized.pairs_of_document[index], key=self.log_odds.__getitem__)
@@ -141,19 +182,19 @@ class PendingRequest:
         best = self._best_pair(index)
         if (bounds := self.tokenized.bounds_as_sent(index, best)) is None:
             return {}
-        spans = [self._scored(pair, span) for pair, span in self._spans.get(index, {}).items()]
-        return {
-            "num_chunks": len(self.tokenized.pairs_of_document[index]),
-            "best_chunk": self._scored(best, bounds),
-            "spans": tuple(sorted(spans, key=lambda span: -span.score)) if self.request.spans else None,
-        }
+        found = {"num_chunks": len(self.tokenized.pairs_of_document[index]), "best_chunk": self._scored(best, bounds)}
+        asked = self._spans.get(index)
+        if asked is None or not all(math.isfinite(self.log_odds.get(pair, math.nan)) for pair in asked):
+            return found
+        spans = [self._scored(pair, span) for pair, span in asked.items()]
+        return found | {"spans": tuple(sorted(spans, key=lambda span: -span.score))}
 
     def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
         return ScoredSpan(start=bounds[0], end=bounds[1], score=sigmoid(self.log_odds[pair]))
 
 
-def _order(log_odds: list[float]) -> list[int]:
-    return sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
+def _order(log_odds: Mapping[int, float]) -> list[int]:
+    return sorted(log_odds, key=lambda index: (-log_odds[index], index))
 
 
 ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}

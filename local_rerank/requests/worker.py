@@ -148,7 +148,7 @@ class Worker:
                 raise Overloaded(f"{what}; at most {limit} can be queued", retry_after=after)
 
     def submit(self, request: PendingRequest) -> None:
-        """Queue a request; cancelling its future removes it at once.
+        """Queue a request; when its future is done or cancelled, what is left of it is removed.
 
         Raises Overloaded, ModelUnavailable, DeviceFailure or UnusableAfterFork.
         """
@@ -163,7 +163,7 @@ class Worker:
                 self._thread = threading.Thread(target=self._work, name="local-rerank-engine", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        request.future.add_done_callback(lambda future: self._drop(number) if future.cancelled() else None)
+        request.future.add_done_callback(lambda _: self._drop(number))  # cancelled, or its timeout has passed
 
     def close(self) -> None:
         """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread."""
@@ -301,6 +301,7 @@ class Worker:
                 _log_failure(f"pair {entry.position} has no score", self._names([number]), failure)
                 self._fail(number, failure)
                 return False
+        request.report()
         if request.is_complete:
             if pairs := request.more_pairs():  # of a request that was admitted before
                 with self._changed:

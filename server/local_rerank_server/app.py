@@ -22,7 +22,7 @@ from local_rerank_server.dialects._json import MAX_INLINE_BYTES, json_request
 from local_rerank_server.dialects._route import Dialect
 from local_rerank_server.errors import MethodNotAllowed, UnknownRoute
 from local_rerank_server.keys import ApiKeys
-from local_rerank_server.middleware import RESULT_HEADERS, AdmissionMiddleware, RequestLog, declared_bytes
+from local_rerank_server.middleware import EXPOSED_HEADERS, AdmissionMiddleware, RequestLog, declared_bytes
 from local_rerank_server.state import ServerState
 
 JUDGE_SECONDS = 1.0  # for the rest of a body that only decides what an error says
@@ -54,7 +54,7 @@ def create_app(state: ServerState, keys: ApiKeys, *, lifespan: Lifespan[FastAPI]
             allow_origins=state.config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", *RESULT_HEADERS],
+            expose_headers=EXPOSED_HEADERS,
         )
     app.add_middleware(RequestLog, state=state)
     app.add_exception_handler(404, _no_such_route)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 import local_rerank
+from local_rerank.types import STATUS_KINDS
 
 if TYPE_CHECKING:
     from local_rerank.requests.worker import BatchReport
@@ -95,6 +96,9 @@ class Metrics:
         self._queue_seconds = histogram("queue_seconds", "Time between tokenization and the first batch", SECONDS)
         self._billed_tokens = counter("billed_tokens", "Tokens of ranked requests, as reported in usage")
         self._truncated_documents = counter("truncated_documents", "Documents that were truncated")
+        self._results = counter("results", "Rankings by what their status says; one may count under several", "status")
+        for kind in ("ok", *STATUS_KINDS):
+            self._results.labels(kind)  # 0 from the start, or a rate would miss the first one
         self._truncated_queries = counter("truncated_queries", "Queries that were truncated")
         self._batch_tokens = histogram("batch_tokens", "Tokens per batch", TOKENS)
         self._batch_seconds = histogram("batch_seconds", "Compute time per batch", SECONDS)
@@ -136,6 +140,8 @@ class Metrics:
         self._billed_tokens.inc(result.total_tokens)
         self._truncated_documents.inc(result.num_truncated_documents)
         self._truncated_queries.inc(int(result.num_query_truncated_tokens > 0))
+        for kind in result.status_counts or ("ok",):
+            self._results.labels(kind).inc()
 
     def add_batch(self, report: BatchReport) -> None:
         """Count a batch; called in the engine's thread."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import string
 import time
 import uuid
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from local_rerank.errors import LocalRerankError, ModelUnavailable
-from local_rerank.types import RerankResult
+from local_rerank.types import RerankResult, status_of
 from local_rerank_server.admission import BodyReader
 from local_rerank_server.browsers import SECURITY_HEADERS, check_sender
 from local_rerank_server.dialects import OPEN_PATHS, dialect_at, make_routes, route_path
@@ -38,6 +39,8 @@ RESULT_HEADERS: dict[str, Callable[[RerankResult], int]] = {
     "x-unwrapped-queries": lambda result: int(result.unwrapped),
 }
 """Counts in the headers of a response unless they are 0, because most dialects have no field for them."""
+MODEL_HEADER, STATUS_HEADER = "x-rerank-model", "x-rerank-status"
+EXPOSED_HEADERS = ("x-request-id", "retry-after", MODEL_HEADER, STATUS_HEADER, *RESULT_HEADERS)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,9 @@ class RequestLog:
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 headers["x-request-id"] = request_id
-                headers.update(_result_headers(scope["state"]["results"]))
+                if message["status"] < 400 and (model := scope["state"].get("model")):  # a ranking, no error
+                    headers[MODEL_HEADER] = quote(model, safe=string.punctuation + " ")  # a header is ASCII
+                    headers.update(_result_headers(scope["state"]["results"]))
                 if self.state.draining:  # otherwise the client's next request would meet a closed connection
                     headers["connection"] = "close"
             await send(message)
@@ -105,6 +110,7 @@ class RequestLog:
             "dialect": dialect,
             "documents": state["num_documents"] or None,
             **_cost(state["results"]),
+            "rerank_status": status_of(state["results"]) if state["results"] else None,
             "key": state.get("key"),
             "error": reason,
             "request_id": state["request_id"],
@@ -112,6 +118,8 @@ class RequestLog:
         level = logging.DEBUG if path in OPEN_PATHS else logging.INFO  # probes come every few seconds
         named = ("documents", "tokens", "waiting_ms", "computing_ms", "key", "error")
         optional = "".join(f" {name}=%({name})s" for name in named if fields[name] is not None)
+        if fields["rerank_status"] not in (None, "ok"):
+            optional += " rerank_status=%(rerank_status)r"
         line = f"%(client)s %(method)s %(path)s %(status)d %(ms).1f ms dialect=%(dialect)r{optional} id=%(request_id)s"
         if logger.isEnabledFor(level):  # a record of ours: finding the caller's line takes as long as all the rest
             logger.handle(logger.makeRecord(logger.name, level, __file__, 0, line, (fields,), None, extra=fields))
@@ -226,8 +234,10 @@ def _client(http: Request) -> str:
 
 
 def _result_headers(results: list[RerankResult]) -> dict[str, str]:
+    """Those of finished rankings: a stream has none when its head is sent."""
     counts = {name: sum(map(count, results)) for name, count in RESULT_HEADERS.items()}
-    return {name: str(count) for name, count in counts.items() if count}
+    status = {STATUS_HEADER: status_of(results)} if results else {}
+    return status | {name: str(count) for name, count in counts.items() if count}
 
 
 def _cost(results: list[RerankResult]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from starlette.requests import Request
 
 from local_rerank import forks
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable
-from local_rerank.types import RerankRequest, RerankResult
+from local_rerank.types import OnDeadline, RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.admission import Admission
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
@@ -28,9 +28,11 @@ from local_rerank_server.metrics import EngineStatus, Metrics
 
 if TYPE_CHECKING:
     from local_rerank.config import EngineConfig
+    from local_rerank.requests.pending import OnScored
     from local_rerank.requests.worker import BatchReport
 
-TIMEOUT_HEADER = "x-request-timeout-ms"
+TIMEOUT_HEADER, ON_DEADLINE_HEADER = "x-request-timeout-ms", "x-on-deadline"
+PARTIAL_SECONDS = 1.0  # for a partial result to arrive after the deadline, until which alone it was scored
 LONG_CHARS = 1_000_000  # up to half a second of tokenization; longer requests share a pool of their own
 LONG_THREADS = 1  # fastokens needs some 50 ms; tokenizers splits the documents of one request between threads
 
@@ -54,7 +56,9 @@ class Ranker(EngineStatus, Protocol):
 
     def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None: ...
 
-    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]: ...
+    def submit(
+        self, request: RerankRequest, *, name: str | None = None, on_scored: OnScored | None = None
+    ) -> Future[RerankResult]: ...
 
     def close(self) -> None: ...
 
@@ -142,34 +146,59 @@ class ServerState:
         """Parse a large body in a thread, after those that wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
 
-    async def rank(self, http: Request, request: RerankRequest) -> RerankResult:
-        """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first."""
+    async def rank(self, http: Request, request: RerankRequest, *, on_scored: OnScored | None = None) -> RerankResult:
+        """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first.
+
+        `on_scored` is that of `Reranker.submit`.
+        """
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
+        deadline = None
+        if "partial" in (request.on_deadline, wanted_on_deadline(http)):
+            deadline = time.monotonic() + timeout_ms / 1e3
+        http.state.model = self.reranker.model_id
         http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
-        ranking = asyncio.ensure_future(self._submit(request, http.state.request_id))
+        ranking = asyncio.ensure_future(self._submit(request, http.state.request_id, on_scored, deadline))
         disconnect = asyncio.ensure_future(_until_disconnected(http))
         try:
-            await asyncio.wait({ranking, disconnect}, timeout=timeout_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
-            if ranking.done():
+            patience = timeout_ms / 1e3 + (0 if deadline is None else PARTIAL_SECONDS)
+            await asyncio.wait({ranking, disconnect}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if ranking.done() and (deadline is None or not isinstance(ranking.exception(), DeadlineExceeded)):
                 result = ranking.result()
                 http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
-                return result if self.config.scores == "model" else _with_probabilities(result)
-            if disconnect.done():
+                return result if self.config.scores == "model" else replace(result, results=self.as_served(result))
+            if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
             raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
         finally:
             ranking.cancel()
             disconnect.cancel()
 
-    async def _submit(self, request: RerankRequest, request_id: str) -> RerankResult:
-        """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue."""
+    async def _submit(
+        self, request: RerankRequest, request_id: str, on_scored: OnScored | None, deadline: float | None
+    ) -> RerankResult:
+        """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue.
+
+        `deadline`, of time.monotonic(), is when the engine answers with what is scored.
+        """
+
+        def submit() -> Future[RerankResult]:
+            ours = request
+            if deadline is not None:
+                left = max(deadline - time.monotonic(), 1e-6)  # after the wait for this thread
+                ours = replace(request, timeout=left, on_deadline="partial")
+            return self.reranker.submit(ours, name=request_id, on_scored=on_scored)
+
         num_chars = len(request.query) + sum(map(len, request.documents))
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
-        return await asyncio.wrap_future(await queued(threads, self.reranker.submit, request, name=request_id))
+        return await asyncio.wrap_future(await queued(threads, submit))
+
+    def as_served(self, items: Iterable[RankedDocument]) -> tuple[RankedDocument, ...]:
+        """The documents with the scores that --scores says; raises InvalidField if there are no probabilities."""
+        return tuple(items) if self.config.scores == "model" else tuple(map(_with_probability, items))
 
     def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
@@ -191,16 +220,10 @@ class ServerState:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
 
 
-def _with_probabilities(result: RerankResult) -> RerankResult:
-    """The result with probabilities as relevance scores; raises InvalidField if it has none."""
-    items = []
-    for item in result:
-        if item.probability is None:
-            raise InvalidField(
-                "instruction", "the scores of this server are calibrated for its default one; leave it out"
-            )
-        items.append(replace(item, relevance_score=item.probability))
-    return replace(result, results=tuple(items))
+def _with_probability(item: RankedDocument) -> RankedDocument:
+    if item.probability is None:
+        raise InvalidField("instruction", "the scores of this server are calibrated for its default one; leave it out")
+    return replace(item, relevance_score=item.probability)
 
 
 async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:
@@ -217,6 +240,14 @@ async def _until_disconnected(http: Request) -> None:
     """Wait until the client closes its connection; the body has been read before."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+def wanted_on_deadline(http: Request) -> str:
+    """The header's value; raises InvalidField for an unknown one."""
+    sent = http.headers.get(ON_DEADLINE_HEADER, "error").strip().lower()
+    if sent not in get_args(OnDeadline):
+        raise InvalidField(ON_DEADLINE_HEADER, f"one of {', '.join(get_args(OnDeadline))} is expected", sent=sent)
+    return sent
 
 
 def _timeout_ms(http: Request, limit_ms: int) -> float:

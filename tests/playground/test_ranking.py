@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from local_rerank import Reranker, RerankRequest
+from local_rerank.errors import EngineFailure
 from tests.client_servers import MAX_DOCUMENT_TOKENS
 from tests.playground.conftest import KEY, Open, bodies_sent, rank, shown
 from tests.playground.test_access import faults
@@ -101,8 +102,14 @@ def test_the_request_has_the_fields_that_are_not_empty(page: Page) -> None:
     page.keyboard.press("Control+Enter")
     shown(page)
     expect(page.locator("dd").last).to_have_text("local-rerank-nano")
-    own = {"query": QUERY, "model": "local-rerank-nano"}
-    aliased = {"query": QUERY, "model": "qwen3-rerank", "top_n": 2, "documents": [DOCUMENTS[0], "two\nlines", ""]}
+    own = {"query": QUERY, "model": "local-rerank-nano", "stream": True}
+    aliased = {
+        "query": QUERY,
+        "model": "qwen3-rerank",
+        "stream": True,
+        "top_n": 2,
+        "documents": [DOCUMENTS[0], "two\nlines", ""],
+    }
     assert bodies == [own | {"documents": DOCUMENTS}, aliased, aliased | {"instruction": "Find definitions"}]
 
 
@@ -134,7 +141,7 @@ def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None
 
     def answer(route: Route) -> None:
         order = orders[json.loads(route.request.post_data or "")["instruction"]]
-        body = route.fetch().json()
+        body = json.loads(route.fetch().text().splitlines()[-1])
         by_index = {item["index"]: item for item in body["results"]}
         route.fulfill(json=body | {"results": [by_index[index] for index in order]})
 
@@ -208,6 +215,37 @@ def test_a_running_ranking_shows_its_time_and_cancelling_frees_the_server(chromi
         expect(page.locator("#error")).to_contain_text("internal error")
         expect(progress).to_be_hidden()
         assert page.evaluate("document.activeElement.id") == "results"
+
+
+def test_a_long_list_fills_as_it_is_scored_and_a_failure_leaves_no_part_of_it(
+    chromium: Browser, nano: Reranker
+) -> None:
+    texts = ["a", "b", "c", "d"]
+    result = nano.rank("q", texts)
+    by_index = {item.index: item for item in result}
+    with own_server() as (url, state), opened(chromium, url) as (page, _):
+        ranker: Any = state.reranker
+        expect(page.locator("#server-status")).to_have_attribute("data-status", "ready")
+        for outcome in (result, EngineFailure("the model failed")):
+            num_before, shown_now = len(ranker.futures), page.locator(".document")
+            rank(page, "q", "\n".join(texts))
+            until(lambda num=num_before: len(ranker.futures) > num)  # type: ignore[misc]
+            for part in ((0, 1), (2,)):
+                ranker.on_scored([by_index[index] for index in part])
+                expect(page.locator("#rankings.so-far li")).to_have_count(part[-1] + 1)
+                in_order = [item.document for item in result if item.index <= part[-1]]
+                assert shown_now.all_inner_texts() == in_order
+            expect(page.locator("#results")).to_have_attribute("aria-busy", "true")
+            expect(page.locator(".facts")).to_have_count(0)
+            if isinstance(outcome, Exception):
+                ranker.futures[-1].set_exception(outcome)
+                expect(page.locator("#error")).to_contain_text("the model failed")
+                expect(page.locator("#error")).to_contain_text("HTTP 500")
+                expect(shown_now).to_have_count(0)
+            else:
+                ranker.futures[-1].set_result(outcome)
+                assert shown(page) == [item.document for item in result]
+                expect(page.locator(".facts")).to_have_count(1)
 
 
 def test_a_long_document_is_collapsed_until_expanded(page: Page) -> None:

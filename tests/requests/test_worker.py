@@ -15,7 +15,7 @@ import pytest
 
 from local_rerank.errors import EngineFailure, ModelUnavailable, OutOfMemory, Overloaded
 from local_rerank.requests.pair import Pair, TokenizedRequest, num_batch_tokens
-from local_rerank.requests.pending import PendingRequest
+from local_rerank.requests.pending import OnScored, PendingRequest
 from local_rerank.requests.scheduler import GOOD_BATCHES
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import RerankRequest, RerankResult
@@ -89,13 +89,17 @@ def start() -> Iterator[Start]:
         worker.close()
 
 
-def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None) -> PendingRequest:
-    """A request with a document of `length` tokens for each first token, after ten prefix tokens."""
+def pending(
+    prefix: int, *firsts: int, length: int = 70, name: str | None = None, num_chunks: int = 1,
+    on_scored: OnScored | None = None, **options: Any,
+) -> PendingRequest:  # fmt: skip
+    """A request with a pair of `length` tokens for each first token, after ten prefix tokens."""
     pairs = tuple(Pair.of((prefix,) * 10, (first,) + (1,) * (length - 1)) for first in firsts)
-    num = len(pairs)
+    num = len(pairs) // num_chunks
     tokenized = TokenizedRequest(
         pairs=pairs,
-        pairs_of_document=tuple(range(i, i + 1) for i in range(num)),
+        pairs_of_document=tuple(range(i * num_chunks, (i + 1) * num_chunks) for i in range(num)),
+        bounds=((0, 1),) * len(pairs) if options.get("spans") else None,
         num_truncated_tokens=(0,) * num,
         num_query_tokens=1,
         num_query_truncated_tokens=0,
@@ -105,8 +109,11 @@ def pending(prefix: int, *firsts: int, length: int = 70, name: str | None = None
         has_default_instruction=True,
         unwrapped=False,
     )
-    request = RerankRequest(query="q", documents=("d",) * num)
-    return PendingRequest(request, tokenized, model_id="counted", started=time.perf_counter(), name=name)
+    request = RerankRequest(query="q", documents=tuple(map(str, firsts[::num_chunks])), **options)
+    return PendingRequest(
+        request, tokenized, model_id="counted", started=time.perf_counter(), name=name, on_scored=on_scored,
+        span_pairs=lambda document, bounds, pair: [((0, 1), pair)],
+    )  # fmt: skip
 
 
 def submit(worker: Worker, *requests: PendingRequest) -> None:

@@ -356,6 +356,7 @@ def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path)
     report = json.loads(good.stdout)
     assert (good.returncode, report["passed"], report["self_test"]["fault"]) == (0, True, None)
     assert report["model"]["model_id"] == known.name
+    assert report["order"]["before"] == sorted(report["order"]["after"]) == [0, 1, 2, 3]
     assert set(report["machine"]) == {"device", "dtype", "kernel", "products", "memory", "threads", "versions"}
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"]["value"].startswith("1 on ")
@@ -369,5 +370,8 @@ def test_doctor_prints_every_pair_and_the_verdict() -> None:
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
         assert f"{pair['log_odds']:+.4f}" in done.stdout
+    assert re.search(
+        r"order: reranking changed the order of a list from 0 1 2 3 to 1 \d \d \d; document 1", done.stdout
+    )
     for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "faster with"):
         assert name in done.stdout

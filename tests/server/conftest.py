@@ -57,9 +57,10 @@ class HeldRanker:
         self.error = error
         self.futures: list[Future[RerankResult]] = []
 
-    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+    def submit(self, request: RerankRequest, *, name: str | None = None, on_scored: Any = None) -> Future[RerankResult]:
         if self.error is not None:
             raise self.error
+        self.on_scored = on_scored
         self.futures.append(Future())
         return self.futures[-1]
 

@@ -34,8 +34,11 @@ async def test_golden_request_gets_golden_response(path: Path, serve: Serve, tin
     assert response.headers["content-type"] == "application/json"
     values: dict[str, Any] = {"model": tiny_reranker.model_id, "request_id": response.headers["x-request-id"]}
     result = rank(tiny_reranker, case["library"]) if "library" in case else None
-    if result is not None:  # in the order of the request
-        values["scores"] = [item.relevance_score for item in sorted(result, key=lambda item: item.index)]
+    if result is not None:
+        in_order = sorted(result, key=lambda item: item.index)
+        values["scores"] = [item.relevance_score for item in in_order]
+        ours = {name: response.headers[name] for name in ("x-rerank-model", "x-rerank-status")}
+        assert ours == {"x-rerank-model": tiny_reranker.model_id, "x-rerank-status": result.status}
     expected = fill(case["response"]["body"], values, result)
     assert masked(response.json()) == masked(expected)  # compared as text, which includes the order of keys
     assert list(numbers(response.json())) == pytest.approx(list(numbers(expected)), rel=1e-5)

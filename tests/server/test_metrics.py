@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from local_rerank import Reranker
 from local_rerank.errors import ModelUnavailable
+from local_rerank.types import STATUS_KINDS
+from local_rerank_server.errors import STATUS
 from local_rerank_server.metrics import GPU_MEMORY
 from tests.server.conftest import HeldRanker, Serve
 from tests.serving import NATIVE
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docs" / "grafana-dashboard.json"
+ALERTS = yaml.safe_load((ROOT / "docs" / "deploy" / "alerts.yaml").read_text(encoding="utf-8"))
+RULES: list[dict[str, Any]] = ALERTS["groups"][0]["rules"]
 LOCAL = "/v1/local/rank"
 BODY: dict[str, Any] = {"model": "qwen3-rerank", "query": "q", "documents": ["a", "bb", "c" * 9000]}
 
@@ -101,7 +106,9 @@ async def test_metrics_work_while_the_model_loads_and_need_the_key(serve: Serve)
 
 
 @pytest.mark.anyio
-async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, tiny_reranker: Reranker) -> None:
+async def test_the_dashboard_and_the_alerts_use_metrics_and_labels_that_exist(
+    serve: Serve, tiny_reranker: Reranker
+) -> None:
     async with serve(tiny_reranker) as client:
         await client.post(LOCAL, json=BODY)
         await client.post(NATIVE, json={"model": "x"})
@@ -113,15 +120,38 @@ async def test_the_dashboard_uses_metrics_and_labels_that_exist(serve: Serve, ti
     panels = [panel for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"] if panel["type"] != "row"]
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
     assert len(expressions) >= 12
-    for expression in expressions:
+    for expression in [*expressions, *(rule["expr"] for rule in RULES)]:
         used = re.findall(r"\b((?:local_rerank|process)_\w+)", expression)
         assert used, expression
         assert set(used) <= labels.keys(), expression
         for group in re.findall(r"by \(([^)]*)\)", expression):
-            assert {name.strip() for name in group.split(",")} <= set().union(*(labels[name] for name in used))
+            known = set().union({"instance"}, *(labels[name] for name in used))
+            assert {name.strip() for name in group.split(",")} <= known, expression
+        for name, label, value in re.findall(r'(\w+)\{(\w+)=~?"([^"]*)"\}', expression):
+            assert label in labels[name], expression
+            assert label != "reason" or value in {kind.__name__ for kind in STATUS}
+            assert name != "local_rerank_results_total" or value in STATUS_KINDS
     ours = {name for name in labels if name.startswith("local_rerank") and not name.endswith("_created")}
     shown = {family(name) for name in re.findall(r"\blocal_rerank_\w+", " ".join(expressions))}
     assert {family(name) for name in ours} <= shown, "every metric is on the dashboard"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_an_alert_rule_has_what_prometheus_requires(rule: dict[str, Any]) -> None:
+    assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
+    assert re.fullmatch(r"[A-Z]\w+", rule["alert"])
+    assert re.fullmatch(r"\d+m", rule["for"])
+    assert rule["expr"].count("(") == rule["expr"].count(")")
+    assert rule["labels"]["severity"] in ("warning", "critical")
+    grouped = re.findall(r"by \(([^)]*)\)", rule["expr"])
+    shown = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+    assert shown <= {"instance"} | {name.strip() for group in grouped for name in group.split(",")}
+
+
+def test_the_alerts_cover_saturation_errors_and_rankings_that_say_nothing() -> None:
+    assert [group["name"] for group in ALERTS["groups"]] == ["local-rerank"]
+    for metric in ('refusals_total{reason="Overloaded"}', "dialect", 'results_total{status="constant"}'):
+        assert any(metric in rule["expr"] for rule in RULES), metric
 
 
 def family(name: str) -> str:

@@ -90,6 +90,24 @@ def test_answers_are_those_of_one_process(server: Server, client: Client, tiny_r
         assert answer["model"] == tiny_reranker.model_id
 
 
+def test_a_stream_and_a_deadline_work_with_replicas(server: Server, client: Client, tiny_reranker: Reranker) -> None:
+    server.wait_for("ready: ")
+    asked = request(3)
+    *items, last = client.post(LOCAL, json=asked | {"stream": True}).text.splitlines()
+    assert [json.loads(item)["index"] for item in items] == list(log_odds(json.loads(last)))
+    late = request(4, 500) | {"on_deadline": "partial"}
+    answer = client.post(LOCAL, json=late, headers={"X-Request-Timeout-Ms": "150"})
+    if answer.status_code == 504:  # nothing was scored by then
+        assert "not answered within 150 ms" in answer.text
+    else:
+        body = answer.json()
+        assert len(body["results"]) + len(body["not_scored"]) == 500
+        assert log_odds(body) == pytest.approx(
+            {item.index: item.log_odds for item in tiny_reranker.rank(late["query"], late["documents"])
+             if item.index not in body["not_scored"]}, abs=TOLERANCE,
+        )  # fmt: skip
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("path", "body"),

@@ -40,6 +40,7 @@ from local_rerank_server.errors import (
 )
 
 if TYPE_CHECKING:
+    from local_rerank.requests.pending import OnScored
     from local_rerank_server.config import ServerConfig
     from local_rerank_server.state import ServerState
 
@@ -167,13 +168,21 @@ Body = TypeVar("Body", bound=_Body)
 
 
 async def rank_body(
-    http: Request, body: Body, parse: Callable[[Body, ServerConfig], RerankRequest], *, strict: bool = False
+    http: Request,
+    body: Body,
+    parse: Callable[[Body, ServerConfig], RerankRequest],
+    *,
+    strict: bool = False,
+    on_scored: OnScored | None = None,
 ) -> RerankResult:
-    """Check the body's model name, parse the body, and rank. `strict` refuses unknown models on this route."""
+    """Check the body's model name, parse the body, and rank. `strict` refuses unknown models on this route.
+
+    `on_scored` is that of `Reranker.submit`.
+    """
     state = state_of(http)
     state.check_model(body.model, strict=strict)
     with named_as_sent(body.names()):
-        return await state.rank(http, parse(body, state.config))
+        return await state.rank(http, parse(body, state.config), on_scored=on_scored)
 
 
 def add_get(router: APIRouter, path: str, handler: Callable[..., Any], **documentation: Any) -> None:

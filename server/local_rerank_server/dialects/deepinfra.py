@@ -16,6 +16,7 @@ from local_rerank_server.dialects._options import Options, make_request, score_o
 from local_rerank_server.dialects._responses import DetailError, render_detail_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
 from local_rerank_server.errors import InvalidField
+from local_rerank_server.state import ON_DEADLINE_HEADER, wanted_on_deadline
 
 BASE, PATH = "/v1/inference", "/v1/inference/{model:path}"
 
@@ -50,6 +51,10 @@ router = dialect.router()
 
 async def rank(http: Request, body: DeepInfraRequest, model: str) -> JsonResponse:
     """Score documents for one query, like DeepInfra."""
+    if wanted_on_deadline(http) == "partial":
+        raise InvalidField(
+            ON_DEADLINE_HEADER, "partial has no place here, where each document has a score; leave it out"
+        )
     ranked = await rank_body(http, body.model_copy(update={"model": body.model or model}), parse)
     scores = [score_of(item, body) for item in sorted(ranked, key=lambda item: item.index)]
     total, request_id = ranked.total_tokens, http.state.request_id

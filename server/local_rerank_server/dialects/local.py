@@ -8,9 +8,10 @@ from typing import Any, NotRequired, cast
 
 from pydantic import Field, model_validator
 from starlette.requests import Request
+from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from local_rerank.types import LongDocuments, RerankRequest, RerankResult
+from local_rerank.types import LongDocuments, OnDeadline, RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Count, CountOrAll, Flag, Texts, Unsupported, snake_case
@@ -18,6 +19,7 @@ from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_post, rank_body
+from local_rerank_server.dialects._stream import LineStream, stream
 from local_rerank_server.errors import InvalidField
 
 PATH = "/v1/local/rank"
@@ -34,6 +36,12 @@ class LocalRequest(CommonRequest):
     chunk_overlap_tokens: CountOrAll | None = Field(default=None, description="Tokens that two chunks share.")
     num_best_chunks: Count | None = Field(default=None, description="How many chunks' mean a document's log-odds are.")
     max_chunks_per_document: Count | None = Field(default=None, description="Cut off what is beyond so many chunks.")
+    on_deadline: OnDeadline | None = Field(
+        default=None, description="partial: at the timeout, rank what is scored by then; the default is an error."
+    )
+    stream: Flag | None = Field(
+        default=None, description="Send each document as a line of JSON as soon as it is scored, then the ranking."
+    )
     spans: Flag | None = Field(default=None, description="Whether to score the sentences of the best chunks, too.")
     rank_fields: Unsupported = None
     top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
@@ -81,6 +89,7 @@ class LocalResponse(TypedDict):
 
     id: str
     model: str
+    status: str  # as in the header x-rerank-status
     results: list[LocalResult]
     num_query_tokens: int
     num_query_truncated_tokens: int
@@ -92,26 +101,32 @@ class LocalResponse(TypedDict):
     tokenize_ms: float
     queue_ms: float
     total_ms: float
+    is_constant: bool
+    not_scored: list[int]
+    num_without_spans: int
 
 
-_OF_CHUNKS = (
+_OWN = (
     "long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "spans",
+    "on_deadline",
 )  # fmt: skip
 
 
 def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
     request = make_request(body.query, body.documents, body, config)
-    given = {name: getattr(body, name) for name in _OF_CHUNKS if getattr(body, name) is not None}
+    given = {name: getattr(body, name) for name in _OWN if getattr(body, name) is not None}
     return replace(request, **given) if given else request
 
 
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
+    items = [render_item(item, body) for item in result]
+    head = {"id": request_id, "model": result.model, "status": result.status}
+    return cast(LocalResponse, head | vars(result) | {"results": items})
+
+
+def render_item(item: RankedDocument, body: LocalRequest) -> dict[str, Any]:
     omitted = {"document"} if body.wants_documents() is False else set()
-    items = [
-        {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
-        for item in result
-    ]
-    return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
+    return {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
 
 
 dialect = Dialect(
@@ -122,9 +137,17 @@ router = dialect.router()
 EXAMPLE = {"query": QUERY, "documents": DOCUMENTS}
 
 
-async def rank(http: Request, body: LocalRequest) -> JsonResponse:
+async def rank(http: Request, body: LocalRequest) -> Response:
     """Rank documents. The response has log-odds, token counts and times as well."""
-    return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    if not body.stream:
+        return JsonResponse(render(await rank_body(http, body, parse), body, http.state.request_id))
+    return await stream(
+        http,
+        lambda on_scored: rank_body(http, body, parse, on_scored=on_scored),
+        dialect=dialect,
+        render_item=lambda item: render_item(item, body),
+        render=lambda result: render(result, body, http.state.request_id),
+    )
 
 
 add_post(
@@ -134,4 +157,5 @@ add_post(
     examples={"local-rerank": EXAMPLE},
     summary="Rank, with all details of the result",
     response_model=LocalResponse,
+    responses={200: {"content": {LineStream.media_type: {"schema": {"type": "string"}}}}},
 )

@@ -8,7 +8,7 @@ import { EXAMPLES } from "./examples.js";
 import { acceptFiles } from "./files.js";
 import { clearErrors, showError } from "./messages.js";
 import { offerCancel, showCancelled, showEnd, showRunning } from "./progress.js";
-import { announce, renderRanking } from "./results.js";
+import { announce, renderRanking, soFar } from "./results.js";
 import { ServerError, rank } from "./server.js";
 
 const DEFAULT_TITLE = "The server’s default instruction";
@@ -110,11 +110,26 @@ async function rankAll() {
   const requests = allRequests();
   showRunning(requestsInWords(requests));
   try {
-    const answers = await Promise.all(requests.map((request) => rank(request, mine.signal)));
+    const answers = await Promise.all(rankings(requests, mine));
     if (mine === running) finish(() => showRankings(requests, answers));
   } catch (error) {
     if (mine === running) finish(() => showFailure(error));
   }
+}
+
+/** The answers; until they are all there, the page shows what is scored, at most once per frame. */
+function rankings(requests, mine) {
+  const scored = requests.map(() => []);
+  let frame = 0;
+  const show = () => {
+    frame = 0;
+    const partial = scored.map((items, index) => soFar(items, requests[index].top_n));
+    if (mine === running && byId("results").hasAttribute("aria-busy")) showRankings(requests, partial);
+  };
+  return requests.map((request, index) => rank(request, mine.signal, (items) => {
+    scored[index].push(...items);
+    if (items.length && !frame) frame = requestAnimationFrame(show);
+  }));
 }
 
 function finish(show) {
@@ -141,13 +156,14 @@ function allRequests() {
 }
 
 function showRankings(requests, answers) {
-  const compared = answers.length > 1;
+  const compared = answers.length > 1, complete = answers.every((answer) => "model" in answer);
   byId("rankings").replaceChildren(...answers.map((answer, index) => renderRanking(answer, {
     title: compared ? requests[index].instruction ?? DEFAULT_TITLE : "",
-    before: index ? answers[0] : null,
+    before: index && complete ? answers[0] : null,
   })));
   byId("rankings").classList.toggle("compared", compared);
-  say("announcement", answers.map(announce).join(". "));
+  byId("rankings").classList.toggle("so-far", !complete);
+  if (complete) say("announcement", answers.map(announce).join(". "));
 }
 
 function showFailure(error) {

@@ -10,14 +10,23 @@ const twoDecimals = new Intl.NumberFormat("en", {
 });
 const signed = (value) => twoDecimals.format(value).replace("-", "−");
 
-/** A ranking with a title; `before` is another ranking of the same documents to show movements against. */
+/**
+ * A ranking with a title, and with facts if `answer` is complete. `before` is another ranking of the same documents to
+ * show movements against.
+ */
 export function renderRanking(answer, { title, before = null }) {
   const items = answer.results.map((item, place) => renderItem(item, movement(item, place, before)));
   return element("article", { className: "ranking" },
     ...(title ? [element("h3", { dir: "auto" }, title)] : []),
     element("div", {}, renderHead(), element("ol", {}, ...items)),
-    renderFacts(answer),
+    ...("model" in answer ? [renderFacts(answer)] : []),
   );
+}
+
+/** The documents that are scored so far as a ranking. */
+export function soFar(items, top_n) {
+  const sorted = [...items].sort((one, other) => other.log_odds - one.log_odds || one.index - other.index);
+  return { results: sorted.slice(0, top_n) };
 }
 
 /** The text that screen readers announce. */
@@ -140,6 +149,7 @@ function renderFacts(answer) {
     ["Tokens", `${number.format(answer.total_tokens)} in all, ${number.format(answer.num_computed_tokens)} computed`],
     ["Cut", cuts(answer)],
     ["Model", answer.model],
+    ...(answer.is_constant ? [["Note", "all scores are the same: this order is that of the request"]] : []),
   ];
   return element("dl", { className: "facts" },
     ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));

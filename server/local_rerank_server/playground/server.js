@@ -26,25 +26,51 @@ export async function listModels() {
   return (await json("v1/models", {})).data;
 }
 
-/** The response of `POST /v1/local/rank`. */
-export async function rank(request, signal) {
-  return json("v1/local/rank", {
+/** The response of `POST /v1/local/rank`. `onScored` gets the documents as soon as their scores are known. */
+export async function rank(request, signal, onScored) {
+  const answer = await send("v1/local/rank", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify(request),
+    body: JSON.stringify({ ...request, stream: true }),
     signal,
   });
+  if (!answer.ok || !answer.body) return bodyOf(answer, await answer.text());
+  let last = "", rest = "";
+  for await (const text of textsOf(answer.body, signal)) {
+    const lines = (rest + text).split("\n");
+    rest = lines.pop();
+    last = lines.at(-1) ?? last;
+    onScored(lines.map(parsed).filter((value) => value?.index !== undefined));
+  }
+  const body = bodyOf(answer, rest || last);
+  if (body.results) return body;
+  throw new ServerError("The response ended before the ranking was complete.");
+}
+
+/** The texts of a body as they arrive; Safari's streams cannot be iterated. */
+async function* textsOf(stream, signal) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+  } catch (error) {
+    if (signal.aborted) throw error;
+    throw new ServerError("The connection to the server was lost while it ranked.");
+  }
 }
 
 async function json(path, options) {
   const answer = await send(path, options);
-  const text = await answer.text();
+  return bodyOf(answer, await answer.text());
+}
+
+/** The body of a response; throws ServerError for that of an error. */
+function bodyOf(answer, text) {
   const body = parsed(text);
-  if (answer.ok && body) return body;
+  if (answer.ok && body && !body.error) return body;
   throw new ServerError(body?.error?.message ?? `The response is not JSON: ${text.slice(0, 200) || "it is empty"}`, {
     type: body?.error?.type,
     field: body?.error?.param,
-    status: answer.status,
+    status: body?.error?.code ?? answer.status,  // in a stream the status came before the error
     requestId: answer.headers.get("x-request-id") ?? "",
     retryAfter: answer.headers.get("retry-after"),
   });

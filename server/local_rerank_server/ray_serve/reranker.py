@@ -33,6 +33,7 @@ from local_rerank.errors import (
     ModelUnavailable,
     UnusableAfterFork,
 )
+from local_rerank.requests.pending import OnScored
 from local_rerank.requests.worker import BatchReport
 from local_rerank.types import ModelInfo, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
@@ -95,20 +96,26 @@ class RemoteReranker:
     def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None:
         """Does nothing: a replica whose GPU fails ends, and Ray starts another one."""
 
-    def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+    def submit(
+        self, request: RerankRequest, *, name: str | None = None, on_scored: OnScored | None = None
+    ) -> Future[RerankResult]:
         """Send the request to a replica; the future resolves to its result or a LocalRerankError.
 
+        `on_scored` gets all ranked documents at once, because a replica sends nothing before its result.
         Raises UnusableAfterFork in a forked child.
         """
         if self._is_in_child:
             raise UnusableAfterFork("a forked process cannot use its parent's connection to Ray's replicas")
-        return asyncio.run_coroutine_threadsafe(self._rank(request, name), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._rank(request, name, on_scored), self._loop)
 
-    async def _rank(self, request: RerankRequest, name: str | None) -> RerankResult:
+    async def _rank(self, request: RerankRequest, name: str | None, on_scored: OnScored | None) -> RerankResult:
         num_tokens, number = estimate_tokens(request), next(self._ids)
         self._sent[number] = num_tokens
         try:
-            return await self._rank_with_retries(request, num_tokens, name)
+            result = await self._rank_with_retries(request, num_tokens, name)
+            if on_scored is not None:
+                on_scored(list(result))
+            return result
         finally:
             del self._sent[number]
 

@@ -67,6 +67,19 @@ def test_a_checkpoint_that_needs_its_own_code_is_refused_by_name(architecture: s
         open_checkpoint(str(folder))
 
 
+def test_the_activation_is_found_where_each_version_of_sentence_transformers_stores_it(
+    bert: Path, tmp_path: Path
+) -> None:
+    old = {"sentence_transformers": None, "sbert_ce_default_activation_function": IDENTITY}
+    assert open_checkpoint(str(bert)).activation == "identity"
+    assert open_checkpoint(str(copy_of(bert, tmp_path / "3", **old))).activation == "identity"
+    newest = copy_of(bert, tmp_path / "6", sentence_transformers={"activation_fn": SIGMOID})
+    assert open_checkpoint(str(newest)).activation == "sigmoid"
+    own = {"model_type": "CrossEncoder", "activation_fn": IDENTITY}
+    (newest / "config_sentence_transformers.json").write_text(json.dumps(own), encoding="utf-8")
+    assert open_checkpoint(str(newest)).activation == "identity"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -90,8 +90,8 @@ class Checkpoint:
 
     @property
     def max_length(self) -> int:
-        """Maximum tokens of a prompt. XLM-RoBERTa's positions start behind the padding's, which has id 1 by default."""
-        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.recipe.name == "xlm-roberta" else 0
+        """Maximum tokens of a prompt."""
+        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.recipe.positions_follow_padding else 0
         positions = int(self.config.get("max_position_embeddings", 8192)) - unused
         return min(positions, int(self.config.get("model_max_length", positions)))
 

@@ -24,6 +24,7 @@ class Recipe:
     template: PromptTemplate | None  # None: an encoder, whose tokenizer joins query and document itself
     checkpoints: tuple[str, ...]  # known ones
     licence: str  # of those
+    positions_follow_padding: bool = False  # the first is the padding id plus 1; that id is 1 by default
 
     @property
     def is_encoder(self) -> bool:
@@ -61,6 +62,7 @@ RECIPES = (
             "cross-encoder/mmarco-mMiniLMv2-L12-H384-v1",
         ),
         licence="Apache 2.0; bge-reranker-base and -large MIT",
+        positions_follow_padding=True,
     ),
     Recipe(
         name="modernbert",

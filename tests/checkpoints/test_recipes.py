@@ -99,6 +99,15 @@ def test_what_no_recipe_computes_is_refused(changes: dict[str, Any], message: st
         open_checkpoint(str(copy_of(bert, tmp_path / "model", **changes)))
 
 
+def test_a_head_in_modules_of_sentence_transformers_is_refused_by_name(bert: Path, tmp_path: Path) -> None:
+    folder = copy_of(bert, tmp_path / "ettin", architectures=["ModernBertModel"])
+    (folder / "modules.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"ModernBertModel and a head in modules .*modules\.json.*, which are not read"
+    ):
+        open_checkpoint(str(folder))
+
+
 def test_tensors_that_the_architecture_does_not_read_are_ignored(tmp_path: Path) -> None:
     import torch
 

@@ -51,10 +51,11 @@ class RankOptions(CallOptions, total=False):
 
 
 class CrossEncoder:
-    """A drop-in for sentence-transformers' class of the same name, with a Qwen3-Reranker model.
+    """A drop-in for sentence-transformers' class of the same name, with a Qwen3-Reranker model or an encoder.
 
-    Scores are log-odds, as by default those of Qwen's checkpoints in sentence-transformers (model card, "Using Sentence
-    Transformers"). For probabilities pass `activation_fn=torch.nn.Sigmoid()`.
+    Scores of Qwen3-Reranker are log-odds, as by default in sentence-transformers (model card, "Using Sentence
+    Transformers"); for probabilities pass `activation_fn=torch.nn.Sigmoid()`. Those of an encoder are what its
+    configuration says.
 
     `model_name_or_path`, `device`, `revision` and `max_length` are those of `Reranker`, which `config` completes with
     other options of the engine; `reranker` is the Reranker itself. `prompts` are instructions by name; that of the
@@ -104,8 +105,10 @@ class CrossEncoder:
             )
         if not (activation_fn is None or callable(activation_fn)):
             raise ConfigError(f"activation_fn is {activation_fn!r}; it must be a function of a tensor of log-odds")
-        self.activation_fn = activation_fn or torch.nn.Identity()
         self.reranker = Reranker(config=given)
+        checkpoint = self.reranker.checkpoint
+        default = _ACTIVATIONS[checkpoint.activation if checkpoint.recipe.is_encoder else "identity"]
+        self.activation_fn = activation_fn or default()
 
     @overload
     def predict(
@@ -218,6 +221,7 @@ class CrossEncoder:
         return self.prompts[name]
 
 
+_ACTIVATIONS: dict[str, Callable[[], Activation]] = {"sigmoid": torch.nn.Sigmoid, "identity": torch.nn.Identity}
 _CONFIG = "pass config=EngineConfig(...), which has dtype, attention, device_map and more"
 _TOKENIZER = "the checkpoint's tokenizer and prompt are used as they are; max_length limits a prompt"
 _ONE_PROCESS = "calls share the batches of one model; local-rerank batch --ray uses several"

@@ -48,7 +48,7 @@ AHEAD_BATCHES = 4
 
 
 class Reranker:
-    """Ranks documents by relevance to a query, with a Qwen3-Reranker model on this machine.
+    """Ranks documents by relevance to a query, with a Qwen3-Reranker model or an encoder on this machine.
 
     `model` is a hub id, a local folder, a bundle, or None for the built-in local-rerank-nano; `options` are fields of
     `EngineConfig`, which `config` gives all at once; an option wins over its field. The constructor returns when the
@@ -198,7 +198,7 @@ class Reranker:
     def score(
         self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None, logits: bool = False
     ) -> list[float]:
-        """Relevance scores of (query, document) pairs, 0...1, in order; with `logits=True` log-odds, any float.
+        """Relevance scores of (query, document) pairs in order, 0...1 (`RankedDocument`); with `logits=True` log-odds.
 
         One pair also goes in a list: `score([("query", "document")])`. Neighbouring pairs with the same query share its
         tokens. Raises as `rank`.

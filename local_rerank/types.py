@@ -136,7 +136,7 @@ class ScoredSpan:
 
     start: int  # code points of the document as it was sent
     end: int
-    score: float  # 0...1
+    score: float  # as relevance_score
 
 
 @dataclass(frozen=True, kw_only=True)

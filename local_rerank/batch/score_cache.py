@@ -137,7 +137,7 @@ def score_identity(reranker: Reranker) -> str:
     facts = {
         "files": _file_digests(reranker.checkpoint),
         "recipe": recipe.stored if recipe.template is None else dataclasses.asdict(recipe.template),
-        "settings": settings | {"dtype": reranker.info.dtype},
+        "settings": settings | {"dtype": reranker.info.dtype, "max_length": reranker.info.max_length},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

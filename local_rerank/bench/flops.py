@@ -1,9 +1,9 @@
 """Count the useful operations of a request and measure the GEMM ceiling of this machine.
 
 Useful operations assume that the prefix is computed once per request and the last layer only for the tokens that give
-scores. They count two operations per weight and token in the projections, plus causal attention. The ceiling is the
-throughput of the same matrix products in the same run; on a CPU, of plain or oneDNN-blocked weights, whichever is
-faster.
+scores. An encoder has neither a prefix nor a last layer of this kind, and attends in both directions. They count two
+operations per weight and token in the projections, plus attention. The ceiling is the throughput of the same matrix
+products in the same run; on a CPU, of plain or oneDNN-blocked weights, whichever is faster.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from local_rerank.checkpoints.encoder_tensors import ENCODER_SHAPES
 from local_rerank.engine.cpu.choices import blocks_weights
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.int8 import Int8Linear, quantize
@@ -30,7 +31,7 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """The sizes of a decoder, from its config.json."""
+    """The sizes of a decoder or an encoder, from its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -38,10 +39,13 @@ class DecoderShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    num_mlp_products: int = 3  # 2 in BERT and XLM-RoBERTa
+    is_encoder: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DecoderShape:
         num_heads = config["num_attention_heads"]
+        is_encoder = config.get("architectures", [""])[0] in ENCODER_SHAPES
         return cls(
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -49,6 +53,8 @@ class DecoderShape:
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads", num_heads),
             head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+            num_mlp_products=2 if is_encoder and not config["architectures"][0].startswith("Modern") else 3,
+            is_encoder=is_encoder,
         )
 
     @property
@@ -59,18 +65,24 @@ class DecoderShape:
     @property
     def other_weights(self) -> int:
         """Weights of a layer's query and output projections and of its MLP."""
-        return 2 * self.hidden_size * self.num_heads * self.head_dim + 3 * self.hidden_size * self.intermediate_size
+        mlp = self.num_mlp_products * self.hidden_size * self.intermediate_size
+        return 2 * self.hidden_size * self.num_heads * self.head_dim + mlp
 
     @property
     def matrices(self) -> list[tuple[int, int]]:
-        """(in_features, out_features) of a layer's seven projections."""
+        """(in_features, out_features) of a layer's projections."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mlp = [(self.hidden_size, self.intermediate_size)] * 2 + [(self.intermediate_size, self.hidden_size)]
+        up = [(self.hidden_size, self.intermediate_size)] * (self.num_mlp_products - 1)
+        mlp = [*up, (self.intermediate_size, self.hidden_size)]
         return [(self.hidden_size, q), (self.hidden_size, kv), (self.hidden_size, kv), (q, self.hidden_size), *mlp]
 
 
 def useful_flops(shape: DecoderShape, pairs: Sequence[Pair]) -> float:
     """Return the floating-point operations of a batch in which equal prefixes are computed once."""
+    if shape.is_encoder:
+        sizes = [pair.num_tokens for pair in pairs]
+        products = sum(sizes) * (shape.kv_weights + shape.other_weights)
+        return 2.0 * shape.num_layers * (products + 2 * shape.num_heads * shape.head_dim * sum(n * n for n in sizes))
     prefixes = list({pair.prefix: pair.num_prefix_tokens for pair in pairs}.values())
     lengths = [(pair.num_prefix_tokens, pair.num_document_tokens) for pair in pairs]
     num_tokens = sum(prefixes) + sum(length for _, length in lengths)
@@ -88,7 +100,7 @@ def _causal(length: int) -> int:
 
 
 def gemm_ceiling(shape: DecoderShape, *, arithmetic: str, num_tokens: int, device: torch.device) -> float:
-    """Measure operations per second over a layer's seven projections of `num_tokens` tokens."""
+    """Measure operations per second over a layer's projections of `num_tokens` tokens."""
     return compute(lambda: _ceiling(shape, arithmetic, num_tokens, device))
 
 

@@ -90,9 +90,10 @@ class Checkpoint:
 
     @property
     def max_length(self) -> int:
-        """Maximum tokens of a prompt. XLM-RoBERTa's positions start behind the padding's, which has id 1 by default."""
-        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.recipe.name == "xlm-roberta" else 0
-        return int(self.config.get("max_position_embeddings", 8192)) - unused
+        """Maximum tokens of a prompt."""
+        unused = int(self.config.get("pad_token_id", 1)) + 1 if self.recipe.positions_follow_padding else 0
+        positions = int(self.config.get("max_position_embeddings", 8192)) - unused
+        return min(positions, int(self.config.get("model_max_length", positions)))
 
     def _require_embeddings(self, tokenizer: PairTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has ids or token types without a row in the embeddings."""
@@ -228,6 +229,8 @@ def _is_marked_reranker(folder: Path) -> bool:
     if (folder / "1_LogitScore").is_dir() or any(word in _text(folder / "README.md").lower() for word in _WORDS):
         return True
     if any(word in _text(folder / "config.json") for word in ('"sentence_transformers"', '"sbert_ce_')):
+        return True
+    if '"CrossEncoder"' in _text(folder / "config_sentence_transformers.json"):
         return True
     templates = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
     return any("Judge whether the Document" in _text(folder / name) for name in templates)

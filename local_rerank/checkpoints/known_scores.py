@@ -83,29 +83,63 @@ STORED = (
 """The pairs whose log-odds are stored in a bundle when it is packed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Published:
-    """fp32 values that others published for a checkpoint."""
+    """Values that others published for a checkpoint."""
 
     names: tuple[str, ...]  # last part of the hub id or name of the folder, in lower case
     hidden_size: int
     num_layers: int
     pairs: tuple[KnownPair, ...]
+    dtype: str = "fp32"  # in which they were computed, or fp16 for about as rough: probabilities of five digits
 
 
+def _known(query: str, log_odds: dict[str, float]) -> tuple[KnownPair, ...]:
+    return tuple(KnownPair(query=query, document=document, log_odds=value) for document, value in log_odds.items())
+
+
+def _planets(*log_odds: float) -> tuple[KnownPair, ...]:
+    return _known(_PLANET, dict(zip((_VENUS, _MARS, _JUPITER, _SATURN), log_odds, strict=True)))
+
+
+def _planets_of(*probabilities: float) -> tuple[KnownPair, ...]:
+    return _planets(*(math.log(p / (1 - p)) for p in probabilities))
+
+
+# of model cards; the last two computed in fp16
+_POPULATION = "Berlin had a population of 3,520,031 registered inhabitants in an area of 891.82 square kilometers."
+_BERLIN = {_POPULATION: 8.607138, "Berlin is well known for its museums.": -4.320078}
+_GIANT = "The giant panda (Ailuropoda melanoleuca), sometimes called a panda bear or simply panda,"
+_PANDA = {"hi": -8.1875, f"{_GIANT} is a bear species endemic to China.": 5.26171875}
+_SORT = {"Introduction of quick sort": 2.4609, "The weather is nice today": -1.6729}
+# planets: sentence-transformers, tests/cross_encoder/test_model.py (Qwen3) and test_pretrained.py, which allows 0.01
 PUBLISHED = (
     _Published(
-        names=("qwen3-reranker-0.6b",),
-        hidden_size=1024,
-        num_layers=28,
-        pairs=(  # sentence-transformers, tests/cross_encoder/test_model.py
-            KnownPair(query=_PLANET, document=_VENUS, log_odds=-3.109297752),
-            KnownPair(query=_PLANET, document=_MARS, log_odds=7.120389938),
-            KnownPair(query=_PLANET, document=_JUPITER, log_odds=-0.378754616),
-            KnownPair(query=_PLANET, document=_SATURN, log_odds=3.541637421),
-        ),
+        ("qwen3-reranker-0.6b",), 1024, 28, _planets(-3.109297752, 7.120389938, -0.378754616, 3.541637421)
     ),
-)
+    _Published(
+        ("ms-marco-minilm-l6-v2", "ms-marco-minilm-l-6-v2"), 384, 6,
+        _planets(-6.52474, 9.69094, 6.92376, 6.66822) + _known("How many people live in Berlin?", _BERLIN),
+    ),
+    _Published(
+        ("ms-marco-minilm-l12-v2", "ms-marco-minilm-l-12-v2"), 384, 12, _planets(-7.18467, 9.50125, 5.7218, 6.84708)
+    ),
+    _Published(("mmarco-mminilmv2-l12-h384-v1",), 384, 12, _planets(-3.27741, 10.19737, 3.39716, 7.45499)),
+    _Published(("bge-reranker-base",), 768, 12, _planets_of(0.8755, 0.99813, 0.99625, 0.04914), "fp16"),
+    _Published(("bge-reranker-large",), 1024, 24, _planets_of(0.69539, 0.99861, 0.97439, 0.81449), "fp16"),
+    _Published(
+        ("bge-reranker-v2-m3",), 1024, 24,
+        _planets_of(0.01928, 0.9987, 0.78573, 0.98696) + _known("what is panda?", _PANDA), "fp16",
+    ),
+    _Published(
+        ("gte-reranker-modernbert-base",), 768, 22,
+        _planets_of(0.80808, 0.95359, 0.88026, 0.91676) + _known("how to implement quick sort in python?", _SORT),
+        "fp16",
+    ),
+    _Published(
+        ("granite-embedding-reranker-english-r2",), 768, 22, _planets_of(0.78749, 0.96672, 0.88993, 0.94344), "fp16"
+    ),
+)  # fmt: skip
 
 
 def known_scores(checkpoint: Checkpoint) -> KnownScores:
@@ -118,7 +152,7 @@ def known_scores(checkpoint: Checkpoint) -> KnownScores:
     shape = (checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers"))
     for row in PUBLISHED:
         if name in row.names and shape == (row.hidden_size, row.num_layers):
-            return KnownScores(basis="published", dtype="fp32", pairs=row.pairs)
+            return KnownScores(basis="published", dtype=row.dtype, pairs=row.pairs)
     return KnownScores(basis="properties", dtype="fp32", pairs=ORDERED)
 
 

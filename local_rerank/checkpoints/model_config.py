@@ -166,11 +166,7 @@ _LOCAL_RERANK: dict[str, _Kind] = {
     "num_best_chunks": _whole(1, MAX_SIZE),
 }
 """Defaults of the options of these names."""
-_ACTIVATIONS = {
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
-    "torch.nn.modules.linear.Identity": "identity",
-}
-"""What sentence-transformers may apply to the one label of a classifier."""
+_ACTIVATIONS = ("Sigmoid", "Identity")  # torch's, that sentence-transformers may apply to a classifier's one label
 _QUANTIZATION = ("quantization_config", "compression_config")  # `tensors.py` refuses most of them, by name
 
 
@@ -194,7 +190,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     kept["local_rerank"] = _checked(path, "local_rerank.", kept.get("local_rerank", {}), _LOCAL_RERANK)
     kept["num_labels"] = len(kept.get("id2label", ())) or kept.get("num_labels", 2)
     if encoder is not None:
-        return kept | {"activation": _activation(path, config)}
+        longest: Any = _beside(path, "tokenizer_config.json").get("model_max_length")  # some 1e30 if nobody set it
+        kept |= {"activation": _activation(path, config)}
+        return kept | ({"model_max_length": int(longest)} if _is_positive(longest) else {})
     for name in ("rope_parameters", "rope_scaling"):
         if name in kept:
             kept[name] = _checked(path, f"{name}.", kept[name], _ROPE)
@@ -216,14 +214,24 @@ def for_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation(path: Path, config: Mapping[str, Any]) -> str:
-    """What sentence-transformers makes of an encoder's logit: "sigmoid" or "identity"; it stores the class's name."""
-    stored = config.get("sentence_transformers")
-    name = stored.get("activation_fn") if isinstance(stored, dict) else None
-    name = name or config.get("sbert_ce_default_activation_function") or next(iter(_ACTIVATIONS))
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        what = f"{path} has the activation function {reprlib.repr(name)}"
-        raise CheckpointError(f"{what}; it must be one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    """What sentence-transformers makes of an encoder's logit: "sigmoid" or "identity"; it stores the class's name.
+
+    The place of its newest versions counts first, that of its oldest last.
+    """
+    own, former = _beside(path, "config_sentence_transformers.json"), config.get("sentence_transformers")
+    name = own.get("activation_fn") or (former.get("activation_fn") if isinstance(former, dict) else None)
+    name = name or config.get("sbert_ce_default_activation_function") or "torch.nn.Sigmoid"
+    package, _, kind = str(name).rpartition(".")
+    if not package.startswith("torch.nn") or kind not in _ACTIVATIONS:
+        what = f"{path.parent} has the activation function {reprlib.repr(name)}"
+        raise CheckpointError(f"{what}; it must be torch.nn.{' or torch.nn.'.join(_ACTIVATIONS)}")
+    return kind.lower()
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    """The JSON of another file in a folder; empty without it."""
+    other = path.with_name(name)
+    return read_json(other) if other.is_file() else {}
 
 
 def _checked(path: Path, prefix: str, values: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> dict[str, Any]:
@@ -244,5 +252,7 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or not isinstance(first, str) or first not in ARCHITECTURES:
         shown = first if isinstance(first, str) else reprlib.repr(first)
         what = f"{folder} has architecture {shown[:200]}"
+        if (folder / "modules.json").is_file():  # as in ettin-reranker-150m-v1
+            what += " and a head in modules of sentence-transformers (modules.json), which are not read"
         raise CheckpointError(f"{what}; supported are {', '.join(ARCHITECTURES)}, in a list")
     return first

@@ -24,6 +24,7 @@ class Recipe:
     template: PromptTemplate | None  # None: an encoder, whose tokenizer joins query and document itself
     checkpoints: tuple[str, ...]  # known ones
     licence: str  # of those
+    positions_follow_padding: bool = False  # the first is the padding id plus 1; that id is 1 by default
 
     @property
     def is_encoder(self) -> bool:
@@ -47,15 +48,21 @@ RECIPES = (
         name="bert",
         architectures=("BertForSequenceClassification",),
         template=None,
-        checkpoints=("cross-encoder/ms-marco-MiniLM-L6-v2",),
+        checkpoints=("cross-encoder/ms-marco-MiniLM-L6-v2", "cross-encoder/ms-marco-MiniLM-L12-v2"),
         licence="Apache 2.0",
     ),
     Recipe(
         name="xlm-roberta",
         architectures=("XLMRobertaForSequenceClassification",),
         template=None,
-        checkpoints=("BAAI/bge-reranker-v2-m3", "BAAI/bge-reranker-base", "BAAI/bge-reranker-large"),
-        licence="Apache 2.0 (v2-m3), MIT (base, large)",
+        checkpoints=(
+            "BAAI/bge-reranker-v2-m3",
+            "BAAI/bge-reranker-base",
+            "BAAI/bge-reranker-large",
+            "cross-encoder/mmarco-mMiniLMv2-L12-H384-v1",
+        ),
+        licence="Apache 2.0; bge-reranker-base and -large MIT",
+        positions_follow_padding=True,
     ),
     Recipe(
         name="modernbert",

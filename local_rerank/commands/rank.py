@@ -17,6 +17,7 @@ from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
 from local_rerank.evaluation.blending import blend as blend_scores
+from local_rerank.requests.calibration import sigmoid
 from local_rerank.requests.encoders import clean
 from local_rerank.requests.remote import Server, options_to_send, rank_at
 from local_rerank.text_files import as_utf8, visible
@@ -169,7 +170,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
     rows = [["#", "score", "", "log-odds", *(["probability"] if has_probability else [])]]
     rows[0] += [*([] if blended is None else ["blended"]), "document"]
     for item, score in blended if blended is not None else [(item, None) for item in result]:
-        bar = _bar(item.relevance_score, is_ascii_only=console.is_ascii_only)
+        bar = _bar(sigmoid(item.log_odds), is_ascii_only=console.is_ascii_only)
         text, cut = item.document, f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
         if item.best_chunk is not None and (item.num_chunks or 0) > 1:
             chunk = item.best_chunk
@@ -201,7 +202,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
 
 def _bar(score: float, *, is_ascii_only: bool) -> str:
     full, least = "#|" if is_ascii_only else "█▏"
-    return full * round(score * BAR_WIDTH) or least
+    return full * round(min(score, 1) * BAR_WIDTH) or least  # the score of a sentence may be a bare logit
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:

@@ -190,7 +190,7 @@ class PendingRequest:
         return found | {"spans": tuple(sorted(spans, key=lambda span: -span.score))}
 
     def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
-        return ScoredSpan(start=bounds[0], end=bounds[1], score=sigmoid(self.log_odds[pair]))
+        return ScoredSpan(start=bounds[0], end=bounds[1], score=self._relevance_score(self.log_odds[pair]))
 
 
 def _order(log_odds: Mapping[int, float]) -> list[int]:

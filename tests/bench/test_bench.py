@@ -26,6 +26,7 @@ from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
 from local_rerank.commands.console import INTERRUPTED
+from local_rerank.requests.pair import Pair
 from local_rerank.types import RerankRequest
 from tests.command_line import command
 
@@ -60,6 +61,15 @@ def test_useful_operations_match_a_hand_count(tiny_reranker: Reranker) -> None:
     assert useful_flops(shape, request.pairs) == alone
     other = tiny_reranker.tokenizer.pairs(RerankRequest(query="r", documents=("a", "bcd"))).pairs
     assert useful_flops(shape, [*request.pairs, *other]) == 2 * alone  # a prefix each
+
+
+def test_useful_flops_of_an_encoder_count_every_layer_and_both_directions() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pairs = [Pair.of([], range(3)), Pair.of([], range(5))]
+    for kind, mlp in (("Bert", 2), ("ModernBert", 3)):
+        shape = DecoderShape.from_config(sizes | {"architectures": [f"{kind}ForSequenceClassification"]})
+        attention = 2 * 2 * 4 * (3 * 3 + 5 * 5)
+        assert useful_flops(shape, pairs) == 2 * 2 * (8 * (4 * 8 * 8 + mlp * 8 * 16) + attention)
 
 
 def test_kendall_tau_equals_scipys() -> None:

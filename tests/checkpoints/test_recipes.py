@@ -11,8 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from local_rerank import Reranker
+from local_rerank.checkpoints.bundles import open_bundle
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.selftest.self_test import self_test
+from tests.command_line import command
 from tests.encoder_checkpoints import OF, make_encoder
 from tests.reference import FP32_TOLERANCE
 
@@ -67,6 +70,19 @@ def test_a_checkpoint_that_needs_its_own_code_is_refused_by_name(architecture: s
         open_checkpoint(str(folder))
 
 
+def test_the_activation_is_found_where_each_version_of_sentence_transformers_stores_it(
+    bert: Path, tmp_path: Path
+) -> None:
+    old = {"sentence_transformers": None, "sbert_ce_default_activation_function": IDENTITY}
+    assert open_checkpoint(str(bert)).activation == "identity"
+    assert open_checkpoint(str(copy_of(bert, tmp_path / "3", **old))).activation == "identity"
+    newest = copy_of(bert, tmp_path / "6", sentence_transformers={"activation_fn": SIGMOID})
+    assert open_checkpoint(str(newest)).activation == "sigmoid"
+    own = {"model_type": "CrossEncoder", "activation_fn": IDENTITY}
+    (newest / "config_sentence_transformers.json").write_text(json.dumps(own), encoding="utf-8")
+    assert open_checkpoint(str(newest)).activation == "identity"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -83,6 +99,15 @@ def test_what_no_recipe_computes_is_refused(changes: dict[str, Any], message: st
         open_checkpoint(str(copy_of(bert, tmp_path / "model", **changes)))
 
 
+def test_a_head_in_modules_of_sentence_transformers_is_refused_by_name(bert: Path, tmp_path: Path) -> None:
+    folder = copy_of(bert, tmp_path / "ettin", architectures=["ModernBertModel"])
+    (folder / "modules.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"ModernBertModel and a head in modules .*modules\.json.*, which are not read"
+    ):
+        open_checkpoint(str(folder))
+
+
 def test_tensors_that_the_architecture_does_not_read_are_ignored(tmp_path: Path) -> None:
     import torch
 
@@ -95,6 +120,25 @@ def test_tensors_that_the_architecture_does_not_read_are_ignored(tmp_path: Path)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         assert reranker.score([("a", "b")], logits=True) == pytest.approx(expected, abs=FP32_TOLERANCE)
+
+
+def test_a_bundle_of_an_encoder_with_bare_logits_is_packed_and_ranks(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, bundle = copy_of(bert, tmp_path / "model"), tmp_path / "model.zip"
+    weights = load_file(bert / "model.safetensors")
+    weights["classifier.bias"] += 12
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        packed = command("pack", str(folder), "-o", str(bundle), "--no-self-test")
+        assert (packed.returncode, caplog.text) == (0, ""), packed.stderr
+    assert open_bundle(bundle)[0].recipe == {"recipe": "bert"}
+    ranked = command("rank", "q", "a", "b", "--model", str(bundle))
+    _, *lines, _ = ranked.stdout.splitlines()
+    assert [line.count("█") for line in lines] == [20, 20], ranked.stdout
+    with Reranker(str(bundle), device="cpu", dtype="fp32") as reranker:
+        assert self_test(reranker).detail == "the scores are those stored with the model"
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"attention": "cuda-tiles"}, {"device_map": "auto"}])

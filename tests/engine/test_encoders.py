@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from local_rerank import Reranker
+from local_rerank import CrossEncoder, EngineConfig, Reranker, RerankRequest
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.requests.pending import sigmoid
 from local_rerank.selftest.self_test import self_test
@@ -68,7 +68,8 @@ def test_pairs_are_written_as_the_tokenizer_joins_them_and_scored_as_the_config_
 ) -> None:
     folder = make_encoder(tmp_path / "model", kind, activation=f"torch.nn.modules.{name}")
     joined = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+    drop_in = CrossEncoder(str(folder), device="cpu", config=EngineConfig(dtype="fp32"))
+    with drop_in.reranker as reranker:
         for text in ("the cat", "", "[SEP] </s> <s> [CLS]"):
             _, ids = reranker.explain(QUERY, text)
             if not set("[<") & set(text):
@@ -77,17 +78,44 @@ def test_pairs_are_written_as_the_tokenizer_joins_them_and_scored_as_the_config_
         item = reranker.rank(QUERY, ["the cat"])[0]
         assert item.relevance_score == (item.log_odds if name == "linear.Identity" else sigmoid(item.log_odds))
         assert item.num_tokens == len(joined.encode("the cat", add_special_tokens=False).ids)
+        assert drop_in.predict((QUERY, "the cat")) == pytest.approx(item.relevance_score, abs=1e-5)
 
 
-def test_a_long_pair_is_cut_to_the_positions_of_the_model(tmp_path: Path) -> None:
-    folder = make_encoder(tmp_path / "model", "XLMRoberta")
+@pytest.mark.parametrize(
+    ("kind", "limit", "cut_to"), [("XLMRoberta", 1e30, 512), ("Bert", 64, 64), ("ModernBert", 80, 80)]
+)
+def test_a_long_document_is_cut_where_transformers_cuts_it(
+    kind: str, limit: float, cut_to: int, tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path / "model", kind)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}), encoding="utf-8")
+    text = " ".join(["a"] * 600)
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
-        result = reranker.rank(QUERY, ["a" * 600])
+        result = reranker.rank(QUERY, [text])
+        assert reranker.info.max_length == cut_to
         assert result[0].num_tokens + result[0].num_truncated_tokens == 600
-        _, ids = reranker.explain(QUERY, "a" * 600)
-        assert (len(ids), ids[-1]) == (512, 2)
-        cut = "a" * result[0].num_tokens
-    assert result[0].log_odds == pytest.approx(float(DenseEncoder(folder).logits(QUERY, [cut])[0]), abs=1e-4)
+        _, ids = reranker.explain(QUERY, text)
+    dense = DenseEncoder(folder)
+    assert ids == dense.tokenizer(QUERY, text, truncation="longest_first", max_length=cut_to)["input_ids"]
+    cut = " ".join(["a"] * result[0].num_tokens)
+    assert result[0].log_odds == pytest.approx(float(dense.logits(QUERY, [cut])[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_chunks_and_sentences_are_scored_as_documents_of_their_texts(kind: str, tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "model", kind, activation="torch.nn.modules.linear.Identity")
+    text = " ".join(f"the {letter} cat, sat {letter}?" for letter in LETTERS[:20])
+    with Reranker(str(folder), device="cpu", dtype="fp32", chunk_tokens=40, chunk_overlap_tokens=8) as reranker:
+        item = reranker.rank(QUERY, [text], long_documents="chunk", spans=True)[0]
+        pairs = reranker.tokenizer.pairs(RerankRequest(query=QUERY, documents=(text,), long_documents="chunk"))
+    assert item.best_chunk is not None
+    assert item.spans
+    assert item.num_chunks == len(pairs.bounds or ()) > 4
+    dense = DenseEncoder(folder)
+    chunks = dense.logits(QUERY, [text[start:end] for start, end in pairs.bounds or ()])[:, 0].tolist()
+    assert item.relevance_score == item.best_chunk.score == pytest.approx(max(chunks), abs=1e-4)
+    spans = dense.logits(QUERY, [text[span.start : span.end] for span in item.spans])[:, 0].tolist()
+    assert [span.score for span in item.spans] == pytest.approx(spans, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", OF)

@@ -308,6 +308,19 @@ def test_published_scores_need_the_name_and_the_shape(tmp_path: Path) -> None:
     assert known_scores(open_checkpoint(str(smaller))).basis == "properties"
 
 
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.names[0])
+def test_each_published_row_is_found_by_name_and_puts_mars_first(row: Any, known: Path) -> None:
+    shape = {"hidden_size": row.hidden_size, "num_hidden_layers": row.num_layers}
+    for name in row.names:
+        checkpoint = dataclasses.replace(
+            open_checkpoint(str(known)), folder=known.parent, model_id=f"o/{name.upper()}", config=shape
+        )
+        scores = known_scores(checkpoint)
+        assert (scores.pairs, scores.dtype) == (row.pairs, row.dtype)
+    planets = [pair.log_odds or 0 for pair in row.pairs if "planet" in pair.query]
+    assert (len(planets), max(planets)) == (4, planets[1])
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '[{"query": "q"}]', "no json"])
 def test_unreadable_known_scores_are_an_error(text: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "reranker")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +12,20 @@ from local_rerank import Reranker
 from local_rerank_server.dialects import ROWS, make_routes
 from local_rerank_server.dialects._route import DialectRoute
 from local_rerank_server.dialects._shared_paths import SharedRoute
+from tests.encoder_checkpoints import make_encoder
 from tests.server.conftest import HeldRanker, Serve, message_of
 
 pytestmark = pytest.mark.anyio
 TEXTS = {"query": "q", "documents": ["a", "b"]}
+
+
+@pytest.fixture(scope="module")
+def logit_encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reranker]:
+    folder = make_encoder(
+        tmp_path_factory.mktemp("encoder") / "m", "Bert", activation="torch.nn.modules.linear.Identity"
+    )
+    with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
+        yield reranker
 
 
 def routes() -> list[DialectRoute]:
@@ -76,6 +88,22 @@ async def test_document_echo_string_returns_documents_as_strings(serve: Serve, t
         for path in ("/rerank", "/v1/rerank"):
             results = (await client.post(path, json=TEXTS)).json()["results"]
             assert sorted(item["document"] for item in results) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_raw"),
+    [({}, True), ({"raw_scores": False}, False), ({"raw_scores": True}, True), ({"texts": ["a"]}, False)],
+)
+async def test_a_bare_logit_becomes_a_score_between_0_and_1_where_the_request_asks_for_no_raw_one(
+    fields: dict[str, Any], is_raw: bool, serve: Serve, logit_encoder: Reranker
+) -> None:
+    async with serve(logit_encoder) as client:
+        answer = (await client.post("/rerank", json={"query": "q", "documents": ["a"]} | fields)).json()
+    item = answer[0] if "texts" in fields else answer["results"][0]
+    logit = logit_encoder.score([("q", "a")], logits=True)[0]
+    assert abs(logit) > 0.1
+    expected = logit if is_raw else 1 / (1 + math.exp(-logit))
+    assert item.get("score", item.get("relevance_score")) == pytest.approx(expected, abs=1e-5)
 
 
 async def test_c19_teis_info_has_every_field_of_its_own(serve: Serve, tiny_reranker: Reranker) -> None:

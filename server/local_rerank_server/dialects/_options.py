@@ -17,6 +17,7 @@ from annotated_types import Ge
 from pydantic import Field, model_validator
 
 from local_rerank.errors import InvalidRequest
+from local_rerank.requests.calibration import sigmoid
 from local_rerank.types import RankedDocument, RerankRequest, Truncation
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._field_types import (
@@ -196,9 +197,16 @@ def _as_sent(text: str, names: Mapping[str, str], positions: Sequence[int] | Non
     return f"{names.get(name, name)}{index or ''}{text[found.end() :]}"
 
 
-def score_of(item: RankedDocument, options: Options) -> float:
-    """The relevance score, or the log-odds if the request asks for raw scores."""
-    return item.log_odds if options.wants_raw_scores() else item.relevance_score
+def score_of(item: RankedDocument, options: Options, *, is_raw: bool | None = None) -> float:
+    """The relevance score, but log-odds if the request asks for raw scores, and 0...1 if it asks for no raw ones.
+
+    `is_raw`: what a request that says neither asks for, if the vendor has a default.
+    """
+    if options.wants_raw_scores():
+        return item.log_odds
+    declines = False in (options.raw_scores, options.return_raw_scores, is_raw)
+    is_logit = item.relevance_score == item.log_odds  # as some encoders' config.json says
+    return sigmoid(item.log_odds) if declines and is_logit else item.relevance_score
 
 
 def as_object(document: str | dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def render(result: RerankResult, body: TeiRequest) -> list[TeiResult]:
 
 
 def _render_item(item: RankedDocument, body: TeiRequest) -> TeiResult:
-    rendered: TeiResult = {"index": item.index, "score": score_of(item, body)}
+    rendered: TeiResult = {"index": item.index, "score": score_of(item, body, is_raw=False)}
     if body.wants_documents():
         rendered["text"] = item.document
     return rendered

@@ -46,7 +46,8 @@ function renderHead() {
 
 function renderItem(item, moved) {
   const bar = element("span", { className: "bar" });
-  bar.style.setProperty("--score", item.relevance_score);
+  const isLogit = item.relevance_score === item.log_odds; // as some encoders' configuration says
+  bar.style.setProperty("--score", isLogit ? 1 / (1 + Math.exp(-item.log_odds)) : item.relevance_score);
   bar.setAttribute("aria-hidden", "true");
   return element("li", {},
     element("div", { className: "scores" },

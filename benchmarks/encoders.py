@@ -35,12 +35,12 @@ from local_rerank.checkpoints.encoder_tensors import ENCODER_SHAPES  # noqa: E40
 from local_rerank.types import RerankRequest  # noqa: E402
 
 VOCABULARY = 30_000  # of every shape; v2-m3 has 250,002, which costs memory but no time
-BATCH_SIZES = (8, 16)
+BATCHES = (6, 3)  # of the peer; what padding costs depends on how many lengths a batch has
 BERT, XLM_ROBERTA = "BertForSequenceClassification", "XLMRobertaForSequenceClassification"
 SHAPES = {  # architecture, layers, hidden and inner size, heads, and pairs to score
     "minilm-l6": (BERT, 6, 384, 1536, 12, 48),
-    "bge-base": (XLM_ROBERTA, 12, 768, 3072, 12, 16),
-    "v2-m3": (XLM_ROBERTA, 24, 1024, 4096, 16, 8),
+    "bge-base": (XLM_ROBERTA, 12, 768, 3072, 12, 12),
+    "v2-m3": (XLM_ROBERTA, 24, 1024, 4096, 16, 6),
 }
 
 
@@ -132,7 +132,7 @@ def compare(stack: ExitStack, folder: Path, request: RerankRequest, options: arg
     for dtype in options.peer_dtype:
         peer = PeerProcess("cross-encoder", options.peer_python, folder, dtype, options.threads or 0)
         stack.callback(peer.close)
-        for size in BATCH_SIZES:
+        for size in (len(request.documents) // number for number in BATCHES):
             asked = {"shared": request.query, "documents": request.documents, "batch_size": size}
             runs[f"{peer.name} by {size}"] = partial(peer.ask, {"requests": [asked], "suffix": ""})
     for run in runs.values():  # warm-up

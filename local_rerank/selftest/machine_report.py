@@ -101,10 +101,10 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
 
 def _kernel(info: ModelInfo) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
-    device = torch.device(info.device)
+    device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
         dtype = TORCH_DTYPES.get(info.compute_dtype, torch.float32)
-        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=info.decoder != "transformers")
+        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=compiled, is_encoder=is_encoder)
     except ConfigError:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:

@@ -16,6 +16,7 @@ from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.requests.pending import sigmoid
+from local_rerank.selftest.machine_report import NOTHING, describe
 from local_rerank.selftest.self_test import self_test
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
 from tests.reference import FP32_TOLERANCE
@@ -65,6 +66,9 @@ def test_lower_precision_keeps_scores_close(
     expected = DenseEncoder(folder).logits(QUERY, documents())[:, 0].tolist()
     with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
         assert reranker.info.products[0].startswith(products)
+        machine = describe(reranker.info, reranker.checkpoint)
+        assert machine.kernel.faster == NOTHING
+        assert dtype != "int8" or "12 of 12 linear layers" in machine.dtype.value
         found = {item.index: item.log_odds for item in reranker.rank(QUERY, documents())}
     tolerance = (0.2 if dtype == "int8" else 0.05) * max(map(abs, expected))  # 64 weights a row, and not trained
     assert [found[i] for i in range(len(expected))] == pytest.approx(expected, abs=tolerance)

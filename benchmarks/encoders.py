@@ -4,6 +4,7 @@
 
 FOLDER keeps checkpoints of random weights. Pairs have 20 to 400 tokens, in random order; both sides get texts and
 tokenize them. The peer sorts by length itself, and its fastest batch size counts. `peer_process.py` has its code.
+CPU seconds count on a busy machine, with `--threads 1`: there, waiting for a CPU is left out of the ratio.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from local_rerank.engine.cpu.process_setup import configure_process
 
 configure_process()  # must run before torch is imported
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
@@ -115,8 +117,11 @@ def main() -> None:
 
 
 def compare(stack: ExitStack, folder: Path, request: RerankRequest, options: argparse.Namespace) -> None:
-    """Print a row for each system: seconds (median), times as fast as the peer, agreement with it in fp32."""
+    """Print a row for each system: times by the clock and by CPU, each also as a ratio to the peer's in fp32, and
+    agreement with that peer. Times are medians.
+    """
     runs: dict[str, Callable[[], Round]] = {}
+    processes: dict[str, psutil.Process] = {}
     for dtype in options.dtype:
         reranker = stack.enter_context(
             Reranker(
@@ -128,24 +133,34 @@ def compare(stack: ExitStack, folder: Path, request: RerankRequest, options: arg
             )
         )
         target = RerankerTarget(dtype, reranker, "", None)
-        runs[f"{dtype} ({reranker.info.compute_dtype})"] = partial(target.run, [request], concurrent=False)
+        name = f"{dtype} ({reranker.info.compute_dtype})"
+        runs[name], processes[name] = partial(target.run, [request], concurrent=False), psutil.Process()
     for dtype in options.peer_dtype:
         peer = PeerProcess("cross-encoder", options.peer_python, folder, dtype, options.threads or 0)
         stack.callback(peer.close)
         for size in (len(request.documents) // number for number in BATCHES):
             asked = {"shared": request.query, "documents": request.documents, "batch_size": size}
-            runs[f"{peer.name} by {size}"] = partial(peer.ask, {"requests": [asked], "suffix": ""})
+            name = f"{peer.name} by {size}"
+            runs[name] = partial(peer.ask, {"requests": [asked], "suffix": ""})
+            processes[name] = psutil.Process(peer.pid)
     for run in runs.values():  # warm-up
         run()
-    rounds = [{name: run() for name, run in runs.items()} for _ in range(options.rounds)]
-    seconds = {name: statistics.median(each[name].seconds for each in rounds) for name in runs}
-    fastest = min(seconds[name] for name in runs if name.startswith("cross-encoder fp32"))
-    exact = next(rounds[0][name].log_odds for name in runs if name.startswith("cross-encoder fp32"))
+    log_odds: dict[str, Any] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            before = sum(processes[name].cpu_times()[:2])
+            measured = run()
+            times[name].append((measured.seconds, sum(processes[name].cpu_times()[:2]) - before))
+            log_odds[name] = measured.log_odds
+    medians = {name: [statistics.median(of) for of in zip(*pairs, strict=True)] for name, pairs in times.items()}
+    peers = [name for name in runs if name.startswith("cross-encoder fp32")]
+    fastest = [min(medians[name][i] for name in peers) for i in range(2)]
     print(f"\n{folder.name}: {len(request.documents)} pairs")
     for name in runs:
-        same = agreement(rounds[0][name].log_odds, exact)
-        speed = f"{name:28} {seconds[name]:8.3f} s  {fastest / seconds[name]:5.2f}x"
-        print(f"{speed}  largest difference {same.largest:.2g}, Kendall's tau {same.kendall_tau:.3f}", flush=True)
+        same = agreement(log_odds[name], log_odds[peers[0]])
+        speed = (f"{value:8.3f} s {base / value:5.2f}x" for value, base in zip(medians[name], fastest, strict=True))
+        print(f"{name:26} {'  CPU '.join(speed)}  largest difference {same.largest:.2g}, tau {same.kendall_tau:.3f}")
 
 
 if __name__ == "__main__":

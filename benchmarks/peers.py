@@ -49,6 +49,7 @@ class PeerProcess:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
+        self.pid = self._process.pid
         hello = self._read()
         if "missing" in hello:
             self.close()

@@ -121,12 +121,39 @@ class VLLM:
         return [[_log_odds(score) for score in row] for row in scores]
 
 
+class CrossEncoder:
+    """CrossEncoder for an encoder, whose tokenizer joins query and document; a request has a "batch_size"."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        import sentence_transformers
+        import torch
+
+        self.version = f"sentence-transformers {sentence_transformers.__version__}"
+        self.model = sentence_transformers.CrossEncoder(
+            folder, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)}, local_files_only=True
+        )
+
+    def score(self, requests: list[Request], suffix: str) -> list[list[float]]:
+        return [
+            self.model.predict(
+                [(request["shared"], document) for document in request["documents"]],
+                batch_size=request["batch_size"], show_progress_bar=False, convert_to_tensor=True,
+            ).float().flatten().tolist()
+            for request in requests
+        ]  # fmt: skip
+
+
 def _log_odds(score: float) -> float:
     score = min(max(score, 1e-7), 1 - 1e-7)
     return math.log(score / (1 - score))
 
 
-PEERS: dict[str, Any] = {"card": Card, "sentence-transformers": SentenceTransformers, "vllm": VLLM}
+PEERS: dict[str, Any] = {
+    "card": Card,
+    "sentence-transformers": SentenceTransformers,
+    "vllm": VLLM,
+    "cross-encoder": CrossEncoder,
+}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,41 +37,31 @@ class PeerMissing(Exception):
     """A peer is not installed."""
 
 
-class PeerTarget:
+class PeerProcess:
     """A peer in its own process; `peer_process.py` describes the protocol."""
 
-    def __init__(self, name: str, python: str, reranker: Reranker, dtype: str) -> None:
+    def __init__(self, name: str, python: str, folder: Path, dtype: str, threads: int = 0) -> None:
         """Start the process and wait until it is ready; raises PeerMissing."""
         self.name = f"{name} {dtype}"
-        self._template, self._instruction = reranker.checkpoint.template, reranker.config.instruction
-        threads = reranker.config.threads or 0
-        command = [python, str(Path(__file__).with_name("peer_process.py")), name, str(reranker.checkpoint.folder)]
+        command = [python, str(Path(__file__).with_name("peer_process.py")), name, str(folder), dtype, str(threads)]
         # peers get default settings, without the OpenMP wait policy of this process
         environment = {key: value for key, value in os.environ.items() if key not in OPENMP_VARIABLES}
         self._process = subprocess.Popen(
-            [*command, dtype, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
-        )  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        self.pid = self._process.pid
         hello = self._read()
         if "missing" in hello:
             self.close()
             raise PeerMissing(f"{name} is not installed in {python}: {hello['missing']}")
         self.version, self.start_seconds = hello["version"], hello["ready"]
 
-    def run(self, requests: Sequence[RerankRequest], *, concurrent: bool) -> Round:
-        job = {
-            "suffix": self._template.suffix,
-            "requests": [{"shared": self._shared(request), "documents": request.documents} for request in requests],
-        }
+    def ask(self, job: dict[str, Any]) -> Round:
         assert self._process.stdin is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
         answer = self._read()
         log_odds = tuple(tuple(row) for row in answer["log_odds"])
-        return Round(seconds=answer["seconds"], log_odds=log_odds, latencies=() if concurrent else (answer["seconds"],))
-
-    def _shared(self, request: RerankRequest) -> str:
-        instruction = self._instruction if request.instruction is None else request.instruction
-        return self._template.prefix + self._template.shared_body(instruction, request.query)
+        return Round(seconds=answer["seconds"], log_odds=log_odds, latencies=())
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -83,9 +74,26 @@ class PeerTarget:
         self._process.wait()
 
 
+class PeerTarget(PeerProcess):
+    """A peer that runs the requests of a `Reranker` with its prompt."""
+
+    def __init__(self, name: str, python: str, reranker: Reranker, dtype: str) -> None:
+        super().__init__(name, python, reranker.checkpoint.folder, dtype, reranker.config.threads or 0)
+        self._template, self._instruction = reranker.checkpoint.template, reranker.config.instruction
+
+    def run(self, requests: Sequence[RerankRequest], *, concurrent: bool) -> Round:
+        shared = [{"shared": self._shared(request), "documents": request.documents} for request in requests]
+        answer = self.ask({"suffix": self._template.suffix, "requests": shared})
+        return replace(answer, latencies=() if concurrent else (answer.seconds,))
+
+    def _shared(self, request: RerankRequest) -> str:
+        instruction = self._instruction if request.instruction is None else request.instruction
+        return self._template.prefix + self._template.shared_body(instruction, request.query)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", nargs="+", choices=PEERS)
+    parser.add_argument("peers", nargs="+", choices=[name for name in PEERS if name != "cross-encoder"])
     parser.add_argument("--model", help="default: random weights in the shape of --shape")
     parser.add_argument("--shape", default="qwen3-reranker-0.6b")
     parser.add_argument("--weights", type=Path, help="folder that keeps the random weights")

@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def slow_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    *,
+    window: tuple[int, int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention by its definition, one segment at a time in fp32. Queries beyond the last segment stay zero.
 
@@ -26,8 +33,10 @@ def slow_varlen(
         if not num_q or not num_k:
             continue
         logits = torch.einsum("qhd,khd->hqk", q[rows].float(), k[keys].float()) * scale
-        if causal:
-            logits.masked_fill_(~torch.ones(num_q, num_k, dtype=torch.bool).tril(num_k - num_q), -torch.inf)
+        visible = torch.ones(num_q, num_k, dtype=torch.bool)
+        before, after = (num_q + num_k if size < 0 else size for size in window)
+        visible = visible.tril(num_k - num_q + after).triu(num_k - num_q - before)
+        logits.masked_fill_(~visible, -torch.inf)
         lse[:, rows] = logits.logsumexp(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[keys].float()).to(q.dtype)
     return out, lse

@@ -102,10 +102,9 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: f
     if not layout.is_causal:
         for run in chain.from_iterable(group.runs for group in layout.groups):
             own = (run.start, run.count, run.length)
-            mask = None if layout.window is None else visible_within(run.length, False, layout.window).to(q.device)
-            q_own, k_own, v_own = (_segments(x, *own) for x in (q, k, v))
-            attended = F.scaled_dot_product_attention(q_own, k_own, v_own, attn_mask=mask, scale=scale)
-            _segments(by_head, *own).copy_(attended)
+            at = (run.first_document, run.count, 1) if layout.last_tokens_only else own
+            queries, k_own, v_own = _segments(q, *at), _segments(k, *own), _segments(v, *own)
+            _sdpa_of_window(_segments(by_head, *at), queries, k_own, v_own, layout.window, scale)
         return out
     for group in layout.groups:
         prefix = (group.start, 1, group.prefix_length)
@@ -136,6 +135,19 @@ def _sdpa(target: Tensor, q: Tensor, keys: list[Tensor], values: list[Tensor], s
         seen = slice(num_before + rows.stop)
         mask = torch.ones(rows.stop - first, seen.stop, dtype=torch.bool, device=q.device).tril(num_before + first)
         part = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale)
+        target[:, :, rows] = part
+
+
+def _sdpa_of_window(target: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> None:
+    """Attention of sequences to themselves, or to `window` tokens on each side, into `target`; all are shaped alike."""
+    if window is None:
+        target.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
+        return
+    for first in range(0, q.shape[2], QUERIES_PER_CALL):
+        rows = slice(first, min(first + QUERIES_PER_CALL, q.shape[2]))
+        near = slice(max(0, first - window), rows.stop + window)
+        mask = visible_within(q.shape[2], False, window)[rows, near].to(q.device)
+        part = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, near], v[:, :, near], attn_mask=mask, scale=scale)
         target[:, :, rows] = part
 
 

@@ -95,15 +95,13 @@ class PackedAttention:
 
     row: KernelRow
     layout: Layout
-    local_layout: Layout = None  # of an encoder's layers with a sliding window
-    moved: dict[tuple[torch.device, bool], Layout] = field(default_factory=dict)
+    moved: dict[torch.device, Layout] = field(default_factory=dict)
 
-    def layout_on(self, device: torch.device, is_local: bool) -> Layout:
+    def layout_on(self, device: torch.device) -> Layout:
         """The layout on a layer's device; copied once per device."""
-        key = (device, is_local and self.local_layout is not None)
-        if key not in self.moved:
-            self.moved[key] = layout_to(self.local_layout if key[1] else self.layout, device)
-        return self.moved[key]
+        if device not in self.moved:
+            self.moved[device] = layout_to(self.layout, device)
+        return self.moved[device]
 
 
 def register_attention() -> None:
@@ -122,12 +120,11 @@ def _attend(
     *,
     scaling: float,
     packed_attention: PackedAttention,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Called by transformers' attention modules; shapes as in `attention.py`."""
     forks.between_layers()
-    layout = packed_attention.layout_on(key.device, sliding_window is not None)
+    layout = packed_attention.layout_on(key.device)
     return packed_attention.row.attend(query, key, value, layout, scaling), None
 
 

@@ -28,7 +28,7 @@ from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair
 
-LAST_LINEARS = ("down_proj", "output.dense", "mlp.Wo")  # of a layer of Qwen3, of BERT and XLM-RoBERTa, of ModernBERT
+LAST_LINEARS = ("down_proj", "down")  # of a layer of Qwen3, of an encoder
 
 
 class Engine:

@@ -43,14 +43,13 @@ _ANY_DTYPE = (torch.float32, *_HALF)
 _ANY_DEVICE = ("cpu", "cuda", "mps")
 
 KERNELS: dict[str, KernelRow] = {
-    "cpu-tiles": KernelRow(
-        cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE, runs_encoders=True
-    ),  # tiles as matrix products
+    # tiles as matrix products; not for encoders, on which sdpa is as fast: they share no prefix
+    "cpu-tiles": KernelRow(cpu_tiles_layout, attend_cpu_tiles, ("cpu",), _ANY_DTYPE),
     # our Triton kernel, one pass; compiled for Turing (7.5) it spills and has no tensor-core instruction
     "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "triton", _AMPERE),
     # varlen_attn is Flash Attention 2, which needs Ampere: two calls, merged, or one call, keys gathered
     "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, None, _AMPERE),
-    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE),
+    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE, runs_encoders=True),
     "sdpa": KernelRow(
         segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE, runs_encoders=True
     ),  # torch's SDPA, by document length

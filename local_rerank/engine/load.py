@@ -29,7 +29,7 @@ from local_rerank.engine.cpu.threads import Threads
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.decoder import ATTENTION_NAME, Decoder, TransformersDecoder, register_attention
 from local_rerank.engine.dtypes import name_of
-from local_rerank.engine.encoder import TransformersEncoder, encoder_head, pack_segments
+from local_rerank.engine.encoder import Encoder, encoder_head, pack_segments
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
 from local_rerank.engine.packing import pack
@@ -66,7 +66,7 @@ def load(
     start = time.perf_counter()
     config, checkpoint = plan.config, plan.checkpoint
     logger.info("Loading %s. %s", checkpoint.model_id, plan)
-    follows_load = plan.decoder == "cpu" and not config.deterministic
+    follows_load = plan.decoder in ("cpu", "encoder") and plan.device.type == "cpu" and not config.deterministic
     threads = Threads.choose(config.threads, is_fixed=not follows_load)
     threads.begin_batch()
     cuda.keep_sums_in_fp32(plan)
@@ -78,8 +78,8 @@ def load(
     if answer_ids is not None:
         head = head_rows(model, checkpoint, yes_id=answer_ids[0], no_id=answer_ids[1])
     decoder = DECODERS[plan.decoder](model, plan)
-    if isinstance(decoder, TransformersEncoder):
-        head = encoder_head(decoder.classifier, checkpoint)
+    if isinstance(decoder, Encoder):
+        head = encoder_head(decoder.parts.classifier, checkpoint)
     max_batch_tokens = plan.max_batch_tokens
     if plan.fits_memory:
         max_batch_tokens = cuda.token_budget(model, plan.device, at_most=max_batch_tokens, graphs=plan.cuda_graphs)

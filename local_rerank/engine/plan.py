@@ -98,7 +98,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
     on_cpu = device.type == "cpu" and not is_spread
     gpu = gpu_of(device, is_spread=is_spread)
     weights, arithmetic, reasons["weights"] = choose_dtypes(
-        config.dtype, checkpoint, lambda: platform.preferred_dtype(gpu), can_widen=on_cpu and not is_encoder
+        config.dtype, checkpoint, lambda: platform.preferred_dtype(gpu), can_widen=on_cpu
     )
     quantization = _quantization(config, device)
     if device.type == "cpu":
@@ -177,7 +177,7 @@ def _decoder(
     config: EngineConfig, checkpoint: Checkpoint, device: torch.device, gpu: Gpu | None, dtype: torch.dtype
 ) -> tuple[DecoderName, str]:
     if checkpoint.recipe.is_encoder:
-        for option, value in (("dtype", "fp8"), ("dtype", "int8"), ("device_map", config.device_map)):
+        for option, value in (("dtype", "fp8"), ("device_map", config.device_map)):
             if value is not None and getattr(config, option) == value:
                 raise ConfigError(f"{option} is {value!r}, but {checkpoint.model_id} is an encoder, which runs without")
         return "encoder", f"the recipe {checkpoint.recipe.name} is an encoder"

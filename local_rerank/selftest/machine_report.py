@@ -14,7 +14,7 @@ from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.checkpoints.free_space import gigabytes
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
-from local_rerank.engine.cpu.int8_search import LINEARS_PER_LAYER
+from local_rerank.engine.cpu.int8_search import GROUPS_OF_ENCODERS, LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
 from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_no_kernels
 from local_rerank.engine.kernel_table import choose_kernel
@@ -75,7 +75,7 @@ def _device(info: ModelInfo) -> MachineProperty:
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     if info.dtype == "int8":
-        num_linears = LINEARS_PER_LAYER * info.num_layers
+        num_linears = info.num_layers * (len(GROUPS_OF_ENCODERS) if info.decoder == "encoder" else LINEARS_PER_LAYER)
         num_int8 = num_linears - len(info.unquantized)
         value = f"int8 weights and activations in {num_int8} of {num_linears} linear layers, the rest fp32"
         if info.unquantized:
@@ -101,10 +101,10 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
 
 def _kernel(info: ModelInfo) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
-    device = torch.device(info.device)
+    device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
         dtype = TORCH_DTYPES.get(info.compute_dtype, torch.float32)
-        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=info.decoder != "transformers")
+        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=compiled, is_encoder=is_encoder)
     except ConfigError:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:

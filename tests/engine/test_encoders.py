@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from local_rerank import CrossEncoder, EngineConfig, Reranker, RerankRequest
+from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.checkpoints.known_scores import known_pairs
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.requests.pending import sigmoid
+from local_rerank.requests.calibration import sigmoid
+from local_rerank.selftest.machine_report import NOTHING, describe
 from local_rerank.selftest.self_test import self_test
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
 from tests.reference import FP32_TOLERANCE
 
 QUERY = "what is the answer?"
-RUNS_ENCODERS = [name for name, row in KERNELS.items() if row.runs_encoders]
+RUNS_ENCODERS = [name for name, row in KERNELS.items() if row.runs_encoders and "cpu" in row.device_types]
 
 
 def documents() -> list[str]:
@@ -46,6 +50,34 @@ def test_each_score_equals_that_of_a_padded_batch(
         alone = [reranker.rank(QUERY, [text])[0].log_odds for text in texts]
     assert [together[i] for i in range(len(texts))] == pytest.approx(expected, abs=tolerance)
     assert alone == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", OF)
+@pytest.mark.parametrize(
+    ("dtype", "bf16_is_fast", "products"),
+    [("auto", True, "blocked bf16"), ("bf16", False, "fp32"), ("fp16", False, "fp32"), ("int8", False, "int8")],
+)
+def test_lower_precision_keeps_scores_close(
+    kind: str, dtype: str, bf16_is_fast: bool, products: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preferred = torch.bfloat16 if bf16_is_fast else torch.float32, "as the test says"
+    monkeypatch.setattr("local_rerank.engine.cpu.choices.preferred_dtype", lambda: preferred)
+    folder = make_encoder(tmp_path / "model", kind)
+    expected = DenseEncoder(folder).logits(QUERY, documents())[:, 0].tolist()
+    with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
+        assert reranker.info.products[0].startswith(products)
+        machine = describe(reranker.info, reranker.checkpoint)
+        assert machine.kernel.faster == NOTHING
+        assert dtype != "int8" or "12 of 12 linear layers" in machine.dtype.value
+        found = {item.index: item.log_odds for item in reranker.rank(QUERY, documents())}
+    tolerance = (0.2 if dtype == "int8" else 0.05) * max(map(abs, expected))  # 64 weights a row, and not trained
+    assert [found[i] for i in range(len(expected))] == pytest.approx(expected, abs=tolerance)
+
+
+def test_int8_is_searched_with_the_pairs_that_requests_have(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make_encoder(tmp_path / "model", "Bert")))
+    for pair in known_pairs(checkpoint):
+        assert 0 < pair.first_typed < pair.num_tokens
 
 
 def test_two_labels_count_by_their_names(tmp_path: Path) -> None:

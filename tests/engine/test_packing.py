@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,12 +62,17 @@ def test_a_block_holds_its_tensors_padded_and_aligned(sizes: list[int]) -> None:
         assert copied.storage_offset() * copied.itemsize % 16 == 0
 
 
-def agrees_with_dense(kernel: str, pairs: list[Pair], *, last_tokens_only: bool, seed: int = 0) -> bool:
-    """Whether a kernel computes what the dense one computes, on random queries, keys and values."""
+def agrees_with_dense(
+    kernel: str, pairs: list[Pair], *, last_tokens_only: bool, seed: int = 0, num_kv_heads: int = 2, **changes: Any
+) -> bool:
+    """Whether a kernel computes what the dense one computes, on random queries, keys and values.
+
+    `changes`: of the batch.
+    """
     torch.manual_seed(seed)
-    batch = pack(pairs)
+    batch = replace(pack(pairs), **changes)
     q = torch.randn(1, batch.num_pairs if last_tokens_only else batch.num_tokens, 4, 8).transpose(1, 2)
-    k, v = (torch.randn(1, batch.num_tokens, 2, 8).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(1, batch.num_tokens, num_kv_heads, 8).transpose(1, 2) for _ in range(2))
     ours, dense = (
         row.attend(q, k, v, row.layout(batch, last_tokens_only), 0.7) for row in (KERNELS[kernel], KERNELS["dense"])
     )

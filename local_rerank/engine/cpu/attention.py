@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -66,8 +66,6 @@ class TilesLayout:
 def cpu_tiles_layout(batch: PackedBatch, last_tokens_only: bool, *, pads: bool = True) -> TilesLayout:
     """Queries in packed order: all tokens, or each document's last. oneDNN needs padding (`pads`), MKL does not."""
     parts_of = _parts_of_last_tokens if last_tokens_only else _parts
-    if not batch.is_causal:
-        parts_of = partial(_parts_of_segments, window=batch.window)
     return TilesLayout(
         tuple(
             GroupTiles((group.start, group.start + group.prefix_length), tuple(parts_of(group)))
@@ -118,32 +116,6 @@ def _tile_of_documents(queries: tuple[int, int], prefix_length: int, visible: np
     """Queries of several documents; `visible`: (queries, keys of the documents) bool."""
     num_keys = prefix_length + visible.shape[1]
     return Tile(queries, num_keys, prefix_length, _mask(visible, padded_keys(num_keys) - num_keys))
-
-
-def _parts_of_segments(group: Group, *, window: int | None) -> Iterator[Part]:
-    """Documents whose tokens see all of their document, or `window` tokens to each side; there is no prefix."""
-    for start, lengths in _document_runs(group, lambda lengths: sum(lengths) <= TOKENS_PER_TILE):
-        length = sum(lengths)
-        if len(lengths) > 1:
-            document, index = np.repeat(np.arange(len(lengths)), lengths), np.arange(length)
-            visible = document[:, None] == document
-            if window is not None:
-                visible &= np.abs(index[:, None] - index) <= window
-            yield Part((start, start + length), (_tile_of_documents((start, start + length), 0, visible),))
-            continue
-        most = _most_queries(QUERIES_PER_TILE, length)
-        size = _rounded_up(-(-length // -(-length // most)), QUERY_STEP)
-        queries = [(first, min(first + size, length)) for first in range(0, length, size)]
-        if window is None:  # padding alone is masked
-            hidden = np.ones((size, 0), dtype=bool)
-            tiles = (_tile_of_documents((start + a, start + b), length, hidden[: b - a]) for a, b in queries)
-            yield Part((start, start + length), tuple(tiles))
-            continue
-        for first, end in queries:
-            keys = max(0, first - window), min(length, end + window)
-            visible = np.abs(np.arange(first, end)[:, None] - np.arange(*keys)) <= window
-            tile = _tile_of_documents((start + first, start + end), 0, visible)
-            yield Part((start + keys[0], start + keys[1]), (tile,))
 
 
 def _parts_of_last_tokens(group: Group) -> Iterator[Part]:

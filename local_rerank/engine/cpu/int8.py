@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 ZERO = 128  # zero point of the unsigned activations
 LARGEST = 127
-SMALLEST = 1e-12  # scale of a token; a bias divided by it, and its square, are finite
+SMALLEST = 1e-12  # scale of a token; the square of its reciprocal is finite
 TOLERANCE = 0.15  # in log-odds, times their range if that is above 1
 
 
@@ -37,21 +37,21 @@ class Int8Linear(nn.Module):
         self.weight: Tensor = torch.ops.onednn.qlinear_prepack(quantized, None)
         self.scales = scales  # (outputs,) fp32
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        quantized, scales = quantize(x)
-        return self.multiply(quantized, scales).mul_(scales)
+        (out,), scales = project(x, self, keeps=True)
+        return out if scales is None else out.mul_(scales)
 
     def multiply(self, quantized: Tensor, scales: Tensor) -> Tensor:
-        """(..., inputs) from `quantize` to (..., outputs) fp32, which the caller multiplies by the tokens' scales."""
+        """(..., inputs) from `quantize` to (..., outputs) fp32; without a bias the caller multiplies by `scales`."""
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             quantized.flatten(0, -2), 1.0, ZERO, self.weight, self.scales, self._zeros, None, 1.0, 0, torch.float32,
             "none", [], "",
         )  # fmt: skip
         out = out.view(*quantized.shape[:-1], self.out_features)
-        return out if self._bias is None else out.add_(self._bias / scales)
+        return out if self.bias is None else torch.addcmul(self.bias, out, scales, out=out)
 
 
 def pair_sums(weight: Tensor) -> Tensor:
@@ -76,16 +76,20 @@ def quantize(x: Tensor, *, in_place: bool = False) -> tuple[Tensor, Tensor]:
     return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO), scales
 
 
-def project(x: Tensor, *linears: Any, scales: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+def project(
+    x: Tensor, *linears: Any, scales: Tensor | None = None, keeps: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
     """Multiply x, (tokens, inputs), by several linear layers: their outputs, (tokens, outputs), and pending scales.
 
     Pending scales, (tokens, 1), are factors that have not been applied to a tensor yet, because a later step may make
-    that pass over memory unnecessary. `scales`: those pending on x. x may be overwritten; int8 quantizes it once.
+    that pass over memory unnecessary. `scales`: those pending on x. Unless `keeps`, x may be overwritten. int8
+    quantizes it once.
     """
     if isinstance(linears[0], Int8Linear):
-        quantized, pending = quantize(x, in_place=True)
+        quantized, pending = quantize(x, in_place=not keeps)
         if scales is not None:
             pending = pending.mul_(scales).clamp_min_(SMALLEST)
-        return [linear.multiply(quantized, pending) for linear in linears], pending
+        outs = [linear.multiply(quantized, pending) for linear in linears]
+        return outs, pending if linears[0].bias is None else None
     x = x if scales is None else x.mul_(scales)
     return [linear(x) for linear in linears], None

@@ -42,6 +42,7 @@ GROUPS = (  # linear layers of a decoder layer that read the same input
     ("mlp", ("down_proj",)),
 )
 LINEARS_PER_LAYER = sum(len(names) for _, names in GROUPS)
+GROUPS_OF_ENCODERS = tuple(("", (name,)) for name in ("qkv", "out", "up", "down"))
 LANES = 2**15  # int64 values per checksum step: they fit in the CPU's cache, and torch adds them in one thread
 FORMAT_VERSION = 1  # of the cache file; also increase it when the search changes
 
@@ -54,7 +55,7 @@ class LinearGroup:
 
     def __init__(self, block: Any, layer_index: int, where: str, names: Sequence[str]) -> None:
         self.layer_index = layer_index
-        self.names = [f"layers.{layer_index}.{where}.{name}" for name in names]
+        self.names = [".".join(filter(None, ("layers", str(layer_index), where, name))) for name in names]
         self._block = block
         self._fp32 = {name: getattr(block, name) for name in names}
         self._int8: dict[str, Int8Linear] = {}
@@ -195,9 +196,9 @@ def _progress(num_groups: int) -> Iterator[Callable[[], None]]:
 
 def groups_of(layers: nn.ModuleList) -> list[LinearGroup]:
     return [
-        LinearGroup(getattr(layer, where), index, where, names)
-        for index, layer in enumerate(list[Any](layers))
-        for where, names in GROUPS
+        LinearGroup(layer.get_submodule(where), index, where, names)
+        for index, layer in enumerate(layers)
+        for where, names in (GROUPS if hasattr(layer, "self_attn") else GROUPS_OF_ENCODERS)
     ]
 
 

@@ -30,10 +30,11 @@ class BlockedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = None if linear.bias is None else linear.bias.detach()
+        self.activation = "none"  # of oneDNN, applied as it writes the product
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
         return out
 
 
@@ -77,10 +78,10 @@ class WideEmbedding(nn.Module):
         return F.embedding(ids, self.weight).float()
 
 
-def widen(backbone: Any) -> None:
-    """Let a decoder with 16-bit weights compute in fp32."""
-    places = linear_layers(backbone.layers)
-    buffer = torch.empty(max(getattr(parent, name).weight.numel() for parent, name in places))
-    for parent, name in places:
-        setattr(parent, name, WideLinear(getattr(parent, name), buffer))
-    backbone.embed_tokens = WideEmbedding(backbone.embed_tokens)
+def widen(layers: nn.ModuleList, embeddings: Any, name: str) -> None:
+    """Let layers with 16-bit weights compute in fp32, and the embedding of that name in `embeddings` return fp32."""
+    places = linear_layers(layers)
+    buffer = torch.empty(max(getattr(parent, linear).weight.numel() for parent, linear in places))
+    for parent, linear in places:
+        setattr(parent, linear, WideLinear(getattr(parent, linear), buffer))
+    setattr(embeddings, name, WideEmbedding(getattr(embeddings, name)))

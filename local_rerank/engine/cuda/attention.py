@@ -24,6 +24,7 @@ from local_rerank.engine.packing import PackedBatch, ranges
 
 QUERIES_PER_TILE = 32
 QUERIES_OF_LAST_TOKENS = 16  # per tile in the last layer; smaller tiles, because more of them run in parallel
+CAUSAL, ALL = (-1, 0), (-1, -1)  # windows of varlen_attn
 TILE_FIELDS = 6  # columns of TileLayout.tiles
 
 
@@ -36,7 +37,7 @@ class VarlenLayout:
     cu_seqlens_k: Tensor  # (num_segments + 1,) int32
     max_seqlen_q: int
     max_seqlen_k: int
-    causal: bool
+    window: tuple[int, int]  # keys that a query sees before and after its own; -1: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,14 @@ def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
                 lengths += (group.prefix_length, run.length)
             lengths_q += [1 if last_tokens_only else run.length] * run.count
             lengths_k += [group.prefix_length + run.length] * run.count
+    window = -1 if batch.window is None else batch.window
     return VarlenLayout(
         key_index=ranges(starts, lengths),
         cu_seqlens_q=_cumulative(lengths_q),
         cu_seqlens_k=_cumulative(lengths_k),
         max_seqlen_q=max(lengths_q),
         max_seqlen_k=max(lengths_k),
-        causal=not last_tokens_only,
+        window=CAUSAL if batch.is_causal and not last_tokens_only else (window, window),
     )
 
 
@@ -168,7 +170,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: 
     q, k, v = _by_token(q, k, v)
     keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
     cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
-    return torch_varlen(q, keys, values, cu, longest, causal=layout.causal, scale=scale)[0].unsqueeze(0)
+    return torch_varlen(q, keys, values, cu, longest, window=layout.window, scale=scale)[0].unsqueeze(0)
 
 
 def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:
@@ -177,28 +179,34 @@ def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | Varlen
         return attend_varlen(q, k, v, layout, scale)
     q, k, v = _by_token(q, k, v)
     own_cu, own_longest = (layout.cu_seqlens, layout.cu_seqlens), (layout.max_seqlen, layout.max_seqlen)
-    own, own_lse = torch_varlen(q, k, v, own_cu, own_longest, causal=True, scale=scale)
+    own, own_lse = torch_varlen(q, k, v, own_cu, own_longest, window=CAUSAL, scale=scale)
     prefix_k, prefix_v = k[layout.prefix_index], v[layout.prefix_index]  # (num_prefix_tokens, num_kv_heads, head_dim)
     cu = (layout.cu_seqlens_group, layout.cu_seqlens_prefix)
     longest = (layout.max_seqlen_group, layout.max_seqlen_prefix)
-    shared, shared_lse = torch_varlen(q, prefix_k, prefix_v, cu, longest, causal=False, scale=scale)
+    shared, shared_lse = torch_varlen(q, prefix_k, prefix_v, cu, longest, window=ALL, scale=scale)
     # joint softmax = both parts, weighted by their share of the joint normalizer; a prefix has only the own part
     weight = (torch.sigmoid(shared_lse - own_lse) * layout.is_document).T.unsqueeze(-1)  # (num_queries, heads, 1)
     return own.lerp(shared, weight.to(own.dtype)).unsqueeze(0)
 
 
 def torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: tuple[int, int], *, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    *,
+    window: tuple[int, int],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """torch's `varlen_attn`: (num_queries, heads, head_dim) and the log-sum-exp, (heads, num_queries) fp32.
 
     q: (num_queries, heads, head_dim); k and v: (num_keys, KV heads, head_dim). `cu` and `longest`: cumulative lengths
-    and longest segment of queries and keys. A causal segment's queries are its last tokens. torch documents the
+    and longest segment of queries and keys. A segment's queries are its last tokens. torch documents the
     log-sum-exp as (num_queries, heads), but returns the transpose.
     """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    window = (-1, 0) if causal else (-1, -1)
     out, lse = varlen_attn(
         q, k, v, *cu, *longest, return_aux=AuxRequest(lse=True), scale=scale, window_size=window, **gqa_option()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from local_rerank.engine.decoder import PackedAttention
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
 from local_rerank.requests.pair import Pair
+from tests.encoder_checkpoints import OF, DenseEncoder, make_encoder
 from tests.engine.test_packing import agrees_with_dense, some_pairs
 from tests.engine.test_scores import texts
 from tests.gpu import needs_gpu
@@ -56,6 +58,18 @@ def test_each_kernel_attends_as_the_dense_definition(
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("window", "last_tokens_only"), [(None, False), (None, True), (6, False)])
+@pytest.mark.parametrize("kernel", ["cuda-varlen", "sdpa"])
+def test_an_encoders_tokens_see_their_pair_or_a_window_of_it(
+    kernel: str, window: int | None, last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("local_rerank.engine.attention.QUERIES_PER_CALL", 16)
+    pairs = [Pair.of((), (1,) * length) for length in (1, 5, 5, 16, 41)]
+    encoder = {"is_causal": False, "window": window, "num_kv_heads": 4}
+    assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, **encoder)
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     "kernel", ["cuda-merged", "cuda-varlen"]
 )  # cuda-tiles only runs in our decoder: test_layers.py
@@ -79,7 +93,7 @@ def test_torchs_operator_is_called_with_the_arguments_of_each_version(
     """Both signatures, on the reference, and both layouts of the log-sum-exp: torch's docstring has the other one."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu: Any, longest: Any, window: tuple[int, int], scale: float) -> Any:
-        out, lse = slow_varlen(q, k, v, cu, longest, causal=window == (-1, 0), scale=scale)
+        out, lse = slow_varlen(q, k, v, cu, longest, window=window, scale=scale)
         return out, lse.T if lse_by_token else lse
 
     def torch_2_11(
@@ -107,7 +121,7 @@ def test_the_installed_torch_accepts_our_arguments() -> None:
     """On meta tensors, for which torch infers shapes without running the kernel."""
     q, k = torch.empty(5, 4, 16, device="meta"), torch.empty(5, 2, 16, device="meta")
     cu = torch.empty(3, dtype=torch.int32, device="meta")
-    out, lse = cuda_attention.torch_varlen(q, k, k, (cu, cu), (5, 5), causal=True, scale=1.0)
+    out, lse = cuda_attention.torch_varlen(q, k, k, (cu, cu), (5, 5), window=(-1, 0), scale=1.0)
     assert (out.shape, lse.shape) == (q.shape, (4, 5))
 
 
@@ -159,3 +173,17 @@ def test_each_kernel_attends_as_the_dense_definition_on_a_gpu(
         layout = layout_to(row.layout(batch, last_tokens_only), cuda)
         ours = row.attend(*(x.to(cuda, dtype) for x in (q, k, v)), layout, 128**-0.5)
         assert torch.allclose(ours.cpu().float(), exact, atol=0.03)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "kernel"), [("bf16", "cuda-varlen"), ("fp32", "sdpa")])
+@pytest.mark.parametrize("kind", OF)
+def test_an_encoder_on_a_gpu_scores_as_transformers(kind: str, dtype: str, kernel: str, tmp_path: Path) -> None:
+    folder, documents = make_encoder(tmp_path / "model", kind), texts(5, 12)
+    expected = DenseEncoder(folder).logits("which one", documents)[:, 0].tolist()
+    with Reranker(str(folder), device="cuda", dtype=dtype) as reranker:
+        assert reranker.info.kernel == kernel
+        found = {item.index: item.log_odds for item in reranker.rank("which one", documents)}
+    tolerance = (0.05 if dtype == "bf16" else FP32_TOLERANCE) * max(1.0, *map(abs, expected))
+    assert [found[i] for i in range(len(documents))] == pytest.approx(expected, abs=tolerance)

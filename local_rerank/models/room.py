@@ -43,10 +43,10 @@ def held_bytes(reranker: Reranker) -> int:
     """Bytes of the weights of a loaded model. int8 and fp8 leave the embeddings as they are stored."""
     info, config = reranker.info, reranker.checkpoint.config
     if info.dtype not in QUANTIZED_DTYPES:
-        return info.num_parameters * DTYPES[info.dtype].itemsize
-    num_rows = config["vocab_size"] * config["hidden_size"]
+        return info.num_parameters * int(DTYPES[info.dtype].itemsize)
+    num_embedded = int(config["vocab_size"] * config["hidden_size"])
     itemsize = 2 if reranker.checkpoint.stored_dtype in ("bfloat16", "float16") else 4
-    return num_rows * itemsize + info.num_parameters - num_rows
+    return num_embedded * itemsize + info.num_parameters - num_embedded
 
 
 def batch_bytes(plan: LoadPlan) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -168,6 +169,7 @@ def _load(models: Sequence[ModelOptions], state: ServerState) -> ModelSet:
         max_bytes=config.max_model_bytes,
         on_load=state.observe,
     )
+    gc.freeze()  # of what was imported: unloading a model collects garbage, which would walk all of it for 0.1 s
     served.start()
     return served
 

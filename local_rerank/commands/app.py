@@ -238,7 +238,7 @@ def _refuse_unknown_variables() -> None:
 
 
 def serve_options() -> tuple[EngineConfig, ServerConfig]:
-    """Return the options of `serve` for one model, from variables, file and defaults. Raises ConfigError."""
+    """Return the options of `serve` for the first model, from variables, file and defaults. Raises ConfigError."""
     from local_rerank.config import EngineConfig
     from local_rerank.models.options import models_of
     from local_rerank_server.config import ServerConfig
@@ -249,10 +249,7 @@ def serve_options() -> tuple[EngineConfig, ServerConfig]:
     except CycloptsError as error:
         raise ConfigError(str(error)) from None
     server = given.arguments.get("server") or ServerConfig()
-    first, *others = models_of(server.model, given.arguments.get("engine") or EngineConfig())
-    if others:
-        raise ConfigError("there are several models, which only `local-rerank serve` serves; leave one")
-    return first.engine, server
+    return models_of(server.model, given.arguments.get("engine") or EngineConfig())[0].engine, server
 
 
 def option_names() -> list[str]:

@@ -74,10 +74,7 @@ class ServerConfig:
                   help="Unload a model after that time without a request, such as 90s, 10m or 1h, or never. Default: "
                        "10m with several models, never with one."),
     ] = None  # fmt: skip
-    max_model_bytes: Annotated[
-        int | None,
-        Parameter(group=MODELS, help="Maximum bytes of all loaded models. Default: what is free in RAM or on the GPU."),
-    ] = None
+    max_model_bytes: Annotated[int | None, Parameter(group=MODELS, help="Maximum bytes of all loaded models.")] = None
     host: Annotated[str, Parameter(group=ADDRESS, help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(group=ADDRESS, help="Port to listen on; 0 picks a free one.")] = 8000
     uds: Annotated[
@@ -244,6 +241,8 @@ class ServerConfig:
         if not self.ray and self.replicas != "auto":
             raise ConfigError(f"replicas is {self.replicas!r}, which needs --ray")
         ReplicaRange.parse(self.replicas)
+        if self.ray:
+            self.require_one_model("ray")
         if not isinstance(self.api_key, tuple):  # a text would be a key per character
             raise ConfigError("api_key must be a tuple of texts")
         if any(not key.strip() for key in self.api_key):
@@ -264,6 +263,13 @@ class ServerConfig:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set --api-key-file or --api-key, or allow this with --insecure"
+            )
+
+    def require_one_model(self, who: str) -> None:
+        """Raise ConfigError for options of several models."""
+        if len(self.model) > 1 or self.keep_alive or self.max_model_bytes:
+            raise ConfigError(
+                f"{who} serves one model, which stays loaded; leave out others, keep_alive, max_model_bytes"
             )
 
     def check_scores(self, engine: EngineConfig) -> None:

@@ -70,8 +70,6 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     set_up_logging(server_config, passed_over=kubernetes_variables())
     for model in models:
         server_config.check_scores(model.engine)
-    if server_config.ray and len(models) > 1:
-        raise ConfigError("--ray serves one model; leave out --ray to serve several")
     keys = ApiKeys.from_config(server_config)
     allow_many_connections()
     with listen(server_config) as listener:

@@ -28,7 +28,6 @@ RETRY_SECONDS = 30.0  # after a failed load requests fail that long before one l
 
 logger = logging.getLogger(__name__)
 
-
 OnLoad = Callable[[ServedModel, Ranker], None]
 """Called in the loading thread with a loaded model, before it is used."""
 
@@ -265,7 +264,8 @@ class ModelSet:
 
     def _add(self, model: ServedModel, ranker: Ranker, num_bytes: int) -> None:
         model.model_id = ranker.model_id
-        model.name = model.options.name or ranker.model_id
+        if not self._is_started:  # else it keeps the name under which it could not be opened
+            model.name = model.options.name or ranker.model_id
         self._on_load(model, ranker)
         with self._changed:
             if self._closing:

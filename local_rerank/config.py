@@ -167,6 +167,14 @@ class OtherEngineConfig(EngineConfig):
     calibration: Annotated[str | None, Parameter(parse=False)] = None
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeEngineConfig(EngineConfig):
+    """Engine options of `serve`, where they are for all models; its option `model` is a list."""
+
+    model: Annotated[str | None, Parameter(parse=False)] = None
+
+
 class EngineOptions(TypedDict, total=False):
     """The keyword options of `Reranker`: the fields of `EngineConfig` without `model`, for type checkers."""
 

@@ -19,6 +19,7 @@ from tests.serving import serving
 DOCUMENTED_KEY = "any"  # used by docs/clients.md
 TYPED_KEY = "schlüssel-密钥"
 OTHER_NAME = "playground.test"  # of the open server, for tests/playground
+TWIN = "twin"  # the keyed server's second model, loaded at its first request
 MAX_DOCUMENT_TOKENS = 128  # of the keyed server
 OPTIONS = ("--device", "cpu", "--dtype", "fp32", "--no-self-test")
 HOST = Path(__file__).parent / "clients" / "python_host.py"
@@ -32,6 +33,7 @@ def two_servers(folder: Path) -> Iterator[tuple[str, str]]:
     keys = folder / "keys"
     keys.write_text(f"documented:{DOCUMENTED_KEY}\ntyped:{TYPED_KEY}\n", encoding="utf-8")
     requires_key = ("--api-key-file", str(keys), "--max-document-tokens", str(MAX_DOCUMENT_TOKENS))
+    requires_key += ("--model", "local-rerank-nano", "--model", f"{TWIN}=local-rerank-nano")
     with ExitStack() as stack, ThreadPoolExecutor() as starters:
         starting = (
             serving(folder / "keyed.log", *OPTIONS, *requires_key),

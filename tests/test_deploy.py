@@ -19,8 +19,9 @@ import yaml
 
 from local_rerank.commands.app import ENV_PREFIX, app, option_names
 from local_rerank.config import EngineConfig
-from local_rerank_server.config import ReplicaRange, ServerConfig
+from local_rerank_server.config import ServerConfig
 from local_rerank_server.process import KEEP_ALIVE_SECONDS
+from local_rerank_server.ray_serve.replica_range import ReplicaRange
 from tests.test_dockerfile import all_of, environment
 
 ROOT = Path(__file__).parents[1]

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # by area: the areas below it that it may use
     "bench": {"vocabulary", "requests", "checkpoints", "engine", "public"},
     "batch": {"vocabulary", "requests", "checkpoints", "engine", "public", "evaluation"},
     "selftest": {"vocabulary", "requests", "checkpoints", "engine", "public"},
+    "models": {"vocabulary", "requests", "checkpoints", "engine", "public", "selftest"},
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 TORCH = {"torch", "transformers"}

@@ -1,8 +1,9 @@
 """The command line. Commands are imported when they run, so `--help` does not load torch.
 
-Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence, and an empty
-variable is unset. An error is one line on standard error, without a traceback; the exit status is 1, or 2 for a wrong
-command line. If the reader of the output has gone, as in `| head -1`, it is 141, as if SIGPIPE had ended the process.
+Flags and `LOCAL_RERANK_*` variables come from the definitions of the options; flags take precedence, then variables,
+then the file of `serve --config`; an empty variable is unset. An error is one line on standard error, without a
+traceback; the exit status is 1, or 2 for a wrong command line. If the reader of the output has gone, as in `| head -1`,
+it is 141, as if SIGPIPE had ended the process.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_origin
 
 from cyclopts import (
     App,
+    Argument,
     ArgumentCollection,
     CycloptsError,
     MissingArgumentError,
@@ -67,11 +70,40 @@ class _Variables(Env):
                 argument.append(Token(keyword=name, value=value, source=self.source, index=index))
 
 
+class _ConfigFile:
+    """Options of `serve` from the file of --config, where neither a flag nor a variable sets them."""
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        by_option = {
+            argument.name.removeprefix("--").replace("-", "_"): argument for argument in arguments if argument.parse
+        }
+        if "config" not in by_option or not (tokens := by_option["config"].tokens):
+            return
+        from local_rerank.models.options import read_config_file, section_text
+
+        path = Path(tokens[0].value)
+        lists = {name for name, argument in by_option.items() if get_origin(argument.hint) is tuple}
+        options, sections = read_config_file(path, by_option.keys() - {"config", "*"}, lists)
+        set_before = {name for name, argument in by_option.items() if argument.tokens}
+        texts = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        for name in texts.keys() - set_before:
+            for value in texts[name]:
+                _append(by_option[name], path, str(value).lower() if isinstance(value, bool) else str(value))
+        for name, section in sections.items():  # flags and variables win over a section's options, too
+            mine = {key: value for key, value in section.items() if key == "model" or key not in set_before}
+            _append(by_option["model"], path, section_text(path, name, mine))
+
+
+def _append(argument: Argument, path: Path, value: str) -> None:
+    name = argument.name.removeprefix("--")
+    argument.append(Token(keyword=f"{path}: {name}", value=value, source=str(path), index=len(argument.tokens)))
+
+
 app = App(
     name="local-rerank",
     help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
     version=__version__,
-    config=_Variables(ENV_PREFIX, command=False),
+    config=(_Variables(ENV_PREFIX, command=False), _ConfigFile()),
     # no --empty-api-key, and no default of flags, which are all off, or of texts and lists that are empty
     default_parameter=Parameter(negative_iterable=(), show_default=lambda value: value or None),
     console=Console(),
@@ -206,8 +238,9 @@ def _refuse_unknown_variables() -> None:
 
 
 def serve_options() -> tuple[EngineConfig, ServerConfig]:
-    """Return the options of `serve` from variables and defaults, without flags. Raises ConfigError."""
+    """Return the options of `serve` for the first model, from variables, file and defaults. Raises ConfigError."""
     from local_rerank.config import EngineConfig
+    from local_rerank.models.options import models_of
     from local_rerank_server.config import ServerConfig
 
     _refuse_unknown_variables()
@@ -215,7 +248,8 @@ def serve_options() -> tuple[EngineConfig, ServerConfig]:
         _, given, _ = app.parse_args(["serve"], print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise ConfigError(str(error)) from None
-    return given.arguments.get("engine") or EngineConfig(), given.arguments.get("server") or ServerConfig()
+    server = given.arguments.get("server") or ServerConfig()
+    return models_of(server.model, given.arguments.get("engine") or EngineConfig())[0].engine, server
 
 
 def option_names() -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -29,6 +30,10 @@ from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair
 
 LAST_LINEARS = ("down_proj", "down")  # of a layer of Qwen3, of an encoder
+
+_launching = threading.Lock()
+"""Held while a batch is launched on a device: the models of a process take turns by batch, as on a CPU they do in the
+compute thread. The kernels of two batches would otherwise alternate on the stream, and both would end late."""
 
 
 class Engine:
@@ -96,7 +101,11 @@ class Engine:
         def attempt(graphs: GraphRunner | None = self.graphs) -> Callable[[], list[float]] | None:
             return unless_out_of_memory(lambda: self._forward(batch, graphs))
 
-        fetch = compute(attempt) if self.device.type == "cpu" else attempt()
+        if self.device.type == "cpu":
+            fetch = compute(attempt)
+        else:
+            with _launching:
+                fetch = attempt()
         if fetch is None and self.graphs is not None and self.graphs.forget_all():
             release_cached()
             if (fetch := attempt(None)) is not None:

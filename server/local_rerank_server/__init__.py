@@ -5,14 +5,14 @@ Importing this package loads neither a web framework nor a model.
 
 from __future__ import annotations
 
-from local_rerank.config import EngineConfig
+from local_rerank.config import ServeEngineConfig
 from local_rerank_server.config import ServerConfig
 
 __all__ = ["serve"]
 
 
-def serve(engine: EngineConfig | None = None, server: ServerConfig | None = None) -> int:
+def serve(server: ServerConfig | None = None, engine: ServeEngineConfig | None = None) -> int:
     """Serve rerank APIs over HTTP."""
     from local_rerank_server import process
 
-    return process.serve(engine or EngineConfig(), server or ServerConfig())
+    return process.serve(engine or ServeEngineConfig(), server or ServerConfig())

@@ -26,6 +26,7 @@ class Admission:
         """`retry_after` estimates the seconds until the engine's queue has room."""
         self.config = config
         self.rates = RateLimiter(config)
+        self.num_models = 1  # each may have `max_queued_requests`; `ServerState.rank` knows whose a request is
         self.num_requests = 0  # admitted and not answered yet
         self.num_body_bytes = 0  # of the bodies of those requests
         self._retry_after = retry_after
@@ -33,7 +34,7 @@ class Admission:
     def check(self, num_body_bytes: int, key: str | None) -> None:
         """Raise `BodyTooLarge` or `Overloaded` unless a request with such a body may enter; counts it for its key."""
         self.check_size(num_body_bytes)
-        limit = self.config.max_queued_requests
+        limit = self.config.max_queued_requests * self.num_models
         if self.num_requests >= limit:
             raise self._overloaded(f"{self.num_requests} requests are in flight; at most {limit} are allowed")
         self.check_total(num_body_bytes)

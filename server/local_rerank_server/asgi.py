@@ -41,6 +41,7 @@ def create() -> ASGIApp:
     address that the server listens on is unknown here.
     """
     engine_config, config = serve_options()
+    config.require_one_model("the ASGI application")
     config.check_scores(engine_config)
     if config.ray:
         raise ConfigError("ray is not supported here; use `local-rerank serve --ray` or Ray Serve")

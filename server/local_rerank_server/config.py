@@ -16,9 +16,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from local_rerank.config import ENGINE, LIMITS, EngineConfig
+from local_rerank.config import ENGINE, LIMITS, MODEL, EngineConfig
 from local_rerank.errors import ConfigError
+from local_rerank.models.options import seconds_of
 from local_rerank.types import Limits
+from local_rerank_server.ray_serve.replica_range import ReplicaRange
 
 HOSTED_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query."
 """The hosted DashScope service's documented default; unlike the model card's it ends with a full stop."""
@@ -38,6 +40,7 @@ ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^A-Z/?#@\s]+")  # as browsers
 HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*")
 
 ADDRESS = Group("Address and keys", sort_key=2)
+MODELS = Group("Several models", sort_key=8)
 PROXIES = Group("Proxies, TLS and browsers", sort_key=3)
 APIS = Group("Rerank APIs", sort_key=5)
 LOGS = Group("Logs", sort_key=7)
@@ -49,34 +52,29 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["human", "json"]
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaRange:
-    """How many engines Ray Serve may run; `maximum` is None if only the cluster's size limits it."""
-
-    minimum: int
-    maximum: int | None
-
-    @property
-    def fixed(self) -> int | None:
-        """The number of engines, if it may not vary."""
-        return self.minimum if self.minimum == self.maximum else None
-
-    @classmethod
-    def parse(cls, text: str) -> ReplicaRange:
-        """Parse `auto`, `4` or `1-8`; raises ConfigError."""
-        if text == "auto":
-            return cls(1, None)
-        low, _, high = text.partition("-")
-        if low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low):
-            return cls(int(low), int(high or low))
-        raise ConfigError(f"replicas is {text!r}; it must be auto, a number from 1, or a range such as 1-8")
-
-
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Where the server listens, who may use it, and how much one request may contain."""
 
+    model: Annotated[
+        tuple[str, ...],
+        Parameter(group=MODEL,
+                  help="Hub id, alias (qwen3-reranker-0.6b|4b|8b), local folder or bundle, or NAME=one of them. May be "
+                       "repeated (its variable holds one); the first is the default of requests. Default: the built-in "
+                       "local-rerank-nano.", env_var_split=lambda _, text, **__: [text]),
+    ] = ()  # fmt: skip
+    config: Annotated[
+        Path | None,
+        Parameter(group=MODELS, help="TOML file of options, with a section for each model (docs/several-models.md)."),
+    ] = None
+    keep_alive: Annotated[
+        str | None,
+        Parameter(group=MODELS,
+                  help="Unload a model after that time without a request, such as 90s, 10m or 1h, or never. Default: "
+                       "10m with several models, never with one."),
+    ] = None  # fmt: skip
+    max_model_bytes: Annotated[int | None, Parameter(group=MODELS, help="Maximum bytes of all loaded models.")] = None
     host: Annotated[str, Parameter(group=ADDRESS, help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Parameter(group=ADDRESS, help="Port to listen on; 0 picks a free one.")] = 8000
     uds: Annotated[
@@ -176,7 +174,7 @@ class ServerConfig:
     model_aliases: Annotated[
         tuple[str, ...],
         Parameter(group=APIS,
-                  help="Model name that the DashScope routes accept besides the model's own. May be repeated; "
+                  help="Model name that the DashScope routes accept besides the first model's own. May be repeated; "
                        "replaces the default names."),
     ] = DASHSCOPE_MODELS  # fmt: skip
     strict: Annotated[
@@ -234,6 +232,7 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"{name} is {value}; it must be at least {minimum}")
+        seconds_of(self.keep_alive, several=False)
         for name, maximum in _MAXIMUM.items():
             if (value := getattr(self, name)) > maximum:
                 raise ConfigError(f"{name} is {value}; it must be at most {maximum}")
@@ -244,6 +243,8 @@ class ServerConfig:
         if not self.ray and self.replicas != "auto":
             raise ConfigError(f"replicas is {self.replicas!r}, which needs --ray")
         ReplicaRange.parse(self.replicas)
+        if self.ray:
+            self.require_one_model("ray")
         if not isinstance(self.api_key, tuple):  # a text would be a key per character
             raise ConfigError("api_key must be a tuple of texts")
         if any(not key.strip() for key in self.api_key):
@@ -264,6 +265,13 @@ class ServerConfig:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set --api-key-file or --api-key, or allow this with --insecure"
+            )
+
+    def require_one_model(self, who: str) -> None:
+        """Raise ConfigError for options of several models."""
+        if len(self.model) > 1 or self.keep_alive or self.max_model_bytes:
+            raise ConfigError(
+                f"{who} serves one model, which stays loaded; leave out others, keep_alive, max_model_bytes"
             )
 
     def check_scores(self, engine: EngineConfig) -> None:
@@ -322,6 +330,7 @@ class ServerConfig:
 
 
 _MINIMUM = {
+    "max_model_bytes": 1,
     "port": 0,
     "key_requests_per_minute": 1,
     "key_tokens_per_minute": 1,

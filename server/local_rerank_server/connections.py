@@ -1,4 +1,4 @@
-"""Connections: uvicorn's h11 protocol with timeouts, stricter heads, and the answers that no route gives.
+"""Listening sockets, and connections: uvicorn's h11 protocol with timeouts, stricter heads, answers without a route.
 
 uvicorn itself has no limit for the first head on a connection, for a body, and for a peer that does not read. The
 application answers a late body with 408 in its dialect; the timer here closes the connection if that did not end it.
@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
+import socket
 import ssl
+import stat
 import uuid
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from local_rerank.errors import ConfigError
 from local_rerank_server.browsers import SECURITY_HEADERS
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import quoted
@@ -207,3 +212,59 @@ def allow_many_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES) if hard > 0 else MAX_FILES, hard))
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A listening socket; connections wait in its backlog until the server accepts them."""
+    where = str(config.uds) if config.uds else f"{config.host}:{config.port}"
+    try:
+        return _listen_unix(config.uds) if config.uds else _listen_tcp(config.host, config.port)
+    except OSError as error:
+        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address in brackets
+        taken = "; stop the process that uses it, or choose another" if error.errno == errno.EADDRINUSE else ""
+        option = "--uds" if config.uds else "--port"
+        raise ConfigError(f"cannot listen on {where}: {reason}{taken and f'{taken} {option}'}") from None
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address, family=family)
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """Replaces the socket of a dead process, never that of a running one."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError("uds is set, but Python has no Unix sockets on this system; set host and port instead")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:  # a regular file refuses too, and must not be removed
+            if stat.S_ISSOCK(path.stat().st_mode):
+                path.unlink()
+        except OSError:
+            pass  # usually there is no file
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def file_id(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one at the same path; None if there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def address_of(listener: socket.socket, config: ServerConfig) -> str:
+    scheme = "https" if config.ssl_certfile else "http"
+    if config.uds:
+        return f"{scheme}+unix://{config.uds}"
+    host, port = listener.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.prefix}"

@@ -12,12 +12,15 @@
     ├── UnknownModel                  the request names a model that is not served
     ├── UnknownRoute                  the path does not exist
     ├── MethodNotAllowed              the path exists, the method does not
+    ├── NotOnThisMachine              no keys are configured, and the client may not load models
     ├── ForeignOrigin                 the request comes from a web page of another server
     ├── UnknownHost                   ... or names a host that this server is not
     ├── AmbiguousBody                 the head has two lengths for the body
     ├── Overloaded
     │   ├── RequestRateExceeded       the key has used its requests of this minute
     │   └── TokenRateExceeded         the key has used its tokens of this minute
+    ├── ModelUnavailable
+    │   └── ModelNotLoaded            the request does not wait until its model is loaded
     ├── MissingApiKey                 keys are configured and the request has none
     ├── InvalidApiKey                 ... or has a wrong one
     ├── AsyncNotSupported             the request asks for DashScope's asynchronous mode
@@ -112,6 +115,17 @@ class UnknownModel(LocalRerankError):
     def __init__(self, name: str, *, known: Sequence[str]) -> None:
         super().__init__(f"model {quoted(name)!r} is not served; the server has {', '.join(known)}")
         self.name = quoted(name)
+
+
+class ModelNotLoaded(ModelUnavailable):
+    def __init__(self, name: str, *, retry_after: float) -> None:
+        super().__init__(f"model {name} is not loaded; it is being loaded now")
+        self.retry_after = retry_after  # seconds
+
+
+class NotOnThisMachine(LocalRerankError):
+    def __init__(self) -> None:
+        super().__init__("without API keys only this machine may load and unload models; set --api-key-file")
 
 
 class UnknownRoute(LocalRerankError):
@@ -212,6 +226,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     UnknownModel: 404,
     UnknownRoute: 404,
     MethodNotAllowed: 405,
+    NotOnThisMachine: 403,
     ForeignOrigin: 403,
     UnknownHost: 421,
     AmbiguousBody: 400,
@@ -225,6 +240,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
     DeadlineExceeded: 504,
     ModelUnavailable: 503,
     DeviceFailure: 503,
+    ModelNotLoaded: 503,
     UnusableAfterFork: 503,
     EngineFailure: 500,
     OutOfMemory: 503,  # after retries with half of the batch; it may fit when the device is less busy
@@ -236,7 +252,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
 def headers_of(error: LocalRerankError) -> dict[str, str]:
     """The response headers of an error, in every dialect."""
     match error:
-        case Overloaded():
+        case Overloaded() | ModelNotLoaded():
             return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
         case BodyTooSlow() | AmbiguousBody():
             return {"connection": "close"}  # do not wait for the rest of the body, nor read it as a request

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import gc
 import logging
 import math
 import os
 import signal
 import socket
 import ssl
-import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -33,18 +31,25 @@ from local_rerank.commands.app import kubernetes_variables
 from local_rerank.commands.console import missing_package
 from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, DeviceFailure, LocalRerankError
+from local_rerank.models.model_set import ModelSet
+from local_rerank.models.options import ModelOptions, models_of, seconds_of
 from local_rerank_server.app import create_app
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.connections import allow_many_connections, make_protocol, make_tls_context
+from local_rerank_server.connections import (
+    address_of,
+    allow_many_connections,
+    file_id,
+    listen,
+    make_protocol,
+    make_tls_context,
+)
 from local_rerank_server.keys import ApiKeys
 from local_rerank_server.logs import announce, set_up_logging
 from local_rerank_server.state import ServerState
 from local_rerank_server.tracing import Tracing
 
 if TYPE_CHECKING:
-    from local_rerank import Reranker
     from local_rerank.types import ModelInfo
-    from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
 KEEP_ALIVE_SECONDS = 75  # longer than SDKs' pools keep idle connections, so that the client closes them first
 CUT_OFF_SECONDS = 1  # for writing the 503 of requests that are cut off, or that the GPU can compute no more
@@ -61,17 +66,19 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     Ends the process itself while the model still loads or computes, and with status 1 if the GPU failed. Raises
     ConfigError or CheckpointError if the server cannot start.
     """
+    models = models_of(server_config.model, engine_config)
     set_up_logging(server_config, passed_over=kubernetes_variables())
-    server_config.check_scores(engine_config)
+    for model in models:
+        server_config.check_scores(model.engine)
     keys = ApiKeys.from_config(server_config)
     allow_many_connections()
-    with _listen(server_config) as listener:
+    with listen(server_config) as listener:
         path = server_config.uds
-        ours = path and _file_id(path)
+        ours = path and file_id(path)
         try:
-            status, model_is_busy = _serve_on(listener, engine_config, server_config, keys)
+            status, model_is_busy = _serve_on(listener, models, server_config, keys)
         finally:
-            if path is not None and _file_id(path) == ours:  # not what another process has put there since
+            if path is not None and file_id(path) == ours:  # not what another process has put there since
                 path.unlink(missing_ok=True)
     if model_is_busy and not server_config.ray:  # Ray ends its processes at Python's exit
         _end_process(status)
@@ -88,18 +95,16 @@ def _end_process(status: int) -> None:
 
 
 def _serve_on(
-    listener: socket.socket, engine_config: EngineConfig, config: ServerConfig, keys: ApiKeys
+    listener: socket.socket, models: Sequence[ModelOptions], config: ServerConfig, keys: ApiKeys
 ) -> tuple[int, bool]:
     """Returns the exit status, and whether a thread still loads or runs the model, or the GPU failed."""
     state = ServerState(config)
     tracing = Tracing(config.otlp_endpoint) if config.otlp_endpoint else None
     server = _Server(_uvicorn_config(state, keys, tracing), state)
     state.on_failure = server.fail
-    address = _address(listener, config)
+    address = address_of(listener, config)
     announce(config, f"listening on {address}, loading the model ...")
-    loading = _load_in_background(
-        state, server, engine_config, ready=lambda info: _announce_ready(info, address, config)
-    )
+    loading = _load_in_background(state, server, models, ready=lambda served: _announce_ready(served, address, config))
     server.run(sockets=[listener])
     if tracing is not None:
         tracing.close()
@@ -107,17 +112,17 @@ def _serve_on(
         return 1, True
     if server.failure is not None:
         raise server.failure
-    return int(server.cut_off), server.cut_off or loading.is_alive()
+    return int(server.cut_off), server.cut_off or loading.is_alive() or state.is_loading
 
 
 def _load_in_background(
-    state: ServerState, server: _Server, config: EngineConfig, *, ready: Callable[[ModelInfo], None]
+    state: ServerState, server: _Server, models: Sequence[ModelOptions], *, ready: Callable[[ModelSet], None]
 ) -> threading.Thread:
-    """Load the model in a thread and pass it to `state`; stop the server if that fails."""
+    """Load the models in a thread and pass them to `state`; stop the server if the first one fails."""
 
     def load() -> None:
         try:
-            reranker = _load(config, state.config)
+            served = _load(models, state)
         except LocalRerankError as error:
             server.fail(error)
         except Exception as error:
@@ -126,34 +131,45 @@ def _load_in_background(
             server.fail(CheckpointError(f"the model cannot be loaded: {why}"))
         else:
             server.restore_signal_handlers()
-            state.serve(reranker)
-            ready(reranker.info)
+            state.serve(served)
+            ready(served)
 
     loading = threading.Thread(target=load, name="load", daemon=True)  # a signal does not wait for a long load
     loading.start()
     return loading
 
 
-def _load(config: EngineConfig, server_config: ServerConfig) -> Reranker | ReplicaReranker:
-    """Load the model into this process or, with --ray, into replicas, which run the self-test themselves.
+def _load(models: Sequence[ModelOptions], state: ServerState) -> ModelSet:
+    """Load the first model, and those that are pinned, into this process or, with --ray, into replicas, which run the
+    self-test themselves.
 
     Imports torch, which takes two seconds; the port is already open.
     """
-    if server_config.ray:
+    config = state.config
+    if config.ray:
         require_ray()
         from local_rerank_server.ray_serve.reranker import ReplicaReranker
 
-        return ReplicaReranker(config, server_config)
-    from local_rerank import Reranker
+        return ModelSet.of(
+            ReplicaReranker(models[0].engine, config), aliases=config.model_aliases, on_load=state.observe
+        )
     from local_rerank.bench.kept_speeds import before_download
-    from local_rerank.selftest.self_test import require_self_test
+    from local_rerank.models.loader import EngineLoader
 
-    if expected := before_download(config):
-        logger.info(expected)
-    reranker = Reranker(config=config)
-    if not server_config.no_self_test:
-        require_self_test(reranker)
-    return reranker
+    for model in models:
+        if expected := before_download(model.engine):
+            logger.info(expected)
+    served = ModelSet(
+        models,
+        EngineLoader(self_test=not config.no_self_test),
+        aliases=config.model_aliases,
+        keep_alive_seconds=seconds_of(config.keep_alive, several=len(models) > 1),
+        max_bytes=config.max_model_bytes,
+        on_load=state.observe,
+    )
+    gc.freeze()  # of what was imported: unloading a model collects garbage, which would walk all of it for 0.1 s
+    served.start()
+    return served
 
 
 class _Server(uvicorn.Server):
@@ -269,69 +285,18 @@ def _uvicorn_config(state: ServerState, keys: ApiKeys, tracing: Tracing | None) 
     return uvicorn_config
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    """A listening socket; connections wait in its backlog until the server accepts them."""
-    where = str(config.uds) if config.uds else f"{config.host}:{config.port}"
-    try:
-        return _listen_unix(config.uds) if config.uds else _listen_tcp(config.host, config.port)
-    except OSError as error:
-        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address in brackets
-        taken = "; stop the process that uses it, or choose another" if error.errno == errno.EADDRINUSE else ""
-        option = "--uds" if config.uds else "--port"
-        raise ConfigError(f"cannot listen on {where}: {reason}{taken and f'{taken} {option}'}") from None
-
-
-def _listen_tcp(host: str, port: int) -> socket.socket:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address, family=family)
-
-
-def _listen_unix(path: Path) -> socket.socket:
-    """Replaces the socket of a dead process, never that of a running one."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise ConfigError("uds is set, but Python has no Unix sockets on this system; set host and port instead")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:  # a regular file refuses too, and must not be removed
-            if stat.S_ISSOCK(path.stat().st_mode):
-                path.unlink()
-        except OSError:
-            pass  # usually there is no file
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        listener.bind(str(path))
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _file_id(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another one at the same path; None if there is none."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def _address(listener: socket.socket, config: ServerConfig) -> str:
-    scheme = "https" if config.ssl_certfile else "http"
-    if config.uds:
-        return f"{scheme}+unix://{config.uds}"
-    host, port = listener.getsockname()[:2]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{config.prefix}"
-
-
-def _announce_ready(info: ModelInfo, address: str, config: ServerConfig) -> None:
+def _announce_ready(served: ModelSet, address: str, config: ServerConfig) -> None:
     say = partial(announce, config)
-    say(f"model: {info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s")
-    if info.source == "embedded":
+    for model in served.models:
+        say(f"model: {_loaded(model.info) if model.info else f'{model.name}, {model.error or model.state}'}")
+    if served.default.known_info.source == "embedded":
         say("This is the small built-in model. For better results: local-rerank serve --model Qwen/Qwen3-Reranker-0.6B")
     say(f"ready: {address} (API documentation: {address}/docs). Try:")
     say(_curl(address, config))
+
+
+def _loaded(info: ModelInfo) -> str:
+    return f"{info.model_id} ({info.source}), {info.device}, {info.dtype}, loaded in {info.load_seconds:.1f} s"
 
 
 def _curl(address: str, config: ServerConfig) -> str:

@@ -1,7 +1,8 @@
-"""The state of one server process: the model, admission, metrics, and the way to have a request ranked.
+"""The state of one server process: the models, admission, metrics, and the way to have a request ranked.
 
 `ServerState.rank` submits a `RerankRequest` off the event loop: a small pool of threads tokenizes it, the engine's
-thread scores it, and the loop awaits the result. This module knows no dialect.
+thread scores it, and the loop awaits the result. A model that is not loaded is loaded first. This module knows no
+dialect.
 """
 
 from __future__ import annotations
@@ -13,54 +14,33 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from starlette.requests import Request
 
 from local_rerank import forks
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
-from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable
+from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable, Overloaded
+from local_rerank.models.model_set import ModelSet
+from local_rerank.models.served import Ranker, ServedModel
 from local_rerank.types import OnDeadline, RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.admission import Admission
 from local_rerank_server.config import ServerConfig
-from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
-from local_rerank_server.metrics import EngineStatus, Metrics
+from local_rerank_server.errors import ClientDisconnected, InvalidField, ModelNotLoaded, UnknownModel
+from local_rerank_server.metrics import Metrics
 
 if TYPE_CHECKING:
-    from local_rerank.config import EngineConfig
     from local_rerank.requests.pending import OnScored
-    from local_rerank.requests.worker import BatchReport
 
 TIMEOUT_HEADER, ON_DEADLINE_HEADER = "x-request-timeout-ms", "x-on-deadline"
 PARTIAL_SECONDS = 1.0  # for a partial result to arrive after the deadline, until which alone it was scored
+COLD_START_HEADER = "x-cold-start"  # reject: do not wait until the model is loaded
 LONG_CHARS = 1_000_000  # up to half a second of tokenization; longer requests share a pool of their own
 LONG_THREADS = 1  # fastokens needs some 50 ms; tokenizers splits the documents of one request between threads
 
 Ranking = TypeVar("Ranking")
 
 logger = logging.getLogger(__name__)
-
-
-class Ranker(EngineStatus, Protocol):
-    """What the server needs from a `Reranker`; `RemoteReranker` implements it with replicas in other processes."""
-
-    @property
-    def config(self) -> EngineConfig: ...
-
-    @property
-    def model_id(self) -> str: ...
-
-    def retry_after(self) -> float: ...
-
-    def observe_batches(self, observer: Callable[[BatchReport], None]) -> None: ...
-
-    def observe_failure(self, observer: Callable[[DeviceFailure], None]) -> None: ...
-
-    def submit(
-        self, request: RerankRequest, *, name: str | None = None, on_scored: OnScored | None = None
-    ) -> Future[RerankResult]: ...
-
-    def close(self) -> None: ...
 
 
 class ServerState:
@@ -71,7 +51,7 @@ class ServerState:
         self.started = int(time.time())
         self.draining = False
         self.on_failure: Callable[[DeviceFailure], None] | None = None  # ends the process
-        self._reranker: Ranker | None = None
+        self._models: ModelSet | None = None
         self._set_up()
         forks.renew_in_child(self)
 
@@ -85,36 +65,55 @@ class ServerState:
     def renew(self) -> None:
         """Start counting from zero in a forked child, with threads of its own."""
         self._set_up()
-        if self._reranker is not None:
-            self.serve(self._reranker)
+        if self._models is not None:
+            for model in self._models.models:
+                if model.ranker is not None:
+                    self.observe(model, model.ranker)
 
     @property
     def status(self) -> str:
         """loading, ready or draining."""
         if self.draining:
             return "draining"
-        return "loading" if self._reranker is None else "ready"
+        return "loading" if self._models is None else "ready"
 
     @property
-    def reranker(self) -> Ranker:
-        """The loaded model; raises `ModelUnavailable` while it loads."""
-        if self._reranker is None:
+    def is_loading(self) -> bool:
+        """Whether a model is being loaded after the start."""
+        return self._models is not None and self._models.is_loading
+
+    @property
+    def models(self) -> ModelSet:
+        """The models; raises `ModelUnavailable` while the default one loads for the first time."""
+        if self._models is None:
             raise ModelUnavailable("the model is still loading")
-        return self._reranker
+        return self._models
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of requests that name no other."""
+        return self.models.default
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The served model's id, then its aliases, without duplicates."""
-        return tuple(dict.fromkeys((self.reranker.model_id, *self.config.model_aliases)))
+        """The names that can be sent as `model`: for each model its own, then its aliases."""
+        return tuple(self.models.by_name)
 
-    def serve(self, reranker: Ranker) -> None:
-        """Rank requests with `reranker` from now on."""
-        reranker.observe_batches(self.metrics.add_batch)
-        reranker.observe_failure(self.fail)
-        self.metrics.set_model(reranker.info)
-        if self.config.scores == "calibrated":
-            logger.info("relevance_score is the probability of calibration %s", reranker.config.calibration)
-        self._reranker = reranker
+    def serve(self, models: ModelSet | Ranker) -> None:
+        """Rank requests with these models from now on. `observe` must be the `on_load` of a ModelSet."""
+        if not isinstance(models, ModelSet):
+            models = ModelSet.of(models, aliases=self.config.model_aliases, on_load=self.observe)
+        for model in models.models if self.config.scores == "calibrated" else ():
+            calibration = model.options.engine.calibration
+            logger.info("relevance_score is the probability of calibration %s, model %s", calibration, model.name)
+        self.admission.num_models = len(models.models)
+        self._models = models
+
+    def observe(self, model: ServedModel, ranker: Ranker) -> None:
+        """Count the batches of a model that was loaded, and stop if its GPU fails."""
+        ranker.observe_batches(self.metrics.of(model.name).add_batch)
+        ranker.observe_failure(self.fail)
+        self.metrics.set_model(model.name, ranker.info)
 
     def drain(self) -> None:
         """Refuse new requests; those already admitted are finished."""
@@ -127,39 +126,43 @@ class ServerState:
             self.on_failure(error)
 
     def close(self) -> None:
-        """Close the model and the thread pools; requests still waiting get `ModelUnavailable`."""
-        if self._reranker is not None:
-            self._reranker.close()
+        """Close the models and the thread pools; requests still waiting get `ModelUnavailable`."""
+        if self._models is not None:
+            self._models.close()
         for threads in (self._tokenizers, self._long_tokenizers, self._parser):
             threads.shutdown(wait=False, cancel_futures=True)
 
     def render_metrics(self) -> bytes:
         """The page that Prometheus reads."""
-        return self.metrics.render(ready=self.status == "ready", admission=self.admission, engine=self._reranker)
+        models = self._models.models if self._models else ()
+        return self.metrics.render(ready=self.status == "ready", admission=self.admission, models=models)
 
     def check_model(self, name: str | None, *, strict: bool) -> None:
         """Raise `UnknownModel` if `name` is not served and either `strict` or --strict-models asks for the check."""
-        if (strict or self.config.strict_models) and name is not None and name not in self.model_names:
+        if (strict or self.config.strict_models) and name is not None and name not in self.models.by_name:
             raise UnknownModel(name, known=self.model_names)
 
     async def parse(self, parse: Callable[[bytes], Any], body: bytes) -> Any:
         """Parse a large body in a thread, after those that wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
 
-    async def rank(self, http: Request, request: RerankRequest, *, on_scored: OnScored | None = None) -> RerankResult:
-        """Rank `request`; its work is cancelled if the deadline passes or the client disconnects first.
+    async def rank(
+        self, http: Request, request: RerankRequest, name: str | None = None, *, on_scored: OnScored | None = None
+    ) -> RerankResult:
+        """Rank `request` with a model; its work is cancelled if the deadline passes or the client disconnects first.
 
         `on_scored` is that of `Reranker.submit`.
         """
+        model = self._model_for(http, name)
         timeout_ms = _timeout_ms(http, self.config.request_timeout_ms)
         deadline = None
         if "partial" in (request.on_deadline, wanted_on_deadline(http)):
             deadline = time.monotonic() + timeout_ms / 1e3
-        http.state.model = self.reranker.model_id
+        http.state.model = model.name
         http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
-        ranking = asyncio.ensure_future(self._submit(request, http.state.request_id, on_scored, deadline))
+        ranking = asyncio.ensure_future(self._submit(model, request, http.state.request_id, on_scored, deadline))
         disconnect = asyncio.ensure_future(_until_disconnected(http))
         try:
             patience = timeout_ms / 1e3 + (0 if deadline is None else PARTIAL_SECONDS)
@@ -167,18 +170,45 @@ class ServerState:
             if ranking.done() and (deadline is None or not isinstance(ranking.exception(), DeadlineExceeded)):
                 result = ranking.result()
                 http.state.results.append(result)
-                self.metrics.add_result(result, num_documents=len(request.documents))
+                self.metrics.of(model.name).add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
                 return result if self.config.scores == "model" else replace(result, results=self.as_served(result))
             if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
-            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
+            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(model, request, timeout_ms))
         finally:
             ranking.cancel()
             disconnect.cancel()
 
+    def _model_for(self, http: Request, name: str | None) -> ServedModel:
+        """Raises `ModelNotLoaded` if it has to be loaded and the client does not wait, and `Overloaded`."""
+        model, limit = self.models.find(name), self.config.max_queued_requests
+        if (num_waiting := model.num_users + len(model.loads)) >= limit:
+            what = f"{num_waiting} requests for {model.name} are in flight; at most {limit} are allowed"
+            raise Overloaded(what, retry_after=self._retry_after())
+        if (sent := http.headers.get(COLD_START_HEADER)) not in (None, "reject"):
+            raise InvalidField(COLD_START_HEADER, "only reject is allowed", sent=sent)
+        if sent and model.ranker is None:
+            self.models.load(model).add_done_callback(lambda loading: self.models.release_unused(model, loading))
+            raise ModelNotLoaded(model.name, retry_after=model.seconds_to_load)
+        return model
+
+    async def loaded(self, model: ServedModel, *, again: bool = False) -> Ranker:
+        """The model, loaded if it is not, to be used until `release`. Raises `ModelUnavailable`."""
+        loading = self.models.load(model, again=again)
+        try:
+            return await asyncio.wrap_future(loading)
+        except asyncio.CancelledError:
+            loading.add_done_callback(lambda done: self.models.release_unused(model, done))
+            raise
+
     async def _submit(
-        self, request: RerankRequest, request_id: str, on_scored: OnScored | None, deadline: float | None
+        self,
+        model: ServedModel,
+        request: RerankRequest,
+        request_id: str,
+        on_scored: OnScored | None,
+        deadline: float | None,
     ) -> RerankResult:
         """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue.
 
@@ -188,28 +218,35 @@ class ServerState:
         def submit() -> Future[RerankResult]:
             ours = request
             if deadline is not None:
-                left = max(deadline - time.monotonic(), 1e-6)  # after the wait for this thread
+                left = max(deadline - time.monotonic(), 1e-6)  # after the waits for the model and this thread
                 ours = replace(request, timeout=left, on_deadline="partial")
-            return self.reranker.submit(ours, name=request_id, on_scored=on_scored)
+            return ranker.submit(ours, name=request_id, on_scored=on_scored)
 
         num_chars = len(request.query) + sum(map(len, request.documents))
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
-        return await asyncio.wrap_future(await queued(threads, submit))
+        ranker = self.models.acquire(model) or await self.loaded(model)
+        try:
+            result = await asyncio.wrap_future(await queued(threads, submit))
+            return result if result.model == model.name else replace(result, model=model.name)
+        finally:
+            self.models.release(model)
 
     def as_served(self, items: Iterable[RankedDocument]) -> tuple[RankedDocument, ...]:
         """The documents with the scores that --scores says; raises InvalidField if there are no probabilities."""
         return tuple(items) if self.config.scores == "model" else tuple(map(_with_probability, items))
 
-    def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
+    def _remedy(self, model: ServedModel, request: RerankRequest, timeout_ms: float) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
-        rate, on_cpu = self.reranker.tokens_per_second, self.reranker.info.device == "cpu"
+        if (ranker := model.ranker) is None:
+            return f"model {model.name} was not loaded; load it before, or send a longer timeout"
+        rate, on_cpu = ranker.tokens_per_second, ranker.info.device == "cpu"
         speed = f", measured rate: {rate:,.0f} tokens per second" if rate else ""
         longer = "raise --request-timeout-ms"
         if timeout_ms < self.config.request_timeout_ms:
             most = self.config.request_timeout_ms
             longer = f"raise the header {TIMEOUT_HEADER} (the server's --request-timeout-ms is {most})"
         faster = "--dtype int8 or a smaller model"
-        if not on_cpu or self.reranker.config.dtype == "int8":
+        if not on_cpu or ranker.config.dtype == "int8":
             faster = "a smaller model"
         return (
             f"documents: {len(request.documents)}{speed}. Send fewer or shorter documents, {longer}, "
@@ -217,7 +254,8 @@ class ServerState:
         )
 
     def _retry_after(self) -> float:
-        return 1.0 if self._reranker is None else self._reranker.retry_after()
+        ranker = self._models and self._models.default.ranker
+        return ranker.retry_after() if ranker else 1.0
 
 
 def _with_probability(item: RankedDocument) -> RankedDocument:

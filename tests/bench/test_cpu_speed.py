@@ -16,8 +16,10 @@ from local_rerank.bench import cpu_speed, kept_speeds
 from local_rerank.bench.kept_speeds import CpuSpeed, before_download
 from local_rerank.engine.cpu.thread_policy import Load
 from local_rerank.errors import CheckpointError
+from local_rerank.models.options import models_of
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.process import _load
+from local_rerank_server.state import ServerState
 from tests.command_line import command
 
 MODELS = ("qwen3-reranker-0.6b", "qwen3-reranker-4b", "qwen3-reranker-8b")
@@ -156,7 +158,7 @@ def test_a_kept_speed_is_told_before_a_download(
         assert done.returncode == 1, "there is no network"
         assert done.stderr.startswith(line)
     with caplog.at_level(logging.INFO), pytest.raises(CheckpointError):
-        _load(config, ServerConfig())
+        _load(models_of((), config), ServerState(ServerConfig()))
     assert any(message.startswith(line) for message in caplog.messages)
     shutil.copytree(tiny_checkpoint, cache.parents[1] / "hub/models--Qwen--Qwen3-Reranker-0.6B/snapshots/0")
     assert before_download(config) == "", "it is in the hub's cache"

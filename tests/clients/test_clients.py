@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from local_rerank import Reranker
-from tests.client_servers import RunPython
+from tests.client_servers import TWIN, RunPython
 from tests.clients.conftest import KEY
 from tests.clients.driver import CLIENTS, Answer, Client, Request, answer
 
@@ -189,3 +190,15 @@ def check_other(client: Client, name: str, answer: Answer) -> None:
             assert refusal.words in f"{error.get('text')} {error.get('message')}"
     elif name == "an unknown model" and not client.script.startswith("litellm"):
         assert "results" in answer, answer
+
+
+def test_clients_pick_a_model_by_its_name(base_url: str, run_python: RunPython, nano: Reranker) -> None:
+    picked = [ENGLISH | {"model": TWIN}] * 2
+    for number, script in enumerate(("cohere_sdk.py", "dashscope_sdk.py"), start=1):
+        client = next(client for client in CLIENTS if client.script == script)
+        jobs = [client.job(base_url, KEY, request) for request in picked]
+        for got in answer(client.environment, script, jobs, run_python):
+            check(got, client, ENGLISH, nano)
+        page = urllib.request.Request(f"{base_url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(page) as metrics:
+            assert f'request_documents_count{{model="{TWIN}"}} {2.0 * number}' in metrics.read().decode()

@@ -19,7 +19,7 @@ async def test_the_openapi_document_has_every_example_and_each_is_ranked(serve: 
         posts = {path: methods["post"] for path, methods in paths.items() if "post" in methods}
         documented: set[str] = set()
         for path, operation in posts.items():
-            examples = operation["requestBody"]["content"]["application/json"]["examples"]
+            examples = operation["requestBody"]["content"]["application/json"].get("examples", {})  # of ranking
             documented |= examples.keys()
             for example in examples.values():
                 answer = await client.post(path, json=example["value"])

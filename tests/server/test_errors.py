@@ -58,6 +58,8 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         errors.InvalidApiKey(),
         errors.ForeignOrigin("http://evil.test"),
         errors.UnknownHost("evil.test"),
+        errors.ModelNotLoaded("small", retry_after=1.2),
+        errors.NotOnThisMachine(),
         errors.AmbiguousBody("two lengths"),
         errors.AsyncNotSupported(),
         errors.ClientDisconnected("gone"),
@@ -65,6 +67,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
 }
 HEADERS = {
     library_errors.Overloaded: ("retry-after", "2"),
+    errors.ModelNotLoaded: ("retry-after", "2"),
     errors.RequestRateExceeded: ("retry-after", "31"),
     errors.TokenRateExceeded: ("retry-after", "31"),
     errors.BodyTooSlow: ("connection", "close"),

@@ -181,5 +181,5 @@ def test_connections_cut_at_every_stage_leave_nothing_behind(server: Server, cas
     until(lambda: process.num_fds() <= before)
     with Client(base_url=server.address, timeout=WAIT_SECONDS) as client:
         until(lambda: "local_rerank_requests_in_flight 1.0" in client.get("/metrics").text)
-        assert "local_rerank_queued_tokens 0.0" in client.get("/metrics").text
+        assert 'local_rerank_queued_tokens{model="tiny-reranker"} 0.0' in client.get("/metrics").text
         assert client.post(PATH, json=cases[0].body).status_code == 200

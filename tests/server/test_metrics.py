@@ -51,18 +51,20 @@ async def test_requests_refusals_batches_and_tokens_are_counted(serve: Serve, ti
     assert value("client_requests_total", dialect="local-rerank", client="python-httpx2", outcome="answered") == 1
     assert value("client_requests_total", dialect="DashScope native", client="python-httpx2", outcome="refused") == 1
     assert value("refusals_total", reason="MissingField") == 1
-    assert value("pairs_total") == value("request_documents_sum") == 3
-    assert value("computed_tokens_total") == value("batch_tokens_sum") == ranked["num_computed_tokens"]
-    assert value("billed_tokens_total") == ranked["total_tokens"]
-    assert value("truncated_documents_total") == 1
-    assert value("prefix_tokens_saved_total") >= 0
-    assert value("ready") == 1
-    assert value("queued_tokens") == value("queued_requests") == 0
-    assert value("batch_budget_tokens") == tiny_reranker.max_batch_tokens
-    assert value("drain_tokens_per_second") > 0
+    model = {"model": "tiny-reranker"}
+    assert value("pairs_total", **model) == value("request_documents_sum", **model) == 3
+    num_computed = value("computed_tokens_total", **model)
+    assert num_computed == value("batch_tokens_sum", **model) == ranked["num_computed_tokens"]
+    assert value("billed_tokens_total", **model) == ranked["total_tokens"]
+    assert value("truncated_documents_total", **model) == 1
+    assert value("prefix_tokens_saved_total", **model) >= 0
+    assert value("ready") == value("model_loaded", **model) == value("model_loads_total", **model) == 1
+    assert value("queued_tokens", **model) == value("queued_requests", **model) == 0
+    assert value("batch_budget_tokens", **model) == tiny_reranker.max_batch_tokens
+    assert value("drain_tokens_per_second", **model) > 0
     assert found["process_resident_memory_bytes", frozenset()] > 1 << 20
-    model = next(dict(labels) for name, labels in found if name == "local_rerank_model_info")
-    assert (model["model"], model["dtype"], model["device"]) == ("tiny-reranker", "fp32", "cpu")
+    info = next(dict(labels) for name, labels in found if name == "local_rerank_model_info")
+    assert (info["model"], info["dtype"], info["device"]) == ("tiny-reranker", "fp32", "cpu")
 
 
 @pytest.mark.anyio

@@ -212,7 +212,7 @@ def test_a_gpu_that_fails_for_good_answers_503_and_ends_the_process(tiny_checkpo
         asked = [pool.submit(client.post, NATIVE, json=body())]
         server.wait_for("forward 1\n")
         asked.append(pool.submit(client.post, "/v2/rerank", json=body()))
-        until(lambda: "local_rerank_queued_requests 1" in client.get("/metrics").text)
+        until(lambda: 'local_rerank_queued_requests{model="tiny-reranker"} 1' in client.get("/metrics").text)
         with server.connect() as connection:  # a client that still sends its body
             content = json.dumps(body())
             head = f"POST {NATIVE} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"

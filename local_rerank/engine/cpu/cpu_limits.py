@@ -92,20 +92,21 @@ def _core_of(cpu: int, root: Path) -> tuple[str, ...]:
 
 
 def _quotas(root: Path) -> Iterator[Quota]:
-    for folder, is_v2 in _cgroup_folders(root):
+    for folder, is_v2 in cgroup_folders(root, "cpu"):
         names = ["cpu.max"] if is_v2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         if (cpus := _ratio(*[word for name in names for word in _words(folder / name)][:2])) is not None:
             yield Quota(cpus=cpus, folder=f"/{folder.relative_to(root)}", is_v2=is_v2)
 
 
-def _cgroup_folders(root: Path) -> Iterator[tuple[Path, bool]]:
+def cgroup_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
     """Folders of the process's cgroup and its ancestors, as far as they are mounted, and whether they are cgroup v2.
 
-    A hybrid host has the `cpu` controller in v1 and others in v2. A container's mount may show only a part of the
-    hierarchy; then the mount's root is a path in the hierarchy. If no mount shows the cgroup, the mounts' roots count.
+    `controller` is cpu or memory. A hybrid host has it in v1 and others in v2. A container's mount may show only a part
+    of the hierarchy; then the mount's root is a path in the hierarchy. If no mount shows the cgroup, the mounts' roots
+    count.
     """
-    mounts = list(_mounts(root))
-    for path, is_v2 in _cgroup_paths(root):
+    mounts = list(_mounts(root, controller))
+    for path, is_v2 in _cgroup_paths(root, controller):
         of_version = [(within, point) for within, point, mounted_v2 in mounts if mounted_v2 == is_v2]
         shown = [(point, below) for within, point in of_version if (below := _below(path, within)) is not None]
         for point, below in shown or [(point, PurePosixPath()) for _, point in of_version]:
@@ -121,21 +122,21 @@ def _below(path: PurePosixPath, within: PurePosixPath) -> PurePosixPath | None:
     return None if ".." in below.parts else below
 
 
-def _cgroup_paths(root: Path) -> Iterator[tuple[PurePosixPath, bool]]:
-    """Cgroups that can limit CPU time, from the lines `hierarchy:controllers:path` of /proc/self/cgroup."""
+def _cgroup_paths(root: Path, controller: str) -> Iterator[tuple[PurePosixPath, bool]]:
+    """Cgroups that the controller can limit, from the lines `hierarchy:controllers:path` of /proc/self/cgroup."""
     for line in _lines(root / "proc/self/cgroup"):
         hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0" or "cpu" in controllers.split(","):
+        if hierarchy == "0" or controller in controllers.split(","):
             yield PurePosixPath(path), hierarchy == "0"
 
 
-def _mounts(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, bool]]:
+def _mounts(root: Path, controller: str) -> Iterator[tuple[PurePosixPath, PurePosixPath, bool]]:
     """Cgroup mounts in /proc/self/mountinfo (proc(5)): root within the hierarchy, mount point, whether it is v2."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, source = line.partition(" - ")
         within, point = (PurePosixPath(_unescaped(field)) for field in mount.split(" ")[3:5])
         kind, _, options = source.split(" ", 2)
-        if kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(",")):
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             yield within, point, kind == "cgroup2"
 
 

@@ -71,6 +71,12 @@ def keep_freed_memory() -> None:
     _set((_M_MMAP_THRESHOLD, MAPPED_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
+def return_freed_memory() -> None:
+    """Make malloc return all free pages to the kernel, those between used ones included. Call after freeing a model."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        library.malloc_trim(0)
+
+
 def _set(*options: tuple[int, int]) -> None:
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

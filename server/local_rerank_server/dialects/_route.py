@@ -182,7 +182,7 @@ async def rank_body(
     state = state_of(http)
     state.check_model(body.model, strict=strict)
     with named_as_sent(body.names()):
-        return await state.rank(http, parse(body, state.config), on_scored=on_scored)
+        return await state.rank(http, parse(body, state.config), body.model, on_scored=on_scored)
 
 
 def add_get(router: APIRouter, path: str, handler: Callable[..., Any], **documentation: Any) -> None:

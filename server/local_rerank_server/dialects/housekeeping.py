@@ -16,7 +16,7 @@ import local_rerank
 from local_rerank.requests.tokenization import MAX_INSTRUCTION_TOKENS
 from local_rerank.types import Limits
 from local_rerank_server.dialects._json import JsonResponse
-from local_rerank_server.dialects._models import add_models
+from local_rerank_server.dialects._models import add_loading, add_models
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
 from local_rerank_server.dialects._route import Dialect, add_get, state_of
 from local_rerank_server.metrics import CONTENT_TYPE
@@ -79,12 +79,12 @@ async def version() -> JsonResponse:
 async def limits(http: Request) -> JsonResponse:
     """The limits of this server; 503 while the model loads, because its maximum length is not known yet."""
     state = state_of(http)
-    config, engine = state.config, state.reranker.config
+    config, engine = state.config, state.default.options.engine
     tokens = TokenLimits(
         max_query_tokens=engine.max_query_tokens,
         max_document_tokens=engine.max_document_tokens,
         max_instruction_tokens=MAX_INSTRUCTION_TOKENS,
-        max_prompt_tokens=state.reranker.info.max_length,
+        max_prompt_tokens=state.default.known_info.max_length,
     )
     of_routes = {"dashscope": asdict(config.dashscope_route_limits), "other_routes": asdict(config.limits)}
     configured: dict[str, Any] = {name: getattr(config, name) for name in ConfiguredLimits.__annotations__}
@@ -103,3 +103,4 @@ add_get(router, "/version", version)
 add_get(router, "/limits", limits, response_model=ServerLimits)
 add_get(router, "/metrics", metrics, response_class=PlainTextResponse)
 add_models(router, "", "/v1")  # without a prefix as Infinity serves them
+add_loading(router, "/v1")

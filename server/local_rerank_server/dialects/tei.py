@@ -145,7 +145,7 @@ async def rank(http: Request, body: TeiRequest) -> JsonResponse:
 async def info(http: Request) -> JsonResponse:
     """The served model, as Text Embeddings Inference describes it."""
     state = state_of(http)
-    model, config = state.reranker.info, state.config
+    model, config = state.default.known_info, state.config
     calibrated: dict[str, Scores] = {} if config.scores == "model" else {"scores": config.scores}
     return JsonResponse(
         Info(
@@ -155,7 +155,7 @@ async def info(http: Request) -> JsonResponse:
             model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
             served_model_name=model.model_id,
             # a lower bound, for requests of maximum length
-            max_concurrent_requests=max(1, state.reranker.config.max_queued_tokens // model.max_length),
+            max_concurrent_requests=max(1, state.default.options.engine.max_queued_tokens // model.max_length),
             max_input_length=model.max_length,
             max_batch_tokens=model.max_batch_tokens,
             max_batch_requests=None,  # only tokens are limited

@@ -150,7 +150,7 @@ async def score(http: Request, body: ScoreRequest) -> JsonResponse:
 
     async def rank(request: RerankRequest, positions: list[int]) -> tuple[RerankResult, list[int]]:
         with named_as_sent(body.names(), positions):
-            return await state.rank(http, request), positions
+            return await state.rank(http, request, body.model), positions
 
     placed = await all_or_none([rank(request, positions) for request, positions in requests])
     return JsonResponse(render(placed, body, http.state.request_id))

@@ -22,7 +22,8 @@ from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, DeviceFailure, LocalRerankError
 from local_rerank.types import ModelInfo, RerankRequest, RerankResult
-from local_rerank_server.config import ReplicaRange, ServerConfig
+from local_rerank_server.config import ServerConfig
+from local_rerank_server.ray_serve.replica_range import ReplicaRange
 
 ROUTER = "local_rerank_server.ray_serve.routing.FewestTokensRouter"
 MAX_ONGOING_REQUESTS = 10_000  # in effect no limit: the engine limits its queue by tokens

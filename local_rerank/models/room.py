@@ -1,0 +1,98 @@
+"""Memory: what a model needs, before its weights are read, and what is free where it would be loaded."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+
+from local_rerank.checkpoints.find import Checkpoint
+from local_rerank.checkpoints.tensors import stored_tensors
+from local_rerank.engine.cpu.cpu_limits import ROOT, cgroup_folders
+from local_rerank.engine.cpu.process_setup import return_freed_memory
+from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
+from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, free_bytes, release_cached
+from local_rerank.engine.plan import LoadPlan
+from local_rerank.reranker import Reranker
+
+# limit and usage of a cgroup's memory, and the name in memory.stat of file cache that the kernel takes back first
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def needed_bytes(plan: LoadPlan) -> int:
+    """Peak bytes of a load as planned: the weights in the dtype in which they are read, and a batch.
+
+    Quantization comes after reading, so it saves nothing here. On a GPU the batch is the smallest one, because loading
+    fits its size to what is free.
+    """
+    return num_parameters(plan.checkpoint) * plan.weights.itemsize + batch_bytes(plan)
+
+
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """Numbers in the safetensors files, by their headers."""
+    return sum(math.prod(tensor.shape) for tensor in stored_tensors(checkpoint.folder, checkpoint.weights).values())
+
+
+def held_bytes(reranker: Reranker) -> int:
+    """Bytes of the weights of a loaded model. int8 and fp8 leave the embeddings as they are stored."""
+    info, config = reranker.info, reranker.checkpoint.config
+    if info.dtype not in QUANTIZED_DTYPES:
+        return info.num_parameters * int(DTYPES[info.dtype].itemsize)
+    num_embedded = int(config["vocab_size"] * config["hidden_size"])
+    itemsize = 2 if reranker.checkpoint.stored_dtype in ("bfloat16", "float16") else 4
+    return num_embedded * itemsize + info.num_parameters - num_embedded
+
+
+def batch_bytes(plan: LoadPlan) -> int:
+    """Peak bytes of the activations of a batch."""
+    config: dict[str, Any] = {"num_key_value_heads": plan.checkpoint.config.get("num_attention_heads")}
+    config |= plan.checkpoint.config
+    num_tokens = MIN_BATCH_TOKENS if plan.fits_memory else plan.max_batch_tokens
+    per_token = bytes_per_token(LayerShape.of(SimpleNamespace(**config)), plan.arithmetic.itemsize)
+    return num_tokens * per_token * (2 if plan.cuda_graphs else 1)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free bytes on a GPU, or in RAM as far as the process's cgroups allow."""
+    return free_bytes({device}) if device.type == "cuda" else available_ram()
+
+
+def available_ram(root: Path = ROOT) -> int:
+    """Bytes that this process can still use. `root` replaces / in the paths of /proc and /sys."""
+    available: int = psutil.virtual_memory().available
+    for folder, is_v2 in cgroup_folders(root, "memory"):
+        limit_name, usage_name, cache_name = _V2 if is_v2 else _V1
+        limit, used = _number(folder / limit_name), _number(folder / usage_name)
+        if limit is not None and used is not None:
+            available = min(available, max(0, limit - used + _cache(folder / "memory.stat", cache_name)))
+    return available
+
+
+def _number(path: Path) -> int | None:
+    """None without a limit ("max") or without the file."""
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _cache(path: Path, name: str) -> int:
+    try:
+        lines = dict(line.split(" ", 1) for line in path.read_text().splitlines() if " " in line)
+    except (OSError, UnicodeDecodeError):
+        return 0
+    return int(lines[name]) if lines.get(name, "").isdecimal() else 0
+
+
+def release_memory() -> None:
+    """Give the memory of a model without references back: Python's cycles, torch's cache, malloc's heap."""
+    gc.collect()
+    release_cached()
+    return_freed_memory()

@@ -201,6 +201,7 @@ class EngineOptions(TypedDict, total=False):
     deterministic: bool
 
 
+DEFAULT_CHUNK_TOKENS, DEFAULT_CHUNK_OVERLAP_TOKENS = 512, 64
 OF_CHUNKS = ("long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks")
 """Options that only change scores if long documents are scored in chunks."""
 

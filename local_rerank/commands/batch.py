@@ -270,13 +270,13 @@ def _score(
         model_id=reranker.model_id,
         with_documents=job.return_documents,
         is_blended=job.blend is not None,
-        in_chunks=job.engine.in_chunks,
+        in_chunks=reranker.config.in_chunks,
         spreadsheet_safe=job.spreadsheet_safe,
         stream=stream,
     )
     with (
         closing(
-            ScoreCache(job.cache or folder.path / "scores.sqlite", identity, in_chunks=job.engine.in_chunks)
+            ScoreCache(job.cache or folder.path / "scores.sqlite", identity, in_chunks=reranker.config.in_chunks)
         ) as cache,
         display,
     ):

@@ -92,7 +92,7 @@ def _rerank(collection: Collection, config: EngineConfig, top_k: int, how: Blend
     from local_rerank.reranker import Reranker
 
     with Reranker(config=config) as reranker:
-        name = (config.model or reranker.model_id) + ", in chunks" * config.in_chunks
+        name = (config.model or reranker.model_id) + ", in chunks" * reranker.config.in_chunks
         num_queries = sum(1 for candidates in collection.run.values() if candidates)
         with progress(f"{name}: queries", num_queries) as advance:
             scores: Scores = {}

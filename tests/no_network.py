@@ -55,6 +55,6 @@ if __name__ == "__main__":
         try:
             main(line)
         except SystemExit as exit:
-            if exit.code:
+            if exit.code not in (None, 0, 3):  # 3: `calibrate` ran, and random weights separate nothing
                 raise
             print("done:", *line[:1], flush=True)  # noqa: T201  # for the test to count

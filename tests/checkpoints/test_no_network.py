@@ -51,6 +51,8 @@ def command_lines(home: Path, folder: Path) -> list[list[str]]:
     (home / "first.run").write_text("\n".join(lines), encoding="utf-8")
     rows = [json.dumps({"query": "cat", "documents": ["a cat", "a dog"]})]
     (home / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    labelled = [json.dumps({"query": f"q{i % 5}", "document": f"d{i}", "label": i // 5 % 2}) for i in range(20)]
+    (home / "labelled.jsonl").write_text("\n".join(labelled), encoding="utf-8")
     texts_at = ["--corpus", str(home / "corpus.jsonl"), "--queries", str(home / "queries.jsonl")]
     judged = ["--qrels", str(home / "qrels.txt")]
     first, reranked, bundle = str(home / "first.run"), str(home / "second.run"), str(home / "bundle.zip")
@@ -60,6 +62,7 @@ def command_lines(home: Path, folder: Path) -> list[list[str]]:
         ["batch", str(home / "pairs.jsonl"), "--output", str(home / "scored.jsonl"), *model],
         ["batch", first, "--output", reranked, *texts_at, *judged, *model],
         ["compare", first, reranked, *judged],
+        ["calibrate", str(home / "labelled.jsonl"), "--output", str(home / "calibration.json"), *model],
         ["eval", *texts_at, *judged, "--run", first, "--blend", "bm25=1", "--plot", str(home / "plot.svg"), *model],
         ["doctor"],
         ["pack", str(folder), "--output", bundle, "--no-self-test", *model[2:]],

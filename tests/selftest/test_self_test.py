@@ -127,8 +127,8 @@ def lose_query_and_document(reranker: Reranker) -> None:
     """Do what a chat template does with roles that it does not know."""
 
     class Losing(PairTokenizer):
-        def _encode_in_chunks(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
-            empty = super()._encode_in_chunks([""] * len(documents))
+        def _encode_in_turn(self, documents: list[str]) -> Iterator[tuple[str, list[int]]]:
+            empty = super()._encode_in_turn([""] * len(documents))
             return ((document, ids) for document, (_, ids) in zip(documents, empty, strict=True))
 
     reranker.tokenizer.template = broken(reranker, "<Instruct>: {instruction}\n<Query>: \n<Document>:")

@@ -60,6 +60,8 @@ async def test_limits_shows_the_configured_values(serve: Serve) -> None:
         "max_instruction_chars": 50_000,
         "max_document_chars": 300_000,
         "max_request_tokens": 120_000,
+        "max_document_chunks": 256,
+        "max_request_chunks": 10_000,
         "allow_empty_documents": False,
     }
     assert published["other_routes"]["max_documents"] == 7

@@ -77,7 +77,7 @@ async def test_the_rest_of_such_a_body_is_not_read(serve: Serve) -> None:
 @pytest.mark.parametrize("name", WITHIN)
 async def test_other_fields_of_usual_size_are_read(name: str, serve: Serve) -> None:
     body = HEAD + json.dumps(WITHIN[name]).encode() + b"}"
-    assert await status_of(serve, LOCAL, body) == (503, "it was read")
+    assert await status_of(serve, SHARED, body) == (503, "it was read")
 
 
 @pytest.mark.parametrize("escaped", [True, False])
@@ -85,7 +85,7 @@ async def test_a_thousand_documents_of_code_and_json_are_read(escaped: bool, ser
     documents: list[Any] = [CODE * 60, json.dumps({"a": [CODE, {"b": "\\"}]}), {"text": CODE, "meta": [1, {"a": "b"}]}]
     body = json.dumps({"query": CODE, "documents": documents * 333}, ensure_ascii=escaped, indent=2).encode()
     assert sum(map(body.count, b",:[{")) > _structure.MIN_PARTS
-    assert await status_of(serve, LOCAL, body) == (503, "it was read")
+    assert await status_of(serve, SHARED, body) == (503, "it was read")
 
 
 async def test_the_limit_grows_with_the_documents_of_a_request(serve: Serve) -> None:

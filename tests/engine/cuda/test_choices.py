@@ -180,7 +180,7 @@ def test_products_of_an_fp16_model_are_summed_in_fp32(
     monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
     monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=CheckpointError("no GPU")))
     with pytest.raises(CheckpointError, match="no GPU"):
-        load(plan(tiny_checkpoint, dtype="auto"), yes_id=5, no_id=6, known=list)
+        load(plan(tiny_checkpoint, dtype="auto"), (5, 6), known=list)
     assert settings.allow_fp16_reduced_precision_reduction == may_add_in_fp16
 
 

@@ -139,10 +139,10 @@ def test_a_layout_is_made_on_the_host_and_moves_as_a_whole() -> None:
 def test_a_layout_is_copied_once_for_each_device_of_a_spread_model() -> None:
     row = KERNELS["cuda-merged"]
     packed_attention = PackedAttention(row, row.layout(pack([Pair.of((1, 2), (3, 4))]), False))
-    first, again = (packed_attention.layout_on(torch.device("meta"), False) for _ in range(2))
+    first, again = (packed_attention.layout_on(torch.device("meta")) for _ in range(2))
     assert first is again
     assert first.cu_seqlens.device.type == "meta"
-    assert packed_attention.layout_on(torch.device("cpu"), False).cu_seqlens.device.type == "cpu"
+    assert packed_attention.layout_on(torch.device("cpu")).cu_seqlens.device.type == "cpu"
 
 
 def _tensors(*layouts: Any) -> list[tuple[Tensor, ...]]:

@@ -113,7 +113,7 @@ async def test_an_error_after_the_first_line_is_the_last_line(end: str, serve: S
     assert [exchange.lines[1]["error"]["type"], exchange.lines[1]["request_id"] != ""] == [kind, True]
     assert len(exchange.lines) == 2
     assert samples(page)["local_rerank_refusals_total", frozenset({("reason", kind)})] == 1
-    assert end == "failure" or ranker.futures[0].cancelled()
+    await until(lambda: end == "failure" or ranker.futures[0].cancelled())
 
 
 async def test_a_client_that_leaves_a_stream_frees_the_engine(serve: Serve) -> None:

@@ -141,7 +141,7 @@ def test_a_bundle_of_an_encoder_with_bare_logits_is_packed_and_ranks(
         assert self_test(reranker).detail == "the scores are those stored with the model"
 
 
-@pytest.mark.parametrize("option", [{"dtype": "int8"}, {"attention": "cuda-tiles"}, {"device_map": "auto"}])
+@pytest.mark.parametrize("option", [{"attention": "cuda-tiles"}, {"device_map": "auto"}])
 def test_an_option_that_no_encoder_has_is_refused(option: dict[str, Any], bert: Path) -> None:
     with pytest.raises(ConfigError, match="encoder"):
         Reranker(str(bert), device="cpu", **option)

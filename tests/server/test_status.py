@@ -88,7 +88,12 @@ async def test_equal_scores_are_reported_everywhere_and_keep_the_order(
     assert [" rerank_status='constant' id=" in line for line in lines[:5]] == [True] * 5
     assert " rerank_status='truncated=8; constant' id=" in lines[5]
     assert "rerank_status" not in lines[6]
-    counts = {kind: samples(page)["local_rerank_results_total", frozenset({("status", kind)})] for kind in KINDS}
+    counts = {
+        kind: samples(page)[
+            "local_rerank_results_total", frozenset({("model", tiny_reranker.model_id), ("status", kind)})
+        ]
+        for kind in KINDS
+    }
     assert counts == {"ok": 1, "truncated": 1, "constant": 6, "partial": 0}
 
 

@@ -91,6 +91,9 @@ class AsyncReranker:
         top_n: int | None = None,
         long_documents: LongDocuments | None = None,
         spans: bool = False,
+        min_score: float | None = None,
+        first_stage_scores: Iterable[float] | None = None,
+        first_stage_weight: float = 1.0,
     ) -> RerankResult:
         """As `Reranker.rank`. Cancelling the call removes the request from the queue."""
         return await self.submit(
@@ -101,6 +104,9 @@ class AsyncReranker:
                 top_n=top_n,
                 long_documents=long_documents,
                 spans=spans,
+                min_score=min_score,
+                first_stage_scores=None if first_stage_scores is None else tuple(first_stage_scores),
+                first_stage_weight=first_stage_weight,
             )
         )
 

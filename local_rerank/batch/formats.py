@@ -75,6 +75,8 @@ def open_sink(
     model_id: str,
     with_documents: bool,
     is_blended: bool,
+    is_calibrated: bool = False,
+    counts_below: bool = False,
     spreadsheet_safe: bool = False,
     stream: io.RawIOBase | None = None,
 ) -> Sink:
@@ -93,9 +95,16 @@ def open_sink(
         from local_rerank.batch.parquet import ParquetSink, ParquetSource, output_schema
 
         found = source.schema if isinstance(source, ParquetSource) else None
-        options = {"is_pairs": source.is_pairs, "with_documents": with_documents, "is_blended": is_blended}
-        schema = output_schema(found, source.columns, **options)
+        schema = output_schema(
+            found,
+            source.columns,
+            is_pairs=source.is_pairs,
+            with_documents=with_documents,
+            is_blended=is_blended,
+            is_calibrated=is_calibrated,
+            counts_below=counts_below,
+        )
         return ParquetSink(file, folder, schema, with_documents=with_documents)
-    names = flat_columns(source, with_documents=with_documents, is_blended=is_blended)
+    names = flat_columns(source, with_documents=with_documents, is_blended=is_blended, is_calibrated=is_calibrated)
     line = partial(tsv_line if suffix == ".tsv" else csv_line, spreadsheet_safe=spreadsheet_safe)
     return TextSink(target, partial(flat_lines, names=names, line=line), header=line(names))

@@ -84,23 +84,33 @@ def _groups_from(parquet: pq.ParquetFile, row: int) -> tuple[list[int], int]:
 
 
 def output_schema(
-    found: pa.Schema | None, columns: Sequence[str], *, is_pairs: bool, with_documents: bool, is_blended: bool
+    found: pa.Schema | None,
+    columns: Sequence[str],
+    *,
+    is_pairs: bool,
+    with_documents: bool,
+    is_blended: bool,
+    is_calibrated: bool = False,
+    counts_below: bool = False,
 ) -> pa.Schema:
     """Return the columns of the output, which must be known before the first row: the input's plus the scores.
 
     `found` is the schema of a Parquet input; for other files, `columns` are strings.
     """
     fields = {name: pa.string() for name in columns} if found is None else {each.name: each.type for each in found}
+    scores = SCORES | ({"probability": pa.float64()} if is_calibrated else {})
     if is_pairs:
-        fields = fields | SCORES
+        fields = fields | scores
     else:
-        result = {"index": pa.int64(), "id": pa.string(), **SCORES}
+        result = {"index": pa.int64(), "id": pa.string(), **scores}
         if is_blended:
             result["blended_score"] = pa.float64()
         if with_documents:
             result["document"] = pa.string()
         fields = fields | {"results": pa.list_(pa.struct(list(result.items())))}
         fields.pop("documents", None)
+        if counts_below:
+            fields["num_below_min_score"] = pa.int64()
     return pa.schema(list(fields.items()))
 
 

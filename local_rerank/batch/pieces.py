@@ -59,14 +59,17 @@ class PartFormat:
     suffix: str
     with_documents: bool = False
     is_blended: bool = False
+    is_calibrated: bool = False
+    counts_below: bool = False
     is_pairs: bool = False  # for JSON lines; the first record decides this and the columns
     columns: tuple[str, ...] = ("query",)
 
     def schema(self, found: pa.Schema | None) -> pa.Schema:
         """Return the columns of a Parquet part; `found` is the schema of a Parquet input."""
         is_pairs = self.is_pairs if found is None else "document" in found.names
-        options = {"is_pairs": is_pairs, "with_documents": self.with_documents, "is_blended": self.is_blended}
-        return output_schema(found, self.columns, **options)
+        names = ("with_documents", "is_blended", "is_calibrated", "counts_below")
+        options = {name: getattr(self, name) for name in names}
+        return output_schema(found, self.columns, is_pairs=is_pairs, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +158,17 @@ def first_row(uri: str, pieces: list[Piece]) -> Row | None:
 class PieceScorer:
     """Scores pieces with its own reranker and writes their parts."""
 
-    def __init__(self, reranker: Reranker, input: str, output: str, parts: PartFormat, *, blend: Blend | None) -> None:
-        self._scorer = BlockScorer(reranker, blend=blend, advance=self._advance)
+    def __init__(
+        self,
+        reranker: Reranker,
+        input: str,
+        output: str,
+        parts: PartFormat,
+        *,
+        blend: Blend | None,
+        min_score: float | None = None,
+    ) -> None:
+        self._scorer = BlockScorer(reranker, blend=blend, min_score=min_score, advance=self._advance)
         self._input, _ = open_filesystem(input)
         self._output, self._folder = open_filesystem(output)
         self._parts = parts
@@ -182,7 +194,7 @@ class PieceScorer:
         return PieceResult(
             number=piece.number,
             num_rows=len(good),
-            num_pairs=sum(len(row.results) for row in good),
+            num_pairs=sum(len(scored.row.documents) for scored in good),
             num_tokens=self._num_tokens,
             num_rejected=len(bad),
         )

@@ -21,6 +21,9 @@ T = TypeVar("T")
 PAIR_COLUMNS = ("relevance_score", "log_odds", "num_tokens", "num_truncated_tokens")
 """Fields that scoring adds to a pair's record."""
 
+OPTIONAL_COLUMNS = ("probability", "blended_score")
+"""Fields that it adds with a calibration, and with a blend."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
@@ -44,7 +47,13 @@ class ScoredRow:
 
     row: Row
     results: tuple[RankedDocument, ...]
-    blended_scores: tuple[float, ...] | None = None  # sorted like `results`, whose order they then decide
+    num_below_min_score: int | None = None  # documents left out of the results; None without min_score
+    num_left_out_tokens: int = 0  # of those documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents of the row."""
+        return sum(item.num_tokens for item in self.results) + self.num_left_out_tokens
 
 
 def parse_record(record: object) -> Row:
@@ -97,9 +106,10 @@ def try_parse(record: object) -> Row | InvalidRequest:
 def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
     """Return the output record: the row's fields plus its scores (a pair) or its results (a ranking)."""
     if scored.row.is_pair:
-        return scored.row.fields | {name: getattr(scored.results[0], name) for name in PAIR_COLUMNS}
+        return scored.row.fields | _scores(scored.results[0])
     results = [result_record(scored, rank, with_documents=with_documents) for rank in range(1, len(scored.results) + 1)]
-    return scored.row.fields | {"results": results}
+    below = scored.num_below_min_score
+    return scored.row.fields | {"results": results} | ({} if below is None else {"num_below_min_score": below})
 
 
 def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False) -> Record:
@@ -108,12 +118,16 @@ def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False)
     record: Record = {"index": item.index}
     if row.document_ids is not None:
         record["id"] = row.document_ids[item.index]
-    record |= {name: getattr(item, name) for name in PAIR_COLUMNS}
-    if scored.blended_scores is not None:
-        record["blended_score"] = scored.blended_scores[rank - 1]
+    record |= _scores(item)
     if with_documents:
         record["document"] = item.document
     return record
+
+
+def _scores(item: RankedDocument) -> Record:
+    optional = {name: getattr(item, name) for name in OPTIONAL_COLUMNS}
+    own = {name: getattr(item, name) for name in PAIR_COLUMNS}
+    return own | {name: value for name, value in optional.items() if value is not None}
 
 
 def json_line(record: Record) -> str:

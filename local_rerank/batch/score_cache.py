@@ -30,7 +30,7 @@ _MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
     "model", "revision", "recipe", "instruction",  # part of the key by their contents
     "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
-    "no_cuda_graphs", "no_compile", "deterministic", "calibration",
+    "no_cuda_graphs", "no_compile", "deterministic", "calibration", "scores",
 }  # fmt: skip
 """Settings that change log-odds by rounding at most. Every other setting is part of the key."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from local_rerank.errors import LocalRerankError
-from local_rerank.requests.calibration import Calibration, sigmoid
 from local_rerank.requests.pair import Pair, TokenizedRequest
+from local_rerank.requests.scores import ScoreScale, blend, sigmoid
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 logger = logging.getLogger(__name__)
@@ -29,16 +29,16 @@ class PendingRequest:
         tokenized: TokenizedRequest,
         *,
         model_id: str,
-        activation: str = "sigmoid",
+        scale: ScoreScale = ScoreScale(),  # noqa: B008  # frozen
         started: float,
         name: str | None = None,
         span_pairs: SpanPairs = lambda document, bounds, pair: [],
-        calibration: Calibration | None = None,
     ) -> None:
         """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
 
-        `activation`: a row of ACTIVATIONS. `span_pairs` is used if the request asks for spans.
+        `span_pairs` is used if the request asks for spans. Raises InvalidRequest for an instruction without scores.
         """
+        scale.check_instruction(has_default_instruction=tokenized.has_default_instruction)
         self.request = request
         self.tokenized = tokenized
         self.name = name
@@ -50,8 +50,7 @@ class PendingRequest:
         self._span_pairs = span_pairs if request.spans else None
         self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
-        self._relevance_score = ACTIVATIONS[activation]
-        self._calibration = calibration if tokenized.has_default_instruction else None
+        self._scale = scale
         self._started = started
         self._queued = time.perf_counter()
 
@@ -65,7 +64,7 @@ class PendingRequest:
             return []
         span_pairs, self._span_pairs = self._span_pairs, None
         pairs: list[Pair] = []
-        for index in _order(self._document_log_odds())[: self.request.top_n]:
+        for index, _ in self._ranked(self._document_log_odds())[: self.request.top_n]:
             best = self._best_pair(index)
             if (bounds := self.tokenized.bounds_as_sent(index, best)) is not None:
                 spans = span_pairs(self.request.documents[index], bounds, self.tokenized.pairs[best])
@@ -92,44 +91,66 @@ class PendingRequest:
             logger.debug("a request was cancelled while its result was delivered")
 
     def _result(self) -> RerankResult:
-        """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
-        log_odds, curve = self._document_log_odds(), self._calibration
-        num_tokens = [tokenized.num_document_tokens(index) for index in range(len(log_odds))]
+        log_odds = self._document_log_odds()
+        ranked = self._ranked(log_odds)
+        results = (self._document(index, log_odds[index], blended) for index, blended in ranked[: self.request.top_n])
         return RerankResult(
-            results=tuple(
-                RankedDocument(
-                    index=index,
-                    relevance_score=self._relevance_score(log_odds[index]),
-                    log_odds=log_odds[index],
-                    document=self.request.documents[index],
-                    num_tokens=num_tokens[index],
-                    num_truncated_tokens=tokenized.num_truncated_tokens[index],
-                    **self._chunks(index),
-                    probability=None if curve is None else curve.probability(log_odds[index]),
-                )
-                for index in _order(log_odds)[: self.request.top_n]
-            ),
+            results=tuple(results),
             model=self._model_id,
             num_query_tokens=tokenized.num_query_tokens,
             num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
             unwrapped=tokenized.unwrapped,
-            num_document_tokens=sum(num_tokens),
+            num_document_tokens=sum(map(tokenized.num_document_tokens, range(len(log_odds)))),
             num_truncated_documents=sum(cut > 0 for cut in tokenized.num_truncated_tokens),
             total_tokens=tokenized.total_tokens,
             num_computed_tokens=self.num_computed_tokens,
             tokenize_ms=(self._queued - self._started) * 1e3,
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,
             total_ms=(now - self._started) * 1e3,
+            num_below_min_score=None if self.request.min_score is None else len(log_odds) - len(ranked),
         )
 
-    def _document_log_odds(self) -> list[float]:
-        """By document: the mean of its best chunks."""
-        num_best = self.tokenized.num_best_chunks
-        best = (
-            heapq.nlargest(num_best, map(self.log_odds.__getitem__, own)) for own in self.tokenized.pairs_of_document
+    def _document(self, index: int, log_odds: float, blended_score: float | None) -> RankedDocument:
+        score, probability = self._score_of(log_odds)
+        return RankedDocument(
+            index=index,
+            relevance_score=score,
+            log_odds=log_odds,
+            document=self.request.documents[index],
+            num_tokens=self.tokenized.num_document_tokens(index),
+            num_truncated_tokens=self.tokenized.num_truncated_tokens[index],
+            **self._chunks(index),
+            probability=probability,
+            blended_score=blended_score,
         )
-        return [sum(values) / len(values) for values in best]
+
+    def _score_of(self, log_odds: float) -> tuple[float, float | None]:
+        return self._scale.of(log_odds, has_default_instruction=self.tokenized.has_default_instruction)
+
+    def _ranked(self, log_odds: Mapping[int, float]) -> list[tuple[int, float | None]]:
+        """The documents that `min_score` leaves, by index, with the blended scores that they are sorted by, if any.
+
+        Else they are sorted by log-odds, which do not saturate as scores do; in both cases then by index.
+        """
+        request, least = self.request, self.request.min_score
+        blended: Mapping[int, float] = {}
+        if request.first_stage_scores is not None:
+            others = [float(request.first_stage_scores[index]) for index in log_odds]  # from ints and NumPy's types
+            values = blend(list(log_odds.values()), others, request.first_stage_weight, request.first_stage_method)
+            blended = dict(zip(log_odds, values, strict=True))
+        keys = blended or log_odds
+        order = sorted(log_odds, key=lambda index: (-keys[index], index))
+        kept = (index for index in order if least is None or self._score_of(log_odds[index])[0] >= least)
+        return [(index, blended.get(index)) for index in kept]
+
+    def _document_log_odds(self) -> dict[int, float]:
+        """By document: the mean of its best chunks."""
+        found = {}
+        for index, own in enumerate(self.tokenized.pairs_of_document):
+            best = heapq.nlargest(self.tokenized.num_best_chunks, map(self.log_odds.__getitem__, own))
+            found[index] = sum(best) / len(best)
+        return found
 
     def _best_pair(self, index: int) -> int:
         return max(self.tokenized.pairs_of_document[index], key=self.log_odds.__getitem__)
@@ -148,11 +169,3 @@ class PendingRequest:
 
     def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
         return ScoredSpan(start=bounds[0], end=bounds[1], score=sigmoid(self.log_odds[pair]))
-
-
-def _order(log_odds: list[float]) -> list[int]:
-    return sorted(range(len(log_odds)), key=lambda index: (-log_odds[index], index))
-
-
-ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}
-"""What makes a relevance score of log-odds; some classifiers are used with their bare logit."""

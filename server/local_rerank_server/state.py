@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -108,7 +107,7 @@ class ServerState:
         reranker.observe_batches(self.metrics.add_batch)
         reranker.observe_failure(self.fail)
         self.metrics.set_model(reranker.info)
-        if self.config.scores == "calibrated":
+        if reranker.config.scores == "calibrated":
             logger.info("relevance_score is the probability of calibration %s", reranker.config.calibration)
         self._reranker = reranker
 
@@ -157,7 +156,7 @@ class ServerState:
                 http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
-                return result if self.config.scores == "model" else _with_probabilities(result)
+                return result
             if disconnect.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
             raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
@@ -189,18 +188,6 @@ class ServerState:
 
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
-
-
-def _with_probabilities(result: RerankResult) -> RerankResult:
-    """The result with probabilities as relevance scores; raises InvalidField if it has none."""
-    items = []
-    for item in result:
-        if item.probability is None:
-            raise InvalidField(
-                "instruction", "the scores of this server are calibrated for its default one; leave it out"
-            )
-        items.append(replace(item, relevance_score=item.probability))
-    return replace(result, results=tuple(items))
 
 
 async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:

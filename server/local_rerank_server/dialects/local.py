@@ -10,10 +10,19 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from local_rerank.types import LongDocuments, RerankRequest, RerankResult
+from local_rerank.types import BlendMethod, LongDocuments, RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, CountOrAll, Flag, Texts, Unsupported, snake_case
+from local_rerank_server.dialects._field_types import (
+    Count,
+    CountOrAll,
+    Flag,
+    Many,
+    Number,
+    Texts,
+    Unsupported,
+    snake_case,
+)
 from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
@@ -35,6 +44,12 @@ class LocalRequest(CommonRequest):
     num_best_chunks: Count | None = Field(default=None, description="How many chunks' mean a document's log-odds are.")
     max_chunks_per_document: Count | None = Field(default=None, description="Cut off what is beyond so many chunks.")
     spans: Flag | None = Field(default=None, description="Whether to score the sentences of the best chunks, too.")
+    min_score: Number | None = Field(default=None, description="Leave out documents whose relevance_score is lower.")
+    first_stage_scores: Many[Number] | None = Field(
+        default=None, description="Scores of another ranking, one for each document, that change the order."
+    )
+    first_stage_weight: Number | None = Field(default=None, description="Their weight; that of the log-odds is 1.")
+    first_stage_method: BlendMethod | None = Field(default=None, description="What both are converted to.")
     rank_fields: Unsupported = None
     top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
 
@@ -74,6 +89,7 @@ class LocalResult(TypedDict):
     best_chunk: NotRequired[LocalSpan]
     spans: NotRequired[list[LocalSpan]]
     probability: NotRequired[float]  # with --calibration, unless the request has another instruction
+    blended_score: NotRequired[float]  # with first_stage_scores
 
 
 class LocalResponse(TypedDict):
@@ -92,26 +108,30 @@ class LocalResponse(TypedDict):
     tokenize_ms: float
     queue_ms: float
     total_ms: float
+    num_below_min_score: NotRequired[int]  # with min_score
 
 
-_OF_CHUNKS = (
+_OWN = (
     "long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "spans",
+    "min_score", "first_stage_scores", "first_stage_weight", "first_stage_method",
 )  # fmt: skip
 
 
 def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
     request = make_request(body.query, body.documents, body, config)
-    given = {name: getattr(body, name) for name in _OF_CHUNKS if getattr(body, name) is not None}
+    given = {name: getattr(body, name) for name in _OWN if getattr(body, name) is not None}
     return replace(request, **given) if given else request
 
 
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
     omitted = {"document"} if body.wants_documents() is False else set()
-    items = [
-        {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
-        for item in result
-    ]
-    return cast(LocalResponse, {"id": request_id, "model": result.model} | vars(result) | {"results": items})
+    items = [{name: value for name, value in _given(item).items() if name not in omitted} for item in result]
+    return cast(LocalResponse, {"id": request_id, "model": result.model} | _given(result) | {"results": items})
+
+
+def _given(value: RankedDocument | RerankResult) -> dict[str, Any]:
+    """The fields of a result but those that the request did not ask for."""
+    return {name: each for name, each in vars(value).items() if each is not None}
 
 
 dialect = Dialect(

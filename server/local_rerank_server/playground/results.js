@@ -68,6 +68,7 @@ function renderText(text) {
 
 function meta(item, moved) {
   const parts = [`index ${item.index}`, tokens(item.num_tokens)];
+  if (item.probability !== undefined) parts.unshift(`probability ${score(item.probability)}`);
   const cut = item.num_truncated_tokens;
   return [
     parts.join(" · "),

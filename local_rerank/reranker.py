@@ -271,7 +271,7 @@ class Reranker:
     ) -> Future[RerankResult]:
         """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
-        `name` is the request's name in the log; `scale` replaces the reranker's own. Raises a leaf of InvalidRequest,
+        `name` is the request's name in the log; `scale` is the self-test's. Raises a leaf of InvalidRequest,
         Overloaded, ModelUnavailable, DeviceFailure or UnusableAfterFork; the future may fail with EngineFailure,
         ModelUnavailable or DeviceFailure.
         """

@@ -16,8 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
-from local_rerank.batch import ray_cluster
-from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
+from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, absolute, replica_resources, room_for
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, DeviceFailure, LocalRerankError
@@ -122,5 +121,4 @@ def _deployment(
 
 def _replica_config(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
     """The engine options for another process, with its share of CPU threads."""
-    config = ray_cluster.absolute(config)
-    return dataclasses.replace(config, threads=config.threads if resources.num_gpus else resources.num_cpus)
+    return dataclasses.replace(absolute(config), threads=config.threads if resources.num_gpus else resources.num_cpus)

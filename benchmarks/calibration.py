@@ -40,8 +40,8 @@ def labelled(collection: Collection, scores: Scores) -> Scored:
         for number, (query_id, values) in enumerate(scores.items())
         for candidate, log_odds in zip(collection.run[query_id], values, strict=False)
     ]
-    log_odds, relevant, query = map(np.array, zip(*rows, strict=True))
-    return Scored(log_odds=log_odds, relevant=relevant, query=query)
+    log_odds, relevant, query = zip(*rows, strict=True)
+    return Scored(log_odds=np.array(log_odds), relevant=np.array(relevant), query=np.array(query))
 
 
 def print_table(pairs: Mapping[str, Scored]) -> None:

@@ -119,7 +119,8 @@ def _fit_platt(pairs: Scored) -> Curve:
     """Logistic regression of the label on the log-odds (Platt 1999)."""
     from scipy.optimize import minimize
 
-    target = np.where(pairs.relevant, *reversed(_targets(pairs)))
+    low, high = _targets(pairs)
+    target = np.where(pairs.relevant, high, low)
     center, spread = float(pairs.log_odds.mean()), float(pairs.log_odds.std()) or 1.0
     x = (pairs.log_odds - center) / spread
 
@@ -196,7 +197,8 @@ def _threshold(pairs: Scored, kind: str, value: float, curve: Curve, weights: Fl
             kept[fold] = pairs.log_odds[fold] >= limit
 
     def count(which: NDArray[np.bool_]) -> Floats:
-        return weights @ np.bincount(pairs.query, which, minlength=pairs.num_queries)
+        by_sample: Floats = weights @ np.bincount(pairs.query, which, minlength=pairs.num_queries)
+        return by_sample
 
     found = count(kept & pairs.relevant)
     with np.errstate(invalid="ignore"):  # a resample may keep nothing: 0 / 0

@@ -235,9 +235,9 @@ def test_a_block_has_probabilities_and_leaves_out_what_is_below_the_minimum(
 ) -> None:
     record = {"query": "cat", "documents": ["a cat", "the dog barks", "a bird"]}
     file = str(calibration_file(tiny_reranker, tmp_path))
-    options = {"calibration": file, "scores": "calibrated"}
+    options: dict[str, Any] = {"calibration": file, "scores": "calibrated"}
     expected = tiny_reranker.rank("cat", record["documents"])
-    with Reranker(config=tiny_reranker.config, **options) as reranker:  # type: ignore[arg-type]
+    with Reranker(config=tiny_reranker.config, **options) as reranker:
         cache = ScoreCache(tmp_path / "scores.sqlite", score_identity(tiny_reranker))
         plain = BlockScorer(tiny_reranker, cache=cache).score_records([record, record | {"instruction": "other"}])
         assert "probability" not in str(plain)

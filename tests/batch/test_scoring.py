@@ -241,8 +241,8 @@ def test_a_block_has_probabilities_and_leaves_out_what_is_below_the_minimum(
         cache = ScoreCache(tmp_path / "scores.sqlite", score_identity(tiny_reranker))
         plain = BlockScorer(tiny_reranker, cache=cache).score_records([record, record | {"instruction": "other"}])
         assert "probability" not in str(plain)
-        least = reranker.scale.of(expected[1].log_odds, has_default_instruction=True)[0] - 1e-4
-        scorer = BlockScorer(reranker, cache=cache, min_score=least)
+        kept, left_out = (reranker.scale.of(expected[i].log_odds, has_default_instruction=True)[0] for i in (1, 2))
+        scorer = BlockScorer(reranker, cache=cache, min_score=(kept + left_out) / 2)
         outcome, other = scorer.score_records([record, record | {"instruction": "other"}])
     assert isinstance(other, InvalidRequest), "its pairs are in the cache, but have no probability"
     assert isinstance(outcome, dict)

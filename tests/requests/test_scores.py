@@ -35,9 +35,9 @@ def test_a_score_does_not_depend_on_the_other_documents_and_a_threshold_may_leav
 def test_min_score_leaves_out_what_is_below_before_top_n_cuts(tiny_reranker: Reranker) -> None:
     whole = tiny_reranker.rank(QUERY, DOCUMENTS)
     assert whole.num_below_min_score is None, "unless asked for"
-    least = whole[2].relevance_score
+    least = (whole[2].relevance_score + whole[3].relevance_score) / 2
     for top_n, kept in ((None, 3), (2, 2)):
-        result = tiny_reranker.rank(QUERY, DOCUMENTS, min_score=least - 1e-6, top_n=top_n)
+        result = tiny_reranker.rank(QUERY, DOCUMENTS, min_score=least, top_n=top_n)
         assert [item.index for item in result] == [item.index for item in whole][:kept]
         assert result.num_below_min_score == 1, "of all documents, not of the first n"
     with_spans = RerankRequest(query=QUERY, documents=("One. Two.", "Three. Four."), spans=True, min_score=2.0)
@@ -61,8 +61,9 @@ def test_first_stage_scores_change_the_order_and_no_score(tiny_reranker: Reranke
         assert item.relevance_score == pytest.approx(whole[item.index].relevance_score, abs=1e-5)
     (cut,) = tiny_reranker.rank_batch([replace(request, top_n=1, min_score=0.0)])
     assert [item.index for item in cut] == [result[0].index], "top_n counts in the blended order"
-    (one,) = tiny_reranker.rank_batch([replace(request, min_score=min(item.relevance_score for item in result) + 1e-5)])
-    worst = min(result, key=lambda item: item.relevance_score)
+    *_, second, worst = sorted(result, key=lambda item: -item.relevance_score)
+    least = (second.relevance_score + worst.relevance_score) / 2
+    (one,) = tiny_reranker.rank_batch([replace(request, min_score=least)])
     assert [item.index for item in one] == [item.index for item in result if item is not worst]
 
 
@@ -122,7 +123,7 @@ def test_calibrated_scores_are_probabilities_which_min_score_compares(tiny_reran
 def test_rank_says_how_many_documents_are_left_out(tiny_reranker: Reranker) -> None:
     model = ("--model", str(tiny_reranker.checkpoint.folder), "--device", "cpu", "--dtype", "fp32")
     scores = [item.relevance_score for item in tiny_reranker.rank(QUERY, DOCUMENTS)]
-    done = command("rank", QUERY, *DOCUMENTS, *model, "--min-score", str(scores[1] - 1e-5))
+    done = command("rank", QUERY, *DOCUMENTS, *model, "--min-score", str((scores[1] + scores[2]) / 2))
     assert done.stdout.splitlines()[-1].endswith("; documents below the minimum score: 2"), done
     assert len(done.stdout.splitlines()) == 4, "a head, two documents and the cost"
     none = command("rank", QUERY, *DOCUMENTS, *model, "--min-score", "1.5", "--json")

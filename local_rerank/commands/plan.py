@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from local_rerank.commands.console import JsonOutput, option, print_json, say, warn
-from local_rerank.config import EngineConfig
+from local_rerank.config import CHUNK_OVERLAP_TOKENS, CHUNK_TOKENS, EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.types import LongDocuments
 
@@ -31,10 +31,10 @@ def plan(
     long_documents: Annotated[
         LongDocuments, option(help="chunk: documents beyond --chunk-tokens are scored in overlapping chunks.")
     ] = "truncate",
-    chunk_tokens: Annotated[int, option(help="Maximum tokens of a chunk.")] = EngineConfig.chunk_tokens,
+    chunk_tokens: Annotated[int, option(help="Maximum tokens of a chunk.")] = CHUNK_TOKENS,
     chunk_overlap_tokens: Annotated[
         int, option(help="Tokens that a chunk repeats of the one before.")
-    ] = EngineConfig.chunk_overlap_tokens,
+    ] = CHUNK_OVERLAP_TOKENS,
     gpus: Annotated[
         str, option(help="Number and kind of devices, for example 8xH200; cpu: machines with this one's CPU.")
     ] = THIS_CPU,
@@ -70,7 +70,11 @@ def plan(
     chunking = EngineConfig(
         long_documents=long_documents, chunk_tokens=chunk_tokens, chunk_overlap_tokens=chunk_overlap_tokens
     )
-    num_chunks, num_more_tokens = chunks_of(tokens - shared_tokens - SUFFIX_TOKENS, chunking)
+    num_chunks, num_more_tokens = 1, 0
+    if chunking.in_chunks:
+        num_chunks, num_more_tokens = chunks_of(
+            tokens - shared_tokens - SUFFIX_TOKENS, chunk_tokens, chunk_overlap_tokens
+        )
     speeds = _cpu_speeds(model) if on_this_cpu and tokens_per_second is None else None
     rate = _rate(speeds, device_name, model, tokens_per_second)
     made = make_plan(

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
 
 DATA = Path(__file__).with_name("throughput.toml")
@@ -99,12 +98,12 @@ def make_plan(
     )
 
 
-def chunks_of(document_tokens: int, config: EngineConfig) -> tuple[int, int]:
+def chunks_of(document_tokens: int, chunk_tokens: int, overlap_tokens: int) -> tuple[int, int]:
     """Estimate the chunks of a document, and the tokens that they have beyond the document's: overlaps and suffixes."""
-    if not config.in_chunks or document_tokens <= config.chunk_tokens:
+    if document_tokens <= chunk_tokens:
         return 1, 0
-    overlap = min(config.chunk_overlap_tokens, config.chunk_tokens // 2)
-    num_chunks = 1 + math.ceil((document_tokens - config.chunk_tokens) / (config.chunk_tokens - overlap))
+    overlap = min(overlap_tokens, chunk_tokens // 2)
+    num_chunks = 1 + math.ceil((document_tokens - chunk_tokens) / (chunk_tokens - overlap))
     return num_chunks, (num_chunks - 1) * (overlap + SUFFIX_TOKENS)
 
 

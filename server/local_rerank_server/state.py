@@ -20,7 +20,7 @@ from starlette.requests import Request
 from local_rerank import forks
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable
-from local_rerank.types import OnDeadline, RankedDocument, RerankRequest, RerankResult
+from local_rerank.types import OnDeadline, RerankRequest, RerankResult
 from local_rerank_server.admission import Admission
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, UnknownModel
@@ -112,7 +112,7 @@ class ServerState:
         reranker.observe_batches(self.metrics.add_batch)
         reranker.observe_failure(self.fail)
         self.metrics.set_model(reranker.info)
-        if self.config.scores == "calibrated":
+        if reranker.config.scores == "calibrated":
             logger.info("relevance_score is the probability of calibration %s", reranker.config.calibration)
         self._reranker = reranker
 
@@ -169,7 +169,7 @@ class ServerState:
                 http.state.results.append(result)
                 self.metrics.add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
-                return result if self.config.scores == "model" else replace(result, results=self.as_served(result))
+                return result
             if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
             raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(request, timeout_ms))
@@ -196,10 +196,6 @@ class ServerState:
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
         return await asyncio.wrap_future(await queued(threads, submit))
 
-    def as_served(self, items: Iterable[RankedDocument]) -> tuple[RankedDocument, ...]:
-        """The documents with the scores that --scores says; raises InvalidField if there are no probabilities."""
-        return tuple(items) if self.config.scores == "model" else tuple(map(_with_probability, items))
-
     def _remedy(self, request: RerankRequest, timeout_ms: float) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
         rate, on_cpu = self.reranker.tokens_per_second, self.reranker.info.device == "cpu"
@@ -218,12 +214,6 @@ class ServerState:
 
     def _retry_after(self) -> float:
         return 1.0 if self._reranker is None else self._reranker.retry_after()
-
-
-def _with_probability(item: RankedDocument) -> RankedDocument:
-    if item.probability is None:
-        raise InvalidField("instruction", "the scores of this server are calibrated for its default one; leave it out")
-    return replace(item, relevance_score=item.probability)
 
 
 async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from local_rerank import Reranker
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.requests.pending import sigmoid
+from local_rerank.requests.scores import sigmoid
 from local_rerank.selftest.self_test import self_test
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
 from tests.reference import FP32_TOLERANCE

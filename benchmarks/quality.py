@@ -40,9 +40,9 @@ def main() -> None:
         print_sanity(reranker)
 
 
-def read(folder: Path) -> Collection:
+def read(folder: Path, *, max_queries: int | None = MAX_QUERIES) -> Collection:
     files = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels.trec", "run": "bm25.run"}
-    return read_collection(**{kind: folder / name for kind, name in files.items()}, max_queries=MAX_QUERIES)
+    return read_collection(**{kind: folder / name for kind, name in files.items()}, max_queries=max_queries)
 
 
 def systems(reranker: Reranker, collection: Collection, blends: list[Blend]) -> list[System]:

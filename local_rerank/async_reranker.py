@@ -101,6 +101,9 @@ class AsyncReranker:
         spans: bool = False,
         timeout: float | None = None,
         on_deadline: OnDeadline = "error",
+        min_score: float | None = None,
+        first_stage_scores: Iterable[float] | None = None,
+        first_stage_weight: float = 1.0,
     ) -> RerankResult:
         """As `Reranker.rank`. Cancelling the call removes the request from the queue."""
         return await self.submit(
@@ -113,6 +116,9 @@ class AsyncReranker:
                 spans=spans,
                 timeout=timeout,
                 on_deadline=on_deadline,
+                min_score=min_score,
+                first_stage_scores=None if first_stage_scores is None else tuple(first_stage_scores),
+                first_stage_weight=first_stage_weight,
             )
         )
 

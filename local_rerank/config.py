@@ -28,6 +28,7 @@ MODEL = Group("Model", sort_key=1)
 LIMITS = Group("Limits", sort_key=4)
 ENGINE = Group("Engine", sort_key=6)
 
+Scores = Literal["model", "calibrated"]
 DType = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8"]
 
 
@@ -90,6 +91,12 @@ class EngineConfig:
         Parameter(group=ENGINE,
                   help="File of `local-rerank calibrate`: results get the probability that a document is relevant."),
     ] = None  # fmt: skip
+    scores: Annotated[
+        Scores,
+        Parameter(group=ENGINE,
+                  help="What relevance_score is: the model's score, or the probability of --calibration. The latter "
+                       "needs the calibration's instruction in every request. Log-odds stay the model's."),
+    ] = "model"  # fmt: skip
     max_length: Annotated[
         int, Parameter(group=LIMITS, help="Maximum tokens of a whole prompt; capped by the model's own maximum.")
     ] = 8192  # fmt: skip
@@ -147,6 +154,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
         if self.model is not None and not self.model.strip():
             raise ConfigError("model is empty; leave it out to use the built-in one")
+        if self.scores == "calibrated" and self.calibration is None:
+            raise ConfigError(
+                "scores is calibrated, which needs --calibration FILE; `local-rerank calibrate` makes one"
+            )
 
 
 # here, because cyclopts evaluates inherited annotations with the names of the subclass's module
@@ -165,6 +176,7 @@ class OtherEngineConfig(EngineConfig):
 
     model: Annotated[str | None, Parameter(parse=False)] = None
     calibration: Annotated[str | None, Parameter(parse=False)] = None
+    scores: Annotated[Scores, Parameter(parse=False)] = "model"
 
 
 @Parameter(name="*")
@@ -187,6 +199,7 @@ class EngineOptions(TypedDict, total=False):
     threads: int | None
     instruction: str
     calibration: str | None
+    scores: Scores
     max_length: int
     max_query_tokens: int
     max_document_tokens: int
@@ -201,7 +214,7 @@ class EngineOptions(TypedDict, total=False):
     deterministic: bool
 
 
-DEFAULT_CHUNK_TOKENS, DEFAULT_CHUNK_OVERLAP_TOKENS = 512, 64
+CHUNK_TOKENS, CHUNK_OVERLAP_TOKENS = 512, 64  # where neither an option nor a model's config.json says
 OF_CHUNKS = ("long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks")
 """Options that only change scores if long documents are scored in chunks."""
 

@@ -53,7 +53,7 @@ class InvalidRequest(LocalRerankError):
     `CrossEncoder` for an argument that is not supported.
     """
 
-    def __init__(self, message: str, *, field: str, limit: int | None = None, value: int | None = None) -> None:
+    def __init__(self, message: str, *, field: str, limit: float | None = None, value: float | None = None) -> None:
         super().__init__(message)
         self.field = field
         self.limit = limit

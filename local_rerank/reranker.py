@@ -27,9 +27,9 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.load import load
 from local_rerank.engine.plan import make_plan
 from local_rerank.errors import DeviceFailure, InvalidRequest, Overloaded
-from local_rerank.requests.calibration import Calibration, read_calibration
 from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.pending import OnScored, PendingRequest
+from local_rerank.requests.scores import Calibration, ScoreScale, read_calibration
 from local_rerank.requests.worker import BatchReport, Worker
 from local_rerank.types import (
     LongDocuments,
@@ -85,7 +85,11 @@ class Reranker:
             faster = thread.submit(self.tokenizer.use_fastest)
             self.engine, self.info = compute(self._load)
         faster.result()
-        self._calibration = self._read_calibration()
+        self.scale = ScoreScale(
+            activation=checkpoint.activation,
+            calibration=self._read_calibration(),
+            is_calibrated=self.config.scores == "calibrated",
+        )
         device = self.info.device
         self._worker = Worker(
             lambda pairs: self.engine.score(pairs),
@@ -169,15 +173,20 @@ class Reranker:
         spans: bool = False,
         timeout: float | None = None,
         on_deadline: OnDeadline = "error",
+        min_score: float | None = None,
+        first_stage_scores: Iterable[float] | None = None,
+        first_stage_weight: float = 1.0,
     ) -> RerankResult:
         """The documents ranked by relevance, most relevant first, at most `top_n`.
 
         `documents` is a list, tuple, NumPy array, pandas column or generator of strings; one string is one document.
         `instruction` replaces the default one, `long_documents` the engine's setting: with "chunk" a document longer
         than `chunk_tokens` is scored by its best chunk. `spans=True` scores the sentences of the best chunk of each
-        returned document, too. After `timeout` seconds DeadlineExceeded is raised; with `on_deadline="partial"` the
-        documents that are scored by then are ranked, and `not_scored` lists the others. A RerankRequest for
-        `rank_batch` has more options.
+        returned document, too. Documents whose relevance score is below `min_score` are left out and counted.
+        `first_stage_scores`, one for each document, change the order: documents are sorted by the z-scores of the
+        log-odds plus `first_stage_weight` times those of these scores. After `timeout` seconds DeadlineExceeded is
+        raised; with `on_deadline="partial"` the documents that are scored by then are ranked, and `not_scored` lists
+        the others. A RerankRequest for `rank_batch` has more options.
 
         Raises a leaf of InvalidRequest, Overloaded, DeadlineExceeded, EngineFailure, ModelUnavailable, DeviceFailure
         or UnusableAfterFork.
@@ -192,6 +201,9 @@ class Reranker:
                 spans=spans,
                 timeout=timeout,
                 on_deadline=on_deadline,
+                min_score=min_score,
+                first_stage_scores=None if first_stage_scores is None else tuple(first_stage_scores),
+                first_stage_weight=first_stage_weight,
             )
         ).result()
 
@@ -260,14 +272,20 @@ class Reranker:
             return refused
 
     def submit(
-        self, request: RerankRequest, *, name: str | None = None, on_scored: OnScored | None = None
+        self,
+        request: RerankRequest,
+        *,
+        name: str | None = None,
+        on_scored: OnScored | None = None,
+        scale: ScoreScale | None = None,
     ) -> Future[RerankResult]:
         """Tokenize in this thread and queue the request. Cancelling the future removes it from the queue.
 
-        `name` is the request's name in the log. `on_scored` is called with lists of RankedDocument as soon as their
-        scores are known, in the worker's thread; it must be quick and must not raise. Raises a leaf of InvalidRequest,
-        Overloaded, ModelUnavailable, DeviceFailure or UnusableAfterFork; the future may fail with DeadlineExceeded,
-        EngineFailure, ModelUnavailable or DeviceFailure.
+        `name` is the request's name in the log; `scale` is the self-test's. `on_scored` is called with lists of
+        RankedDocument as soon as their scores are known, in the worker's thread, without documents below `min_score`;
+        it must be quick and must not raise. Raises a leaf of InvalidRequest, Overloaded, ModelUnavailable,
+        DeviceFailure or UnusableAfterFork; the future may fail with DeadlineExceeded, EngineFailure, ModelUnavailable
+        or DeviceFailure.
         """
         check_request(request)
         started = time.perf_counter()
@@ -276,11 +294,10 @@ class Reranker:
             request,
             self.tokenizer.pairs(request),
             model_id=self.model_id,
-            activation=self.checkpoint.activation,
+            scale=scale or self.scale,
             started=started,
             name=name,
             span_pairs=self.tokenizer.span_pairs,
-            calibration=self._calibration,
             on_scored=on_scored,
         )
         self._worker.submit(pending)

@@ -6,6 +6,7 @@ A `RerankRequest` checks itself when it is created, except for limits in tokens,
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,10 @@ LongDocuments = Literal["truncate", "chunk"]
 OnDeadline = Literal["error", "partial"]
 """What a request gets whose timeout passes: DeadlineExceeded, or the documents that are scored by then."""
 
-STATUS_KINDS = ("truncated", "partial", "constant")
+BlendMethod = Literal["z-scores", "reciprocal-ranks"]
+"""What log-odds and first-stage scores are converted to, within a request, before they are added."""
+
+STATUS_KINDS = ("truncated", "partial", "below", "constant")
 
 MAX_TIMEOUT = 1_000_000_000  # seconds; threads can wait nine times as long
 MIN_CHUNK_TOKENS = 16  # a single character can have twelve
@@ -77,6 +81,10 @@ class RerankRequest:
     spans: bool = False  # whether to score the sentences of each document's best chunk as well
     timeout: float | None = None  # seconds from the start of tokenization; None: no limit
     on_deadline: OnDeadline = "error"  # "partial": an error only if no document is scored by then
+    min_score: float | None = None  # leaves out documents whose relevance score is lower; None: none
+    first_stage_scores: tuple[float, ...] | None = None  # one for each document, which changes the order; None: none
+    first_stage_weight: float = 1.0  # of those, where that of the log-odds is 1
+    first_stage_method: BlendMethod = "z-scores"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -100,6 +108,8 @@ class RerankRequest:
                 raise InvalidRequest(what, field=name, limit=least, value=value)
         for index, document in enumerate(self.documents):
             self._check_document(index, document)
+        if self.first_stage_scores is not None:
+            self._check_first_stage(self.first_stage_scores)
 
     def _check_types(self) -> None:
         if not isinstance(self.documents, tuple | list):  # a string would be ranked letter by letter
@@ -118,6 +128,14 @@ class RerankRequest:
             raise WrongType(self.long_documents, field="long_documents", expected=expected)
         if not isinstance(self.spans, bool):
             raise WrongType(self.spans, field="spans", expected="True or False")
+        if self.min_score is not None:
+            check_number("min_score", self.min_score)
+        check_number("first_stage_weight", self.first_stage_weight, least=0)
+        if self.first_stage_method not in get_args(BlendMethod):
+            expected = f"one of {', '.join(get_args(BlendMethod))}"
+            raise WrongType(self.first_stage_method, field="first_stage_method", expected=expected)
+        if not isinstance(self.first_stage_scores, tuple | list | None):
+            raise WrongType(self.first_stage_scores, field="first_stage_scores", expected="a tuple of numbers or None")
         if not isinstance(self.limits, Limits):
             raise WrongType(self.limits, field="limits", expected="a Limits")
 
@@ -128,6 +146,19 @@ class RerankRequest:
             raise DocumentTooLong(index=index, limit=limit, value=len(document))
         if not self.limits.allow_empty_documents and not document.strip():
             raise EmptyDocument(index=index)
+
+    def _check_first_stage(self, scores: Sequence[float]) -> None:
+        field, limit = "first_stage_scores", len(self.documents)
+        if len(scores) != limit:
+            what = f"{field} has length {len(scores)}; it must have one number for each of the {limit} documents"
+            raise InvalidRequest(what, field=field, limit=limit, value=len(scores))
+        for index, score in enumerate(scores):
+            check_number(f"{field}[{index}]", score)
+        if len(scores) > 1 and len(set(scores)) == 1:
+            what = (
+                f"{field} are all {scores[0]:g}, which orders nothing; send the first stage's scores, or leave it out"
+            )
+            raise InvalidRequest(what, field=field, value=float(scores[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +176,7 @@ class RankedDocument:
 
     index: int  # position in the request
     relevance_score: float  # 0...1: sigmoid(log_odds); log_odds itself for classifiers whose config says identity
-    log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it
+    log_odds: float  # logit of "yes" minus logit of "no", float32; documents are sorted by it, if not blended
     document: str
     num_tokens: int  # tokens of the document that were scored; those in two chunks count twice
     num_truncated_tokens: int  # tokens of the document that were cut off
@@ -153,6 +184,7 @@ class RankedDocument:
     best_chunk: ScoredSpan | None = None  # all of a document that fits
     spans: tuple[ScoredSpan, ...] | None = None  # sentences of the best chunk, best first; None: not asked for, or late
     probability: float | None = None  # 0...1, that it is relevant; None without calibration or with another instruction
+    blended_score: float | None = None  # documents are sorted by it, within a request; None without first_stage_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +206,7 @@ class RerankResult(Sequence[RankedDocument]):
     is_constant: bool = False  # two or more distinct documents were scored, and all have the same log-odds
     not_scored: tuple[int, ...] = ()  # positions in the request of documents without a score at the deadline
     num_without_spans: int = 0  # documents with a score whose spans were not scored by the deadline
+    num_below_min_score: int | None = None  # documents left out by min_score; None without it
 
     @property
     def status(self) -> str:
@@ -183,11 +216,12 @@ class RerankResult(Sequence[RankedDocument]):
     @property
     def status_counts(self) -> dict[str, int]:
         """The number of each of STATUS_KINDS that is not 0: texts that were cut off (the query is one), documents
-        without a score or spans at the deadline, and 1 if all scores are the same.
+        without a score or spans at the deadline, documents below `min_score`, and 1 if all scores are the same.
         """
         counts = {
             "truncated": self.num_truncated_documents + (self.num_query_truncated_tokens > 0),
             "partial": len(self.not_scored) + self.num_without_spans,
+            "below": self.num_below_min_score or 0,
             "constant": int(self.is_constant),
         }
         return {kind: counts[kind] for kind in STATUS_KINDS if counts[kind]}
@@ -256,6 +290,20 @@ def _check_timeout(seconds: Any) -> None:
     if not 0 < seconds <= MAX_TIMEOUT:  # true for NaN as well
         what = f"timeout is {seconds}; give a positive number of seconds, at most {MAX_TIMEOUT:,}"
         raise InvalidRequest(what, field="timeout")
+
+
+def check_number(field: str, value: object, *, least: float = -math.inf) -> None:
+    """NumPy's numbers are real numbers, too; booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise WrongType(value, field=field, expected="a number")
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
+    if not (math.isfinite(number) and number >= least):
+        allowed = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+        limit = None if least == -math.inf else least
+        raise InvalidRequest(f"{field} is {number:g}; it must be {allowed}", field=field, limit=limit, value=number)
 
 
 def check_request(value: object) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from local_rerank.batch.durable import AppendFile, OutputStream
 from local_rerank.batch.job import FROM_INPUT
-from local_rerank.batch.rows import json_line, to_record
+from local_rerank.batch.rows import AddedColumns, json_line, to_record
 from local_rerank.batch.sinks import Sink, TextSink, csv_line, flat_columns, flat_lines, missing_id, run_lines, tsv_line
 from local_rerank.batch.sources import Delimited, JsonLines, Source
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -73,9 +73,7 @@ def open_sink(
     source: Source,
     *,
     model_id: str,
-    with_documents: bool,
-    is_blended: bool,
-    in_chunks: bool = False,
+    added: AddedColumns = AddedColumns(),  # noqa: B008  # frozen
     spreadsheet_safe: bool = False,
     stream: io.RawIOBase | None = None,
 ) -> Sink:
@@ -86,17 +84,16 @@ def open_sink(
     judge_output(file, source)
     suffix = file.suffix.lower()
     target = AppendFile(file) if stream is None else OutputStream(stream)
-    options = {"with_documents": with_documents, "is_blended": is_blended, "in_chunks": in_chunks}
     if suffix == ".jsonl":
-        return TextSink(target, lambda scored: json_line(to_record(scored, with_documents=with_documents)))
+        return TextSink(target, lambda scored: json_line(to_record(scored, with_documents=added.with_documents)))
     if suffix == ".run":
         return TextSink(target, partial(run_lines, name=model_id.rpartition("/")[2]), refusal=missing_id)
     if suffix == ".parquet":
         from local_rerank.batch.parquet import ParquetSink, ParquetSource, output_schema
 
         found = source.schema if isinstance(source, ParquetSource) else None
-        schema = output_schema(found, source.columns, is_pairs=source.is_pairs, **options)
-        return ParquetSink(file, folder, schema, with_documents=with_documents)
-    names = flat_columns(source, **options)
+        schema = output_schema(found, source.columns, is_pairs=source.is_pairs, added=added)
+        return ParquetSink(file, folder, schema, with_documents=added.with_documents)
+    names = flat_columns(source, added)
     line = partial(tsv_line if suffix == ".tsv" else csv_line, spreadsheet_safe=spreadsheet_safe)
     return TextSink(target, partial(flat_lines, names=names, line=line), header=line(names))

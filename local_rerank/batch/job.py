@@ -241,7 +241,7 @@ def _do_block(
             output_mark=sink.commit(),
             rejects_mark=rejects_file.commit(),
             num_rows=progress.num_rows + len(scored),
-            num_pairs=progress.num_pairs + sum(len(row.results) for row in scored),
+            num_pairs=progress.num_pairs + sum(len(each.row.documents) for each in scored),
             num_rejected=progress.num_rejected + num_rejected,
             seconds=progress.seconds + time.monotonic() - started,
         )

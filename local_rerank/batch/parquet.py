@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local_rerank.batch.durable import replace
-from local_rerank.batch.rows import Record, Row, ScoredRow, parse_record, score_columns, to_record
+from local_rerank.batch.rows import AddedColumns, Record, Row, ScoredRow, parse_record, to_record
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, Item, Position, Rejected
 from local_rerank.errors import ConfigError, InvalidRequest
 
@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 READ_ROWS = 256  # decoded at a time
 JOIN_BYTES = 64 << 20  # size of the parts joined into one row group of the output
 
-ARROW_TYPES = {float: pa.float64(), int: pa.int64()}
+ARROW_TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 
 
 class ParquetSource:
@@ -83,26 +83,23 @@ def output_schema(
     columns: Sequence[str],
     *,
     is_pairs: bool,
-    with_documents: bool,
-    is_blended: bool,
-    in_chunks: bool,
+    added: AddedColumns,
 ) -> pa.Schema:
     """Return the columns of the output, which must be known before the first row: the input's plus the scores.
 
     `found` is the schema of a Parquet input; for other files, `columns` are strings.
     """
     fields = {name: pa.string() for name in columns} if found is None else {each.name: each.type for each in found}
-    scores = {name: ARROW_TYPES[kind] for name, kind in score_columns(in_chunks=in_chunks).items()}
+    kinds = added.of_pair if is_pairs else added.of_result
+    scores = {name: ARROW_TYPES[kind] for name, kind in kinds.items()}
     if is_pairs:
         fields = fields | scores
     else:
         result = {"index": pa.int64(), "id": pa.string(), **scores}
-        if is_blended:
-            result["blended_score"] = pa.float64()
-        if with_documents:
-            result["document"] = pa.string()
         fields = fields | {"results": pa.list_(pa.struct(list(result.items())))}
         fields.pop("documents", None)
+        if added.counts_below:
+            fields["num_below_min_score"] = pa.int64()
     return pa.schema(list(fields.items()))
 
 

@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from local_rerank.batch.parquet import output_schema, table_of
-from local_rerank.batch.rows import Record, Row, encode, json_line, to_record, try_parse
+from local_rerank.batch.rows import AddedColumns, Record, Row, encode, json_line, to_record, try_parse
 from local_rerank.batch.scoring import BlockScorer
 from local_rerank.batch.sources import MAX_CONTENT_CHARS, content_of, mixed_kinds, parse_json_line
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -57,17 +57,14 @@ class PartFormat:
     """How parts are written."""
 
     suffix: str
-    with_documents: bool = False
-    is_blended: bool = False
-    in_chunks: bool = False
+    added: AddedColumns
     is_pairs: bool = False  # for JSON lines; the first record decides this and the columns
     columns: tuple[str, ...] = ("query",)
 
     def schema(self, found: pa.Schema | None) -> pa.Schema:
         """Return the columns of a Parquet part; `found` is the schema of a Parquet input."""
         is_pairs = self.is_pairs if found is None else "document" in found.names
-        options = {"with_documents": self.with_documents, "is_blended": self.is_blended, "in_chunks": self.in_chunks}
-        return output_schema(found, self.columns, is_pairs=is_pairs, **options)
+        return output_schema(found, self.columns, is_pairs=is_pairs, added=self.added)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +153,17 @@ def first_row(uri: str, pieces: list[Piece]) -> Row | None:
 class PieceScorer:
     """Scores pieces with its own reranker and writes their parts."""
 
-    def __init__(self, reranker: Reranker, input: str, output: str, parts: PartFormat, *, blend: Blend | None) -> None:
-        self._scorer = BlockScorer(reranker, blend=blend, advance=self._advance)
+    def __init__(
+        self,
+        reranker: Reranker,
+        input: str,
+        output: str,
+        parts: PartFormat,
+        *,
+        blend: Blend | None,
+        min_score: float | None = None,
+    ) -> None:
+        self._scorer = BlockScorer(reranker, blend=blend, min_score=min_score, advance=self._advance)
         self._input, _ = open_filesystem(input)
         self._output, self._folder = open_filesystem(output)
         self._parts = parts
@@ -176,14 +182,14 @@ class PieceScorer:
         ]
         if bad:
             self._write(part_path(self._folder, piece.number, ".rejects.jsonl"), _lines(bad))
-        records = [to_record(row, with_documents=self._parts.with_documents) for row in good]
+        records = [to_record(row, with_documents=self._parts.added.with_documents) for row in good]
         is_parquet = self._parts.suffix == ".parquet"
         data = _table_bytes(records, self._parts.schema(schema)) if is_parquet else _lines(records)
         self._write(part_path(self._folder, piece.number, self._parts.suffix), data)
         return PieceResult(
             number=piece.number,
             num_rows=len(good),
-            num_pairs=sum(len(row.results) for row in good),
+            num_pairs=sum(len(scored.row.documents) for scored in good),
             num_tokens=self._num_tokens,
             num_rejected=len(bad),
         )

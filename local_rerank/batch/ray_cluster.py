@@ -6,12 +6,15 @@ loopback only and has no dashboard.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError
@@ -113,3 +116,11 @@ def _nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def absolute(config: EngineConfig) -> EngineConfig:
+    """Make the paths of a model folder and a calibration absolute: a worker has another working directory."""
+    paths = {name: getattr(config, name) for name in ("model", "calibration")}
+    there = {name: Path(path) for name, path in paths.items() if path is not None and Path(path).exists()}
+    found: dict[str, Any] = {name: str(path.resolve()) for name, path in there.items()}
+    return dataclasses.replace(config, **found)

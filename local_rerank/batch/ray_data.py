@@ -7,6 +7,7 @@ exist are not computed again, so a job resumes where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from local_rerank.batch.pieces import (
     part_path,
     state_of,
 )
+from local_rerank.batch.rows import AddedColumns
 from local_rerank.config import OF_CHUNKS, EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, EngineFailure
@@ -50,6 +52,7 @@ class RayJob:
     suffix: str = ".jsonl"  # of the parts
     with_documents: bool = False
     blend: Blend | None = None
+    min_score: float | None = None
     config: EngineConfig = dataclasses.field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -60,10 +63,14 @@ class RayJob:
 
     def settings(self, num_pieces: int) -> dict[str, str]:
         """Return everything that determines the output."""
-        values = {name: getattr(self, name) for name in ("suffix", "with_documents", "blend")}
+        values = {name: getattr(self, name) for name in ("suffix", "with_documents", "blend", "min_score")}
         values["input"] = re.sub(r"//[^/@]*@", "//", self.input)  # without credentials in the URI
-        values |= {name: getattr(self.config, name) for name in ("model", "revision", "dtype", "instruction")}
+        names = ("model", "revision", "dtype", "instruction", "scores")
+        values |= {name: getattr(self.config, name) for name in names}
         values |= {name: getattr(self.config, name) for name in OF_CHUNKS if self.config.in_chunks}
+        file = self.config.calibration
+        is_here = file is not None and Path(file).exists()
+        values["calibration"] = hashlib.sha256(Path(file or "").read_bytes()).hexdigest() if is_here else file
         values |= {"input_state": state_of(self.input), "num_pieces": num_pieces}
         return {name: str(value) for name, value in values.items()}
 
@@ -89,12 +96,18 @@ def _part_format(job: RayJob, pieces: list[Piece]) -> PartFormat:
     first = first_row(job.input, pieces)
     parts = PartFormat(
         suffix=job.suffix,
-        with_documents=job.with_documents,
-        is_blended=job.blend is not None,
-        in_chunks=job.config.in_chunks,
+        added=AddedColumns(
+            with_documents=job.with_documents,
+            is_blended=job.blend is not None,
+            in_chunks=job.config.in_chunks,
+            is_calibrated=job.config.calibration is not None,
+            counts_below=job.min_score is not None,
+        ),
     )
     if first is None:
         return parts
+    if first.is_pair and job.min_score is not None:
+        raise ConfigError(f"min_score is {job.min_score:g}, but {job.input} has pairs, which have no ranking")
     return dataclasses.replace(parts, is_pairs=first.is_pair, columns=tuple(first.fields))
 
 
@@ -116,8 +129,8 @@ def _left(job: RayJob, pieces: list[Piece], overwrite: bool) -> list[Piece]:
         with filesystem.open_input_stream(file) as stream:
             was = json.loads(stream.read())
         for name, value in settings.items():
-            if was.get(name) != value:
-                raise ConfigError(other_setting(job.output, name, was.get(name), value))
+            if (old := was.get(name, "None")) != value:
+                raise ConfigError(other_setting(job.output, name, old, value))
     else:
         with filesystem.open_output_stream(file) as stream:
             stream.write(json.dumps(settings, indent=2).encode())
@@ -180,14 +193,8 @@ class _Actor:
         from local_rerank.batch.pieces import PieceScorer
         from local_rerank.reranker import Reranker
 
-        self._score = PieceScorer(Reranker(config=job.config), job.input, job.output, parts, blend=job.blend)
+        reranker = Reranker(config=job.config)
+        self._score = PieceScorer(reranker, job.input, job.output, parts, blend=job.blend, min_score=job.min_score)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return dataclasses.asdict(self._score(Piece(**row)))
-
-
-def absolute(config: EngineConfig) -> EngineConfig:
-    """Make a model folder's path absolute, because a worker has another working directory."""
-    if config.model is None or not Path(config.model).exists():
-        return config
-    return dataclasses.replace(config, model=str(Path(config.model).resolve()))

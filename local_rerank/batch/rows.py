@@ -26,6 +26,29 @@ CHUNK_COLUMNS = {"num_chunks": int, "best_chunk_start": int, "best_chunk_end": i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AddedColumns:
+    """Which fields a job adds to its records, beside PAIR_COLUMNS."""
+
+    in_chunks: bool = False
+    is_calibrated: bool = False
+    is_blended: bool = False  # only in results of a ranking, as the next
+    with_documents: bool = False
+    counts_below: bool = False  # num_below_min_score, beside the results of a ranking
+
+    @property
+    def of_pair(self) -> dict[str, type]:
+        """The fields of a pair and their types, in order."""
+        probability = {"probability": float} if self.is_calibrated else {}
+        return PAIR_COLUMNS | (CHUNK_COLUMNS if self.in_chunks else {}) | probability
+
+    @property
+    def of_result(self) -> dict[str, type]:
+        """The fields of a result of a ranking, after its index and id."""
+        blended = {"blended_score": float} if self.is_blended else {}
+        return self.of_pair | blended | ({"document": str} if self.with_documents else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One record of the input."""
 
@@ -47,7 +70,13 @@ class ScoredRow:
 
     row: Row
     results: tuple[RankedDocument, ...]
-    blended_scores: tuple[float, ...] | None = None  # sorted like `results`, whose order they then decide
+    num_below_min_score: int | None = None  # documents left out of the results; None without min_score
+    num_left_out_tokens: int = 0  # of those documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents of the row."""
+        return sum(item.num_tokens for item in self.results) + self.num_left_out_tokens
 
 
 def parse_record(record: object) -> Row:
@@ -102,7 +131,8 @@ def to_record(scored: ScoredRow, *, with_documents: bool = False) -> Record:
     if scored.row.is_pair:
         return scored.row.fields | _scores(scored.results[0])
     results = [result_record(scored, rank, with_documents=with_documents) for rank in range(1, len(scored.results) + 1)]
-    return scored.row.fields | {"results": results}
+    below = scored.num_below_min_score
+    return scored.row.fields | {"results": results} | ({} if below is None else {"num_below_min_score": below})
 
 
 def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False) -> Record:
@@ -112,22 +142,17 @@ def result_record(scored: ScoredRow, rank: int, *, with_documents: bool = False)
     if row.document_ids is not None:
         record["id"] = row.document_ids[item.index]
     record |= _scores(item)
-    if scored.blended_scores is not None:
-        record["blended_score"] = scored.blended_scores[rank - 1]
     if with_documents:
         record["document"] = item.document
     return record
-
-
-def score_columns(*, in_chunks: bool) -> dict[str, type]:
-    return PAIR_COLUMNS | (CHUNK_COLUMNS if in_chunks else {})
 
 
 def _scores(item: RankedDocument) -> Record:
     scores = {name: getattr(item, name) for name in PAIR_COLUMNS}
     if (chunk := item.best_chunk) is not None:
         scores |= zip(CHUNK_COLUMNS, (item.num_chunks, chunk.start, chunk.end, chunk.score), strict=True)
-    return scores
+    optional = {"probability": item.probability, "blended_score": item.blended_score}
+    return scores | {name: value for name, value in optional.items() if value is not None}
 
 
 def json_line(record: Record) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from local_rerank.batch.rows import score_columns
+from local_rerank.batch.rows import CHUNK_COLUMNS, PAIR_COLUMNS
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.config import OF_CHUNKS
 from local_rerank.errors import ConfigError
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0  # timeout for another process that holds the write lock
 _TABLES = {
-    name: [column for column in score_columns(in_chunks=in_chunks) if column != "relevance_score"]
-    for name, in_chunks in (("scores", False), ("scores_in_chunks", True))
+    name: [column for column in columns if column != "relevance_score"]
+    for name, columns in (("scores", PAIR_COLUMNS), ("scores_in_chunks", PAIR_COLUMNS | CHUNK_COLUMNS))
 }
 _SQL_TYPES = {float: "REAL", int: "INTEGER"}
 _MAX_VARIABLES = 500  # keys per query; SQLite accepts at least 999
 _SPEED_ONLY = {
     "model", "revision", "recipe", "instruction",  # part of the key by their contents
     "device", "device_map", "attention", "threads", "max_batch_tokens", "max_queued_tokens",
-    "no_cuda_graphs", "no_compile", "deterministic", "calibration",
+    "no_cuda_graphs", "no_compile", "deterministic", "calibration", "scores",
 }  # fmt: skip
 """Settings that change log-odds by rounding at most. Every other setting is part of the key."""
 
@@ -88,7 +88,7 @@ class ScoreCache:
             raise ConfigError(f"cache {self._file} has version {version}; this program reads version {SCHEMA_VERSION}")
 
     def _create(self) -> None:
-        kinds = score_columns(in_chunks=True)
+        kinds = PAIR_COLUMNS | CHUNK_COLUMNS
         columns = ", ".join(f"{name} {_SQL_TYPES[kinds[name]]} NOT NULL" for name in _TABLES[self._table])
         definition = f"{self._table} (key BLOB PRIMARY KEY, {columns}) WITHOUT ROWID"
         self._database.execute(f"CREATE TABLE IF NOT EXISTS {definition}")

@@ -14,12 +14,13 @@ therefore scores only by rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from local_rerank.batch.rows import Record, Row, ScoredRow, to_record, try_parse
 from local_rerank.batch.score_cache import CachedScore, PairKey, ScoreCache
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
-from local_rerank.requests.pending import ACTIVATIONS
+from local_rerank.evaluation.blending import Blend, Bm25
+from local_rerank.requests.scores import best_first, blend
 from local_rerank.reranker import Reranker
 from local_rerank.types import Limits, RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
@@ -40,11 +41,13 @@ class BlockScorer:
         *,
         cache: ScoreCache | None = None,
         blend: Blend | None = None,
+        min_score: float | None = None,
         advance: Advance | None = None,
     ) -> None:
         self._reranker = reranker
         self._cache = cache
         self._blend = blend
+        self._min_score = min_score
         self._advance = advance or (lambda num_pairs, num_tokens, num_document_tokens: None)
 
     def score(self, rows: Sequence[Row | InvalidRequest]) -> Iterator[ScoredRow | InvalidRequest]:
@@ -99,13 +102,39 @@ class BlockScorer:
         pairs = self._pairs(row)
         if (error := refused.get(pairs[0][:2])) is not None:
             return error
-        scores = [known[pair] for pair in pairs]
-        order, blended = _order(row, [score.log_odds for score in scores], self._blend)
-        to_relevance = ACTIVATIONS[self._reranker.checkpoint.activation]
+        is_default = pairs[0][0] == self._reranker.config.instruction
+        try:
+            self._reranker.scale.check_instruction(has_default_instruction=is_default)  # of cached pairs, too
+        except InvalidRequest as refusal:
+            return refusal
+        items = [self._ranked(index, pair[2], known[pair], is_default) for index, pair in enumerate(pairs)]
+        blended = _blended(row, [item.log_odds for item in items], self._blend)
+        if blended is not None:
+            items = [replace(item, blended_score=score) for item, score in zip(items, blended, strict=True)]
+        order = [items[index] for index in best_first(blended or [item.log_odds for item in items])]
+        if self._min_score is None or row.is_pair:
+            return ScoredRow(row=row, results=tuple(order))
+        kept = tuple(item for item in order if item.relevance_score >= self._min_score)
+        num_left_out_tokens = sum(item.num_tokens for item in order) - sum(item.num_tokens for item in kept)
         return ScoredRow(
             row=row,
-            results=tuple(_ranked(index, row.documents[index], scores[index], to_relevance) for index in order),
-            blended_scores=None if blended is None else tuple(blended[index] for index in order),
+            results=kept,
+            num_below_min_score=len(order) - len(kept),
+            num_left_out_tokens=num_left_out_tokens,
+        )
+
+    def _ranked(self, index: int, document: str, score: CachedScore, is_default: bool) -> RankedDocument:
+        relevance_score, probability = self._reranker.scale.of(score.log_odds, has_default_instruction=is_default)
+        return RankedDocument(
+            index=index,
+            relevance_score=relevance_score,
+            probability=probability,
+            log_odds=score.log_odds,
+            document=document,
+            num_tokens=score.num_tokens,
+            num_truncated_tokens=score.num_truncated_tokens,
+            num_chunks=score.num_chunks,
+            best_chunk=_best_chunk(score),
         )
 
 
@@ -127,18 +156,17 @@ def _requests(pairs: Iterable[PairKey]) -> list[RerankRequest]:
     ]
 
 
-def _order(row: Row, log_odds: list[float], how: Blend | None) -> tuple[list[int], list[float] | None]:
-    """Return the positions best first (ties keep the row's order) and the blended scores by position."""
+def _blended(row: Row, log_odds: list[float], how: Blend | None) -> list[float] | None:
+    """Return the blended scores by position, if there is something to blend."""
     if how is None or row.is_pair:
-        return best_first(log_odds), None
+        return None
     if how.source == "bm25":
         others: Sequence[float] = Bm25(row.documents).scores(row.query, row.documents)
     elif row.first_stage_scores is None:
         raise ConfigError(f"blend is {how}, but the documents of query {row.query[:60]!r} have no scores")
     else:
         others = row.first_stage_scores
-    blended = blend(log_odds, others, how.weight)
-    return best_first(blended), blended
+    return blend(log_odds, others, how.weight, how.method)
 
 
 def _cached(item: RankedDocument) -> CachedScore:
@@ -151,16 +179,3 @@ def _best_chunk(score: CachedScore) -> ScoredSpan | None:
     if score.best_chunk_start is None or score.best_chunk_end is None or score.best_chunk_score is None:
         return None
     return ScoredSpan(start=score.best_chunk_start, end=score.best_chunk_end, score=score.best_chunk_score)
-
-
-def _ranked(index: int, document: str, score: CachedScore, to_relevance: Callable[[float], float]) -> RankedDocument:
-    return RankedDocument(
-        index=index,
-        relevance_score=to_relevance(score.log_odds),
-        log_odds=score.log_odds,
-        document=document,
-        num_tokens=score.num_tokens,
-        num_truncated_tokens=score.num_truncated_tokens,
-        num_chunks=score.num_chunks,
-        best_chunk=_best_chunk(score),
-    )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from local_rerank.batch.durable import AppendFile, OutputStream
-from local_rerank.batch.rows import Record, Row, ScoredRow, encode, result_record, score_columns, to_record
+from local_rerank.batch.rows import AddedColumns, Record, Row, ScoredRow, encode, result_record, to_record
 from local_rerank.batch.sources import Source
 
 _FORMULA = re.compile(r"[\t\r\n]|\s*[=+@＝＋－＠-]")  # how a cell begins that a spreadsheet may run
@@ -76,17 +76,18 @@ class TextSink:
 
 
 def run_lines(scored: ScoredRow, *, name: str) -> str:
-    """Return lines `query Q0 document rank score name`; unscored documents follow with scores below the lowest."""
+    """Return lines `query Q0 document rank score name`; unscored documents follow with scores below the lowest.
+
+    With min_score they are left out, too.
+    """
     row = scored.row
-    if scored.blended_scores is not None:
-        scores = list(scored.blended_scores)
-    else:
-        scores = [item.log_odds for item in scored.results]
+    scores = [item.log_odds if item.blended_score is None else item.blended_score for item in scored.results]
     ids = [str(item.index) if row.document_ids is None else row.document_ids[item.index] for item in scored.results]
-    scores += [min(scores) - below for below in range(1, len(row.tail_ids) + 1)]
+    tail_ids = row.tail_ids if scored.num_below_min_score is None else ()
+    scores += [min(scores) - below for below in range(1, len(tail_ids) + 1)]
     return "".join(
         f"{_word(row.id)} Q0 {_word(document_id)} {rank} {score!r} {_word(name)}\n"
-        for rank, (document_id, score) in enumerate(zip([*ids, *row.tail_ids], scores, strict=True), 1)
+        for rank, (document_id, score) in enumerate(zip([*ids, *tail_ids], scores, strict=True), 1)
     )
 
 
@@ -99,12 +100,10 @@ def _word(name: str | None) -> str:
     return "_".join((name or "").split()) or "_"
 
 
-def flat_columns(source: Source, *, with_documents: bool, is_blended: bool, in_chunks: bool) -> tuple[str, ...]:
-    scores = score_columns(in_chunks=in_chunks)
+def flat_columns(source: Source, added: AddedColumns) -> tuple[str, ...]:
     if source.is_pairs:
-        return (*(name for name in source.columns if name not in scores), *scores)
-    names = ["id", "query", "rank", "index", "document_id", *scores]
-    return (*names, *["blended_score"] * is_blended, *["document"] * with_documents)
+        return (*(name for name in source.columns if name not in added.of_pair), *added.of_pair)
+    return ("id", "query", "rank", "index", "document_id", *added.of_result)
 
 
 def flat_lines(scored: ScoredRow, *, names: Iterable[str], line: Callable[[Sequence[Any]], str]) -> str:

@@ -18,10 +18,11 @@ from local_rerank.batch.formats import STANDARD_INPUT, copy_standard_input
 from local_rerank.batch.job import JobFolder
 from local_rerank.commands.batch_options import STREAM, BatchOptions, Judgements, StreamFormat, judgements_of, source_of
 from local_rerank.commands.batch_progress import Display, Mode
-from local_rerank.commands.console import Console, option, say, status
+from local_rerank.commands.console import Console, MinScore, option, say, status
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, DeviceFailure, InvalidRequest
 from local_rerank.evaluation.blending import parse_blend
+from local_rerank.types import check_number
 
 if TYPE_CHECKING:
     from local_rerank.batch.job import JobProgress
@@ -86,9 +87,11 @@ def batch(
         option(
             group=RUNS,
             help="Rank by log-odds plus W times other scores, both as z-scores: run=W (scores of the run, or `score` "
-            "of each document) or bm25=W (BM25 over the query's documents). Default: log-odds alone.",
+            "of each document) or bm25=W (BM25 over the query's documents); run-ranks=W and bm25-ranks=W add "
+            "reciprocal ranks. Default: log-odds alone.",
         ),
     ] = None,
+    min_score: MinScore = None,
     cache: Annotated[Path | None, option(help="SQLite file that caches scores by pair, also across jobs.")] = None,
     return_documents: Annotated[bool, option(help="Include the texts of the documents in the output.")] = False,
     spreadsheet_safe: Annotated[
@@ -111,6 +114,8 @@ def batch(
     engine: EngineConfig | None = None,
 ) -> None:
     """Score a file, or resume a job that was killed."""
+    if min_score is not None:
+        check_number("min_score", min_score)
     mode: Mode = "quiet" if quiet else "json" if json_output else "bar"
     if output_format is not None and output != STREAM:
         raise ConfigError(f"output_format is for standard output (-), but output is {output}, whose suffix counts")
@@ -122,7 +127,7 @@ def batch(
     if ray:
         return _run_on_ray(
             input, output, ray if isinstance(ray, str) else None, engine or EngineConfig(), blend,
-            return_documents=return_documents, overwrite=overwrite, mode=mode,
+            min_score=min_score, return_documents=return_documents, overwrite=overwrite, mode=mode,
             others={"queries": queries, "corpus": corpus, "dataset": dataset, "qrels": qrels, "top_k": top_k,
                     "cache": cache, "spreadsheet_safe": spreadsheet_safe or None},
         )  # fmt: skip
@@ -137,6 +142,7 @@ def batch(
             qrels=qrels,
             top_k=top_k,
             blend=None if blend is None else parse_blend(blend),
+            min_score=min_score,
             cache=cache,
             return_documents=return_documents,
             spreadsheet_safe=spreadsheet_safe,
@@ -165,6 +171,7 @@ def _run_on_ray(
     config: EngineConfig,
     blend: str | None,
     *,
+    min_score: float | None,
     return_documents: bool,
     overwrite: bool,
     mode: Mode,
@@ -172,11 +179,11 @@ def _run_on_ray(
 ) -> None:
     if given := [name for name, value in others.items() if value is not None]:
         raise ConfigError(f"{given[0]} cannot be combined with --ray")
-    from local_rerank.batch.ray_cluster import require_ray
+    from local_rerank.batch.ray_cluster import absolute, require_ray
 
     require_ray()
     from local_rerank.batch.pieces import suffix_of
-    from local_rerank.batch.ray_data import RayJob, absolute, run
+    from local_rerank.batch.ray_data import RayJob, run
 
     job = RayJob(
         input=input,
@@ -184,6 +191,7 @@ def _run_on_ray(
         suffix=suffix_of(output),
         with_documents=return_documents,
         blend=None if blend is None else parse_blend(blend),
+        min_score=min_score,
         config=absolute(config),
     )
     num_rows = 0
@@ -256,6 +264,7 @@ def _score(
 ) -> None:
     from local_rerank.batch.formats import open_sink
     from local_rerank.batch.job import run_job
+    from local_rerank.batch.rows import AddedColumns
     from local_rerank.batch.score_cache import ScoreCache, score_identity
     from local_rerank.batch.scoring import BlockScorer
 
@@ -268,9 +277,13 @@ def _score(
         folder.path,
         source,
         model_id=reranker.model_id,
-        with_documents=job.return_documents,
-        is_blended=job.blend is not None,
-        in_chunks=reranker.config.in_chunks,
+        added=AddedColumns(
+            with_documents=job.return_documents,
+            is_blended=job.blend is not None,
+            in_chunks=reranker.config.in_chunks,
+            is_calibrated=job.engine.calibration is not None,
+            counts_below=job.min_score is not None,
+        ),
         spreadsheet_safe=job.spreadsheet_safe,
         stream=stream,
     )
@@ -281,7 +294,7 @@ def _score(
         display,
     ):
         reranker.observe_batches(lambda batch: display.computed(batch.num_tokens))
-        scorer = BlockScorer(reranker, cache=cache, blend=job.blend, advance=display.advance)
+        scorer = BlockScorer(reranker, cache=cache, blend=job.blend, min_score=job.min_score, advance=display.advance)
         display.begin(progress.position.offset, source.size)
         run_job(folder, source, scorer.score, sink, job.rejects, report=display.report)
     systems = [] if judgements is None else _measured(job, judgements, reranker.model_id)

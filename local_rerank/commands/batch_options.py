@@ -48,6 +48,7 @@ class BatchOptions:
     qrels: Path | None
     top_k: int | None
     blend: Blend | None
+    min_score: float | None
     cache: Path | None
     return_documents: bool
     spreadsheet_safe: bool
@@ -71,6 +72,10 @@ class BatchOptions:
         if self.top_k is not None and self.top_k < 1:
             raise InvalidRequest(
                 f"top_k is {self.top_k}; it must be at least 1", field="top_k", limit=1, value=self.top_k
+            )
+        if self.min_score is not None and self.qrels is not None:
+            raise ConfigError(
+                "qrels measures whole rankings, but min_score leaves documents out; leave out one of them"
             )
         if self.input == STANDARD_INPUT:
             self._check_standard_input()
@@ -122,6 +127,9 @@ class BatchOptions:
             "dataset": self.dataset,
             "top_k": self.top_k,
             "blend": self.blend,
+            "min_score": self.min_score,
+            "calibration": None if self.engine.calibration is None else _state(Path(self.engine.calibration)),
+            "scores": None if self.engine.scores == "model" else self.engine.scores,
             "return_documents": str(self.return_documents).lower(),
             "spreadsheet_safe": "true" if self.spreadsheet_safe else None,
             "instruction": self.engine.instruction,
@@ -164,8 +172,9 @@ def _rows(source: Source) -> Iterator[Row]:
 
 def _judge_first(job: BatchOptions, row: Row) -> None:
     """Judge what the first record says about all of them."""
-    if job.blend is not None and row.is_pair:
-        raise ConfigError(f"blend is {job.blend}, but {job.input} has pairs, which have no ranking")
+    for name in ("blend", "min_score"):
+        if (value := getattr(job, name)) is not None and row.is_pair:
+            raise ConfigError(f"{name} is {value}, but {job.input} has pairs, which have no ranking")
     if job.blend is not None and job.blend.source == "run" and row.first_stage_scores is None:
         raise ConfigError(f"blend is {job.blend}, but the documents of {job.input} have no `score`")
 

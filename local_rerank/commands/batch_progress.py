@@ -162,7 +162,7 @@ class Display:
             self._reject(outcome)
             self._estimate.finish(0, end.offset)
         else:
-            self._estimate.finish(sum(item.num_tokens for item in outcome.results), end.offset)
+            self._estimate.finish(outcome.num_tokens, end.offset)
         self._show()
 
     def piece(self, num_pairs: int, num_tokens: int, num_rejected: int) -> None:

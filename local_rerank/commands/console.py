@@ -38,6 +38,10 @@ repeatable = partial(option, show_default=False)
 
 JsonOutput = Annotated[bool, option(name="--json", help="Print the full result as JSON.")]
 
+MinScore = Annotated[
+    float | None, option(help="Leave out documents whose relevance score is lower. Default: none is left out.")
+]
+
 INTERRUPTED = 130  # exit status, as shells report a program that SIGINT has ended
 PIPE_CLOSED = 141  # exit status, as shells report a program that SIGPIPE has ended
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from local_rerank.commands.console import Console, JsonOutput, option, print_json, progress, warn
 from local_rerank.config import MODEL, EngineConfig, OtherEngineConfig
-from local_rerank.errors import InvalidRequest
-from local_rerank.evaluation.blending import Blend, parse_blend
+from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.evaluation.blending import parse_blend
 from local_rerank.evaluation.plot import check_plot, write_plot
 from local_rerank.evaluation.report import (
     TIE_RULE,
@@ -49,7 +49,16 @@ def evaluate(
     max_queries: Annotated[int | None, option(help="Use only the first queries of the file. Default: all.")] = None,
     blend: Annotated[
         str | None,
-        option(help="Also measure the model blended with W times the run's scores (run=W) or BM25 (bm25=W)."),
+        option(
+            help="Also measure the model blended with W times the run's scores (run=W) or BM25 (bm25=W), as z-scores; "
+            "run-ranks=W and bm25-ranks=W add reciprocal ranks."
+        ),
+    ] = None,
+    tune: Annotated[
+        Literal["blend"] | None,
+        option(
+            help="blend: find the weight of the run's scores on one half of the queries, and measure on the other half."
+        ),
     ] = None,
     json_output: JsonOutput = False,
     plot: Annotated[Path | None, option(help="Plot the differences by query to this file (.svg, .png, .pdf).")] = None,
@@ -61,21 +70,28 @@ def evaluate(
             raise InvalidRequest(f"{name} is {value}; it must be at least 1", field=name, limit=1, value=value)
     check_plot(plot)
     how = None if blend is None else parse_blend(blend)
+    if how is not None and tune is not None:
+        raise ConfigError(f"blend is {blend}, but tune finds the blend; leave out one of them")
     from local_rerank.evaluation.collection import read_collection
-    from local_rerank.evaluation.measures import FIRST_STAGE, require_extras
+    from local_rerank.evaluation.measures import FIRST_STAGE, blend_scores, halves, require_extras, tune_blend
 
     require_extras()
     collection = read_collection(corpus=corpus, queries=queries, qrels=qrels, run=run, max_queries=max_queries)
-    systems = [_system(FIRST_STAGE, collection, {}, top_k)]
+    tuned_on, measured = (None, collection) if tune is None else halves(collection)
+    systems = [_system(FIRST_STAGE, measured, {}, top_k)]
     for one in dict.fromkeys(model) or [None]:
-        systems += _rerank(collection, dataclasses.replace(engine or EngineConfig(), model=one), top_k, how)
+        name, scores = _score(collection, dataclasses.replace(engine or EngineConfig(), model=one), top_k)
+        systems.append(_system(name, measured, scores, top_k))
+        if (chosen := how if tuned_on is None else tune_blend(scores, tuned_on)) is not None:
+            systems.append(_system(f"{name}, {chosen}", measured, blend_scores(scores, measured, chosen), top_k))
     comparisons = _comparisons(systems)
     if plot is not None:
         write_plot(plot, comparisons)
     if json_output:
         print_json(
             {
-                "num_queries": len(collection.queries),
+                "num_queries": len(measured.queries),
+                **({} if tuned_on is None else {"num_tuning_queries": len(tuned_on.queries)}),
                 "num_unjudged_queries": collection.num_unjudged_queries,
                 "top_k": top_k,
                 "left_out": collection.left_out.as_json(),
@@ -83,12 +99,12 @@ def evaluate(
             }
         )
     else:
-        _print_tables(collection, systems, comparisons, top_k)
+        _print_tables(measured, systems, comparisons, top_k, tuned_on)
 
 
-def _rerank(collection: Collection, config: EngineConfig, top_k: int, how: Blend | None) -> list[System]:
-    """Score the collection once; returns the model alone and, if requested, blended."""
-    from local_rerank.evaluation.measures import blend_scores, score
+def _score(collection: Collection, config: EngineConfig, top_k: int) -> tuple[str, Scores]:
+    """The name of a model, and its log-odds."""
+    from local_rerank.evaluation.measures import score
     from local_rerank.reranker import Reranker
 
     with Reranker(config=config) as reranker:
@@ -99,10 +115,7 @@ def _rerank(collection: Collection, config: EngineConfig, top_k: int, how: Blend
             for query_id, log_odds in score(reranker, collection, top_k=top_k):
                 scores[query_id] = log_odds
                 advance()
-    systems = [_system(name, collection, scores, top_k)]
-    if how is not None:
-        systems.append(_system(f"{name}, {how}", collection, blend_scores(scores, collection, how), top_k))
-    return systems
+    return name, scores
 
 
 def _system(name: str, collection: Collection, scores: Scores, top_k: int) -> System:
@@ -120,14 +133,21 @@ def _comparisons(systems: Sequence[System]) -> list[Comparison]:
 
 
 def _print_tables(
-    collection: Collection, systems: Sequence[System], comparisons: Sequence[Comparison], top_k: int
+    collection: Collection,
+    systems: Sequence[System],
+    comparisons: Sequence[Comparison],
+    top_k: int,
+    tuned_on: Collection | None,
 ) -> None:
     console = Console()
     console.print(measure_table(systems))
     skipped = (
         f", {collection.num_unjudged_queries} skipped without judgements" if collection.num_unjudged_queries else ""
     )
-    console.print(f"{len(collection.queries)} queries{skipped}; top {top_k} reranked\n", style="dim", highlight=False)
+    others = "" if tuned_on is None else f", with the weight found on {len(tuned_on.queries)} others"
+    console.print(
+        f"{len(collection.queries)} queries{others}{skipped}; top {top_k} reranked\n", style="dim", highlight=False
+    )
     warn(str(collection.left_out))
     console.print(comparison_table(comparisons))
     console.print(TIE_RULE, style="dim", highlight=False)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from local_rerank.commands.console import JsonOutput, option, print_json, say, warn
-from local_rerank.config import DEFAULT_CHUNK_OVERLAP_TOKENS, DEFAULT_CHUNK_TOKENS, EngineConfig
+from local_rerank.config import CHUNK_OVERLAP_TOKENS, CHUNK_TOKENS, EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.types import LongDocuments
 
@@ -31,10 +31,10 @@ def plan(
     long_documents: Annotated[
         LongDocuments, option(help="chunk: documents beyond --chunk-tokens are scored in overlapping chunks.")
     ] = "truncate",
-    chunk_tokens: Annotated[int, option(help="Maximum tokens of a chunk.")] = DEFAULT_CHUNK_TOKENS,
+    chunk_tokens: Annotated[int, option(help="Maximum tokens of a chunk.")] = CHUNK_TOKENS,
     chunk_overlap_tokens: Annotated[
         int, option(help="Tokens that a chunk repeats of the one before.")
-    ] = DEFAULT_CHUNK_OVERLAP_TOKENS,
+    ] = CHUNK_OVERLAP_TOKENS,
     gpus: Annotated[
         str, option(help="Number and kind of devices, for example 8xH200; cpu: machines with this one's CPU.")
     ] = THIS_CPU,
@@ -67,11 +67,14 @@ def plan(
     if not 0 <= shared_tokens < tokens:
         what = f"shared_tokens is {shared_tokens}; it must be less than tokens, which is {tokens}"
         raise InvalidRequest(what, field="shared_tokens", limit=tokens, value=shared_tokens)
-    EngineConfig(chunk_tokens=chunk_tokens, chunk_overlap_tokens=chunk_overlap_tokens)  # checks both
+    chunking = EngineConfig(
+        long_documents=long_documents, chunk_tokens=chunk_tokens, chunk_overlap_tokens=chunk_overlap_tokens
+    )
     num_chunks, num_more_tokens = 1, 0
-    if long_documents == "chunk":
-        document_tokens = tokens - shared_tokens - SUFFIX_TOKENS
-        num_chunks, num_more_tokens = chunks_of(document_tokens, chunk_tokens, chunk_overlap_tokens)
+    if chunking.in_chunks:
+        num_chunks, num_more_tokens = chunks_of(
+            tokens - shared_tokens - SUFFIX_TOKENS, chunk_tokens, chunk_overlap_tokens
+        )
     speeds = _cpu_speeds(model) if on_this_cpu and tokens_per_second is None else None
     rate = _rate(speeds, device_name, model, tokens_per_second)
     made = make_plan(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import OverflowMethod
 from rich.progress import Progress
 from rich.text import Text
 
 from local_rerank.checkpoints.find import EMBEDDED_MODEL
-from local_rerank.commands.console import Console, JsonOutput, option, print_json, status, warn
+from local_rerank.commands.console import Console, JsonOutput, MinScore, option, print_json, status, warn
 from local_rerank.commands.documents import read_documents
 from local_rerank.config import EngineConfig
 from local_rerank.errors import ConfigError, InvalidRequest
-from local_rerank.evaluation.blending import Bm25, best_first, parse_blend
-from local_rerank.evaluation.blending import blend as blend_scores
-from local_rerank.requests.calibration import sigmoid
+from local_rerank.evaluation.blending import Bm25, parse_blend
 from local_rerank.requests.encoders import clean
 from local_rerank.requests.remote import Server, options_to_send, rank_at
+from local_rerank.requests.scores import sigmoid
 from local_rerank.text_files import as_utf8, visible
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
 
@@ -45,8 +44,12 @@ def rank(
     json_output: JsonOutput = False,
     blend: Annotated[
         str | None,
-        option(help="Rank by log-odds plus W times BM25, both as z-scores: bm25=W. Default: log-odds alone."),
+        option(
+            help="Rank by log-odds plus W times BM25, both as z-scores (bm25=W) or reciprocal ranks (bm25-ranks=W). "
+            "Default: log-odds alone."
+        ),
     ] = None,
+    min_score: MinScore = None,
     spans: Annotated[
         bool, option(help="Score the sentences of each document, or of its best chunk, and print the best ones.")
     ] = False,
@@ -72,24 +75,22 @@ def rank(
     texts = [clean(as_utf8(text)) for text in documents] or read_documents(file)
     if len(texts) == len(documents) == 1 and _is_file(texts[0]):
         warn(f"note: this ranks the text {texts[0]!r}; with --file it ranks the documents in the file of that name")
-    weight = None if blend is None else _lexical_weight(blend)
-    request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n, spans=spans)
-    whole = request if weight is None else replace(request, top_n=None)
+    request = RerankRequest(query=query, documents=tuple(texts), top_n=top_n, spans=spans, min_score=min_score)
+    request = request if blend is None else _with_bm25(request, blend)
     if remote is not None:
         address, options = remote
         with status(f"ranking at {address.shown}"):
-            result = rank_at(address, whole, options)
+            result = rank_at(address, request, options)
     elif show_prompt:
         with _loaded(engine) as reranker:
             return _print_prompt(reranker, query, texts[0])
     else:
         with _loaded(engine) as reranker:
-            result = _rank_with_progress(reranker, whole)
-    blended = None if weight is None else _blended(result, query, weight)[:top_n]
+            result = _rank_with_progress(reranker, request)
     if json_output:
-        _print_json(result, blended)
+        _print_json(result)
     else:
-        _print_table(result, blended, is_remote=remote is not None)
+        _print_table(result, is_remote=remote is not None)
     warn(_status_in_words(result, len(texts)))
 
 
@@ -123,19 +124,21 @@ def _rank_with_progress(reranker: Reranker, request: RerankRequest) -> RerankRes
                 progress.update(task, completed=total - reranker.num_queued_tokens)
 
 
-def _lexical_weight(blend: str) -> float:
+def _with_bm25(request: RerankRequest, blend: str) -> RerankRequest:
+    """The request with BM25 scores to blend, unless they are all equal."""
     how = parse_blend(blend)
     if how.source != "bm25":
         raise ConfigError(f"blend is {blend!r}, but rank has no run to blend with; use bm25=W")
-    return how.weight
+    scores = tuple(Bm25(request.documents).scores(request.query, request.documents))
+    if len(scores) > 1 and len(set(scores)) == 1:
+        warn(f"note: BM25 scores all documents {scores[0]:g}, so that they are ranked by log-odds alone")
+        return request
+    return replace(request, first_stage_scores=scores, first_stage_weight=how.weight, first_stage_method=how.method)
 
 
-def _blended(result: RerankResult, query: str, weight: float) -> list[tuple[RankedDocument, float]]:
-    """Return the documents with their blended scores, highest first."""
-    documents = [item.document for item in result]
-    lexical = Bm25(documents).scores(query, documents)
-    scores = blend_scores([item.log_odds for item in result], lexical, weight)
-    return [(result[position], scores[position]) for position in best_first(scores)]
+def _print_json(result: RerankResult) -> None:
+    value = _given(asdict(result) | {"status": result.status})
+    print_json(value | {"results": [_given(item) for item in value["results"]]})
 
 
 def _status_in_words(result: RerankResult, num_documents: int) -> str:
@@ -154,23 +157,20 @@ def _status_in_words(result: RerankResult, num_documents: int) -> str:
     return "\n".join(lines)
 
 
-def _print_json(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None) -> None:
-    value = asdict(result) | {"status": result.status}
-    if blended is not None:
-        value["results"] = [asdict(item) | {"blended_score": score} for item, score in blended]
-    value["results"] = [{name: each for name, each in item.items() if each is not None} for item in value["results"]]
-    print_json(value)
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """The fields that were asked for."""
+    return {name: each for name, each in value.items() if each is not None}
 
 
-def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float]] | None, *, is_remote: bool) -> None:
+def _print_table(result: RerankResult, *, is_remote: bool) -> None:
     """Print a line for each document: cut to the width of a terminal, whole in a file or pipe."""
     console = Console(highlight=False)
     console.width = max(console.width, MIN_TABLE_WIDTH)
-    has_probability = any(item.probability is not None for item in result)  # of all or of none
-    rows = [["#", "score", "", "log-odds", *(["probability"] if has_probability else [])]]
-    rows[0] += [*([] if blended is None else ["blended"]), "document"]
-    for item, score in blended if blended is not None else [(item, None) for item in result]:
-        bar = _bar(sigmoid(item.log_odds), is_ascii_only=console.is_ascii_only)
+    first = next(iter(result), None)  # has the same fields as the others
+    rows = [["#", "score", "", "log-odds", *["probability"] * (first is not None and first.probability is not None)]]
+    rows[0] += [*["blended"] * (first is not None and first.blended_score is not None), "document"]
+    for item in result:
+        bar = _bar(_share_of(item), is_ascii_only=console.is_ascii_only)
         text, cut = item.document, f"  ({item.num_truncated_tokens} tokens cut)" if item.num_truncated_tokens else ""
         if item.best_chunk is not None and (item.num_chunks or 0) > 1:
             chunk = item.best_chunk
@@ -178,7 +178,7 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
             cut = f"  (characters {chunk.start} to {chunk.end}, the best of {item.num_chunks} chunks){cut}"
         cells = [str(item.index), f"{item.relevance_score:.4f}", bar, f"{item.log_odds:+.2f}"]
         cells += [] if item.probability is None else [f"{item.probability:.4f}"]
-        cells += [] if score is None else [f"{score:+.2f}"]
+        cells += [] if item.blended_score is None else [f"{item.blended_score:+.2f}"]
         rows.append([*cells, visible(" ".join(text.split())) + cut])
         for span in (item.spans or ())[:SHOWN_SPANS]:
             bar = _bar(span.score, is_ascii_only=console.is_ascii_only)
@@ -195,9 +195,15 @@ def _print_table(result: RerankResult, blended: list[tuple[RankedDocument, float
         else:
             console.print(line, soft_wrap=True)
     other = "start the server with --model for another" if is_remote else "choose another with --model"
+    below = f"; documents below the minimum score: {result.num_below_min_score}" if result.num_below_min_score else ""
     note = f" (small built-in model; {other})" if result.model == EMBEDDED_MODEL else ""
     cost = f"{result.num_computed_tokens} tokens in {result.total_ms:.0f} ms"
-    console.print(Text(f"{visible(result.model)}{note}: {cost}", style="dim"), soft_wrap=True)
+    console.print(Text(f"{visible(result.model)}{note}: {cost}{below}", style="dim"), soft_wrap=True)
+
+
+def _share_of(item: RankedDocument) -> float:
+    """0...1, also where the relevance score is a bare logit."""
+    return sigmoid(item.log_odds) if item.probability is None else item.probability
 
 
 def _bar(score: float, *, is_ascii_only: bool) -> str:

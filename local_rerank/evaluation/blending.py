@@ -1,26 +1,26 @@
-"""Blend a model's log-odds with the first stage's scores or with BM25.
+"""Which scores to blend a model's log-odds with: the first stage's or BM25 (`local_rerank.requests.scores` blends).
 
-Both sides are converted to z-scores within each query, so a weight means the same for every model and every query.
-Blending only changes the order: the relevance scores and log-odds stay the model's.
+Both sides are converted to z-scores or to reciprocal ranks within each query, so a weight means the same for every
+model and every query. Blending only changes the order: the relevance scores and log-odds stay the model's.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from local_rerank.errors import ConfigError
+from local_rerank.types import BlendMethod
 
 BlendSource = Literal["bm25", "run"]
 """Which scores are added: BM25 over the documents, or those of the first stage's run."""
 
+BY_RANK = "-ranks"  # suffix of a source in `--blend`
 K1, B = 1.2, 0.75  # BM25's usual constants: term-frequency saturation and length normalization
-_MIN_SPREAD = 1e-9  # relative to the largest score; a smaller deviation is rounding error
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han
 _WORD = re.compile(rf"(?P<cjk>[{_CJK}]+)|[^\W_{_CJK}]+")
 
@@ -31,9 +31,10 @@ class Blend:
 
     source: BlendSource
     weight: float
+    method: BlendMethod = "z-scores"
 
     def __str__(self) -> str:
-        return f"{self.source}={self.weight:g}"
+        return f"{self.source}{'' if self.method == 'z-scores' else BY_RANK}={self.weight:g}"
 
 
 def parse_blend(text: str) -> Blend:
@@ -42,38 +43,18 @@ def parse_blend(text: str) -> Blend:
     >>> parse_blend("bm25=0.5")
     Blend(source='bm25', weight=0.5)
     """
-    source, _, number = text.partition("=")
+    name, _, number = text.partition("=")
+    source = name.removesuffix(BY_RANK)
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if source not in get_args(BlendSource) or not (math.isfinite(weight) and weight >= 0):
-        raise ConfigError(f"blend is {text!r}; it must be bm25=W or run=W, where the weight W is at least 0")
-    return Blend(cast("BlendSource", source), weight)
-
-
-def blend(log_odds: Sequence[float], others: Sequence[float], weight: float) -> list[float]:
-    """Return z(log_odds) + weight * z(others), document by document.
-
-    >>> blend([2.0, 0.0], [5.0, 7.0], 0.5)
-    [0.5, -0.5]
-    """
-    return [a + weight * b for a, b in zip(z_scores(log_odds), z_scores(others), strict=True)]
-
-
-def z_scores(values: Sequence[float]) -> list[float]:
-    """Return (value - mean) / population standard deviation; zeros if all values are equal."""
-    if not values:
-        return []
-    mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-    if deviation <= _MIN_SPREAD * max(map(abs, values)):
-        return [0.0] * len(values)
-    return [(value - mean) / deviation for value in values]
-
-
-def best_first(scores: Sequence[float]) -> list[int]:
-    """Return positions sorted by descending score; ties keep their order."""
-    return sorted(range(len(scores)), key=lambda position: -scores[position])
+        raise ConfigError(
+            f"blend is {text!r}; it must be bm25=W or run=W, or bm25-ranks=W or run-ranks=W, where the weight W is at "
+            "least 0"
+        )
+    return Blend(cast("BlendSource", source), weight, "z-scores" if source == name else "reciprocal-ranks")
 
 
 def words(text: str) -> list[str]:

@@ -24,6 +24,10 @@ class Labelled:
     num_unjudged: int = 0  # of a run's candidates, which count as not relevant
 
     @property
+    def labels(self) -> list[bool]:
+        return [label for labels in self.by_query.values() for label in labels.values()]
+
+    @property
     def digest(self) -> str:
         """Hex SHA-256 of the pairs with their labels, in any order and from either form of input."""
         rows = sorted(

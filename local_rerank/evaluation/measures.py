@@ -5,16 +5,18 @@ The steps are `score`, `reorder`, `measure` and `compare`. `measure` and `compar
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
-from local_rerank.errors import ConfigError
-from local_rerank.evaluation.blending import Blend, Bm25, best_first, blend
+from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.evaluation.blending import Blend, Bm25
 from local_rerank.evaluation.collection import Collection
-from local_rerank.types import Limits, RerankRequest
+from local_rerank.requests.scores import best_first, blend
+from local_rerank.types import BlendMethod, Limits, RerankRequest
 
 if TYPE_CHECKING:
     from local_rerank.reranker import Reranker
@@ -27,6 +29,8 @@ FIRST_STAGE = "first stage"  # name of the system that leaves the run as it is
 MEASURE = "nDCG@10"  # the measure used to compare systems
 NUM_RESAMPLES = 9999  # of the randomization test, which gives p to about 0.005
 SEED = 0
+WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # that `tune_blend` tries
+_BY_QUERY = ("queries", "qrels", "run")  # fields of a collection
 TIE = 1e-9  # smaller differences are rounding error
 
 
@@ -104,14 +108,49 @@ def blend_scores(scores: Scores, collection: Collection, how: Blend) -> Scores:
     bm25 = Bm25(collection.documents.values()) if how.source == "bm25" else None
     blended = {}
     for query_id, log_odds in scores.items():
-        candidates = collection.run[query_id][: len(log_odds)]
+        candidates = collection.run.get(query_id, ())[: len(log_odds)]
+        if not candidates:  # of the other half
+            continue
         if bm25 is None:
             others = [candidate.score for candidate in candidates]
         else:
             texts = [collection.documents[candidate.document_id] for candidate in candidates]
             others = bm25.scores(collection.queries[query_id], texts)
-        blended[query_id] = blend(log_odds, others, how.weight)
+        blended[query_id] = blend(log_odds, others, how.weight, how.method)
     return blended
+
+
+def tune_blend(scores: Scores, collection: Collection) -> Blend:
+    """Return the weight of the run's scores, and the method, with the highest mean nDCG@10; the smallest of equals.
+
+    Weight 0 is the model alone.
+    """
+
+    def mean(how: Blend) -> float:
+        orders = reorder(collection, blend_scores(scores, collection, how))
+        return System(name="", values=measure(collection.qrels, orders, [MEASURE])).mean(MEASURE)
+
+    tried = [Blend("run", weight, method) for weight in WEIGHTS for method in get_args(BlendMethod)]
+    return max(tried, key=mean)
+
+
+def halves(collection: Collection) -> tuple[Collection, Collection]:
+    """Split the queries in two by a hash of their ids, which no order and no other query changes.
+
+    Raises InvalidRequest if either half has no query with candidates.
+    """
+    sides: tuple[list[str], list[str]] = [], []
+    for query_id in collection.queries:
+        sides[hashlib.sha256(query_id.encode()).digest()[0] % 2].append(query_id)
+    if not all(any(collection.run[query_id] for query_id in side) for side in sides):
+        what = f"{len(collection.queries)} queries cannot be split in two halves that both have candidates"
+        raise InvalidRequest(f"{what}; give some dozens of queries", field="queries")
+
+    def part(side: list[str]) -> Collection:
+        fields: dict[str, Any] = {name: {each: getattr(collection, name)[each] for each in side} for name in _BY_QUERY}
+        return replace(collection, **fields)
+
+    return part(sides[0]), part(sides[1])
 
 
 def reorder(collection: Collection, scores: Scores) -> Orders:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from tokenizers import Tokenizer
 
-from local_rerank.config import DEFAULT_CHUNK_OVERLAP_TOKENS, DEFAULT_CHUNK_TOKENS
+from local_rerank.config import CHUNK_OVERLAP_TOKENS, CHUNK_TOKENS
 from local_rerank.errors import TooManyChunks, TooManyTokens
 from local_rerank.requests.chunks import Bounds, chunks
 from local_rerank.requests.encoders import Encode
@@ -28,8 +28,8 @@ class PromptLimits:
     max_query_tokens: int
     max_document_tokens: int  # of a document or a chunk
     long_documents: LongDocuments = "truncate"  # these are defaults for models whose config.json states none
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    chunk_overlap_tokens: int = DEFAULT_CHUNK_OVERLAP_TOKENS
+    chunk_tokens: int = CHUNK_TOKENS
+    chunk_overlap_tokens: int = CHUNK_OVERLAP_TOKENS
     num_best_chunks: int = 1
 
 

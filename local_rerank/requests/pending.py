@@ -12,8 +12,8 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from local_rerank.errors import DeadlineExceeded, LocalRerankError
-from local_rerank.requests.calibration import Calibration, sigmoid
 from local_rerank.requests.pair import Pair, TokenizedRequest
+from local_rerank.requests.scores import ScoreScale, blend
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,18 @@ class PendingRequest:
         tokenized: TokenizedRequest,
         *,
         model_id: str,
-        activation: str = "sigmoid",
+        scale: ScoreScale = ScoreScale(),  # noqa: B008  # frozen
         started: float,
         name: str | None = None,
         span_pairs: SpanPairs = lambda document, bounds, pair: [],
-        calibration: Calibration | None = None,
         on_scored: OnScored | None = None,
     ) -> None:
         """`started`: time.perf_counter() when tokenization started; `name`: the request's name in the log.
 
-        `activation`: a row of ACTIVATIONS. `span_pairs` is used if the request asks for spans. `on_scored` gets each
-        document once, without spans.
+        `span_pairs` is used if the request asks for spans. `on_scored` gets each document once, without spans and
+        blended score. Raises InvalidRequest for an instruction without scores.
         """
+        scale.check_instruction(has_default_instruction=tokenized.has_default_instruction)
         self.request = request
         self.tokenized = tokenized
         self.name = name
@@ -58,10 +58,9 @@ class PendingRequest:
         self._span_pairs = span_pairs if request.spans else None
         self._spans: dict[int, dict[int, tuple[int, int]]] = {}  # by document: bounds by position of the pair
         self._model_id = model_id
-        self._relevance_score = ACTIVATIONS[activation]
-        self._calibration = calibration if tokenized.has_default_instruction else None
+        self._scale = scale
         self._on_scored = on_scored
-        self._reported: set[int] = set()  # documents that `on_scored` has
+        self._reported: set[int] = set()  # documents that `on_scored` has, or that `min_score` leaves out
         self._started = started
         self._queued = time.perf_counter()
 
@@ -86,12 +85,12 @@ class PendingRequest:
         self.fail(DeadlineExceeded(timeout_ms=seconds * 1e3, remedy=remedy))
 
     def report(self) -> None:
-        """Tell `on_scored` which documents have got their scores."""
+        """Tell `on_scored` which documents have got their scores, but for those that `min_score` leaves out."""
         if self._on_scored is not None:
             scored = self._document_log_odds(but=self._reported)
             self._reported |= scored.keys()
-            if scored:
-                self._on_scored([self._document(index, value) for index, value in scored.items()])
+            if kept := [self._document(index, scored[index]) for index in scored if self._is_kept(scored[index])]:
+                self._on_scored(kept)
 
     def more_pairs(self) -> list[Pair]:
         """After all pairs were scored: those of the spans, numbered on. Empty when they were returned before."""
@@ -99,7 +98,7 @@ class PendingRequest:
             return []
         span_pairs, self._span_pairs = self._span_pairs, None
         pairs: list[Pair] = []
-        for index in _order(self._document_log_odds())[: self.request.top_n]:
+        for index, _ in self._ranked(self._document_log_odds())[: self.request.top_n]:
             best = self._best_pair(index)
             if (bounds := self.tokenized.bounds_as_sent(index, best)) is not None:
                 spans = span_pairs(self.request.documents[index], bounds, self.tokenized.pairs[best])
@@ -127,12 +126,12 @@ class PendingRequest:
             logger.debug("a request was cancelled while its result was delivered")
 
     def _result(self) -> RerankResult:
-        """Sort by log-odds, which do not saturate as scores do, then by index, and keep `top_n` documents."""
         tokenized, now = self.tokenized, time.perf_counter()
         documents, log_odds = self.request.documents, self._document_log_odds()
-        ranked = [self._document(index, log_odds[index]) for index in _order(log_odds)[: self.request.top_n]]
+        ranked = self._ranked(log_odds)
+        results = [self._document(index, log_odds[index], blended) for index, blended in ranked[: self.request.top_n]]
         return RerankResult(
-            results=tuple(ranked),
+            results=tuple(results),
             model=self._model_id,
             num_query_tokens=tokenized.num_query_tokens,
             num_query_truncated_tokens=tokenized.num_query_truncated_tokens,
@@ -146,20 +145,46 @@ class PendingRequest:
             total_ms=(now - self._started) * 1e3,
             is_constant=len(set(log_odds.values())) == 1 < len({documents[index] for index in log_odds}),
             not_scored=tuple(index for index in range(len(documents)) if index not in log_odds),
-            num_without_spans=sum(item.spans is None for item in ranked) if self.request.spans else 0,
+            num_without_spans=sum(item.spans is None for item in results) if self.request.spans else 0,
+            num_below_min_score=None if self.request.min_score is None else len(log_odds) - len(ranked),
         )
 
-    def _document(self, index: int, log_odds: float) -> RankedDocument:
+    def _document(self, index: int, log_odds: float, blended_score: float | None = None) -> RankedDocument:
+        score, probability = self._score_of(log_odds)
         return RankedDocument(
             index=index,
-            relevance_score=self._relevance_score(log_odds),
+            relevance_score=score,
             log_odds=log_odds,
             document=self.request.documents[index],
             num_tokens=self.tokenized.num_document_tokens(index),
             num_truncated_tokens=self.tokenized.num_truncated_tokens[index],
             **self._chunks(index),
-            probability=None if self._calibration is None else self._calibration.probability(log_odds),
+            probability=probability,
+            blended_score=blended_score,
         )
+
+    def _score_of(self, log_odds: float) -> tuple[float, float | None]:
+        return self._scale.of(log_odds, has_default_instruction=self.tokenized.has_default_instruction)
+
+    def _is_kept(self, log_odds: float) -> bool:
+        least = self.request.min_score
+        return least is None or self._score_of(log_odds)[0] >= least
+
+    def _ranked(self, log_odds: Mapping[int, float]) -> list[tuple[int, float | None]]:
+        """The documents that `min_score` leaves, by index, with the blended scores that they are sorted by, if any.
+
+        Else they are sorted by log-odds, which do not saturate as scores do; in both cases then by index. At the
+        deadline, those are blended that are scored.
+        """
+        request = self.request
+        blended: Mapping[int, float] = {}
+        if request.first_stage_scores is not None:
+            others = [float(request.first_stage_scores[index]) for index in log_odds]  # from ints and NumPy's types
+            values = blend(list(log_odds.values()), others, request.first_stage_weight, request.first_stage_method)
+            blended = dict(zip(log_odds, values, strict=True))
+        keys = blended or log_odds
+        order = sorted(log_odds, key=lambda index: (-keys[index], index))
+        return [(index, blended.get(index)) for index in order if self._is_kept(log_odds[index])]
 
     def _document_log_odds(self, but: Collection[int] = ()) -> dict[int, float]:
         """By document: the mean of its best chunks. Without those of which a pair has no score that is a number: at the
@@ -190,12 +215,4 @@ class PendingRequest:
         return found | {"spans": tuple(sorted(spans, key=lambda span: -span.score))}
 
     def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
-        return ScoredSpan(start=bounds[0], end=bounds[1], score=self._relevance_score(self.log_odds[pair]))
-
-
-def _order(log_odds: Mapping[int, float]) -> list[int]:
-    return sorted(log_odds, key=lambda index: (-log_odds[index], index))
-
-
-ACTIVATIONS: dict[str, Callable[[float], float]] = {"sigmoid": sigmoid, "identity": float}
-"""What makes a relevance score of log-odds; some classifiers are used with their bare logit."""
+        return ScoredSpan(start=bounds[0], end=bounds[1], score=self._score_of(self.log_odds[pair])[0])

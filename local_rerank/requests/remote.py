@@ -40,6 +40,7 @@ SENT = {  # engine options that a request can have, and their names in it
     "chunk_overlap_tokens": "chunk_overlap_tokens",
     "num_best_chunks": "num_best_chunks",
 }
+FIRST_STAGE = ("first_stage_scores", "first_stage_weight", "first_stage_method")
 FORMS = "http://HOST:PORT, https://HOST or http+unix:///PATH, as `local-rerank serve` prints it"
 MAX_SHOWN_CHARS = 300  # of a server's message
 
@@ -116,8 +117,15 @@ def rank_at(server: Server, request: RerankRequest, options: Mapping[str, Any]) 
     Raises ConfigError if it cannot be reached or does not answer as our server does, InvalidRequest, Overloaded or
     ModelUnavailable for what it refuses.
     """
-    body = {"query": request.query, "documents": request.documents, "top_n": request.top_n, "return_documents": False}
-    body |= {"spans": True} if request.spans else {}
+    names = [
+        "query",
+        "documents",
+        "top_n",
+        *["spans"] * request.spans,
+        *["min_score"] * (request.min_score is not None),
+    ]
+    names += FIRST_STAGE if request.first_stage_scores is not None else ()
+    body = {name: getattr(request, name) for name in names} | {"return_documents": False}
     key = next(iter(os.environ.get(KEY_VARIABLE, "").split()), None)
     answer = _post(server, json.dumps(body | dict(options)).encode(), key)
     if answer.status != 200:

@@ -30,6 +30,7 @@ from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, InvalidRequest
 from local_rerank.requests.pair import Pair
+from local_rerank.requests.scores import ScoreScale
 from local_rerank.reranker import Reranker
 from local_rerank.selftest.prompts import WRONG_PROMPTS, Fault, prompt_of
 from local_rerank.types import RerankRequest
@@ -106,7 +107,7 @@ def log_odds_of(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
         documents = tuple(pair.document for pair in group)
         request = RerankRequest(query=query, documents=documents, instruction=instruction)
         try:
-            result = reranker.submit(request).result()
+            result = reranker.submit(request, scale=ScoreScale()).result()  # the model's scores, with any instruction
         except InvalidRequest as error:
             raise ConfigError(f"the self-test's pairs exceed the configured limits: {error}") from error
         if result.num_truncated_documents or result.num_query_truncated_tokens:
@@ -229,7 +230,9 @@ class _Examination:
             return fault, detail
         if info.num_parameters > MAX_RELOADED_PARAMETERS:
             return fault, f"{detail}; or {info.dtype} is too inexact for this model: try --dtype fp32"
-        config = dataclasses.replace(self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL)
+        config = dataclasses.replace(
+            self.reranker.config, dtype="fp32", attention=REFERENCE_KERNEL, calibration=None, scores="model"
+        )
         try:
             with Reranker(config=config) as exact:
                 scores = self._right_scores(exact.engine, self.known.pairs)

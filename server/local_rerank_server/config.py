@@ -47,7 +47,6 @@ LOGS = Group("Logs", sort_key=7)
 
 DashScopeLimits = Literal["hosted", "server"]
 DocumentEcho = Literal["object", "string"]
-Scores = Literal["model", "calibrated"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["human", "json"]
 
@@ -189,12 +188,6 @@ class ServerConfig:
                   help="How /rerank and /v1/rerank return a document: as an object with its text or, for clients of "
                        "Qianfan and Zhipu and LiteLLM's infinity/, as a string."),
     ] = "object"  # fmt: skip
-    scores: Annotated[
-        Scores,
-        Parameter(group=APIS,
-                  help="What relevance_score is: the model's score, or the probability of --calibration. The latter "
-                       "needs the calibration's instruction in every request. Log-odds stay the model's."),
-    ] = "model"  # fmt: skip
     no_self_test: Annotated[
         bool, Parameter(group=ENGINE,
                         help="Skip the self-test at start, which compares scores with known ones.", negative="")
@@ -275,14 +268,8 @@ class ServerConfig:
             )
 
     def check_scores(self, engine: EngineConfig) -> None:
-        """Raise ConfigError if `scores` is calibrated and requests without an instruction could have no probability."""
-        if self.scores == "model":
-            return
-        if engine.calibration is None:
-            raise ConfigError(
-                "scores is calibrated, which needs --calibration FILE; `local-rerank calibrate` makes one"
-            )
-        if self.dashscope_instruction != engine.instruction:
+        """Raise ConfigError if requests without an instruction could have no probability, but scores are to be one."""
+        if engine.scores == "calibrated" and self.dashscope_instruction != engine.instruction:
             raise ConfigError(
                 "scores is calibrated, but the default instruction of the DashScope routes is not the calibration's; "
                 f"set --dashscope-instruction {shlex.quote(engine.instruction)}"

@@ -23,7 +23,7 @@ from local_rerank.async_reranker import TOKENIZER_THREADS, queued
 from local_rerank.errors import DeadlineExceeded, DeviceFailure, ModelUnavailable, Overloaded
 from local_rerank.models.model_set import ModelSet
 from local_rerank.models.served import Ranker, ServedModel
-from local_rerank.types import OnDeadline, RankedDocument, RerankRequest, RerankResult
+from local_rerank.types import OnDeadline, RerankRequest, RerankResult
 from local_rerank_server.admission import Admission
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.errors import ClientDisconnected, InvalidField, ModelNotLoaded, UnknownModel
@@ -103,9 +103,10 @@ class ServerState:
         """Rank requests with these models from now on. `observe` must be the `on_load` of a ModelSet."""
         if not isinstance(models, ModelSet):
             models = ModelSet.of(models, aliases=self.config.model_aliases, on_load=self.observe)
-        for model in models.models if self.config.scores == "calibrated" else ():
-            calibration = model.options.engine.calibration
-            logger.info("relevance_score is the probability of calibration %s, model %s", calibration, model.name)
+        for model in models.models:
+            if model.options.engine.scores == "calibrated":
+                calibration = model.options.engine.calibration
+                logger.info("relevance_score is the probability of calibration %s, model %s", calibration, model.name)
         self.admission.num_models = len(models.models)
         self._models = models
 
@@ -172,7 +173,7 @@ class ServerState:
                 http.state.results.append(result)
                 self.metrics.of(model.name).add_result(result, num_documents=len(request.documents))
                 self.admission.rates.count_tokens(getattr(http.state, "key", None), result.total_tokens)
-                return result if self.config.scores == "model" else replace(result, results=self.as_served(result))
+                return result
             if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
             raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(model, request, timeout_ms))
@@ -231,10 +232,6 @@ class ServerState:
         finally:
             self.models.release(model)
 
-    def as_served(self, items: Iterable[RankedDocument]) -> tuple[RankedDocument, ...]:
-        """The documents with the scores that --scores says; raises InvalidField if there are no probabilities."""
-        return tuple(items) if self.config.scores == "model" else tuple(map(_with_probability, items))
-
     def _remedy(self, model: ServedModel, request: RerankRequest, timeout_ms: float) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
         if (ranker := model.ranker) is None:
@@ -256,12 +253,6 @@ class ServerState:
     def _retry_after(self) -> float:
         ranker = self._models and self._models.default.ranker
         return ranker.retry_after() if ranker else 1.0
-
-
-def _with_probability(item: RankedDocument) -> RankedDocument:
-    if item.probability is None:
-        raise InvalidField("instruction", "the scores of this server are calibrated for its default one; leave it out")
-    return replace(item, relevance_score=item.probability)
 
 
 async def all_or_none(rankings: Iterable[Coroutine[Any, Any, Ranking]]) -> list[Ranking]:

@@ -238,6 +238,13 @@ def test_texts_may_come_from_ir_datasets(collection: dict[str, Path], tmp_path: 
         (["in.jsonl", "--output", "o.jsonl", "--top-k", "3"], "top_k needs a run (.run) as input"),
         (["in.jsonl", "--output", "o.jsonl", "--qrels", "q"], "qrels needs a run as output, but output is o.jsonl"),
         (["in.jsonl", "--output", "o.jsonl", "--blend", "x=1"], "blend is 'x=1'"),
+        (
+            ["in.run", "--output", "o.run", "--qrels", "q", "--min-score", "1"],
+            "qrels measures whole rankings, but min_",
+        ),
+        (["in.jsonl", "--output", "o.jsonl", "--min-score", "nan"], "min_score is nan; it must be a finite number"),
+        (["in.jsonl", "--output", "o.jsonl", "--scores", "calibrated"], "scores is calibrated, which needs --calib"),
+        (["pairs.jsonl", "--output", "o.jsonl", "--min-score", "1"], "pairs.jsonl has pairs, which have no ranking"),
         (["in.jsonl", "--output", "o.xml"], "output is o.xml; it must end in one of .jsonl"),
         (["in.run", "--output", "o.run"], "which needs either --queries and --corpus or --dataset"),
         (["in.run", "--output", "o.run", "--top-k", "0"], "top_k is 0; it must be at least 1"),
@@ -254,6 +261,7 @@ def test_wrong_options_are_reported_in_one_line_before_any_work(
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "in.jsonl", [{"query": "q", "documents": ["d"]}])
     write_lines(tmp_path / "in.run", ["q Q0 d 1 1 x"])
+    write_lines(tmp_path / "pairs.jsonl", [{"query": "q", "document": "d"}])
     done = command("batch", *arguments, *model)
     assert (done.returncode, done.stdout) == (1, "")
     assert says in done.stderr

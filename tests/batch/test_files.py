@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from local_rerank import RankedDocument
 from local_rerank.batch import sources
 from local_rerank.batch.formats import open_sink, open_source
-from local_rerank.batch.rows import Row, ScoredRow, parse_record
+from local_rerank.batch.rows import AddedColumns, Row, ScoredRow, parse_record
 from local_rerank.batch.sinks import Sink
 from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -220,9 +220,10 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 
 
 def sink_for(file: Path, source: Source, **options: Any) -> Sink:
-    defaults = {"model_id": "Owner/My Model", "with_documents": False, "is_blended": False}
     (file.parent / "job").mkdir(exist_ok=True)
-    return open_sink(file, file.parent / "job", source, **(defaults | options))
+    others = {name: options.pop(name) for name in ("stream", "spreadsheet_safe") if name in options}
+    added = AddedColumns(**options)
+    return open_sink(file, file.parent / "job", source, model_id="Owner/My Model", added=added, **others)
 
 
 def test_a_ranking_is_written_in_every_format(tmp_path: Path) -> None:
@@ -251,12 +252,35 @@ def test_a_ranking_is_written_in_every_format(tmp_path: Path) -> None:
 
 
 def test_blended_scores_are_written_and_are_the_scores_of_a_run(tmp_path: Path) -> None:
-    row = dataclasses.replace(scored(RANKING, [-1.0, 2.5]), blended_scores=(5.0, -2.0))
+    row = scored(RANKING, [-1.0, 2.5])
+    items = (
+        dataclasses.replace(item, blended_score=score) for item, score in zip(row.results, (5.0, -2.0), strict=True)
+    )
+    row = dataclasses.replace(row, results=tuple(items))
     assert written(tmp_path, "a.run", RANKING, row).read_text().splitlines()[0] == "7 Q0 y 1 5.0 My_Model"
     (first, _) = pq.read_table(written(tmp_path, "a.parquet", RANKING, row, is_blended=True)).to_pylist()
     assert [each["blended_score"] for each in first["results"]] == [5.0, -2.0]
     rows = read_csv(written(tmp_path, "a.csv", RANKING, row, is_blended=True))
     assert rows[1]["blended_score"] == "-2.0"
+
+
+def test_probabilities_and_what_is_left_out_are_in_every_format(tmp_path: Path) -> None:
+    row = scored_row(dataclasses.replace(parse_record(RANKING), tail_ids=("z",)), [-1.0, 2.5])
+    best = dataclasses.replace(row.results[0], probability=0.9)
+    one, none = (dataclasses.replace(row, results=r, num_below_min_score=2 - len(r)) for r in ((best,), ()))
+    found = json.loads(written(tmp_path, "a.jsonl", RANKING, one).read_text().splitlines()[0])
+    assert (found["results"][0]["probability"], found["num_below_min_score"]) == (0.9, 1)
+    options = {"is_calibrated": True, "counts_below": True}
+    (found, _) = pq.read_table(written(tmp_path, "a.parquet", RANKING, one, **options)).to_pylist()
+    assert (found["results"][0]["probability"], found["num_below_min_score"]) == (0.9, 1)
+    assert [each["probability"] for each in read_csv(written(tmp_path, "a.csv", RANKING, one, **options))] == [
+        "0.9"
+    ] * 2
+    assert written(tmp_path, "a.run", RANKING, one).read_text() == "7 Q0 y 1 2.5 My_Model\n" * 2, (
+        "no unscored candidate"
+    )
+    assert written(tmp_path, "b.run", RANKING, none).read_text() == ""
+    assert len(written(tmp_path, "b.csv", RANKING, none).read_text().splitlines()) == 1, "the head"
 
 
 def test_a_pair_keeps_its_columns_in_every_format(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from local_rerank.batch import job
 from local_rerank.batch.formats import open_sink, open_source
 from local_rerank.batch.job import JobFolder, JobProgress, blocks, run_job
-from local_rerank.batch.rows import Row, ScoredRow
+from local_rerank.batch.rows import AddedColumns, Row, ScoredRow
 from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.batch.trec_source import FileTexts, RunSource
 from local_rerank.errors import ConfigError, InvalidRequest
@@ -44,7 +44,7 @@ def do_job(
     rejects = folder / f"{output_name}.rejects"
     with patch.context(), closing(JobFolder(output, rejects, SETTINGS, overwrite=overwrite)) as held:
         source = open_input(folder, input_name, held)
-        sink = open_sink(output, held.path, source, model_id="m", with_documents=True, is_blended=False)
+        sink = open_sink(output, held.path, source, model_id="m", added=AddedColumns(with_documents=True))
         held.start(SETTINGS)
         run_job(held, source, fake_scores, sink, rejects, report=lambda *_: None)
     patch.undo()

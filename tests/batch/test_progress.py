@@ -93,7 +93,7 @@ def test_c14_results_are_written_in_order_as_they_come(tmp_path: Path, monkeypat
     with closing(JobFolder(output, tmp_path / "rejects", {}, overwrite=False)) as folder:
         folder.start({})
         source = open_source(input, folder.path)
-        sink = open_sink(output, folder.path, source, model_id="m", with_documents=False, is_blended=False)
+        sink = open_sink(output, folder.path, source, model_id="m")
         run_job(folder, source, score, sink, tmp_path / "rejects", report=lambda *_: None)
     assert written == list(range(8))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,9 @@ from local_rerank.batch.rows import PAIR_COLUMNS, parse_record
 from local_rerank.batch.score_cache import CachedScore, ScoreCache, score_identity
 from local_rerank.batch.scoring import MAX_REQUEST_DOCUMENTS, BlockScorer
 from local_rerank.errors import ConfigError, EngineFailure, InstructionTooLong, InvalidRequest
-from local_rerank.evaluation.blending import Blend, Bm25, blend
-from tests.tiny_checkpoints import make_checkpoint
+from local_rerank.evaluation.blending import Blend, Bm25
+from local_rerank.requests.scores import blend
+from tests.tiny_checkpoints import calibration_file, make_checkpoint
 
 CLOSE = 1e-4  # log-odds in fp32, in other batches
 
@@ -238,3 +240,32 @@ def test_blending_uses_the_rows_scores_or_bm25_over_its_documents(tiny_reranker:
 def test_blending_needs_scores_in_the_row(tiny_reranker: Reranker) -> None:
     with pytest.raises(ConfigError, match="blend is run=1, but the documents of query 'q' have no scores"):
         BlockScorer(tiny_reranker, blend=Blend("run", 1.0)).score_records([{"query": "q", "documents": ["a"]}])
+
+
+# Thresholds and probabilities
+
+
+def test_a_block_has_probabilities_and_leaves_out_what_is_below_the_minimum(
+    tiny_reranker: Reranker, tmp_path: Path
+) -> None:
+    record = {"query": "cat", "documents": ["a cat", "the dog barks", "a bird"]}
+    file = str(calibration_file(tiny_reranker, tmp_path))
+    options: dict[str, Any] = {"calibration": file, "scores": "calibrated"}
+    expected = tiny_reranker.rank("cat", record["documents"])
+    with Reranker(config=tiny_reranker.config, **options) as reranker:
+        cache = ScoreCache(tmp_path / "scores.sqlite", score_identity(tiny_reranker))
+        plain = BlockScorer(tiny_reranker, cache=cache).score_records([record, record | {"instruction": "other"}])
+        assert "probability" not in str(plain)
+        kept, left_out = (reranker.scale.of(expected[i].log_odds, has_default_instruction=True)[0] for i in (1, 2))
+        scorer = BlockScorer(reranker, cache=cache, min_score=(kept + left_out) / 2)
+        outcome, other = scorer.score_records([record, record | {"instruction": "other"}])
+    assert isinstance(other, InvalidRequest), "its pairs are in the cache, but have no probability"
+    assert isinstance(outcome, dict)
+    assert [item["index"] for item in outcome["results"]] == [item.index for item in expected[:2]]
+    assert outcome["num_below_min_score"] == 1
+    for item in outcome["results"]:
+        assert (
+            item["relevance_score"]
+            == item["probability"]
+            == pytest.approx(1 / (1 + math.exp(1 - item["log_odds"] / 2)))
+        )

@@ -15,7 +15,7 @@ from local_rerank import CrossEncoder, EngineConfig, Reranker, RerankRequest
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.requests.calibration import sigmoid
+from local_rerank.requests.scores import sigmoid
 from local_rerank.selftest.machine_report import NOTHING, describe
 from local_rerank.selftest.self_test import self_test
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder

@@ -11,8 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_rerank.errors import ConfigError
-from local_rerank.evaluation.blending import Bm25, best_first, blend, parse_blend, words, z_scores
+from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.evaluation.blending import Bm25, parse_blend, words
+from local_rerank.evaluation.collection import Collection
+from local_rerank.evaluation.measures import halves, tune_blend
+from local_rerank.evaluation.trec_files import Candidate
+from local_rerank.requests.scores import best_first, blend, z_scores
 from tests.command_line import command
 
 numbers = st.lists(st.integers(-1000, 1000).map(float), min_size=1, max_size=30)
@@ -95,9 +99,72 @@ def test_bm25_of_empty_documents_is_zero(documents: list[str]) -> None:
     assert Bm25(documents).scores("cat", documents) == [0.0] * len(documents)
 
 
-@pytest.mark.parametrize("text", ["", "bm25", "bm25=", "bm25=x", "bm25=-1", "run=nan", "run=inf", "tfidf=1", "=1"])
+def ranked_by(run: list[float], num_queries: int = 12) -> Collection:
+    """Queries q0, q1, ..., whose first document d0 is the relevant one, with this run for each of them."""
+    candidates = tuple(Candidate(f"d{i}", score) for i, score in enumerate(run))
+    names = [f"q{i}" for i in range(num_queries)]
+    return Collection(
+        documents={each.document_id: f"text of {each.document_id}" for each in candidates},
+        queries=dict.fromkeys(names, "query"),
+        qrels={name: {"d0": 1} for name in names},
+        run=dict.fromkeys(names, candidates),
+        num_unjudged_queries=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "log_odds", "weight"),
+    [
+        ([9.0, 2.0, 1.0], [0.0, 0.1, -5.0], 0.05),  # the run knows better, and a little of it is enough
+        ([1.0, 2.0, 9.0], [5.0, 1.0, 0.0], 0.0),  # the model alone is the best
+    ],
+)
+def test_the_tuned_weight_is_the_smallest_of_the_best(run: list[float], log_odds: list[float], weight: float) -> None:
+    collection = ranked_by(run)
+    assert tune_blend(dict.fromkeys(collection.queries, log_odds), collection).weight == weight
+
+
+def test_a_query_is_in_the_same_half_whatever_the_others_are() -> None:
+    tuned_on, measured = halves(ranked_by([1.0], 40))
+    assert sorted([*tuned_on.queries, *measured.queries]) == sorted(ranked_by([1.0], 40).queries)
+    assert 12 < len(tuned_on.queries) < 28
+    for half, other in zip((tuned_on, measured), halves(ranked_by([1.0], 20)), strict=True):
+        assert half.queries.keys() == half.qrels.keys() == half.run.keys()
+        assert other.queries.keys() < half.queries.keys()
+    with pytest.raises(InvalidRequest, match="1 queries cannot be split in two halves"):
+        halves(ranked_by([1.0], 1))
+
+
+def test_eval_tunes_on_one_half_and_reports_on_the_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    names = [f"q{i}" for i in range(8)]
+    lines = {
+        "corpus.jsonl": [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(DOCUMENTS)],
+        "queries.jsonl": [json.dumps({"id": name, "text": "bird"}) for name in names],
+        "qrels.trec": [f"{name} 0 d2 1" for name in names],
+        "first.run": [f"{name} Q0 d{i} 1 {score} x" for name in names for i, score in enumerate([1, 2, 9, 3])],
+    }
+    for name, each in lines.items():
+        (tmp_path / name).write_text("\n".join(each))
+    files = [f"--{name.partition('.')[0]}={tmp_path / name}" for name in lines if name != "first.run"]
+    model = ("--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "fp32")
+    done = command("eval", *files, f"--run={tmp_path / 'first.run'}", *model, "--tune", "blend", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["num_queries"] + report["num_tuning_queries"] == 8
+    first, alone, blended = report["systems"]
+    assert blended["name"].startswith(f"{alone['name']}, run")
+    assert set(blended["by_query"]["nDCG@10"]) == set(first["by_query"]["nDCG@10"]) < set(names)
+    assert blended["mean"]["nDCG@10"] == 1 > alone["mean"]["nDCG@10"]
+    against_the_model = report["comparisons"][-1]
+    assert (against_the_model["baseline"], against_the_model["wins"]) == (alone["name"], report["num_queries"])
+    assert against_the_model["p_value"] < 0.3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "bm25", "bm25-rank=1", "bm25=", "bm25=x", "bm25=-1", "run=nan", "run=inf", "tfidf=1", "=1"]
+)
 def test_a_malformed_blend_option_is_rejected(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"it must be bm25=W or run=W"):
+    with pytest.raises(ConfigError, match=r"it must be bm25=W or run=W, or bm25-ranks=W or run-ranks=W"):
         parse_blend(text)
 
 

@@ -17,7 +17,7 @@ from local_rerank.evaluation.calibrating import Fit, Scored, fit
 from local_rerank.evaluation.collection import Collection
 from local_rerank.evaluation.labelled import pairs_of, read_pairs
 from local_rerank.evaluation.trec_files import Candidate
-from local_rerank.requests.calibration import Calibration, read_calibration, sigmoid
+from local_rerank.requests.scores import Calibration, Curve, read_calibration, sigmoid
 from tests.command_line import Done, command
 from tests.tiny_checkpoints import calibration_file
 
@@ -34,40 +34,52 @@ def scored(num_queries: int, slope: float, intercept: float, *, step: float = 0.
 
 
 def fitted(pairs: Scored, precision: float = 0.8) -> Fit:
-    return fit(pairs, precisions=[precision], recalls=[0.9])
+    return fit(pairs, precisions=[precision], recalls=[0.9], num_resamples=200)
 
 
 def test_platt_finds_the_curve_that_made_the_labels_and_lowers_the_errors() -> None:
     found = fitted(scored(90, 0.5, -1.0))
     assert found.method == "platt", "900 pairs are too few for isotonic regression"
-    assert found.curve["slope"] == pytest.approx(0.5, abs=0.08)
-    assert found.curve["intercept"] == pytest.approx(-1.0, abs=0.2)
-    assert found.quality.error_after < 0.05 < 0.15 < found.quality.error_before
-    assert found.quality.brier_after < found.quality.brier_before
-    low, high = found.quality.auc_interval
-    assert 0.7 < low < found.quality.auc < high < 0.95
+    assert found.curve.slope == pytest.approx(0.5, abs=0.08)
+    assert found.curve.intercept == pytest.approx(-1.0, abs=0.2)
+    quality = found.quality
+    assert quality["error_after"] < 0.05 < 0.15 < quality["error_before"]
+    assert quality["brier_after"] < quality["brier_before"]
+    low, high = quality["auc_interval"]
+    assert 0.7 < low < quality["auc"] < high < 0.95
     assert found.why_no_separation == ""
 
 
 def test_isotonic_regression_is_taken_where_pairs_suffice_and_the_curve_is_no_sigmoid() -> None:
     found = fitted(scored(300, 0.0, -2.0, step=4.0))
     assert found.method == "isotonic"
-    curve = Calibration(**OF_NOTHING, **found.curve)
+    curve = found.curve
+    assert Calibration(**OF_NOTHING, points=curve.points).points, "it never falls"
     assert [curve.probability(x) for x in (-9.0, -2.0, 2.0, 9.0)] == pytest.approx([0.12, 0.12, 0.88, 0.88], abs=0.12)
     assert 0 < curve.probability(-99.0) < curve.probability(99.0) < 1, "no finite sample proves 0 or 1"
+
+
+def test_a_relevance_score_from_0_6_to_0_8_that_is_right_half_of_the_time_becomes_a_probability_that_holds() -> None:
+    pairs = scored(300, 1.0, -0.9)
+
+    def share_relevant(values: Any) -> float:
+        return float(pairs.relevant[(values >= 0.6) & (values <= 0.8)].mean())
+
+    assert share_relevant(pairs.probabilities(Curve())) == pytest.approx(0.5, abs=0.05)
+    assert 0.6 <= share_relevant(pairs.probabilities(fitted(pairs).curve)) <= 0.8
 
 
 def test_a_threshold_is_measured_on_queries_it_was_not_chosen_with() -> None:
     pairs = scored(200, 1.0, 0.0)
     by_precision, by_recall = fitted(pairs, 0.9).thresholds
-    assert by_precision.log_odds is not None
-    kept = pairs.log_odds >= by_precision.log_odds
+    assert by_precision["log_odds"] is not None
+    kept = pairs.log_odds >= by_precision["log_odds"]
     assert pairs.relevant[kept].mean() >= 0.9
-    low, high = by_precision.held_out["precision"]["interval"]
+    low, high = by_precision["held_out"]["precision"]["interval"]
     assert low < 0.9 < high
     assert high - low < 0.15
-    assert by_recall.held_out["recall"]["value"] == pytest.approx(0.9, abs=0.03)
-    assert by_precision.probability == pytest.approx(sigmoid(by_precision.log_odds), abs=0.06)
+    assert by_recall["held_out"]["recall"]["value"] == pytest.approx(0.9, abs=0.03)
+    assert by_precision["probability"] == pytest.approx(sigmoid(by_precision["log_odds"]), abs=0.06)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +188,7 @@ def test_rank_shows_the_probability(calibrated: tuple[Done, Path]) -> None:
         ({"slope": -1.0}, "the slope above 0"),
         ({"slope": math.nan}, "must be finite numbers"),
         ({"slope": None}, "is not a file of `local-rerank calibrate`"),
-        ({"method": "isotonic", "points": []}, "there are no points"),
+        ({"method": "isotonic", "points": []}, r"points is \[\]"),
         ({"method": "isotonic", "points": [[0, 0.5], [1, 0.4]]}, "must not fall"),
         ({"method": "isotonic"}, "without 'points'"),
     ],

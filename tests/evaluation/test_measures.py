@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from local_rerank import Reranker
 from local_rerank.errors import InvalidRequest
-from local_rerank.evaluation.blending import Blend, Bm25, blend
+from local_rerank.evaluation.blending import Blend, Bm25
 from local_rerank.evaluation.collection import Collection, read_collection
 from local_rerank.evaluation.left_out import LeftOut
 from local_rerank.evaluation.measures import System, blend_scores, compare, measure, measures, p_value, reorder, score
 from local_rerank.evaluation.plot import write_plot
 from local_rerank.evaluation.text_forms import read_texts
 from local_rerank.evaluation.trec_files import Candidate, read_qrels, read_run
+from local_rerank.requests.scores import blend
 from tests.command_line import Done, command
 from tests.tiny_checkpoints import make_checkpoint
 
@@ -368,7 +369,12 @@ def test_c5_eval_goes_on_without_a_candidate_that_the_corpus_lacks(
     [
         (["--top-k", "0"], "top_k is 0; it must be at least 1"),
         (["--max-queries", "0"], "max_queries is 0; it must be at least 1"),
-        (["--blend", "bm25"], "blend is 'bm25'; it must be bm25=W or run=W, where the weight W is at least 0"),
+        (
+            ["--blend", "bm25"],
+            "blend is 'bm25'; it must be bm25=W or run=W, or bm25-ranks=W or run-ranks=W, where the weight W is at "
+            "least 0",
+        ),
+        (["--blend", "run=1", "--tune", "blend"], "blend is run=1, but tune finds the blend; leave out one of them"),
         (["--plot", "out.gif"], "plot is out.gif; it must end in one of .svg, .png, .pdf"),
         (["--plot", "no/out.svg"], "plot is no/out.svg; there is no folder no"),
         (["--qrels", "absent.trec"], "absent.trec cannot be read: No such file or directory"),

@@ -142,7 +142,7 @@ def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None
     def answer(route: Route) -> None:
         order = orders[json.loads(route.request.post_data or "")["instruction"]]
         body = json.loads(route.fetch().text().splitlines()[-1])
-        by_index = {item["index"]: item for item in body["results"]}
+        by_index = {item["index"]: item | {"probability": 0.25} for item in body["results"]}  # of a calibration
         route.fulfill(json=body | {"results": [by_index[index] for index in order]})
 
     page.route("**/v1/local/rank", answer)
@@ -150,6 +150,7 @@ def test_a_comparison_shows_which_documents_moved_or_are_new(page: Page) -> None
     page.get_by_label("Second instruction").fill("second")
     rank(page, "q", "a\nb\nc\nd", Instruction_what="first")
     expect(page.locator(".ranking")).to_have_count(2)
+    assert page.locator("li .meta").first.inner_text().startswith("probability 0.2500 · index ")
     moved = page.locator(".ranking").last.locator(".moved").all_inner_texts()
     assert [text.split(",")[0] for text in moved] == ["↑ 2 higher", "not in the first ranking", "↓ 1 lower"]
 

@@ -78,6 +78,7 @@ def without_figures(output: str) -> str:
     [
         ("--top-n", "3"),
         ("--blend", "bm25=0.5", "--top-n", "2"),
+        ("--blend", "bm25-ranks=0.5", "--min-score", "0.5"),
         ("--instruction", "Find cities", "--max-query-tokens", "2", "--max-length", "330", "--json"),
         ("--long-documents", "chunk", "--chunk-tokens", "16", "--spans", "--json"),
     ],

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,9 +17,11 @@ from httpx2 import Client
 
 from local_rerank import EngineConfig, Reranker
 from local_rerank.errors import DeviceFailure, ModelUnavailable
+from local_rerank.requests.scores import sigmoid
 from tests.command_line import command
 from tests.server.conftest import Serve
 from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, options, started, until
+from tests.tiny_checkpoints import calibration_file
 
 LOCAL = "/v1/local/rank"
 TOLERANCE = 1e-4  # log-odds in fp32, over batches and numbers of threads
@@ -28,10 +29,12 @@ WORDS = "river mountain engine protein market treaty violin harbour glacier sena
 
 
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two replicas of one thread each, from the moment its port is bound."""
+def server(tiny_reranker: Reranker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two replicas of one thread each and a calibration, from the moment its port is bound."""
     log = tmp_path_factory.mktemp("ray") / "log"
-    arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", *options(tiny_checkpoint), "--port", "0"]
+    calibration = os.path.relpath(calibration_file(tiny_reranker, log.parent))  # the replicas work in other folders
+    arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", "--calibration", calibration]
+    arguments += [*options(tiny_reranker.checkpoint.folder), "--port", "0"]
     with started(log, *arguments) as running:
         running.wait_for("listening on")
         yield running
@@ -88,6 +91,8 @@ def test_answers_are_those_of_one_process(server: Server, client: Client, tiny_r
     for number, answer in enumerate(answers):
         assert log_odds(answer) == pytest.approx(expected(tiny_reranker, request(number)), abs=TOLERANCE)
         assert answer["model"] == tiny_reranker.model_id
+        for item in answer["results"]:
+            assert item["probability"] == pytest.approx(sigmoid(0.5 * item["log_odds"] - 1))
 
 
 def test_a_stream_and_a_deadline_work_with_replicas(server: Server, client: Client, tiny_reranker: Reranker) -> None:

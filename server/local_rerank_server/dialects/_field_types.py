@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     FailFast,
     PlainValidator,
+    Strict,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -258,6 +259,9 @@ Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bo
 
 Count = Annotated[StrictInt, BeforeValidator(_whole_number, json_schema_input_type=int | str)]
 """A whole number, which may be written as "2" or 2.0; booleans and all else are refused."""
+
+Number = Annotated[float, Strict()]
+"""Any number, which the library's request checks."""
 
 CountOrAll = Annotated[Count, Ge(0)]
 """A count or a limit; 0 means absent."""

@@ -17,7 +17,7 @@ from annotated_types import Ge
 from pydantic import Field, model_validator
 
 from local_rerank.errors import InvalidRequest
-from local_rerank.requests.calibration import sigmoid
+from local_rerank.requests.scores import sigmoid
 from local_rerank.types import RankedDocument, RerankRequest, Truncation
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._field_types import (

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from local_rerank.errors import ModelUnavailable
 from local_rerank.types import RankedDocument, RerankResult
-from local_rerank_server.dialects._route import Dialect, state_of, to_known_error
+from local_rerank_server.dialects._route import Dialect, to_known_error
 from local_rerank_server.errors import STATUS
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ async def stream(
     render: Callable[[RerankResult], object],
 ) -> LineStream:
     """The response, as soon as there is a line. Raises what `rank` raises before that."""
-    loop, state = asyncio.get_running_loop(), state_of(http)
+    loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[list[RankedDocument] | None] = asyncio.Queue()  # None: there is a result or an error
 
     def on_scored(documents: list[RankedDocument]) -> None:  # in the engine's thread
@@ -54,7 +54,7 @@ async def stream(
         ranking.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
             while (documents := await arrived.get()) is not None:
-                yield _encoded(map(render_item, state.as_served(documents)))
+                yield _encoded(map(render_item, documents))
             yield _encoded([render(await ranking)])
         finally:
             ranking.cancel()

@@ -11,10 +11,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from local_rerank.types import LongDocuments, OnDeadline, RankedDocument, RerankRequest, RerankResult
+from local_rerank.types import BlendMethod, LongDocuments, OnDeadline, RankedDocument, RerankRequest, RerankResult
 from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
-from local_rerank_server.dialects._field_types import Count, CountOrAll, Flag, Texts, Unsupported, snake_case
+from local_rerank_server.dialects._field_types import (
+    Count,
+    CountOrAll,
+    Flag,
+    Many,
+    Number,
+    Texts,
+    Unsupported,
+    snake_case,
+)
 from local_rerank_server.dialects._json import JsonResponse
 from local_rerank_server.dialects._options import CommonRequest, make_request
 from local_rerank_server.dialects._responses import GenericError, render_generic_error
@@ -43,6 +52,12 @@ class LocalRequest(CommonRequest):
         default=None, description="Send each document as a line of JSON as soon as it is scored, then the ranking."
     )
     spans: Flag | None = Field(default=None, description="Whether to score the sentences of the best chunks, too.")
+    min_score: Number | None = Field(default=None, description="Leave out documents whose relevance_score is lower.")
+    first_stage_scores: Many[Number] | None = Field(
+        default=None, description="Scores of another ranking, one for each document, that change the order."
+    )
+    first_stage_weight: Number | None = Field(default=None, description="Their weight; that of the log-odds is 1.")
+    first_stage_method: BlendMethod | None = Field(default=None, description="What both are converted to.")
     rank_fields: Unsupported = None
     top_n: Count | None = Field(default=None, description="How many documents to return; all by default.")
 
@@ -82,6 +97,7 @@ class LocalResult(TypedDict):
     best_chunk: NotRequired[LocalSpan]
     spans: NotRequired[list[LocalSpan]]
     probability: NotRequired[float]  # with --calibration, unless the request has another instruction
+    blended_score: NotRequired[float]  # with first_stage_scores
 
 
 class LocalResponse(TypedDict):
@@ -104,11 +120,13 @@ class LocalResponse(TypedDict):
     is_constant: bool
     not_scored: list[int]
     num_without_spans: int
+    num_below_min_score: NotRequired[int]  # with min_score
 
 
 _OWN = (
     "long_documents", "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "spans",
     "on_deadline",
+    "min_score", "first_stage_scores", "first_stage_weight", "first_stage_method",
 )  # fmt: skip
 
 
@@ -121,12 +139,17 @@ def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
 def render(result: RerankResult, body: LocalRequest, request_id: str) -> LocalResponse:
     items = [render_item(item, body) for item in result]
     head = {"id": request_id, "model": result.model, "status": result.status}
-    return cast(LocalResponse, head | vars(result) | {"results": items})
+    return cast(LocalResponse, head | _given(result) | {"results": items})
 
 
 def render_item(item: RankedDocument, body: LocalRequest) -> dict[str, Any]:
     omitted = {"document"} if body.wants_documents() is False else set()
-    return {name: value for name, value in vars(item).items() if name not in omitted and value is not None}
+    return {name: value for name, value in _given(item).items() if name not in omitted}
+
+
+def _given(value: RankedDocument | RerankResult) -> dict[str, Any]:
+    """The fields of a result but those that the request did not ask for."""
+    return {name: each for name, each in vars(value).items() if each is not None}
 
 
 dialect = Dialect(

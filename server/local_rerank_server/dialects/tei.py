@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 import local_rerank
 from local_rerank.async_reranker import TOKENIZER_THREADS
+from local_rerank.config import Scores
 from local_rerank.errors import (
     DocumentTooLong,
     EmptyDocument,
@@ -23,7 +24,7 @@ from local_rerank.errors import (
     TooManyTokens,
 )
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult
-from local_rerank_server.config import Scores, ServerConfig
+from local_rerank_server.config import ServerConfig
 from local_rerank_server.dialects._examples import DOCUMENTS, QUERY
 from local_rerank_server.dialects._field_types import Texts, Unsupported
 from local_rerank_server.dialects._json import JsonResponse
@@ -146,7 +147,8 @@ async def info(http: Request) -> JsonResponse:
     """The served model, as Text Embeddings Inference describes it."""
     state = state_of(http)
     model, config = state.default.known_info, state.config
-    calibrated: dict[str, Scores] = {} if config.scores == "model" else {"scores": config.scores}
+    scores = state.default.options.engine.scores
+    calibrated: dict[str, Scores] = {} if scores == "model" else {"scores": scores}
     return JsonResponse(
         Info(
             model_id=model.model_id,

@@ -124,6 +124,7 @@ function unitsOf(text, positions) {
 
 function meta(item, moved) {
   const parts = [`index ${item.index}`, tokens(item.num_tokens)];
+  if (item.probability !== undefined) parts.unshift(`probability ${score(item.probability)}`);
   if (item.num_chunks > 1) parts.push(`best of ${number.format(item.num_chunks)} chunks`);
   const cut = item.num_truncated_tokens;
   return [

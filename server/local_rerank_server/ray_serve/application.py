@@ -46,6 +46,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError(f"unknown option {min(args)!r}")
     if not (server_config.has_keys or server_config.insecure):
         raise ConfigError("no api_key and no api_key_file is set; set one, or allow this with insecure: true")
+    server_config.check_scores(config)
     server_config = dataclasses.replace(server_config, host="")  # Serve's proxies listen
     make = serve.deployment(
         name="Ingress",

@@ -8,7 +8,6 @@ import importlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from local_rerank.async_reranker import TOKENIZER_THREADS, queued
-from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, replica_resources, room_for
+from local_rerank.batch.ray_cluster import LOOPBACK, ReplicaResources, absolute, replica_resources, room_for
 from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu.process_setup import configure_process
 from local_rerank.errors import ConfigError, DeviceFailure, LocalRerankError
@@ -122,9 +121,5 @@ def _deployment(
 
 
 def _replica_config(config: EngineConfig, resources: ReplicaResources) -> EngineConfig:
-    """The engine options for another process: its share of CPU threads, and files and folders as absolute paths."""
-    paths = {name: getattr(config, name) for name in ("model", "calibration")}
-    paths = {
-        name: str(Path(path).resolve()) for name, path in paths.items() if path is not None and Path(path).exists()
-    }
-    return dataclasses.replace(config, **paths, threads=config.threads if resources.num_gpus else resources.num_cpus)
+    """The engine options for another process, with its share of CPU threads."""
+    return dataclasses.replace(absolute(config), threads=config.threads if resources.num_gpus else resources.num_cpus)

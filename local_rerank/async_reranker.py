@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from local_rerank import forks
+from local_rerank.arguments import documents_of, requests_of, scores_of
 from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
 from local_rerank.types import (
@@ -23,9 +24,6 @@ from local_rerank.types import (
     OnDeadline,
     RerankRequest,
     RerankResult,
-    documents_of,
-    requests_of,
-    scores_of,
 )
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from local_rerank.arguments import documents_of, requests_of, scores_of
 from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import ConfigError, InvalidRequest, WrongType
 from local_rerank.reranker import Reranker
-from local_rerank.types import documents_of, requests_of, scores_of
 
 Activation = Callable[[Tensor], Tensor]
 Pairs = Iterable[tuple[str, str] | list[str]]

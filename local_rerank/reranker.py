@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from local_rerank import forks
+from local_rerank.arguments import documents_of, requests_of, scores_of
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
 from local_rerank.config import OF_CHUNKS, EngineConfig, EngineOptions, merged
@@ -38,9 +39,6 @@ from local_rerank.types import (
     RerankRequest,
     RerankResult,
     check_request,
-    documents_of,
-    requests_of,
-    scores_of,
 )
 
 AHEAD_BATCHES = 4

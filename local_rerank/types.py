@@ -5,7 +5,6 @@ A `RerankRequest` checks itself when it is created, except for limits in tokens,
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,9 +88,9 @@ class RerankRequest:
 
     def __post_init__(self) -> None:
         self._check_types()
-        _check_text("query", self.query, self.limits.max_query_chars)
+        check_text("query", self.query, self.limits.max_query_chars)
         if self.instruction is not None:
-            _check_text("instruction", self.instruction, self.limits.max_instruction_chars)
+            check_text("instruction", self.instruction, self.limits.max_instruction_chars)
         if not self.query.strip():
             raise EmptyQuery()
         limit = self.limits.max_documents
@@ -140,7 +139,7 @@ class RerankRequest:
             raise WrongType(self.limits, field="limits", expected="a Limits")
 
     def _check_document(self, index: int, document: str) -> None:
-        _check_text(f"documents[{index}]", document)
+        check_text(f"documents[{index}]", document)
         limit = self.limits.max_document_chars
         if limit is not None and len(document) > limit:
             raise DocumentTooLong(index=index, limit=limit, value=len(document))
@@ -272,11 +271,9 @@ _LEAST = {
     "chunk_overlap_tokens": 0, "num_best_chunks": 1, "max_chunks_per_document": 1,
 }  # fmt: skip
 _REQUEST = 'a RerankRequest, as in RerankRequest(query="a query", documents=("a document",))'
-_PAIR = 'a (query, document) pair, as in score([("a query", "a document")])'
-_PAIRS = 'a list of (query, document) pairs, as in score([("a query", "a document")])'
 
 
-def _check_text(field: str, value: object, limit: int | None = None) -> None:
+def check_text(field: str, value: object, limit: int | None = None) -> None:
     if not isinstance(value, str):
         raise WrongType(value, field=field, expected="a string")
     if limit is not None and len(value) > limit:
@@ -312,47 +309,6 @@ def check_request(value: object) -> None:
         raise WrongType(value, field="request", expected=_REQUEST)
 
 
-def documents_of(documents: Iterable[str]) -> tuple[str, ...]:
-    """The documents of a call as a tuple; one string is one document. Raises WrongType."""
-    if isinstance(documents, str):
-        return (documents,)
-    if getattr(documents, "ndim", 1) > 1:  # a table, of which iteration gives column names
-        raise WrongType(documents, field="documents", expected="one column of strings")
-    return tuple(_items(documents, field="documents", expected="a list of strings"))
-
-
-def requests_of(pairs: Iterable[tuple[str, str]], instruction: str | None) -> Iterator[RerankRequest]:
-    """Group consecutive (query, document) pairs with the same query into requests. Raises WrongType for anything else,
-    also for one pair that is not in a list: its two texts could be pairs of letters.
-    """
-    all_pairs = enumerate(_items(pairs, field="pairs", expected=_PAIRS))
-    checked = (_pair(pair, field=f"pairs[{index}]") for index, pair in all_pairs)
-    for query, group in itertools.groupby(checked, key=lambda pair: pair[0]):
-        yield RerankRequest(query=query, documents=tuple(document for _, document in group), instruction=instruction)
-
-
-def _pair(pair: object, *, field: str) -> tuple[str, str]:
-    texts = tuple(itertools.islice(_items(pair, field=field, expected=_PAIR), 3))
-    if len(texts) != 2:
-        raise WrongType(pair, field=field, expected=_PAIR)
-    for position, text in enumerate(texts):
-        _check_text(f"{field}[{position}]", text)
-    return texts
-
-
-def _items(values: Any, *, field: str, expected: str) -> Iterator[Any]:
-    """Iterate over a list, tuple, array, column or generator.
-
-    Raises WrongType for what Python iterates too, but not as a list of texts: letters, bytes, a dict's keys, sets.
-    """
-    try:
-        if isinstance(values, str | bytes | bytearray | memoryview | Mapping | set | frozenset):
-            raise TypeError
-        return iter(values)
-    except TypeError:
-        raise WrongType(values, field=field, expected=expected) from None
-
-
 def status_of(results: Iterable[RerankResult]) -> str:
     """The status of results that are answered together."""
     counts: Counter[str] = Counter()
@@ -360,9 +316,3 @@ def status_of(results: Iterable[RerankResult]) -> str:
         counts.update(result.status_counts)
     kinds = (kind if kind == "constant" else f"{kind}={counts[kind]}" for kind in STATUS_KINDS if counts[kind])
     return "; ".join(kinds) or "ok"
-
-
-def scores_of(result: RerankResult, *, logits: bool) -> list[float]:
-    """Relevance scores or log-odds in the order of the request's documents, which the result must have all."""
-    in_order = sorted(result, key=lambda item: item.index)
-    return [item.log_odds if logits else item.relevance_score for item in in_order]

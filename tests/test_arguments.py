@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from local_rerank import AsyncReranker, EngineConfig, RankedDocument, Reranker, RerankRequest, RerankResult
+from local_rerank.arguments import scores_of
 from local_rerank.config import EngineOptions
 from local_rerank.errors import ConfigError, InvalidRequest, WrongType
-from local_rerank.types import scores_of
 
 PAIRS = [("q", "one"), ("q", "two"), ("r", "one")]
 EXAMPLE = r'pairs, as in score\(\[\("a query", "a document"\)\]\)|pair, as in score\(\[\("a query", "a document"\)\]\)'

@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from local_rerank import AsyncReranker, Reranker, RerankRequest, forks
+from local_rerank.arguments import scores_of
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.errors import CheckpointError, ModelUnavailable, UnusableAfterFork
-from local_rerank.types import scores_of
 from tests.forked import Child, in_child
 from tests.test_async_reranker import Gate
 

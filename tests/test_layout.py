@@ -10,7 +10,7 @@ from pathlib import Path
 import local_rerank
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"errors", "config", "types", "forks", "text_files"}
+VOCABULARY = {"arguments", "errors", "config", "types", "forks", "text_files"}
 PUBLIC = {"reranker", "async_reranker", "cross_encoder"}
 MAY_IMPORT = {  # by area: the areas below it that it may use
     "vocabulary": set(),

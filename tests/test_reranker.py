@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from local_rerank import EngineConfig, Reranker, RerankRequest
+from local_rerank.arguments import scores_of
 from local_rerank.errors import (
     ConfigError,
     EmptyQuery,
@@ -19,7 +20,6 @@ from local_rerank.errors import (
     InvalidTopN,
     Overloaded,
 )
-from local_rerank.types import scores_of
 from tests.test_async_reranker import Gate
 
 

@@ -287,12 +287,8 @@ def _score(
         spreadsheet_safe=job.spreadsheet_safe,
         stream=stream,
     )
-    with (
-        closing(
-            ScoreCache(job.cache or folder.path / "scores.sqlite", identity, in_chunks=reranker.config.in_chunks)
-        ) as cache,
-        display,
-    ):
+    file = job.cache or folder.path / "scores.sqlite"
+    with closing(ScoreCache(file, identity, in_chunks=reranker.config.in_chunks)) as cache, display:
         reranker.observe_batches(lambda batch: display.computed(batch.num_tokens))
         scorer = BlockScorer(reranker, cache=cache, blend=job.blend, min_score=job.min_score, advance=display.advance)
         display.begin(progress.position.offset, source.size)

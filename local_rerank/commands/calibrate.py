@@ -135,9 +135,10 @@ def _score(pairs: Labelled, config: EngineConfig) -> tuple[Scored, dict[str, Any
     """Log-odds of all pairs, and what a calibration of this engine names."""
     import numpy as np
 
+    from local_rerank.arguments import scores_of
     from local_rerank.evaluation.calibrating import Scored
     from local_rerank.reranker import Reranker
-    from local_rerank.types import RerankRequest, scores_of
+    from local_rerank.types import RerankRequest
 
     requests = [RerankRequest(query=query, documents=tuple(labels)) for query, labels in pairs.by_query.items()]
     log_odds: list[float] = []

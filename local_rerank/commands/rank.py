@@ -151,7 +151,7 @@ def _status_in_words(result: RerankResult, num_documents: int) -> str:
         lines.append(f"note: {' and '.join(cut)} exceeded a limit in tokens and lost the rest{remedy}")
     if result.is_constant:
         lines.append(
-            "warning: all documents have the same log-odds, so they stay in the order in which they were given; "
+            "warning: all documents have the same log-odds, so the model does not order them; "
             "`local-rerank doctor` tells whether the model is at fault"
         )
     return "\n".join(lines)

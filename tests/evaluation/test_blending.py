@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from local_rerank import Reranker
 from local_rerank.errors import ConfigError, InvalidRequest
 from local_rerank.evaluation.blending import Bm25, parse_blend, words
 from local_rerank.evaluation.collection import Collection
@@ -135,13 +136,20 @@ def test_a_query_is_in_the_same_half_whatever_the_others_are() -> None:
         halves(ranked_by([1.0], 1))
 
 
-def test_eval_tunes_on_one_half_and_reports_on_the_other(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_eval_tunes_on_one_half_and_reports_on_the_other(
+    tiny_checkpoint: Path, tiny_reranker: Reranker, tmp_path: Path
+) -> None:
     names = [f"q{i}" for i in range(8)]
+    last = list(tiny_reranker.rank("bird", DOCUMENTS))[-1].index  # only the first stage knows that it is relevant
     lines = {
         "corpus.jsonl": [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(DOCUMENTS)],
         "queries.jsonl": [json.dumps({"id": name, "text": "bird"}) for name in names],
-        "qrels.trec": [f"{name} 0 d2 1" for name in names],
-        "first.run": [f"{name} Q0 d{i} 1 {score} x" for name in names for i, score in enumerate([1, 2, 9, 3])],
+        "qrels.trec": [f"{name} 0 d{last} 1" for name in names],
+        "first.run": [
+            f"{name} Q0 d{i} 1 {score} x"
+            for name in names
+            for i, score in enumerate(9 if j == last else j for j in range(4))
+        ],
     }
     for name, each in lines.items():
         (tmp_path / name).write_text("\n".join(each))

@@ -29,6 +29,7 @@ from tests.tiny_checkpoints import make_checkpoint
 CORPUS = {"d1": "a cat", "d2": "the dog barks", "d3": "a bird sings", "d4": "", "d5": "fish swim"}
 QUERIES = {"q1": "cat", "q2": "who barks [loud]?", "q3": "nothing is found", "q4": "nobody judged this"}
 QRELS = "q1 0 d1 1\nq1 0 d3 1\nq2 0 d2 2\nq3 0 d5 1\n"
+BLENDS = "bm25=W or run=W, or bm25-ranks=W or run-ranks=W, where the weight W is at least 0"
 RUN = """\
 q1 Q0 d2 1 9.5 test
 q1 Q0 d1 2 8.5 test
@@ -369,11 +370,7 @@ def test_c5_eval_goes_on_without_a_candidate_that_the_corpus_lacks(
     [
         (["--top-k", "0"], "top_k is 0; it must be at least 1"),
         (["--max-queries", "0"], "max_queries is 0; it must be at least 1"),
-        (
-            ["--blend", "bm25"],
-            "blend is 'bm25'; it must be bm25=W or run=W, or bm25-ranks=W or run-ranks=W, where the weight W is at "
-            "least 0",
-        ),
+        (["--blend", "bm25"], f"blend is 'bm25'; it must be {BLENDS}"),
         (["--blend", "run=1", "--tune", "blend"], "blend is run=1, but tune finds the blend; leave out one of them"),
         (["--plot", "out.gif"], "plot is out.gif; it must end in one of .svg, .png, .pdf"),
         (["--plot", "no/out.svg"], "plot is no/out.svg; there is no folder no"),

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from local_rerank import Reranker, RerankRequest
+from local_rerank.arguments import scores_of
 from local_rerank.errors import EmptyQuery
 from local_rerank.requests.tokenization import PairTokenizer
-from local_rerank.types import scores_of
 from tests.reference import INSTRUCTION, PREFIX, SUFFIX
 from tests.requests.test_tokenization import NASTY_TEXTS, make
 from tests.tiny_checkpoints import byte_tokenizer_json

@@ -45,6 +45,13 @@ def test_min_score_leaves_out_what_is_below_before_top_n_cuts(tiny_reranker: Rer
     assert nothing.num_computed_tokens < all_of_it.num_computed_tokens, "no sentence of what is left out is scored"
 
 
+def test_spans_are_those_of_the_first_documents_of_the_blended_order(tiny_reranker: Reranker) -> None:
+    (first,) = tiny_reranker.rank(
+        QUERY, DOCUMENTS, spans=True, top_n=1, first_stage_scores=(0, 0, 9, 0), first_stage_weight=99
+    )
+    assert (first.index, first.spans is not None, first.num_chunks) == (2, True, 1)
+
+
 @pytest.mark.parametrize("method", ["z-scores", "reciprocal-ranks"])
 def test_first_stage_scores_change_the_order_and_no_score(tiny_reranker: Reranker, method: Any) -> None:
     whole = {item.index: item for item in tiny_reranker.rank(QUERY, DOCUMENTS)}

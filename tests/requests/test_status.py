@@ -9,6 +9,7 @@ import pytest
 
 from local_rerank.errors import DeadlineExceeded, InvalidRequest
 from local_rerank.requests.pending import PendingRequest
+from local_rerank.requests.scores import blend
 from local_rerank.requests.worker import Worker
 from local_rerank.types import RankedDocument, RerankRequest, status_of
 from tests.requests.test_worker import CountedEngine, Start, log_odds, pending, start, submit, until
@@ -86,6 +87,22 @@ def test_a_document_counts_as_scored_when_all_its_chunks_have_finite_log_odds() 
     result = request.future.result(0)
     assert [(item.index, item.log_odds) for item in result] == [(2, 6.0)]
     assert result.not_scored == (0, 1)
+
+
+def test_a_partial_ranking_is_blended_and_counted_over_what_is_scored() -> None:
+    """Another document's first-stage score, however high, must not move those that are ranked."""
+    lines: list[RankedDocument] = []
+    options = PARTIAL | {"first_stage_scores": (0.0, 9.0, 5.0, 1e6), "min_score": 0.5}
+    request = pending(1, 1, 2, 3, 4, on_scored=lines.extend, **options)
+    request.log_odds.update({0: 2.0, 1: -2.0, 2: 1.0})
+    request.report()
+    assert [(item.index, item.blended_score) for item in lines] == [(0, None), (2, None)]
+    request.expire(1)
+    result = request.future.result(0)
+    expected = blend([2.0, -2.0, 1.0], [0.0, 9.0, 5.0], 1.0)
+    ranked = [(item.index, item.blended_score) for item in result]
+    assert ranked == sorted(((i, expected[i]) for i in (0, 2)), key=lambda pair: -(pair[1]))
+    assert (result.not_scored, result.num_below_min_score, result.status) == ((3,), 1, "partial=1; below=1")
 
 
 def test_the_first_of_result_error_and_deadline_counts() -> None:

@@ -99,7 +99,7 @@ def test_an_order_that_says_nothing_is_not_shown_without_a_warning(
 ) -> None:
     monkeypatch.setattr(tiny_reranker.engine, "score", lambda pairs: [0.5] * len(pairs))
     remote = rank(keyed, *arguments)
-    assert "warning: all documents have the same log-odds, so they stay in the order in which" in remote.stderr
+    assert "warning: all documents have the same log-odds, so the model does not order them" in remote.stderr
     assert not arguments or json.loads(remote.stdout)["status"] == "constant"
 
 

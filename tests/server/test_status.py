@@ -94,10 +94,10 @@ async def test_equal_scores_are_reported_everywhere_and_keep_the_order(
         ]
         for kind in KINDS
     }
-    assert counts == {"ok": 1, "truncated": 1, "constant": 6, "partial": 0}
+    assert counts == {"ok": 1, "truncated": 1, "constant": 6, "partial": 0, "below": 0}
 
 
-KINDS = ("ok", "truncated", "partial", "constant")
+KINDS = ("ok", "truncated", "partial", "below", "constant")
 
 
 @pytest.mark.parametrize("path", [LOCAL, NATIVE, "/v2/rerank", "/score"])

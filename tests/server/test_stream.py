@@ -65,6 +65,21 @@ async def test_a_stream_has_every_document_and_then_the_usual_body(serve: Serve,
     assert list(last["results"][0]) == list(usual["results"][0])
 
 
+async def test_what_min_score_leaves_out_has_no_line(serve: Serve, tiny_reranker: Reranker) -> None:
+    whole = tiny_reranker.rank(BODY["query"], BODY["documents"][:2])
+    asked = {"documents": BODY["documents"][:2], "first_stage_scores": [1, 2]}
+    asked["min_score"] = sum(item.relevance_score for item in whole) / 2
+    async with serve(tiny_reranker) as client:
+        answer = await client.post(LOCAL, json=BODY | asked)
+        page = (await client.get("/metrics")).text
+    line, last = (json.loads(line) for line in answer.text.splitlines())
+    (found,) = last["results"]
+    assert found.pop("blended_score") == pytest.approx(2 * (1 if whole[0].index == 1 else 0), abs=1e-6)
+    assert line == found, "without the blended score, which all documents make"
+    assert (last["status"], last["num_below_min_score"]) == ("below=1", 1)
+    assert samples(page)["local_rerank_results_total", frozenset({("status", "below")})] == 1
+
+
 async def test_a_line_is_sent_before_the_next_document_is_scored(serve: Serve, tiny_reranker: Reranker) -> None:
     ranker = HeldRanker()
     async with serve(ranker) as client:

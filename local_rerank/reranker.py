@@ -121,6 +121,7 @@ class Reranker:
             "max_length": min(self.config.max_length, self.checkpoint.max_length),
             "max_query_tokens": self.config.max_query_tokens,
             "max_document_tokens": self.config.max_document_tokens,
+            **{name: getattr(self.config, name) for name in OF_CHUNKS if self.config.in_chunks},
         }
 
     @property

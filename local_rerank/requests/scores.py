@@ -64,8 +64,9 @@ class Calibration(Curve):
     def require(self, *, model: str, instruction: str, recipe: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError unless the log-odds of this model mean what those mean that the curve was fitted to."""
         fitted = {"model": self.model, "instruction": self.instruction, **self.recipe}
-        for name, found in {"model": model, "instruction": instruction, **recipe}.items():
-            if fitted.get(name) != found:
+        ours = {"model": model, "instruction": instruction, **recipe}
+        for name in ours | fitted:
+            if fitted.get(name) != (found := ours.get(name)):
                 raise ConfigError(
                     f"calibration {where} was fitted with {name} {fitted.get(name)!r}, but this engine has {found!r}; "
                     "use the same model and options, or fit another with `local-rerank calibrate`"

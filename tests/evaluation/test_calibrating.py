@@ -201,6 +201,16 @@ def test_a_file_that_does_not_fit_the_engine_is_refused(
         Reranker(config=tiny_reranker.config, calibration=str(file))
 
 
+def test_scores_of_chunks_need_a_calibration_of_their_own(tiny_reranker: Reranker, tmp_path: Path) -> None:
+    file = calibration_file(tiny_reranker, tmp_path)
+    with pytest.raises(ConfigError, match="with long_documents None, but this engine has 'chunk'"):
+        Reranker(config=tiny_reranker.config, calibration=str(file), long_documents="chunk")
+    recipe = tiny_reranker.recipe | {"long_documents": "chunk"}
+    file = calibration_file(tiny_reranker, tmp_path, recipe=recipe)
+    with pytest.raises(ConfigError, match="with long_documents 'chunk', but this engine has None"):
+        Reranker(config=tiny_reranker.config, calibration=str(file))
+
+
 def test_a_file_that_is_not_there_is_a_wrong_option(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"calibration .*none.json cannot be read: No such file"):
         read_calibration(tmp_path / "none.json")

@@ -23,6 +23,7 @@ from local_rerank.batch.rows import AddedColumns, Row, ScoredRow, parse_record
 from local_rerank.batch.sinks import Sink
 from local_rerank.batch.sources import Position, Rejected, Source
 from local_rerank.errors import ConfigError, InvalidRequest
+from local_rerank.types import ScoredSpan
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: text.strip())
 
@@ -281,6 +282,21 @@ def test_probabilities_and_what_is_left_out_are_in_every_format(tmp_path: Path) 
     )
     assert written(tmp_path, "b.run", RANKING, none).read_text() == ""
     assert len(written(tmp_path, "b.csv", RANKING, none).read_text().splitlines()) == 1, "the head"
+
+
+def test_all_columns_together_have_one_order_in_every_format(tmp_path: Path) -> None:
+    chunk: dict[str, Any] = {"num_chunks": 3, "best_chunk": ScoredSpan(start=0, end=1, score=0.25)}
+    row = scored(RANKING, [-1.0, 2.5])
+    items = tuple(dataclasses.replace(item, probability=0.9, blended_score=1.5, **chunk) for item in row.results)
+    row = dataclasses.replace(row, results=items, num_below_min_score=0)
+    names = ("in_chunks", "is_calibrated", "is_blended", "with_documents", "counts_below")
+    options = dict.fromkeys(names, True)
+    line = json.loads(written(tmp_path, "a.jsonl", RANKING, row, **options).read_text().splitlines()[0])
+    (found, _) = pq.read_table(written(tmp_path, "a.parquet", RANKING, row, **options)).to_pylist()
+    assert found | {"id": 7} == line
+    assert list(found["results"][0]) == list(line["results"][0])
+    (first, *_) = read_csv(written(tmp_path, "a.csv", RANKING, row, **options))
+    assert list(first)[5:] == list(line["results"][0])[2:]
 
 
 def test_a_pair_keeps_its_columns_in_every_format(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--chunk-tokens", type=int, help="cut documents into chunks of this length")
+    parser.add_argument("--questions-only", action="store_true", help="leave out lengths, hand cases and collections")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -255,6 +256,8 @@ def main() -> None:
         print_doubt(rows, {key: [1 / (1 + math.exp(-x)) for x in found] for key, found in odds.items()})
         count = sum(len(row["documents"]) for row in rows)
         print(f"\n{1000 * seconds / count:.2f} ms a pair, {arguments.threads} threads")
+        if arguments.questions_only:
+            return
         print_lengths(reranker, prompt, rows, chunk)
         quality.print_sanity(reranker)
         if arguments.data:

@@ -76,7 +76,7 @@ def test_three_decoys_share_more_with_the_question_than_the_right_passage() -> N
 
 
 def test_length_does_not_tell_the_right_passage() -> None:
-    """A model whose score grows or falls with length must not profit: by chance a fifth is longest, a fifth shortest."""
+    """A score that only grows or falls with length must not profit: by chance a fifth is longest, a fifth shortest."""
     for kind in LANGUAGES:
         rows = read(kind)
         ranks = Counter(sorted(map(len, row["documents"])).index(len(row["documents"][row["right"]])) for row in rows)

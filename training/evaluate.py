@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from align import load
 from layer_weights import NEAR, D
-from model import Nano, Shape, collate
+from model import Nano, collate
 from teachers import Teacher, load_e5, load_minilm
 from tokenizers import Tokenizer
 from vocabulary import Prompt
@@ -84,10 +85,7 @@ def features(model: Nano, prompt: Prompt, rows: list[Row]) -> dict[str, np.ndarr
 
 def parts_of(folder: Path, rows: list[Row]) -> dict[str, Scorer]:
     """Return scorers that read single parts of the model: the encoder's cosine, the match of words, and their sum."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    yes, no = (tokenizer.token_to_id(word) for word in ("yes", "no"))
-    shape = Shape(vocabulary=json.loads((folder / "config.json").read_text())["vocab_size"])
-    found = features(Nano.load(folder / "model.safetensors", shape, yes, no), Prompt(tokenizer), rows)
+    found = features(*load(folder), rows)
 
     def encoder(row: Row) -> np.ndarray:
         return np.asarray(found[row["id"]][:, list(NEAR)].sum(1))

@@ -35,7 +35,7 @@ BUILT_IN = HERE.parent / "local_rerank" / "nano"
 KINDS = ("natural", "decoys", "across")
 LENGTHS = (80, 160, 320, 500, 700, 1000, 1400, 2000)  # tokens of irrelevant text
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the right passage lies in a long document
-LONG, LISTS = 2000, 20  # tokens of a long document; questions that are asked of ten of them
+LONG, LISTS = 2000, 10  # tokens of a long document; questions that are asked of ten of them
 PASSWORD = (
     "how to reset a password",
     "To choose a new password, open the sign-in page, select Forgot password and follow the link in the e-mail.",
@@ -231,7 +231,7 @@ def main() -> None:
     rows = questions("held-out" if arguments.held_out else "development")
     chunk = {"long_documents": "chunk", "chunk_tokens": arguments.chunk_tokens} if arguments.chunk_tokens else {}
     prompt = Prompt(Tokenizer.from_file(str(arguments.model / "tokenizer.json")))
-    with Reranker(arguments.model, threads=arguments.threads) as reranker:
+    with Reranker(arguments.model, threads=arguments.threads, dtype="fp32") as reranker:
         requests = [RerankRequest(query=row["query"], documents=tuple(row["documents"]), **chunk) for row in rows]
         results = list(reranker.rank_batch(requests))  # the first pass warms up
         start = time.perf_counter()

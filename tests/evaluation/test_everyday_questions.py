@@ -73,3 +73,12 @@ def test_three_decoys_share_more_with_the_question_than_the_right_passage() -> N
         query = terms(row["query"])
         shared = [len(query & terms(document)) for document in row["documents"]]
         assert sum(count > shared[row["right"]] for count in shared) >= 3, row["id"]
+
+
+def test_length_does_not_tell_the_right_passage() -> None:
+    """A score that only grows or falls with length must not profit: by chance a fifth is longest, a fifth shortest."""
+    for kind in LANGUAGES:
+        rows = read(kind)
+        ranks = Counter(sorted(map(len, row["documents"])).index(len(row["documents"][row["right"]])) for row in rows)
+        assert ranks[4] <= 0.4 * len(rows), (kind, "longest")
+        assert ranks[0] <= 0.5 * len(rows), (kind, "shortest")

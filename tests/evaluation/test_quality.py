@@ -81,3 +81,33 @@ def test_the_built_in_model_answers_plain_questions(nano: Reranker) -> None:
         if result[0].index != case["right"]
     ]
     assert len(missed) <= len(cases) - MIN_CORRECT, "\n".join(missed)
+
+
+def test_the_built_in_model_finds_no_answer_in_irrelevant_text_of_any_length(nano: Reranker) -> None:
+    """Before, the first 4,000 characters of the licence scored +4 and the whole of it +9, more than the answer."""
+    licence = (ROOT / "local_rerank" / "nano" / "LICENSE").read_text(encoding="utf-8")
+    answer = "To choose a new password, open the sign-in page and select Forgot password."
+    pieces = [licence[:size] for size in (400, 1600, 4000, 8000)]
+    result = nano.rank("how to reset a password", [answer, *pieces])
+    assert result[0].index == 0
+    irrelevant = [item.log_odds for item in result if item.index]
+    assert max(irrelevant) < -3
+    assert max(irrelevant) - min(irrelevant) < 2
+
+
+@pytest.mark.parametrize(
+    ("query", "documents"),
+    [
+        (
+            "how do I return a pair of shoes",
+            ["鞋子收到七天内可以退货，在订单里点击申请，快递员上门取件。", "故宫周一闭馆。"],
+        ),
+        ("怎么重置密码", ["Open the sign-in page and select Forgot password.", "The museum is closed on Mondays."]),
+    ],
+)
+def test_the_built_in_model_finds_answers_in_the_other_language(
+    nano: Reranker, query: str, documents: list[str]
+) -> None:
+    """Before, these answers were ahead by less than .8: the two languages had nothing to do with each other."""
+    right, wrong = (item.log_odds for item in sorted(nano.rank(query, documents), key=lambda item: item.index))
+    assert right - wrong > 1.5

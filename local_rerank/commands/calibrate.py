@@ -130,7 +130,7 @@ def _score(pairs: Labelled, config: EngineConfig) -> tuple[Scored, dict[str, Any
                 advance()
         fitted_with = {
             "model": reranker.model_id,
-            "instruction": reranker.config.instruction,
+            "instruction": reranker.instruction,
             "recipe": reranker.recipe,
         }
     sizes = [len(labels) for labels in pairs.by_query.values()]

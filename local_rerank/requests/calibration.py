@@ -25,7 +25,7 @@ class Calibration:
     """A curve that never falls, and what produced the log-odds that it was fitted to."""
 
     model: str
-    instruction: str
+    instruction: str | None  # None for an encoder, which reads none
     recipe: Mapping[str, Any]  # what else a log-odds depends on: weights, template, dtype and token limits
     slope: float = 1.0  # with no points: probability = sigmoid(slope * log-odds + intercept)
     intercept: float = 0.0
@@ -50,7 +50,7 @@ class Calibration:
         (left, low), (right, high) = self.points[after - 1 : after + 1]
         return low + (high - low) * (log_odds - left) / (right - left)
 
-    def require(self, *, model: str, instruction: str, recipe: Mapping[str, Any], where: str) -> None:
+    def require(self, *, model: str, instruction: str | None, recipe: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError unless the log-odds of this model mean what those mean that the curve was fitted to."""
         fitted = {"model": self.model, "instruction": self.instruction, **self.recipe}
         for name, found in {"model": model, "instruction": instruction, **recipe}.items():

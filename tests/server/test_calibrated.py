@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,10 +84,17 @@ async def test_with_another_instruction_there_is_no_probability(serve: Serve, ca
     assert message_of(refused.json()).startswith("instruction: the scores of this server are calibrated")
 
 
-def test_settings_under_which_no_request_could_be_answered_stop_the_start() -> None:
+def test_settings_under_which_no_request_could_be_answered_stop_the_start(
+    tiny_reranker: Reranker, tmp_path: Path
+) -> None:
     config = ServerConfig(**CALIBRATED)
+
+    def engine(**changes: Any) -> EngineConfig:
+        return EngineConfig(calibration=str(calibration_file(tiny_reranker, tmp_path, **changes)))
+
     with pytest.raises(ConfigError, match=r"needs --calibration FILE"):
         config.check_scores(EngineConfig())
     with pytest.raises(ConfigError, match=r"set --dashscope-instruction 'Given a web search query, .*query'$"):
-        config.check_scores(EngineConfig(calibration="calibration.json"))
-    config.check_scores(EngineConfig(calibration="calibration.json", instruction=HOSTED_INSTRUCTION))
+        config.check_scores(engine())
+    config.check_scores(engine(instruction=HOSTED_INSTRUCTION))
+    config.check_scores(engine(instruction=None))  # an encoder's

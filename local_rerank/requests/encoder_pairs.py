@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.encoders import with_tokenizers, without_added_tokens
 from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes
@@ -63,7 +64,8 @@ class EncoderTokenizer(PairTokenizer):
         return max(self._plain.get_vocab_size(with_added_tokens=False), max(template_ids, default=0) + 1)
 
     def _unwrapped(self, request: RerankRequest) -> tuple[RerankRequest, bool]:
-        if request.instruction not in (None, self._default_instruction):
+        defaults = (self._default_instruction, DEFAULT_INSTRUCTION, DEFAULT_INSTRUCTION + ".")  # the last: DashScope's
+        if request.instruction not in (None, *defaults):
             self._warn_once("requests have an instruction, which this model does not read; it is ignored")
         return request, False
 

@@ -103,12 +103,17 @@ class Reranker:
         if (where := self.config.calibration) is None:
             return None
         calibration = read_calibration(Path(where))
-        calibration.require(model=self.model_id, instruction=self.config.instruction, recipe=self.recipe, where=where)
+        calibration.require(model=self.model_id, instruction=self.instruction, recipe=self.recipe, where=where)
         return calibration
 
     def _load(self) -> tuple[Engine, ModelInfo]:
         plan = make_plan(self.config, self.checkpoint)
         return load(plan, self.tokenizer.answer_ids, known=lambda: known_pairs(self.checkpoint))
+
+    @property
+    def instruction(self) -> str | None:
+        """The instruction of requests that have none; None for an encoder, which reads none."""
+        return None if self.checkpoint.recipe.is_encoder else self.config.instruction
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
 
 def calibration_file(reranker: Reranker, folder: Path, **changes: Any) -> Path:
     """A calibration that fits this reranker, but for the changes."""
-    own = {"version": 1, "model": reranker.model_id, "instruction": reranker.config.instruction}
+    own = {"version": 1, "model": reranker.model_id, "instruction": reranker.instruction}
     own |= {"recipe": reranker.recipe, "method": "platt", "slope": 0.5, "intercept": -1.0}
     file = folder / "calibration.json"
     file.write_text(json.dumps(own | changes))

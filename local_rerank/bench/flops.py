@@ -1,8 +1,8 @@
 """Count the useful operations of a request and measure the GEMM ceiling of this machine.
 
 Useful operations assume that the prefix is computed once per request and the last layer only for the tokens that give
-scores. An encoder has neither a prefix nor a last layer of this kind, and attends in both directions. They count two
-operations per weight and token in the projections, plus attention. The ceiling is the throughput of the same matrix
+scores. An encoder has no prefix, and attends in both directions. They count two operations per weight and token in the
+projections, plus attention. The ceiling is the throughput of the same matrix
 products in the same run; on a CPU, of plain or oneDNN-blocked weights, whichever is faster.
 """
 
@@ -79,15 +79,11 @@ class DecoderShape:
 
 def useful_flops(shape: DecoderShape, pairs: Sequence[Pair]) -> float:
     """Return the floating-point operations of a batch in which equal prefixes are computed once."""
-    if shape.is_encoder:
-        sizes = [pair.num_tokens for pair in pairs]
-        products = sum(sizes) * (shape.kv_weights + shape.other_weights)
-        return 2.0 * shape.num_layers * (products + 2 * shape.num_heads * shape.head_dim * sum(n * n for n in sizes))
     prefixes = list({pair.prefix: pair.num_prefix_tokens for pair in pairs}.values())
     lengths = [(pair.num_prefix_tokens, pair.num_document_tokens) for pair in pairs]
     num_tokens = sum(prefixes) + sum(length for _, length in lengths)
-    attended = sum(map(_causal, prefixes))  # (query, key) pairs
-    attended += sum(length * prefix + _causal(length) for prefix, length in lengths)
+    own = (lambda length: length * length) if shape.is_encoder else _causal  # (query, key) pairs of a segment
+    attended = sum(map(own, prefixes)) + sum(length * prefix + own(length) for prefix, length in lengths)
     last_attended = sum(prefix + length for prefix, length in lengths)
     products = num_tokens * (shape.num_layers - 1) * (shape.kv_weights + shape.other_weights)
     products += num_tokens * shape.kv_weights + len(pairs) * shape.other_weights

@@ -101,7 +101,7 @@ def _append(argument: Argument, path: Path, value: str) -> None:
 
 app = App(
     name="local-rerank",
-    help="Rank documents by relevance to a query with a Qwen3-Reranker model on this machine.",
+    help="Rank documents by relevance to a query with a Qwen3-Reranker model or an encoder, on this machine.",
     version=__version__,
     config=(_Variables(ENV_PREFIX, command=False), _ConfigFile()),
     # no --empty-api-key, and no default of flags, which are all off, or of texts and lists that are empty

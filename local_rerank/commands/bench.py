@@ -50,7 +50,10 @@ def bench(
     ] = (),
     shape: Annotated[
         str | None,
-        option(help="Use random weights in the shape of qwen3-reranker-0.6b, -4b or -8b instead of a model."),
+        option(
+            help="Use random weights instead of a model, in the shape of qwen3-reranker-0.6b, -4b or -8b, minilm-l6, "
+            "bge-reranker-base or bge-reranker-v2-m3."
+        ),
     ] = None,
     weights: Annotated[
         Path | None, option(help="Folder that keeps the random weights for the next run. Default: they are deleted.")

@@ -147,8 +147,7 @@ def _score(pairs: Labelled, config: EngineConfig) -> tuple[Scored, dict[str, Any
             for result in reranker.rank_batch(requests):
                 log_odds += scores_of(result, logits=True)
                 advance()
-        instruction, recipe = reranker.config.instruction, reranker.recipe
-        fitted_with = {"model": reranker.model_id, "instruction": instruction, "recipe": recipe}
+        fitted_with = {"model": reranker.model_id, "instruction": reranker.instruction, "recipe": reranker.recipe}
     sizes = [len(labels) for labels in pairs.by_query.values()]
     query = np.repeat(np.arange(len(sizes)), sizes)
     return Scored(log_odds=np.array(log_odds), relevant=np.array(pairs.labels), query=query), fitted_with

@@ -181,7 +181,8 @@ def _print_table(result: RerankResult, *, is_remote: bool) -> None:
         cells += [] if item.blended_score is None else [f"{item.blended_score:+.2f}"]
         rows.append([*cells, visible(" ".join(text.split())) + cut])
         for span in (item.spans or ())[:SHOWN_SPANS]:
-            bar = _bar(span.score, is_ascii_only=console.is_ascii_only)
+            is_bare = item.relevance_score == item.log_odds  # and so are the scores of its sentences
+            bar = _bar(sigmoid(span.score) if is_bare else span.score, is_ascii_only=console.is_ascii_only)
             sentence = visible(" ".join(item.document[span.start : span.end].split()))
             rows.append(["", f"{span.score:.4f}", bar, *[""] * (len(cells) - 3), f"  {sentence}"])
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
@@ -208,7 +209,7 @@ def _share_of(item: RankedDocument) -> float:
 
 def _bar(score: float, *, is_ascii_only: bool) -> str:
     full, least = "#|" if is_ascii_only else "█▏"
-    return full * round(min(score, 1) * BAR_WIDTH) or least  # the score of a sentence may be a bare logit
+    return full * round(score * BAR_WIDTH) or least
 
 
 def _print_prompt(reranker: Reranker, query: str, document: str) -> None:

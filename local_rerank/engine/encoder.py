@@ -2,8 +2,8 @@
 
 The linear layers, norms and embeddings are transformers' modules; what is between them is ours, on a packed batch in
 which each pair is a segment of its own. Queries, keys and values are one product, and the last layer computes only each
-pair's first token where nothing else is read. All dialects of heads end in one linear layer. `Engine` multiplies that
-in fp32, like a decoder's rows of "no" and "yes"; what comes before it is here, also in fp32.
+pair's first token where nothing else is read. Every head ends in a linear layer, which `Engine` multiplies in fp32
+like a decoder's rows of "no" and "yes"; what comes before it in the head is here, also in fp32.
 """
 
 from __future__ import annotations
@@ -184,8 +184,7 @@ class Encoder(nn.Module):
         self.embeddings, self.norm = parts.embeddings, parts.norm or nn.Identity()
         self.layers: Any = parts.layers
         self.features = parts.features.float()
-        self._is_local: list[bool] = [layer.is_local for layer in list[Any](self.layers)]
-        self._prunes = not parts.pools_mean and not self._is_local[-1]
+        self._prunes = not parts.pools_mean and not self.layers[-1].is_local
 
     def forward(
         self, batch: PackedBatch, kernel: KernelRow, layout: Layout, last_layout: Callable[[], Layout]
@@ -204,9 +203,9 @@ class Encoder(nn.Module):
             for is_local, layout in layouts.items()
         }
         last = len(self.layers) - 1 if self._prunes else len(self.layers)
-        for layer, is_local in zip(self.layers[:last], self._is_local, strict=False):
+        for layer in self.layers[:last]:
             forks.between_layers()
-            hidden = layer(hidden, *arguments[is_local])
+            hidden = layer(hidden, *arguments[layer.is_local])
         lengths = batch.position_ids[0, batch.last_token_index] + 1
         first = batch.last_token_index + 1 - lengths
         if self._prunes:
@@ -229,8 +228,9 @@ class Encoder(nn.Module):
 
 
 def encoder_head(classifier: nn.Linear, checkpoint: Checkpoint) -> Tensor:
-    """The rows of "not relevant" and "relevant", (2, hidden_size + 1) fp32, the bias in the last column. The row of a
-    single label is the difference of both.
+    """The rows of "not relevant" and "relevant", (2, hidden_size + 1) fp32, the bias in the last column.
+
+    A single label is the row of "relevant", beside zeros.
     """
     rows = torch.cat([classifier.weight.detach(), classifier.bias.detach().unsqueeze(1)], dim=1).float()
     if rows.shape[0] == 1:

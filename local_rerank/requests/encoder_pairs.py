@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from local_rerank.config import DEFAULT_INSTRUCTION
 from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.encoders import with_tokenizers, without_added_tokens
 from local_rerank.requests.pair import ID_BYTES, Pair, to_bytes
@@ -27,13 +28,7 @@ class EncoderTokenizer(PairTokenizer):
 
     document_lead = ""
 
-    def __init__(
-        self,
-        tokenizer_json: str,
-        *,
-        limits: PromptLimits,
-        default_instruction: str,
-    ) -> None:
+    def __init__(self, tokenizer_json: str, *, limits: PromptLimits, default_instruction: str) -> None:
         """`default_instruction`: the one that a request may have without a warning."""
         self._full = Tokenizer.from_str(tokenizer_json)
         self._full.no_truncation()
@@ -47,10 +42,8 @@ class EncoderTokenizer(PairTokenizer):
         self.num_types = 1 if self._typed_part is None else 2
         self._num_template_tokens = len(self.prefix_ids) + len(self._middle_ids) + len(self.suffix_ids)
         if limits.max_length < (needed := self._num_template_tokens + MIN_ROOM):
-            what = (
-                f"max_length is {limits.max_length}; it must be at least {needed}: query and document need {MIN_ROOM}"
-            )
-            raise ConfigError(f"{what} tokens, and those between them take {self._num_template_tokens}")
+            what = f"max_length is {limits.max_length}; it must be at least {needed}: query and document need"
+            raise ConfigError(f"{what} {MIN_ROOM} tokens, and those around them take {self._num_template_tokens}")
 
     @property
     def answer_ids(self) -> None:
@@ -63,7 +56,8 @@ class EncoderTokenizer(PairTokenizer):
         return max(self._plain.get_vocab_size(with_added_tokens=False), max(template_ids, default=0) + 1)
 
     def _unwrapped(self, request: RerankRequest) -> tuple[RerankRequest, bool]:
-        if request.instruction not in (None, self._default_instruction):
+        defaults = (self._default_instruction, DEFAULT_INSTRUCTION, DEFAULT_INSTRUCTION + ".")  # the last: DashScope's
+        if request.instruction not in (None, *defaults):
             self._warn_once("requests have an instruction, which this model does not read; it is ignored")
         return request, False
 
@@ -75,9 +69,8 @@ class EncoderTokenizer(PairTokenizer):
 
     def _pair(self, before: bytes, ids: bytes) -> Pair:
         num_before, num_tokens = len(before) // ID_BYTES, (len(before) + len(ids)) // ID_BYTES
-        type_starts = {"middle": num_before - len(self._middle_ids), "document": num_before, "suffix": num_tokens}
-        first_typed = num_tokens if self._typed_part is None else type_starts[self._typed_part]
-        return Pair(b"", before + ids, num_query_tokens=num_before, first_typed=first_typed)
+        starts = {"middle": num_before - len(self._middle_ids), "document": num_before, None: num_tokens}
+        return Pair(b"", before + ids, num_query_tokens=num_before, first_typed=starts[self._typed_part])
 
     def _billed_tokens(self, pair: Pair) -> int:
         """Tokens of query and document."""
@@ -92,19 +85,16 @@ def _pair_template(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ..
     """
     pair = tokenizer.encode("a", "a")
     parts = pair.sequence_ids  # 0 and 1 for tokens of the texts, None for others
-    places = [index for index, part in enumerate(parts) if part == 0], [i for i, part in enumerate(parts) if part == 1]
+    places = [[index for index, part in enumerate(parts) if part == text] for text in (0, 1)]
     if not all(places) or places[0][-1] > places[1][0]:
         raise CheckpointError("tokenizer.json has a post-processor that does not join a query and a document")
-    (first, *_, last), (begin, *_, end) = (indices if len(indices) > 1 else indices * 2 for indices in places)
-    ids, types = pair.ids, pair.type_ids
-    before, between, after = ids[:first], ids[last + 1 : begin], ids[end + 1 :]
-    typed = {"middle": last + 1, "document": begin}
-    for part, start in typed.items():
+    ids, types, (query, document) = pair.ids, pair.type_ids, places
+    middle = query[-1] + 1
+    template = tuple(ids[: query[0]]), tuple(ids[middle : document[0]]), tuple(ids[document[-1] + 1 :])
+    for part, start in {"middle": middle, "document": document[0], None: len(ids)}.items():
         if types == [0] * start + [1] * (len(types) - start):
-            return tuple(before), tuple(between), tuple(after), part
-    if any(types):
-        raise CheckpointError("tokenizer.json has a post-processor whose token types do not begin with the document")
-    return tuple(before), tuple(between), tuple(after), None
+            return *template, part
+    raise CheckpointError("tokenizer.json has a post-processor whose token types do not begin with the document")
 
 
 def _without_control_tokens(tokenizer_json: str) -> str:

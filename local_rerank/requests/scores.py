@@ -49,7 +49,7 @@ class Calibration(Curve):
     """A curve that never falls, and what produced the log-odds that it was fitted to."""
 
     model: str
-    instruction: str
+    instruction: str | None  # None for an encoder, which reads none
     recipe: Mapping[str, Any]  # what else a log-odds depends on: weights, template, dtype and token limits
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Calibration(Curve):
         if not all(0 <= probability <= 1 for _, probability in self.points):
             raise ValueError("probabilities must be from 0 to 1")
 
-    def require(self, *, model: str, instruction: str, recipe: Mapping[str, Any], where: str) -> None:
+    def require(self, *, model: str, instruction: str | None, recipe: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError unless the log-odds of this model mean what those mean that the curve was fitted to."""
         fitted = {"model": self.model, "instruction": self.instruction, **self.recipe}
         ours = {"model": model, "instruction": instruction, **recipe}

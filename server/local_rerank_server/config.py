@@ -19,6 +19,7 @@ from cyclopts import Group, Parameter
 from local_rerank.config import ENGINE, LIMITS, MODEL, EngineConfig
 from local_rerank.errors import ConfigError
 from local_rerank.models.options import seconds_of
+from local_rerank.requests.scores import read_calibration
 from local_rerank.types import Limits
 from local_rerank_server.ray_serve.replica_range import ReplicaRange
 
@@ -269,10 +270,13 @@ class ServerConfig:
 
     def check_scores(self, engine: EngineConfig) -> None:
         """Raise ConfigError if requests without an instruction could have no probability, but scores are to be one."""
-        if engine.scores == "calibrated" and self.dashscope_instruction != engine.instruction:
+        if engine.scores == "model" or engine.calibration is None:
+            return
+        fitted_with = read_calibration(Path(engine.calibration)).instruction
+        if fitted_with not in (None, self.dashscope_instruction):
             raise ConfigError(
                 "scores is calibrated, but the default instruction of the DashScope routes is not the calibration's; "
-                f"set --dashscope-instruction {shlex.quote(engine.instruction)}"
+                f"set --dashscope-instruction {shlex.quote(fitted_with)}"
             )
 
     @property
@@ -316,21 +320,12 @@ class ServerConfig:
         return replace(self.limits, max_documents=500, max_document_chars=300_000, max_request_tokens=120_000)
 
 
-_MINIMUM = {
-    "max_model_bytes": 1,
-    "port": 0,
-    "key_requests_per_minute": 1,
-    "key_tokens_per_minute": 1,
-    "max_body_bytes": 1,
-    "max_queued_requests": 1,
-    "client_timeout_seconds": 1,
-    "request_timeout_ms": 1,
-    "drain_seconds": 0,
-    "max_documents": 1,
-    "max_request_tokens": 1,
-    "max_document_chunks": 1,
-    "max_request_chunks": 1,
-}
+_AT_LEAST_1 = (
+    *("max_model_bytes", "key_requests_per_minute", "key_tokens_per_minute", "max_body_bytes", "max_queued_requests"),
+    *("client_timeout_seconds", "request_timeout_ms", "max_documents", "max_request_tokens", "max_document_chunks"),
+    "max_request_chunks",
+)
+_MINIMUM = {"port": 0, "drain_seconds": 0} | dict.fromkeys(_AT_LEAST_1, 1)
 _MAXIMUM = {"port": 65535, "max_documents": MAX_DOCUMENTS}
 
 

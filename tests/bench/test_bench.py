@@ -63,13 +63,14 @@ def test_useful_operations_match_a_hand_count(tiny_reranker: Reranker) -> None:
     assert useful_flops(shape, [*request.pairs, *other]) == 2 * alone  # a prefix each
 
 
-def test_useful_flops_of_an_encoder_count_every_layer_and_both_directions() -> None:
+def test_useful_flops_of_an_encoder_count_both_directions_and_one_token_of_the_last_layer() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     pairs = [Pair.of([], range(3)), Pair.of([], range(5))]
     for kind, mlp in (("Bert", 2), ("ModernBert", 3)):
         shape = DecoderShape.from_config(sizes | {"architectures": [f"{kind}ForSequenceClassification"]})
-        attention = 2 * 2 * 4 * (3 * 3 + 5 * 5)
-        assert useful_flops(shape, pairs) == 2 * 2 * (8 * (4 * 8 * 8 + mlp * 8 * 16) + attention)
+        attention = 2 * 2 * 4 * (3 * 3 + 5 * 5 + 3 + 5)
+        rest = 2 * 8 * 8 + mlp * 8 * 16
+        assert useful_flops(shape, pairs) == 2 * (8 * (2 * 8 * 8 + rest) + 8 * 2 * 8 * 8 + 2 * rest + attention)
 
 
 def test_kendall_tau_equals_scipys() -> None:
@@ -81,13 +82,14 @@ def test_kendall_tau_equals_scipys() -> None:
     assert kendall_tau([1.0], [2.0]) == 1.0
 
 
-def test_random_weights_load_and_are_reused(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "shape", "qwen3-reranker-0.6b", num_layers=1)
+@pytest.mark.parametrize(("shape", "hidden_size"), [("qwen3-reranker-0.6b", 1024), ("bge-reranker-base", 768)])
+def test_random_weights_load_and_are_reused(shape: str, hidden_size: int, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "shape", shape, num_layers=1)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert make_checkpoint(folder, "qwen3-reranker-0.6b", num_layers=1) == folder
+    assert make_checkpoint(folder, shape, num_layers=1) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with Reranker(str(folder), device="cpu", dtype="bf16") as reranker:
-        assert (reranker.info.hidden_size, reranker.info.num_layers) == (1024, 1)
+        assert (reranker.info.hidden_size, reranker.info.num_layers) == (hidden_size, 1)
         assert len(reranker.rank("q", ["a", "b"])) == 2
 
 

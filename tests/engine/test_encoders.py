@@ -14,10 +14,13 @@ from tokenizers import Tokenizer
 from local_rerank import CrossEncoder, EngineConfig, Reranker, RerankRequest
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
+from local_rerank.commands.rank import BAR_WIDTH, SHOWN_SPANS, _print_table
 from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.requests.parts import PromptLimits
 from local_rerank.requests.scores import sigmoid
 from local_rerank.selftest.machine_report import NOTHING, describe
 from local_rerank.selftest.self_test import self_test
+from local_rerank_server.config import HOSTED_INSTRUCTION
 from tests.encoder_checkpoints import LETTERS, OF, DenseEncoder, make_encoder
 from tests.reference import FP32_TOLERANCE
 
@@ -80,6 +83,21 @@ def test_int8_is_searched_with_the_pairs_that_requests_have(tmp_path: Path) -> N
         assert 0 < pair.first_typed < pair.num_tokens
 
 
+def test_an_instruction_is_ignored_with_a_warning_unless_it_is_a_route_s_default(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = open_checkpoint(str(make_encoder(tmp_path / "model", "Bert")))
+    limits = PromptLimits(max_length=100, max_query_tokens=100, max_document_tokens=100)
+    tokenizer = checkpoint.tokenizer(limits=limits, default_instruction="Find cats")
+    asked = [
+        tokenizer.pairs(RerankRequest(query="q", documents=("a",), instruction=instruction)).pairs[0].document
+        for instruction in (None, "Find cats", HOSTED_INSTRUCTION, "Find dogs")
+        if instruction != "Find dogs" or not caplog.messages
+    ]
+    assert len(caplog.messages) == 1
+    assert asked == asked[:1] * 4
+
+
 def test_two_labels_count_by_their_names(tmp_path: Path) -> None:
     labels = {0: "relevant", 1: "irrelevant"}
     folder = make_encoder(
@@ -134,44 +152,32 @@ def test_a_long_document_is_cut_where_transformers_cuts_it(
 
 
 @pytest.mark.parametrize("kind", OF)
-def test_chunks_and_sentences_are_scored_as_documents_of_their_texts(kind: str, tmp_path: Path) -> None:
-    folder = make_encoder(tmp_path / "model", kind, activation="torch.nn.modules.linear.Identity")
+def test_chunks_and_sentences_are_scored_as_documents_of_their_texts(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_bare = kind == "Bert"
+    folder = make_encoder(tmp_path / "model", kind, activation="torch.nn.modules.linear.Identity" if is_bare else None)
     text = " ".join(f"the {letter} cat, sat {letter}?" for letter in LETTERS[:20])
     with Reranker(str(folder), device="cpu", dtype="fp32", chunk_tokens=40, chunk_overlap_tokens=8) as reranker:
-        item = reranker.rank(QUERY, [text], long_documents="chunk", spans=True)[0]
+        result = reranker.rank(QUERY, [text, "the cat"], long_documents="chunk", spans=True)
+        item, short = sorted(result, key=lambda item: item.index)
+        assert short.log_odds == pytest.approx(reranker.rank(QUERY, ["the cat"])[0].log_odds, abs=1e-4)
         pairs = reranker.tokenizer.pairs(RerankRequest(query=QUERY, documents=(text,), long_documents="chunk"))
     assert item.best_chunk is not None
     assert item.spans
     assert item.num_chunks == len(pairs.bounds or ()) > 4
     dense = DenseEncoder(folder)
-    chunks = dense.logits(QUERY, [text[start:end] for start, end in pairs.bounds or ()])[:, 0].tolist()
-    assert item.relevance_score == item.best_chunk.score == pytest.approx(max(chunks), abs=1e-4)
-    spans = dense.logits(QUERY, [text[span.start : span.end] for span in item.spans])[:, 0].tolist()
-    assert [span.score for span in item.spans] == pytest.approx(spans, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", OF)
-def test_chunks_and_spans_are_scored_as_documents_of_their_text(kind: str, tmp_path: Path) -> None:
-    folder = make_encoder(tmp_path / "model", kind)
-    document, fits = "the cat . a dog ? " * 60, "the cat . a dog ?"
-    with Reranker(str(folder), device="cpu", dtype="fp32", chunk_tokens=100) as reranker:
-        plain = reranker.rank(QUERY, [fits])[0]
-        item, same = sorted(
-            reranker.rank(QUERY, [document, fits], long_documents="chunk", spans=True),
-            key=lambda item: item.index,
-        )
-    assert item.num_truncated_tokens == 0
-    assert item.num_chunks is not None
-    assert item.num_chunks > 5
-    assert same.log_odds == pytest.approx(plain.log_odds, abs=1e-4)
-    assert item.best_chunk is not None
-    assert item.spans
-    found = [document[part.start : part.end] for part in (item.best_chunk, *item.spans)]
-    assert set(found[1:]) == {"the cat .", "a dog ?"}
-    logits = DenseEncoder(folder).logits(QUERY, found)[:, 0].tolist()
-    assert [part.score for part in (item.best_chunk, *item.spans)] == pytest.approx(
-        list(map(sigmoid, logits)), abs=1e-4
-    )
+    chunks = dense.logits(QUERY, [text[start:end] for start, end in pairs.bounds or ()])
+    best = (chunks if is_bare else chunks.sigmoid()).max()
+    assert item.relevance_score == item.best_chunk.score == pytest.approx(float(best), abs=1e-4)
+    spans = dense.logits(QUERY, [text[span.start : span.end] for span in item.spans])[:, 0]
+    shown = (spans if is_bare else spans.sigmoid()).tolist()
+    assert [span.score for span in item.spans] == pytest.approx(shown, abs=1e-4)
+    _print_table(result, None, is_remote=False)
+    lines = capsys.readouterr().out.splitlines()
+    for span, logit in zip(item.spans[:SHOWN_SPANS], spans.tolist(), strict=False):
+        line = next(line for line in lines if line.endswith(f"    {text[span.start : span.end]}"))
+        assert line.count("█") == round(sigmoid(logit) * BAR_WIDTH)  # of a bare logit, too
 
 
 @pytest.mark.parametrize("kind", OF)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,17 +88,22 @@ def test_the_self_test_of_calibrated_scores_has_its_own_instructions(by_scores: 
     assert log_odds_of(by_scores["calibrated"], STORED) == pytest.approx(log_odds_of(by_scores["model"], STORED))
 
 
-def test_settings_under_which_no_request_could_be_answered_stop_the_start() -> None:
-    calibrated: dict[str, Any] = {"calibration": "calibration.json", "scores": "calibrated"}
+def test_settings_under_which_no_request_could_be_answered_stop_the_start(
+    tiny_reranker: Reranker, tmp_path: Path
+) -> None:
+    def options(**changes: Any) -> dict[str, Any]:
+        return {"calibration": str(calibration_file(tiny_reranker, tmp_path, **changes)), "scores": "calibrated"}
+
     why = r"set --dashscope-instruction 'Given a web search query, .*query'$"
     with pytest.raises(ConfigError, match=why):
-        ServerConfig().check_scores(EngineConfig(**calibrated))
-    ServerConfig().check_scores(EngineConfig(**calibrated, instruction=HOSTED_INSTRUCTION))
+        ServerConfig().check_scores(EngineConfig(**options()))
+    ServerConfig().check_scores(EngineConfig(**options(instruction=HOSTED_INSTRUCTION)))
+    ServerConfig().check_scores(EngineConfig(**options(instruction=None)))  # an encoder's
     pytest.importorskip("ray")
     from local_rerank_server.ray_serve.application import build
 
     with pytest.raises(ConfigError, match=why):  # not only where `serve` checks it
-        build(calibrated | {"insecure": True})
+        build(options() | {"insecure": True})
 
 
 async def test_a_minimum_is_compared_with_what_relevance_score_is(serve: Serve, by_scores: dict[str, Reranker]) -> None:

@@ -77,7 +77,10 @@ async def test_what_min_score_leaves_out_has_no_line(serve: Serve, tiny_reranker
     assert found.pop("blended_score") == pytest.approx(2 * (1 if whole[0].index == 1 else 0), abs=1e-6)
     assert line == found, "without the blended score, which all documents make"
     assert (last["status"], last["num_below_min_score"]) == ("below=1", 1)
-    assert samples(page)["local_rerank_results_total", frozenset({("status", "below")})] == 1
+    assert (
+        samples(page)["local_rerank_results_total", frozenset({("model", tiny_reranker.model_id), ("status", "below")})]
+        == 1
+    )
 
 
 async def test_a_line_is_sent_before_the_next_document_is_scored(serve: Serve, tiny_reranker: Reranker) -> None:

@@ -182,7 +182,7 @@ def pressed(page: Page) -> list[str]:
 
 def test_a_running_ranking_shows_its_time_and_cancelling_frees_the_server(chromium: Browser) -> None:
     with own_server() as (url, state), opened(chromium, url) as (page, _):
-        futures = state.reranker.futures  # type: ignore[attr-defined]
+        futures = state.default.ranker.futures  # type: ignore[union-attr]
         expect(page.locator("#server-status")).to_have_attribute("data-status", "ready")
         page.clock.install()
         page.get_by_label("Compare two instructions").check()
@@ -224,7 +224,7 @@ def test_a_long_list_fills_as_it_is_scored_and_a_failure_leaves_no_part_of_it(
     result = nano.rank("q", texts)
     by_index = {item.index: item for item in result}
     with own_server() as (url, state), opened(chromium, url) as (page, _):
-        ranker: Any = state.reranker
+        ranker: Any = state.default.ranker
         expect(page.locator("#server-status")).to_have_attribute("data-status", "ready")
         for outcome in (result, EngineFailure("the model failed")):
             num_before, shown_now = len(ranker.futures), page.locator(".document")

@@ -77,10 +77,10 @@ async def test_work_is_cancelled_if_tokenization_ends_after_the_deadline() -> No
     tokenizing, go_on = threading.Event(), threading.Event()
 
     class Slow(HeldRanker):
-        def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+        def submit(self, request: RerankRequest, **options: Any) -> Future[RerankResult]:
             tokenizing.set()
             go_on.wait(5)
-            return super().submit(request, name=name)
+            return super().submit(request, **options)
 
     ranker = Slow()
     with pytest.raises(DeadlineExceeded):
@@ -94,9 +94,9 @@ async def test_long_requests_do_not_delay_the_tokenization_of_short_ones() -> No
     go_on = threading.Event()
 
     class SlowWithLong(HeldRanker):
-        def submit(self, request: RerankRequest, *, name: str | None = None) -> Future[RerankResult]:
+        def submit(self, request: RerankRequest, **options: Any) -> Future[RerankResult]:
             assert len(request.documents[0]) < 10 or go_on.wait(5)
-            return super().submit(request, name=name)
+            return super().submit(request, **options)
 
     ranker = SlowWithLong()
     state = state_over(ranker)

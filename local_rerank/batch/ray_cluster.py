@@ -88,10 +88,10 @@ def _init(address: str | None, log_to_driver: bool) -> None:
     )
 
 
-def replica_resources(config: EngineConfig, num_replicas: int | None) -> ReplicaResources:
+def replica_resources(config: EngineConfig, num_replicas: int | None, num_models: int = 1) -> ReplicaResources:
     """Give each engine a GPU if the cluster has any and `device` allows it, else one CPU per thread.
 
-    Without `threads`, `num_replicas` engines share the cluster's CPUs, or one engine fills a node.
+    Without `threads`, `num_replicas` engines of each model share the cluster's CPUs, or one of each fills a node.
     """
     nodes = _nodes()
     num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -101,8 +101,8 @@ def replica_resources(config: EngineConfig, num_replicas: int | None) -> Replica
     if config.threads is not None:
         return ReplicaResources(num_cpus=config.threads, num_gpus=0)
     if num_replicas is None:
-        return ReplicaResources(num_cpus=max(1, min(filter(None, num_cpus), default=1)), num_gpus=0)
-    return ReplicaResources(num_cpus=max(1, sum(num_cpus) // num_replicas), num_gpus=0)
+        return ReplicaResources(num_cpus=max(1, min(filter(None, num_cpus), default=1) // num_models), num_gpus=0)
+    return ReplicaResources(num_cpus=max(1, sum(num_cpus) // (num_replicas * num_models)), num_gpus=0)
 
 
 def room_for(resources: ReplicaResources) -> int:

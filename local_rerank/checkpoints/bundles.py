@@ -93,6 +93,11 @@ def unpacked_copy(path: Path) -> tuple[Path, list[str]] | None:
         return folder, _faults(_Source(folder, None), manifest)
 
 
+def unpacked_copies() -> list[Path]:
+    """The folders of all unpacked archives, also of those that were interrupted."""
+    return sorted(path for path in _copies().glob("*") if path.is_dir())
+
+
 def _faults(source: _Source, manifest: Manifest) -> list[str]:
     unlisted = sorted({*source.names()} - {*manifest.files, MANIFEST})
     faults = {name: _fault(source, name, entry) for name, entry in manifest.files.items()}
@@ -195,7 +200,11 @@ def _manifest(path: Path, source: _Source) -> Manifest:
 def _copy_folder(source: _Source) -> Path:
     """Where the unpacked copy of an archive is kept."""
     with source.open(MANIFEST) as stream:
-        return cache_folder() / "bundles" / hashlib.sha256(stream.read()).hexdigest()
+        return _copies() / hashlib.sha256(stream.read()).hexdigest()
+
+
+def _copies() -> Path:
+    return cache_folder() / "bundles"
 
 
 def _unpack(path: Path, source: _Source, manifest: Manifest) -> Path:

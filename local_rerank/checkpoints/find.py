@@ -195,7 +195,7 @@ def _inspect(folder: Path, model_id: str, source: Source, revision: str | None, 
     check_tensors(folder, files, config, architecture)
     if has_adapter(folder):
         logger.warning("ignoring the adapter in %s (adapter_*): the folder has a whole model", folder)
-    if source in ("folder", "hub") and recipe_name is None and not _is_marked_reranker(folder):
+    if source in ("folder", "hub") and recipe_name is None and not is_marked_reranker(folder):
         other = "another classifier" if recipe.is_encoder else "a chat model"
         what = "no file of %s says that it is a reranker; scores of %s are meaningless; if it is one, set recipe to %s"
         logger.warning(what, folder, other, recipe.name)
@@ -224,7 +224,7 @@ def _checked_files(folder: Path) -> list[str]:
     return files
 
 
-def _is_marked_reranker(folder: Path) -> bool:
+def is_marked_reranker(folder: Path) -> bool:
     """Whether a file marks a reranker: sentence-transformers' LogitScore module, the model card or a chat template."""
     if (folder / "1_LogitScore").is_dir() or any(word in _text(folder / "README.md").lower() for word in _WORDS):
         return True

@@ -19,10 +19,20 @@ _REPOSITORY = re.compile(r"models--([\w.-]+)")
 
 def repository_of(model_id: str) -> Path:
     """The cache folder of a hub model, which need not exist."""
+    return _cache() / f"models--{model_id.replace('/', '--')}"
+
+
+def repositories() -> list[tuple[str, Path]]:
+    """Hub id and cache folder of each model in the cache."""
+    found = ((_REPOSITORY.fullmatch(path.name), path) for path in sorted(_cache().glob("models--*")) if path.is_dir())
+    return [(name[1].replace("--", "/"), path) for name, path in found if name]
+
+
+def _cache() -> Path:
     silence_telemetry()
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE)
 
 
 def split_cache_path(path: Path) -> tuple[str, Path, Path | None] | None:

@@ -128,6 +128,9 @@ for _name, _function, _help in (
     ("pack", "local_rerank.commands.models:pack", "Pack a model into one bundle for offline use."),
     ("verify", "local_rerank.commands.models:verify", "Check the files and scores of a bundle.\n\n"
      "The exit status is 1 if scores differ from those in the bundle."),
+    ("models", "local_rerank.commands.models:models", "List the models on this machine, with their sizes."),
+    ("rm", "local_rerank.commands.models:rm", "Delete a model from a cache.\n\n"
+     "It is one of the hub's cache, or the unpacked copy of a bundle. A running server keeps what it has loaded."),
     ("doctor", "local_rerank.commands.doctor:doctor", "Check that scores are correct, and diagnose faults.\n\n"
      "Also says what would make this machine faster. The exit status is 1 on a fault."),
     ("completion", "local_rerank.commands.app:completion", "Print the completion script of a shell.\n\n"

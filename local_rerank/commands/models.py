@@ -1,10 +1,14 @@
-"""The commands `pull`, `pack` and `verify`: download a model and move it to a machine without a network."""
+"""The commands for models on this machine: `pull`, `pack`, `verify`, `models`, which lists them, and `rm`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from dataclasses import replace
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -118,6 +122,113 @@ def verify(
     print_scores(outcome.scores)
     say(f"{'pass' if outcome.passed else f'FAULT: {outcome.fault}'}: {outcome.detail}")
     return int(not outcome.passed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A model on this machine. `rm` takes the name of one that is in a cache."""
+
+    name: str
+    kind: str
+    path: Path
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk; links into the same cache count once."""
+        paths = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(path.stat().st_size for path in paths if path.is_file() and not path.is_symlink())
+
+    @property
+    def verdict(self) -> str:
+        """Which reranker it is, or why it cannot be loaded as one."""
+        from local_rerank.checkpoints.bundles import read_manifest
+        from local_rerank.checkpoints.find import is_marked_reranker, open_checkpoint
+
+        try:
+            if self.path.is_file():
+                return f"reranker ({read_manifest(self.path).model_id})"
+            checkpoint = open_checkpoint(str(self.path))
+        except CheckpointError as error:
+            return f"not usable: {error}"
+        is_marked = checkpoint.source in ("embedded", "bundle") or is_marked_reranker(checkpoint.folder)
+        return f"reranker ({checkpoint.recipe.name})" if is_marked else "no file of it says that it is a reranker"
+
+
+def models(
+    *folders: Annotated[Path, option(help="Folder of models, or of one model. Default: ./models, if it is there.")],
+) -> None:
+    """List the models on this machine, their sizes, and whether they are rerankers."""
+    from local_rerank.checkpoints.free_space import gigabytes
+
+    if missing := [folder for folder in folders if not folder.exists()]:
+        raise ConfigError(f"folder {missing[0]} does not exist; give a folder of models, or one model's")
+    found = [*_in_caches(), *_in_folders(folders or tuple(filter(Path.is_dir, [Path("models")])))]
+    width = max((len(model.name) for model in found), default=0)
+    logging.disable(logging.WARNING)  # verdicts say the same
+    try:
+        for model in found:
+            say(f"{model.name:{width}}  {model.kind:15}  {gigabytes(model.num_bytes):>10}  {model.verdict}")
+    finally:
+        logging.disable(logging.NOTSET)
+    warn("" if found else "no models but the built-in one; `local-rerank pull` downloads one")
+
+
+def rm(
+    name: Annotated[str, option(help="Name that `local-rerank models` lists for a model in a cache.")],
+    /,
+    *,
+    yes: Annotated[bool, option(help="Delete without asking.")] = False,
+) -> int:
+    """Delete a model from the hub's cache, or the unpacked copy of a bundle, and return the exit status."""
+    from local_rerank.checkpoints.find import ALIASES
+    from local_rerank.checkpoints.free_space import gigabytes
+
+    found = {model.name: model for model in _in_caches()}
+    model = found.get(ALIASES.get(name.lower(), name))
+    if model is None:
+        raise ConfigError(f"name is {name!r}, which is in no cache; the caches have {', '.join(found) or 'no models'}")
+    what = f"{model.name}, {gigabytes(model.num_bytes)} in {model.path}"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("rm asks before it deletes, but standard input is no terminal; give --yes")
+        say(f"Delete {what}? [y/N]")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            return 1
+    try:
+        shutil.rmtree(model.path)  # refuses a link
+    except OSError as error:
+        raise CheckpointError(f"{model.path} cannot be deleted: {error}") from error
+    say(f"deleted {what}")
+    return 0
+
+
+def _in_caches() -> Iterator[Stored]:
+    """Models in the hub's cache, and unpacked copies of bundles: all that `rm` may delete."""
+    from local_rerank.checkpoints.bundles import read_manifest, unpacked_copies
+    from local_rerank.checkpoints.hub_cache import repositories
+
+    for model_id, folder in repositories():
+        yield Stored(name=model_id, kind="hub's cache", path=folder)
+    for folder in unpacked_copies():
+        try:
+            name = f"{read_manifest(folder).model_id}@{folder.name[:8]}"
+        except CheckpointError:
+            name = folder.name
+        yield Stored(name=name, kind="unpacked bundle", path=folder)
+
+
+def _in_folders(folders: tuple[Path, ...]) -> Iterator[Stored]:
+    """The models in folders; a folder that has none counts as a model itself, whose verdict then says what is wrong."""
+    from local_rerank.checkpoints.bundles import FILE_SUFFIX
+    from local_rerank.checkpoints.manifest import MANIFEST
+
+    for folder in folders:
+        inside = [
+            path for path in sorted(folder.glob("*")) if path.suffix == FILE_SUFFIX or (path / "config.json").is_file()
+        ]
+        for path in inside if inside and not (folder / "config.json").is_file() else [folder]:
+            is_bundle = path.is_file() or (path / MANIFEST).is_file()
+            yield Stored(name=str(path), kind="bundle" if is_bundle else "folder", path=path)
 
 
 def _exact(engine: EngineConfig | None, model: str | None) -> EngineConfig:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -87,11 +88,15 @@ class ModelSet:
             model.loads, model.unloads = [], []
 
     @classmethod
-    def of(cls, ranker: Ranker, *, aliases: Sequence[str], on_load: OnLoad) -> ModelSet:
-        """A set of one model, which is loaded and stays so."""
-        options = ModelOptions(engine=ranker.config, name=ranker.model_id, pinned=True)
-        models = cls([options], cast(Loader, None), aliases=aliases, on_load=on_load)
-        models._add(models.default, ranker, 0)
+    def of(
+        cls, *rankers: Ranker, options: Sequence[ModelOptions] = (), aliases: Sequence[str], on_load: OnLoad
+    ) -> ModelSet:
+        """A set of models that are loaded and stay so; without `options` they have the names of their checkpoints."""
+        known = options or [ModelOptions(engine=ranker.config, name=ranker.model_id) for ranker in rankers]
+        pinned = [replace(each, pinned=True) for each in known]
+        models = cls(pinned, cast(Loader, None), aliases=aliases, on_load=on_load)
+        for model, ranker in zip(models.models, rankers, strict=True):
+            models._add(model, ranker, 0)
         models._name()
         return models
 
@@ -216,7 +221,7 @@ class ModelSet:
         for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(ModelUnavailable("the server is stopping"))
-        for model in self.models:
+        for model in reversed(self.models):  # the first one of several on Ray ends Ray
             if model.ranker is not None:
                 model.ranker.close()
 

@@ -41,7 +41,9 @@ def create() -> ASGIApp:
     address that the server listens on is unknown here.
     """
     engine_config, config = serve_options()
-    config.require_one_model("the ASGI application")
+    if len(config.model) > 1 or config.keep_alive or config.max_model_bytes:
+        what = "the ASGI application serves one model, which stays loaded"
+        raise ConfigError(f"{what}; leave out others, keep_alive, max_model_bytes")
     config.check_scores(engine_config)
     if config.ray:
         raise ConfigError("ray is not supported here; use `local-rerank serve --ray` or Ray Serve")

@@ -202,8 +202,8 @@ class ServerConfig:
     replicas: Annotated[
         str,
         Parameter(group=ENGINE,
-                  help="Number of engines with --ray: a number, a range such as 1-8 that scales with the queue, or "
-                       "auto, which scales from one up to the size of the cluster, one per GPU."),
+                  help="Number of engines of each model with --ray: a number, a range such as 1-8 that scales with the "
+                       "queue, or auto, which scales from one up to the size of the cluster, one per GPU."),
     ] = "auto"  # fmt: skip
     log_level: Annotated[LogLevel, Parameter(group=LOGS, help="Lowest severity to log.")] = "info"
     log_format: Annotated[LogFormat, Parameter(group=LOGS, help="Log plain lines, or one JSON object per line.")] = (
@@ -237,8 +237,8 @@ class ServerConfig:
         if not self.ray and self.replicas != "auto":
             raise ConfigError(f"replicas is {self.replicas!r}, which needs --ray")
         ReplicaRange.parse(self.replicas)
-        if self.ray:
-            self.require_one_model("ray")
+        if self.ray and (self.keep_alive or self.max_model_bytes):
+            raise ConfigError("ray keeps every model loaded; leave out keep_alive and max_model_bytes")
         if not isinstance(self.api_key, tuple):  # a text would be a key per character
             raise ConfigError("api_key must be a tuple of texts")
         if any(not key.strip() for key in self.api_key):
@@ -259,13 +259,6 @@ class ServerConfig:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines and no api_key is set; "
                 "set --api-key-file or --api-key, or allow this with --insecure"
-            )
-
-    def require_one_model(self, who: str) -> None:
-        """Raise ConfigError for options of several models."""
-        if len(self.model) > 1 or self.keep_alive or self.max_model_bytes:
-            raise ConfigError(
-                f"{who} serves one model, which stays loaded; leave out others, keep_alive, max_model_bytes"
             )
 
     def check_scores(self, engine: EngineConfig) -> None:

@@ -148,11 +148,10 @@ def _load(models: Sequence[ModelOptions], state: ServerState) -> ModelSet:
     config = state.config
     if config.ray:
         require_ray()
-        from local_rerank_server.ray_serve.reranker import ReplicaReranker
+        from local_rerank_server.ray_serve.reranker import start_replicas
 
-        return ModelSet.of(
-            ReplicaReranker(models[0].engine, config), aliases=config.model_aliases, on_load=state.observe
-        )
+        rankers = start_replicas([model.engine for model in models], config)
+        return ModelSet.of(*rankers, options=models, aliases=config.model_aliases, on_load=state.observe)
     from local_rerank.bench.kept_speeds import before_download
     from local_rerank.models.loader import EngineLoader
 

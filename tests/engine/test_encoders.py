@@ -173,7 +173,7 @@ def test_chunks_and_sentences_are_scored_as_documents_of_their_texts(
     spans = dense.logits(QUERY, [text[span.start : span.end] for span in item.spans])[:, 0]
     shown = (spans if is_bare else spans.sigmoid()).tolist()
     assert [span.score for span in item.spans] == pytest.approx(shown, abs=1e-4)
-    _print_table(result, None, is_remote=False)
+    _print_table(result, is_remote=False)
     lines = capsys.readouterr().out.splitlines()
     for span, logit in zip(item.spans[:SHOWN_SPANS], spans.tolist(), strict=False):
         line = next(line for line in lines if line.endswith(f"    {text[span.start : span.end]}"))

@@ -113,7 +113,7 @@ def test_a_page_of_another_origin_can_neither_rank_nor_read(name: str, chromium:
             assert page.evaluate(ATTACKS, url) == ["TypeError"] * 5 + ["error"]
             until(lambda: sum(statuses_of(state).values()) == 8)  # the form and the beacon report nothing to the page
         assert statuses_of(state) == {403: 8}
-        assert not state.default.ranker.futures  # type: ignore[attr-defined]
+        assert not state.default.ranker.futures  # type: ignore[union-attr]
 
 
 def test_a_page_whose_name_was_rebound_to_this_machine_gets_nothing(chromium: Browser, base_url: str) -> None:

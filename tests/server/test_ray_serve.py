@@ -1,4 +1,4 @@
-"""`local-rerank serve --ray`: a real server with two replicas, one of which is killed."""
+"""`local-rerank serve --ray`: a real server with two models of two replicas each, one of which is killed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ from local_rerank.requests.scores import sigmoid
 from tests.command_line import command
 from tests.server.conftest import Serve
 from tests.serving import NATIVE, WAIT_SECONDS, Server, exchange, options, started, until
-from tests.tiny_checkpoints import calibration_file
+from tests.tiny_checkpoints import calibration_file, make_checkpoint
 
 LOCAL = "/v1/local/rank"
 TOLERANCE = 1e-4  # log-odds in fp32, over batches and numbers of threads
@@ -29,13 +30,25 @@ WORDS = "river mountain engine protein market treaty violin harbour glacier sena
 
 
 @pytest.fixture(scope="module")
-def server(tiny_reranker: Reranker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two replicas of one thread each and a calibration, from the moment its port is bound."""
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("other") / "tiny", seed=5)
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_reranker: Reranker, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Two models, one of them calibrated, with two replicas of one thread each, as soon as the port is bound."""
     log = tmp_path_factory.mktemp("ray") / "log"
     calibration = os.path.relpath(calibration_file(tiny_reranker, log.parent))  # the replicas work in other folders
-    arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", "--calibration", calibration]
-    arguments += [*options(tiny_reranker.checkpoint.folder), "--port", "0"]
-    with started(log, *arguments) as running:
+    config = log.parent / "models.toml"
+    config.write_text(
+        f'[models.tiny-reranker]\nmodel = "{tiny_reranker.checkpoint.folder}"\ncalibration = "{calibration}"\n'
+        f'[models.other]\nmodel = "{other_checkpoint}"\n'
+    )
+    arguments = ["local_rerank", "serve", "--ray", "--replicas", "2", "--config", str(config), "--port", "0"]
+    arguments += options(tiny_reranker.checkpoint.folder)[2:]
+    with started(log, *arguments, RAY_OVERRIDE_RESOURCES='{"CPU": 4}') as running:
         running.wait_for("listening on")
         yield running
 
@@ -81,7 +94,18 @@ def test_the_port_answers_before_there_is_a_replica_and_ready_tells_when_there_i
     assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
     server.wait_for("ready: ")
     assert client.get("/ready").status_code == 200
-    assert len(replicas(server)) == 2
+    assert len(replicas(server)) == 4
+
+
+def test_each_model_has_replicas_of_its_own(server: Server, client: Client, other_checkpoint: Path) -> None:
+    server.wait_for("ready: ")
+    with Reranker(other_checkpoint, device="cpu", dtype="fp32") as other:
+        answer = client.post(LOCAL, json=request(1) | {"model": "other"}).json()
+        assert log_odds(answer) == pytest.approx(expected(other, request(1)), abs=TOLERANCE)
+    assert answer["model"] == "other"
+    states = [model["state"] for model in client.get("/v1/models").json()["data"]]
+    assert set(states) == {"loaded"}
+    assert "this model is pinned" in client.post("/v1/models/unload", json={"model": "other"}).text
 
 
 def test_answers_are_those_of_one_process(server: Server, client: Client, tiny_reranker: Reranker) -> None:
@@ -164,20 +188,21 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
     server: Server, client: Client, tiny_reranker: Reranker
 ) -> None:
     server.wait_for("ready: ")
-    victim = replicas(server)[0]
 
     def ask(number: int) -> tuple[int, dict[str, Any]]:
         answer = client.post(LOCAL, json=request(number, num_documents=300))
         return answer.status_code, answer.json()
 
     with ThreadPoolExecutor(8) as pool:
+        before = {replica: replica.cpu_times().user for replica in replicas(server)}
         list(pool.map(ask, range(4)))  # after its first requests, a replica that uses the CPU has work
+        victim = max(before, key=lambda replica: replica.cpu_times().user - before[replica])  # of the model asked for
         idle = victim.cpu_times().user
         asking = pool.map(ask, range(8))
         until(lambda: victim.cpu_times().user > idle + 0.1)
         victim.kill()
         answers = list(asking)
-        until(lambda: len({process.pid for process in replicas(server)} - {victim.pid}) == 2)
+        until(lambda: len({process.pid for process in replicas(server)} - {victim.pid}) == 4)
         answers += pool.map(ask, range(8, 10))
     assert [status for status, _ in answers if status != 200] == []
     assert "the replica died" in server.output  # it had work when it died, and that work was sent on

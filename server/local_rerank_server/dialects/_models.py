@@ -30,6 +30,7 @@ class Model(TypedDict):
     owned_by: str
     model_type: str
     model_name: str
+    alias_of: NotRequired[str]  # only for a name that is not the model's own
     state: State
     reason: NotRequired[str]  # why it could not be loaded
     size_bytes: int  # of its weights while it is loaded, before that what loading needs; 0: not known
@@ -128,6 +129,8 @@ def _describe(name: str, state: ServerState) -> Model:
         size_bytes=served.num_bytes if served.ranker else served.needed_bytes,
         last_used=None if served.last_used is None else int(served.last_used),
     )
+    if name != served.name:
+        model["alias_of"] = served.name
     if served.state == "failed" and served.error is not None:
         model["reason"] = served.error
     if served.model_id == EMBEDDED_MODEL:

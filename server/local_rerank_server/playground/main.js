@@ -1,7 +1,7 @@
 // The page: builds requests from the fields, sends them, and shows rankings, code and errors.
 
 import { offerClients, showCode } from "./code.js";
-import { askForKey, follow, needsKey } from "./connection.js";
+import { askForKey, follow, hasSeveral, needsKey, refresh } from "./connection.js";
 import { parseText, toText } from "./documents.js";
 import { byId, element, say } from "./elements.js";
 import { EXAMPLES } from "./examples.js";
@@ -45,6 +45,7 @@ function exampleButton(example) {
     fill({ query: example.query, documents: example.documents, instruction: example.instruction ?? "", top_n: "" });
     byId("compare").checked = Boolean(example.second);
     byId("second-instruction").value = example.second ?? "";
+    if (example.second) byId("second-model").value = byId("model").value;
     fieldsChanged();
     rankAll();
   });
@@ -62,14 +63,21 @@ function fill({ query, documents, instruction, top_n }) {
 function fieldsChanged() {
   const { documents, note } = parseText(byId("documents").value);
   say("documents-note", note);
-  byId("second").hidden = !byId("compare").checked;
+  const compares = byId("compare").checked;
+  say("compared", `Compare two instructions ${hasSeveral() ? "or models " : ""}side by side`);
+  byId("second").hidden = !compares;
+  byId("second-model-field").hidden = !compares || !hasSeveral();
+  byId("second-instruction").placeholder = comparesModels() ? "The same as the first" : byId("instruction").placeholder;
   for (const [index, button] of [...byId("examples").children].entries()) {
     button.setAttribute("aria-pressed", String(isInFields(EXAMPLES[index], documents)));
   }
   const base = new URL(".", document.baseURI).href.replace(/\/$/, "");
-  const request = requestOf(documents, byId("instruction").value);
+  const request = requestOf(documents, byId("instruction").value, byId("model").value);
   showCode(request, base, needsKey() ? "YOUR_KEY" : "");
 }
+
+const comparesModels = () => byId("compare").checked && hasSeveral()
+  && byId("second-model").value !== byId("model").value;
 
 /** Whether the fields hold this example, also if they were filled in by hand. */
 function isInFields(example, documents) {
@@ -82,13 +90,13 @@ function isInFields(example, documents) {
 }
 
 /** The request in the fields; empty fields are omitted. */
-function requestOf(documents, instruction) {
+function requestOf(documents, instruction, model) {
   return {
     query: byId("query").value,
     documents,
     instruction: instruction.trim() ? instruction : undefined,
     top_n: numberOf(byId("top-n").value.trim()),
-    model: byId("model").value,
+    model,
     long_documents: byId("in-chunks").checked ? "chunk" : undefined,
     spans: byId("spans").checked || undefined,
   };
@@ -102,7 +110,7 @@ function numberOf(text) {
 
 // ---- ranking
 
-/** Rank with each instruction; aborts a ranking that is still running. */
+/** Rank with each instruction or model; aborts a ranking that is still running. */
 async function rankAll() {
   running.abort();
   const mine = running = new AbortController();
@@ -135,6 +143,7 @@ function rankings(requests, mine) {
 function finish(show) {
   showEnd();
   show();
+  refresh();  // the request may have loaded a model, or unloaded another
 }
 
 /** Abort the ranking; the server then removes it from its queue. */
@@ -151,14 +160,25 @@ function requestsInWords(requests) {
 
 function allRequests() {
   const { documents } = parseText(byId("documents").value);
-  const ids = byId("compare").checked ? ["instruction", "second-instruction"] : ["instruction"];
-  return ids.map((id) => requestOf(documents, byId(id).value));
+  const first = requestOf(documents, byId("instruction").value, byId("model").value);
+  if (!byId("compare").checked) return [first];
+  const second = byId("second-instruction").value;
+  const model = byId(hasSeveral() ? "second-model" : "model").value;
+  return [first, requestOf(documents, comparesModels() && !second.trim() ? first.instruction ?? "" : second, model)];
+}
+
+/** What tells a request from the others. */
+function titleOf(request, requests) {
+  const differ = (name) => requests.some((other) => other[name] !== request[name]);
+  const model = differ("model") ? [request.model] : [];
+  const instruction = differ("instruction") || !model.length ? [request.instruction ?? DEFAULT_TITLE] : [];
+  return [...model, ...instruction].join(" · ");
 }
 
 function showRankings(requests, answers) {
   const compared = answers.length > 1, complete = answers.every((answer) => "model" in answer);
   byId("rankings").replaceChildren(...answers.map((answer, index) => renderRanking(answer, {
-    title: compared ? requests[index].instruction ?? DEFAULT_TITLE : "",
+    title: compared ? titleOf(requests[index], requests) : "",
     before: index && complete ? answers[0] : null,
   })));
   byId("rankings").classList.toggle("compared", compared);

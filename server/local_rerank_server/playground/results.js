@@ -15,7 +15,7 @@ const signed = (value) => twoDecimals.format(value).replace("-", "−");
  * show movements against.
  */
 export function renderRanking(answer, { title, before = null }) {
-  const items = answer.results.map((item, place) => renderItem(item, movement(item, place, before)));
+  const items = answer.results.map((item, place) => renderItem(item, movement(item, place, before, answer.model)));
   return element("article", { className: "ranking" },
     ...(title ? [element("h3", { dir: "auto" }, title)] : []),
     element("div", {}, renderHead(), element("ol", {}, ...items)),
@@ -134,13 +134,15 @@ function meta(item, moved) {
   ];
 }
 
-function movement(item, place, before) {
+/** The log-odds of two models have no common scale, so that their difference says nothing. */
+function movement(item, place, before, model) {
   if (!before) return "";
   const former = before.results.findIndex((other) => other.index === item.index);
   if (former < 0) return "not in the first ranking";
-  const change = `log-odds ${signed(item.log_odds - before.results[former].log_odds)}`;
-  if (former === place) return `same place, ${change}`;
-  return `${former > place ? `↑ ${former - place} higher` : `↓ ${place - former} lower`}, ${change}`;
+  const difference = signed(item.log_odds - before.results[former].log_odds);
+  const change = model === before.model ? `, log-odds ${difference}` : "";
+  if (former === place) return `same place${change}`;
+  return `${former > place ? `↑ ${former - place} higher` : `↓ ${place - former} lower`}${change}`;
 }
 
 function renderFacts(answer) {

@@ -21,10 +21,17 @@ export async function serverStatus() {
   return (await answer.json()).status;
 }
 
-/** The names that can be sent as `model`, with descriptions if they have one. */
+/** The names that can be sent as `model`, with the states of their models. */
 export async function listModels() {
   return (await json("v1/models", {})).data;
 }
+
+/** Load a model by its name; returns when it is loaded. */
+export const loadModel = (model) => json("v1/models/load", {
+  method: "POST",
+  headers: { "content-type": "application/json" },
+  body: JSON.stringify({ model }),
+});
 
 /** The response of `POST /v1/local/rank`. `onScored` gets the documents as soon as their scores are known. */
 export async function rank(request, signal, onScored) {

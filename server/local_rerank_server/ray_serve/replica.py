@@ -78,17 +78,19 @@ def _stay_on_loopback() -> None:
     replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", LOOPBACK))
 
 
-def engine_application(config: EngineConfig, server_config: ServerConfig, *, may_grow: bool) -> serve.Application:
-    """The engine deployment, bound to its configuration. Ray must be connected.
+def engine_application(
+    config: EngineConfig, server_config: ServerConfig, *, num_models: int = 1, may_grow: bool
+) -> serve.Application:
+    """The engine deployment of one of `num_models`, bound to its configuration. Ray must be connected.
 
     Raises ConfigError if a cluster that cannot grow has too few resources for the minimum number of replicas.
     """
     replicas = server_config.replica_range
-    resources = replica_resources(config, replicas.fixed)
-    room = room_for(resources)
+    resources = replica_resources(config, replicas.fixed, num_models)
+    room = room_for(resources) // num_models
     if not may_grow and replicas.minimum > room:
         raise ConfigError(
-            f"replicas is {server_config.replicas}; there is room for {room} "
+            f"replicas is {server_config.replicas}; there is room for {room}{' of each model' * (num_models > 1)} "
             f"({resources.num_cpus} CPUs and {resources.num_gpus} GPUs each)"
         )
     return _deployment(replicas, resources, room, server_config).bind(

@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import ray
@@ -155,17 +155,35 @@ class RemoteReranker:
         self._loop.close()
 
 
-class ReplicaReranker(RemoteReranker):
-    """A RemoteReranker that starts its replicas, and Ray if none is running, and stops what it started.
+def start_replicas(configs: Sequence[EngineConfig], server_config: ServerConfig) -> list[RemoteReranker]:
+    """Replicas of each model, on the cluster at RAY_ADDRESS or on one that is started here. The first is closed last.
 
-    Raises ConfigError if Ray is not installed or has too few resources, CheckpointError if the model cannot be loaded.
+    Raises ConfigError if Ray is not installed or has too few resources, CheckpointError if a model cannot be loaded.
     """
+    started_ray = ray_cluster.connect()
+    with contextlib.ExitStack() as started:
+        rankers: list[RemoteReranker] = []
+        for config in configs:
+            rankers.append(
+                ReplicaReranker(
+                    config, server_config, num_models=len(configs), started_ray=started_ray, is_first=not rankers
+                )
+            )
+            started.callback(rankers[-1].close)
+        started.pop_all()
+    return rankers
 
-    def __init__(self, config: EngineConfig, server_config: ServerConfig) -> None:
-        self._started_ray = ray_cluster.connect()
+
+class ReplicaReranker(RemoteReranker):
+    """A RemoteReranker that starts its replicas and stops them; the first one then leaves Ray, or ends it."""
+
+    def __init__(
+        self, config: EngineConfig, server_config: ServerConfig, *, num_models: int, started_ray: bool, is_first: bool
+    ) -> None:
+        self._leaves_ray, self._ends_ray = is_first, is_first and started_ray
         self._name = f"local-rerank-{uuid.uuid4().hex[:8]}"
         try:
-            handle, info = _start_replicas(self._name, config, server_config, may_grow=not self._started_ray)
+            handle, info = _start(self._name, config, server_config, num_models=num_models, may_grow=not started_ray)
             super().__init__(handle, info, config)
         except BaseException:
             self._stop()
@@ -179,18 +197,19 @@ class ReplicaReranker(RemoteReranker):
     def _stop(self) -> None:
         with contextlib.suppress(Exception):  # the process is ending, and what remains ends with Ray
             serve.delete(self._name)
-            if self._started_ray:
+            if self._ends_ray:
                 serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own
-        ray.shutdown()
+        if self._leaves_ray:
+            ray.shutdown()
 
 
-def _start_replicas(
-    name: str, config: EngineConfig, server_config: ServerConfig, *, may_grow: bool
+def _start(
+    name: str, config: EngineConfig, server_config: ServerConfig, *, num_models: int, may_grow: bool
 ) -> tuple[DeploymentHandle[object], ModelInfo]:
     from local_rerank_server.ray_serve.replica import engine_application
 
     serve.start(proxy_location="Disabled", logging_config=LOGGING)  # HTTP goes through our own server
-    application = engine_application(config, server_config, may_grow=may_grow)
+    application = engine_application(config, server_config, num_models=num_models, may_grow=may_grow)
     try:
         handle = serve.run(application, name=name, route_prefix=None, logging_config=LOGGING)
         info: ModelInfo = handle.info.remote().result()

@@ -47,7 +47,8 @@ def test_a_ranking_shows_what_the_library_says(page: Page, nano: Reranker) -> No
 
 def test_the_best_chunk_of_a_long_document_and_its_sentences_are_marked(page: Page, nano: Reranker) -> None:
     filler = "Llamas \U0001f999 eat grass \U0001f469\u200d\U0001f33e in the high Andes of Peru. " * 20
-    documents = ["A short text. \U0001f600 With two sentences.", f"{filler}Paris is the capital of France. {filler}"]
+    long = filler + "Paris is the capital of France. " * 6 + filler
+    documents = ["A short text. \U0001f600 With two sentences.", long]
     page.get_by_label("Read long documents in chunks").check()
     page.get_by_label("Score the sentences").check()
     rank(page, "capital of France", json.dumps(documents))
@@ -64,7 +65,7 @@ def test_the_best_chunk_of_a_long_document_and_its_sentences_are_marked(page: Pa
         assert found.all_text_contents() == [item.document[span.start : span.end] for span in sentences]
         scores = [float(str(each.get_attribute("data-score")).lstrip("<>")) for each in found.all()]
         assert scores == pytest.approx([span.score for span in sentences], abs=1e-4)
-    best = page.locator(".chunk .sentence", has_text="Paris is the capital of France.")
+    best = page.locator(".chunk .sentence", has_text="Paris is the capital of France.").first
     page.locator("li").nth(place).scroll_into_view_if_needed()
     expect(best).to_be_in_viewport()
     expect(page.locator(".meta").nth(place)).to_contain_text(f"best of {items[place].num_chunks} chunks")

@@ -13,7 +13,7 @@ from typing import Any
 
 from local_rerank.errors import DeadlineExceeded, LocalRerankError
 from local_rerank.requests.pair import Pair, TokenizedRequest
-from local_rerank.requests.scores import ScoreScale, blend
+from local_rerank.requests.scores import ACTIVATIONS, ScoreScale, blend
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 logger = logging.getLogger(__name__)
@@ -215,4 +215,6 @@ class PendingRequest:
         return found | {"spans": tuple(sorted(spans, key=lambda span: -span.score))}
 
     def _scored(self, pair: int, bounds: tuple[int, int]) -> ScoredSpan:
-        return ScoredSpan(start=bounds[0], end=bounds[1], score=self._score_of(self.log_odds[pair])[0])
+        return ScoredSpan(
+            start=bounds[0], end=bounds[1], score=ACTIVATIONS[self._scale.activation](self.log_odds[pair])
+        )

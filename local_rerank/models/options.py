@@ -17,6 +17,7 @@ from local_rerank.errors import ConfigError
 DEFAULT_KEEP_ALIVE_SECONDS = 600.0  # of a server with several models
 
 _NAMED = re.compile(r"([\w.:/-]+)=(.+)", re.DOTALL)
+_SECTION = "\0"  # begins the text of a section; no argument or variable can have it
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _ENGINE_OPTIONS = frozenset(field.name for field in fields(EngineConfig))
@@ -43,8 +44,8 @@ def models_of(texts: Sequence[str], engine: EngineConfig) -> tuple[ModelOptions,
         return (ModelOptions(engine=engine),)
     models: dict[str, ModelOptions] = {}
     for text in texts:
-        if text.startswith("{"):
-            section = json.loads(text)
+        if text.startswith(_SECTION):
+            section = json.loads(text.removeprefix(_SECTION))
             name, options = section["name"], section["options"]
             models[name] = _with_section(models.get(name), name, options, engine, section["where"])
             continue
@@ -61,7 +62,9 @@ def _with_section(
     given: ModelOptions | None, name: str, options: Mapping[str, Any], engine: EngineConfig, where: str
 ) -> ModelOptions:
     aliases, pinned = options.get("aliases", []), options.get("pinned", False)
-    if not isinstance(aliases, list) or not all(isinstance(each, str) for each in aliases):
+    if not name.strip():
+        raise ConfigError(f"{where}: the name is empty; give the model a name, [models.NAME]")
+    if not isinstance(aliases, list) or not all(isinstance(each, str) and each.strip() for each in aliases):
         raise ConfigError(f"{where}: aliases is {aliases!r}; it must be a list of names")
     if not isinstance(pinned, bool):
         raise ConfigError(f"{where}: pinned is {pinned!r}; it must be true or false")
@@ -113,7 +116,7 @@ def _refuse_unknown(options: Mapping[str, Any], known: Collection[str], where: s
 
 def section_text(path: Path, name: str, section: Mapping[str, Any]) -> str:
     """A section as a text of `--model`."""
-    return json.dumps({"name": name, "where": f"{path}, [models.{name}]", "options": section}, default=str)
+    return _SECTION + json.dumps({"name": name, "where": f"{path}, [models.{name}]", "options": section}, default=str)
 
 
 def seconds_of(keep_alive: str | None, *, several: bool) -> float | None:

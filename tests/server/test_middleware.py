@@ -276,6 +276,16 @@ async def test_the_client_address_cannot_forge_a_line(serve: Serve, caplog: pyte
     assert lines == [["203.0.113.7", "POST"], ["2001:db8::1", "POST"], ["x%0A%20forged%20id%3D1", "POST"]]
 
 
+async def test_a_forged_client_address_loads_no_model(serve: Serve) -> None:
+    """A proxy at a Unix socket adds the client's address behind what the client has sent."""
+    async with serve(HeldRanker()) as client:
+        model = {"model": (await client.get("/v1/models")).json()["data"][0]["id"]}
+        client._transport.app = ProxyHeadersMiddleware(client._transport.app, "*")  # type: ignore[attr-defined]
+        for sent, status in (("127.0.0.1", 200), ("203.0.113.7", 403), ("127.0.0.1, 203.0.113.7", 403)):
+            answer = await client.post("/v1/models/load", json=model, headers={"X-Forwarded-For": sent})
+            assert answer.status_code == status, answer.text
+
+
 def paths(client: object) -> list[str]:
     documented = client._transport.app.openapi()["paths"]  # type: ignore[attr-defined]
     return [path for path, methods in documented.items() if "get" in methods]

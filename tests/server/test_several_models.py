@@ -144,6 +144,8 @@ def test_a_day_with_three_models_and_room_for_two(folder: Path, tmp_path: Path) 
         ("[models.x]\nfoo = 1", "[models.x]: unknown key 'foo'; docs/options.md lists them"),
         ("[models.x]\nthreads = '2'", "[models.x]: threads is '2'; it must be an int or None"),
         ("[models.x]\naliases = 'a'", "[models.x]: aliases is 'a'; it must be a list of names"),
+        ("[models.x]\naliases = ['']", "[models.x]: aliases is ['']; it must be a list of names"),
+        ("[models.'']", "the name is empty; give the model a name"),
         ("port = 1.5", "port is 1.5; it must be a text, a whole number, true or false"),
         ("port = 'abc'", 'unable to convert "abc" into int'),
         ("models = 3", "models must be sections, [models.NAME]"),
@@ -157,6 +159,13 @@ def test_a_wrong_config_file_stops_the_start_and_is_named(tmp_path: Path, text: 
     assert "file.toml" in done.stderr
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_that_looks_like_json_is_a_model() -> None:
+    from local_rerank.models.options import models_of
+
+    (model,) = models_of(['{"name": 1}'], EngineConfig())
+    assert model.engine.model == '{"name": 1}'
 
 
 def test_flags_and_variables_win_over_the_file(tmp_path: Path) -> None:

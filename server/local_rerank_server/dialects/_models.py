@@ -108,7 +108,10 @@ def _operated(http: Request, body: NamedModel) -> tuple[ServerState, ServedModel
     """
     state = state_of(http)
     if not state.config.has_keys:
-        if http.client is not None and not is_loopback(http.client.host):
+        # all, because on a Unix socket `client` is the first one, which the client itself may have sent
+        forwarded = ",".join(http.headers.getlist("x-forwarded-for")).split(",")
+        hosts = [*([http.client.host] if http.client else []), *filter(None, map(str.strip, forwarded))]
+        if not all(map(is_loopback, hosts)):
             raise NotOnThisMachine()
         if "json" not in http.headers.get("content-type", ""):
             raise UnsupportedContent("the body has no Content-Type; send application/json")

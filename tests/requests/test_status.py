@@ -134,6 +134,8 @@ def test_spans_that_came_too_late_are_absent_and_counted() -> None:
     [
         ((1, 2, 3), (0.5, 0.5, 0.5), None, "constant"),
         ((1, 2, 3), (0.5, 0.5, 0.5), 1, "constant"),
+        ((1, 2), (-4.3125353, -4.3125357), None, "constant"),  # rounding: the rest of the batch differed
+        ((1, 2), (-4.3120, -4.3125), None, "ok"),
         ((1, 2, 3), (0.5, 0.5, 0.6), 1, "ok"),
         ((1, 1), (0.5, 0.5), None, "ok"),
         ((1,), (0.5,), None, "ok"),

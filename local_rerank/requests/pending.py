@@ -82,6 +82,8 @@ class PendingRequest:
         if self.request.on_deadline == "partial" and self._document_log_odds():
             return self.answer()
         remedy = 'raise the timeout, send fewer or shorter documents, or take what is scored: on_deadline="partial"'
+        if self.request.on_deadline == "partial":
+            remedy = "no document was scored by then; raise the timeout, or send shorter documents"
         self.fail(DeadlineExceeded(timeout_ms=seconds * 1e3, remedy=remedy))
 
     def report(self) -> None:

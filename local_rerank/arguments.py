@@ -22,6 +22,11 @@ def documents_of(documents: Iterable[str]) -> tuple[str, ...]:
     return tuple(_items(documents, field="documents", expected="a list of strings"))
 
 
+def first_stage_of(scores: Iterable[float] | None) -> tuple[float, ...] | None:
+    """The first stage's scores of a call as a tuple. Raises WrongType, also for a dict: its keys would be scores."""
+    return None if scores is None else tuple(_items(scores, field="first_stage_scores", expected="a list of numbers"))
+
+
 def requests_of(pairs: Iterable[tuple[str, str]], instruction: str | None) -> Iterator[RerankRequest]:
     """Group consecutive (query, document) pairs with the same query into requests. Raises WrongType for anything else,
     also for one pair that is not in a list: its two texts could be pairs of letters.

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 from local_rerank import forks
-from local_rerank.arguments import documents_of, requests_of, scores_of
+from local_rerank.arguments import documents_of, first_stage_of, requests_of, scores_of
 from local_rerank.config import EngineConfig, EngineOptions, merged
 from local_rerank.errors import InvalidRequest, LocalRerankError, ModelUnavailable, UnusableAfterFork
 from local_rerank.types import (
@@ -115,7 +115,7 @@ class AsyncReranker:
                 timeout=timeout,
                 on_deadline=on_deadline,
                 min_score=min_score,
-                first_stage_scores=None if first_stage_scores is None else tuple(first_stage_scores),
+                first_stage_scores=first_stage_of(first_stage_scores),
                 first_stage_weight=first_stage_weight,
             )
         )

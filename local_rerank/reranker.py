@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from local_rerank import forks
-from local_rerank.arguments import documents_of, requests_of, scores_of
+from local_rerank.arguments import documents_of, first_stage_of, requests_of, scores_of
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.known_scores import known_pairs
 from local_rerank.config import OF_CHUNKS, EngineConfig, EngineOptions, merged
@@ -206,7 +206,7 @@ class Reranker:
                 timeout=timeout,
                 on_deadline=on_deadline,
                 min_score=min_score,
-                first_stage_scores=None if first_stage_scores is None else tuple(first_stage_scores),
+                first_stage_scores=first_stage_of(first_stage_scores),
                 first_stage_weight=first_stage_weight,
             )
         ).result()

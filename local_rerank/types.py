@@ -202,7 +202,7 @@ class RerankResult(Sequence[RankedDocument]):
     tokenize_ms: float
     queue_ms: float  # from the end of tokenization to the start of the request's first batch
     total_ms: float  # from the start of tokenization to the last score
-    is_constant: bool = False  # two or more distinct documents were scored, and all have the same log-odds
+    is_constant: bool = False  # two or more distinct documents were scored, and all have the same log-odds, to 1e-5
     not_scored: tuple[int, ...] = ()  # positions in the request of documents without a score at the deadline
     num_without_spans: int = 0  # documents with a score whose spans were not scored by the deadline
     num_below_min_score: int | None = None  # documents left out by min_score; None without it

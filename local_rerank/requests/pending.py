@@ -13,7 +13,7 @@ from typing import Any
 
 from local_rerank.errors import DeadlineExceeded, LocalRerankError
 from local_rerank.requests.pair import Pair, TokenizedRequest
-from local_rerank.requests.scores import ACTIVATIONS, ScoreScale, blend
+from local_rerank.requests.scores import ACTIVATIONS, ScoreScale, are_equal, blend
 from local_rerank.types import RankedDocument, RerankRequest, RerankResult, ScoredSpan
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class PendingRequest:
         if self.request.on_deadline == "partial" and self._document_log_odds():
             return self.answer()
         remedy = 'raise the timeout, send fewer or shorter documents, or take what is scored: on_deadline="partial"'
+        if self.request.on_deadline == "partial":
+            remedy = "no document was scored by then; raise the timeout, or send shorter documents"
         self.fail(DeadlineExceeded(timeout_ms=seconds * 1e3, remedy=remedy))
 
     def report(self) -> None:
@@ -143,7 +145,7 @@ class PendingRequest:
             tokenize_ms=(self._queued - self._started) * 1e3,
             queue_ms=((self.first_batch or now) - self._queued) * 1e3,
             total_ms=(now - self._started) * 1e3,
-            is_constant=len(set(log_odds.values())) == 1 < len({documents[index] for index in log_odds}),
+            is_constant=len({documents[index] for index in log_odds}) > 1 and are_equal(log_odds.values()),
             not_scored=tuple(index for index in range(len(documents)) if index not in log_odds),
             num_without_spans=sum(item.spans is None for item in results) if self.request.spans else 0,
             num_below_min_score=None if self.request.min_score is None else len(log_odds) - len(ranked),

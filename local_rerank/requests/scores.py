@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from local_rerank.types import BlendMethod
 
 FORMAT_VERSION = 1
 RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009)
+_ROUNDING = 1e-5  # of log-odds, relative to the largest above 1: what the rest of a batch changes in fp32
 _MIN_SPREAD = 1e-9  # relative to the largest score; a smaller deviation is rounding error
 
 
@@ -169,6 +170,12 @@ _METHODS: dict[BlendMethod, Callable[[Sequence[float]], list[float]]] = {
     "z-scores": z_scores,
     "reciprocal-ranks": reciprocal_ranks,
 }
+
+
+def are_equal(log_odds: Collection[float]) -> bool:
+    """Whether log-odds, at least one, differ by no more than rounding, which orders nothing."""
+    least, most = min(log_odds), max(log_odds)
+    return most - least <= _ROUNDING * max(1.0, abs(least), abs(most))
 
 
 def best_first(scores: Sequence[float]) -> list[int]:

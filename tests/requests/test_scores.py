@@ -108,6 +108,12 @@ def test_a_value_that_means_nothing_is_refused_with_field_limit_and_value(
         assert caught.value.value == pytest.approx(value, nan_ok=True)
 
 
+@pytest.mark.parametrize("scores", [{0: 9.0, 1: 1.0}, "12", 3])
+def test_first_stage_scores_are_a_list(scores: Any, tiny_reranker: Reranker) -> None:
+    with pytest.raises(InvalidRequest, match="first_stage_scores must be a list of numbers, not"):
+        tiny_reranker.rank(QUERY, ["a", "b"], first_stage_scores=scores)
+
+
 def test_one_document_has_nothing_to_order(tiny_reranker: Reranker) -> None:
     (item,) = tiny_reranker.rank(QUERY, ["Paris"], first_stage_scores=[3.0])
     assert item.blended_score == 0.0

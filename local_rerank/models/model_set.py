@@ -244,19 +244,22 @@ class ModelSet:
         with self._changed:
             while not self._closing:
                 now = time.monotonic()
-                idle = [model for model in self.models if self._seconds_left(model, now) <= 0]
-                if leaving := [*idle, *(model for model in self.models if model.is_leaving)]:
-                    leaving[0].is_leaving = True
-                    return partial(self._unload, leaving[0])
-                if self._wanted:
-                    return partial(self._load_or_fail, self._wanted.popleft())
+                for model in self.models:
+                    model.is_leaving |= self._seconds_left(model, now) <= 0
+                for model in self.models:  # one in use does not keep others waiting: `release` tells when it is unused
+                    if model.is_leaving and not model.num_users:
+                        return partial(self._unload, model)
+                for model in self._wanted:
+                    if not model.is_leaving:
+                        self._wanted.remove(model)
+                        return partial(self._load_or_fail, model)
                 left = min((self._seconds_left(model, now) for model in self.models), default=threading.TIMEOUT_MAX)
                 self._changed.wait(min(left, threading.TIMEOUT_MAX))
             return None
 
     def _seconds_left(self, model: ServedModel, now: float) -> float:
         """Until the model has been idle for as long as it may; a model in use is looked at again after that time."""
-        if self._keep_alive is None or model.options.pinned or model.ranker is None:
+        if self._keep_alive is None or model.options.pinned or model.ranker is None or model.is_leaving:
             return threading.TIMEOUT_MAX
         return self._keep_alive if model.num_users else model.idle_since + self._keep_alive - now
 

@@ -104,6 +104,19 @@ def test_a_model_in_use_is_unloaded_after_its_requests_and_later_ones_wait() -> 
     assert loader.log == ["load a", "close a", "load b", "close b", "load a"]
 
 
+def test_a_model_that_waits_for_its_requests_to_end_keeps_no_other_from_being_loaded() -> None:
+    models = model_set(HeldLoader(), "a", "b")
+    a, b = models.models
+    assert models.acquire(a)
+    unloading = models.unload(a)
+    models.load(b).result(WAIT)
+    later = models.load(a)
+    assert not unloading.done()
+    models.release(a)
+    unloading.result(WAIT)
+    later.result(WAIT)
+
+
 def test_an_idle_model_is_unloaded_after_the_time_that_it_may_be_kept() -> None:
     models = model_set(HeldLoader(), "a", "b", keep_alive_seconds=0.2, pinned="b")
     start = time.monotonic()

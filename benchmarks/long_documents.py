@@ -19,10 +19,10 @@ from pathlib import Path
 
 from benchmarks.quality import NAMES, read, short
 from local_rerank import Reranker, RerankRequest, RerankResult
-from local_rerank.evaluation.blending import best_first
 from local_rerank.evaluation.collection import Collection
 from local_rerank.evaluation.measures import MEASURE, Orders, measure
 from local_rerank.requests.pending import PendingRequest
+from local_rerank.requests.scores import best_first
 
 SEED, NUM_CANDIDATES, TOKENS = 25, 10, (2000, 6000)
 BEST = (1, 2, 3)  # chunks whose mean a document gets

@@ -28,7 +28,8 @@ from vocabulary import Prompt
 
 from benchmarks import quality
 from local_rerank import Reranker, RerankRequest
-from local_rerank.evaluation.blending import Blend, Bm25, blend
+from local_rerank.evaluation.blending import Blend, Bm25
+from local_rerank.requests.scores import blend
 
 HERE = Path(__file__).parent
 BUILT_IN = HERE.parent / "local_rerank" / "nano"
@@ -171,17 +172,16 @@ def joined(prompt: Prompt, texts: Iterator[str], tokens: int) -> list[str]:
     return out
 
 
-def log_odds(reranker: Reranker, query: str, documents: list[str], chunk: dict[str, Any]) -> list[float]:
+def log_odds(reranker: Reranker, query: str, documents: list[str]) -> list[float]:
     """Return log-odds in the documents' order."""
-    result = reranker.rank(query, documents, **chunk)
-    return [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+    return [item.log_odds for item in sorted(reranker.rank(query, documents), key=lambda item: item.index)]
 
 
-def print_lengths(reranker: Reranker, prompt: Prompt, rows: list[Row], chunk: dict[str, Any]) -> None:
+def print_lengths(reranker: Reranker, prompt: Prompt, rows: list[Row]) -> None:
     """Print the log-odds of irrelevant texts of growing length, and whether a right passage is found at any depth."""
     licence = (BUILT_IN / "LICENSE").read_text()
     query, answer = PASSWORD
-    found = log_odds(reranker, query, [answer, *(cut(prompt, licence, n) for n in LENGTHS)], chunk)
+    found = log_odds(reranker, query, [answer, *(cut(prompt, licence, n) for n in LENGTHS)])
     print(f"\n| tokens of irrelevant text | right sentence | {' | '.join(map(str, LENGTHS))} |")
     print("| --- |" + " --- |" * (len(LENGTHS) + 1))
     print(f"| Apache licence, {query!r} | {' | '.join(f'{x:+.1f}' for x in found)} |")
@@ -192,12 +192,12 @@ def print_lengths(reranker: Reranker, prompt: Prompt, rows: list[Row], chunk: di
         texts = fillers(prompt, natural, row, rng)
         right = row["documents"][row["right"]]
         pile = "\n".join(joined(prompt, texts, LENGTHS[-1] + 1))
-        curves.append(log_odds(reranker, row["query"], [right, *(cut(prompt, pile, n) for n in LENGTHS)], chunk))
+        curves.append(log_odds(reranker, row["query"], [right, *(cut(prompt, pile, n) for n in LENGTHS)]))
         own = joined(prompt, texts, LONG - len(prompt.ids(right)))
         places = [round(depth * len(own)) for depth in DEPTHS]
         long = ["\n".join([*own[:place], right, *own[place:]]) for place in places]
         long += ["\n".join(joined(prompt, texts, LONG)) for _ in range(9)]
-        scores = log_odds(reranker, row["query"], long, chunk)
+        scores = log_odds(reranker, row["query"], long)
         for depth, score in zip(DEPTHS, scores, strict=False):
             hits[depth] += score > max(scores[len(DEPTHS) :])
     means = (statistics.fmean(column) for column in zip(*curves, strict=True))
@@ -223,23 +223,29 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--chunk-tokens", type=int, help="cut documents into chunks of this length")
+    parser.add_argument(
+        "--chunk-tokens", type=int, help="of long documents; 0: documents are read whole. Default: what the model says"
+    )
     parser.add_argument("--questions-only", action="store_true", help="leave out lengths, hand cases and collections")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = questions("held-out" if arguments.held_out else "development")
-    chunk = {"long_documents": "chunk", "chunk_tokens": arguments.chunk_tokens} if arguments.chunk_tokens else {}
     prompt = Prompt(Tokenizer.from_file(str(arguments.model / "tokenizer.json")))
-    with Reranker(arguments.model, threads=arguments.threads, dtype="fp32") as reranker:
-        requests = [RerankRequest(query=row["query"], documents=tuple(row["documents"]), **chunk) for row in rows]
+    options: dict[str, Any] = {"threads": arguments.threads, "dtype": "fp32"}
+    if arguments.chunk_tokens is not None:
+        how = {"long_documents": "chunk", "chunk_tokens": arguments.chunk_tokens}
+        options |= how if arguments.chunk_tokens else {"long_documents": "truncate"}
+    with Reranker(arguments.model, **options) as reranker:
+        requests = [RerankRequest(query=row["query"], documents=tuple(row["documents"])) for row in rows]
         results = list(reranker.rank_batch(requests))  # the first pass warms up
         start = time.perf_counter()
         results = list(reranker.rank_batch(requests))
         seconds = time.perf_counter() - start
         odds = {row["id"]: [item.log_odds for item in sorted(result, key=lambda item: item.index)]
                 for row, result in zip(rows, results, strict=True)}  # fmt: skip
-        blended = {row["id"]: blend(odds[row["id"]], bm25(row), 1.0) for row in rows}
+        share = {row["id"]: Bm25(row["documents"]).matched(row["query"], bm25(row)) for row in rows}
+        blended = {row["id"]: blend(odds[row["id"]], bm25(row), share[row["id"]]) for row in rows}
         scorers: dict[str, Scorer] = {"BM25": bm25, "model": lambda row: odds[row["id"]]}
         scorers |= {"model + BM25 of the list": lambda row: blended[row["id"]]}
         scorers |= {"the longest passage": lambda row: [len(text) for text in row["documents"]]}
@@ -256,7 +262,7 @@ def main() -> None:
         print(f"\n{1000 * seconds / count:.2f} ms a pair, {arguments.threads} threads")
         if arguments.questions_only:
             return
-        print_lengths(reranker, prompt, rows, chunk)
+        print_lengths(reranker, prompt, rows)
         quality.print_sanity(reranker)
         if arguments.data:
             print_collections(reranker, arguments.data)

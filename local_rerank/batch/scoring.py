@@ -160,13 +160,16 @@ def _blended(row: Row, log_odds: list[float], how: Blend | None) -> list[float] 
     """Return the blended scores by position, if there is something to blend."""
     if how is None or row.is_pair:
         return None
+    weight = how.weight
     if how.source == "bm25":
-        others: Sequence[float] = Bm25(row.documents).scores(row.query, row.documents)
+        bm25 = Bm25(row.documents)
+        others: Sequence[float] = bm25.scores(row.query, row.documents)
+        weight *= bm25.matched(row.query, others)
     elif row.first_stage_scores is None:
         raise ConfigError(f"blend is {how}, but the documents of query {row.query[:60]!r} have no scores")
     else:
         others = row.first_stage_scores
-    return blend(log_odds, others, how.weight, how.method)
+    return blend(log_odds, others, weight, how.method)
 
 
 def _cached(item: RankedDocument) -> CachedScore:

@@ -129,11 +129,13 @@ def _with_bm25(request: RerankRequest, blend: str) -> RerankRequest:
     how = parse_blend(blend)
     if how.source != "bm25":
         raise ConfigError(f"blend is {blend!r}, but rank has no run to blend with; use bm25=W")
-    scores = tuple(Bm25(request.documents).scores(request.query, request.documents))
+    bm25 = Bm25(request.documents)
+    scores = tuple(bm25.scores(request.query, request.documents))
     if len(scores) > 1 and len(set(scores)) == 1:
         warn(f"note: BM25 scores all documents {scores[0]:g}, so that they are ranked by log-odds alone")
         return request
-    return replace(request, first_stage_scores=scores, first_stage_weight=how.weight, first_stage_method=how.method)
+    weight = how.weight * bm25.matched(request.query, scores)
+    return replace(request, first_stage_scores=scores, first_stage_weight=weight, first_stage_method=how.method)
 
 
 def _print_json(result: RerankResult) -> None:

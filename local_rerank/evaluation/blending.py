@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -91,6 +91,15 @@ class Bm25:
         """Score each document (0 or more); a word repeated in the query counts each time."""
         weights = {word: count * self._idf(word) for word, count in Counter(words(query)).items()}
         return [self._score(weights, words(document)) for document in documents]
+
+    def matched(self, query: str, scores: Sequence[float]) -> float:
+        """The best of these scores as a share, 0...1, of what a document full of the query's words would have.
+
+        In a short list it tells how much BM25 has to say: little where no document has the rare words of the query, as
+        if they are in two languages.
+        """
+        most = sum(count * self._idf(word) * (K1 + 1) for word, count in Counter(words(query)).items())
+        return max(scores, default=0.0) / most if most else 0.0
 
     def _idf(self, word: str) -> float:
         num_with = self._num_with[word]

@@ -227,9 +227,10 @@ def test_blending_uses_the_rows_scores_or_bm25_over_its_documents(tiny_reranker:
     texts, scores = ["a cat", "the dog barks", "a bird"], [1.0, 5.0, 2.0]
     record = {"query": "cat", "documents": [{"text": t, "score": s} for t, s in zip(texts, scores, strict=True)]}
     log_odds = tiny_reranker.score([("cat", text) for text in texts], logits=True)
-    for how, others in (("run", scores), ("bm25", Bm25(texts).scores("cat", texts))):
+    lexical = Bm25(texts).scores("cat", texts)
+    for how, others, share in (("run", scores, 1.0), ("bm25", lexical, Bm25(texts).matched("cat", lexical))):
         (result,) = scored(BlockScorer(tiny_reranker, blend=Blend(how, 2.0)).score_records([record]))  # type: ignore[arg-type]
-        expected = blend(log_odds, others, 2.0)
+        expected = blend(log_odds, others, 2.0 * share)
         by_index = {item["index"]: item for item in result["results"]}
         assert [by_index[i]["blended_score"] for i in range(3)] == pytest.approx(expected, abs=1e-3)
         assert [by_index[i]["log_odds"] for i in range(3)] == pytest.approx(log_odds, abs=CLOSE)

@@ -95,6 +95,16 @@ def test_bm25_scores_documents_outside_its_statistics() -> None:
     assert scores[0] > scores[1] > scores[2] == 0.0
 
 
+def test_bm25_says_how_much_of_the_query_its_best_document_has() -> None:
+    documents = ["cat dog", "bird fish"]
+    bm25 = Bm25(documents)
+    scores = bm25.scores("cat", documents)
+    assert bm25.matched("cat", scores) == pytest.approx(1 / 2.2), "one occurrence in a document of mean length"
+    rare = bm25.matched("cat horse", bm25.scores("cat horse", documents))
+    assert 0 < rare < bm25.matched("cat", scores) / 2, "no document has the horse, which weighs more"
+    assert bm25.matched("horse", bm25.scores("horse", documents)) == bm25.matched("!", [0.0, 0.0]) == 0.0
+
+
 @pytest.mark.parametrize("documents", [[], [""], ["", "!"]])
 def test_bm25_of_empty_documents_is_zero(documents: list[str]) -> None:
     assert Bm25(documents).scores("cat", documents) == [0.0] * len(documents)
@@ -192,7 +202,9 @@ def test_rank_orders_by_the_blend_and_keeps_every_other_field(tiny_checkpoint: P
     blended = json.loads(ranked(tiny_checkpoint, "--json", "--blend", "bm25=0.5"))["results"]
     by_index: dict[int, dict[str, Any]] = {item["index"]: item for item in plain}
     odds = [by_index[i]["log_odds"] for i in range(4)]
-    expected = blend(odds, Bm25(DOCUMENTS).scores("bird", DOCUMENTS), 0.5)
+    bm25 = Bm25(DOCUMENTS)
+    scores = bm25.scores("bird", DOCUMENTS)
+    expected = blend(odds, scores, 0.5 * bm25.matched("bird", scores))
     assert [item["index"] for item in blended] == best_first(expected)
     for item in blended:
         assert item.pop("blended_score") == pytest.approx(expected[item["index"]])

@@ -37,7 +37,7 @@ from local_rerank.checkpoints.encoder_tensors import ENCODER_SHAPES  # noqa: E40
 from local_rerank.types import RerankRequest  # noqa: E402
 
 VOCABULARY = 30_000  # of every shape; v2-m3 has 250,002, which costs memory but no time
-BATCHES = (6, 3)  # of the peer; what padding costs depends on how many lengths a batch has
+BATCHES = (12, 6, 3)  # of the peer; what padding costs depends on how many lengths a batch has
 BERT, XLM_ROBERTA = "BertForSequenceClassification", "XLMRobertaForSequenceClassification"
 SHAPES = {  # architecture, layers, hidden and inner size, heads, and pairs to score
     "minilm-l6": (BERT, 6, 384, 1536, 12, 48),
@@ -138,7 +138,7 @@ def compare(stack: ExitStack, folder: Path, request: RerankRequest, options: arg
     for dtype in options.peer_dtype:
         peer = PeerProcess("cross-encoder", options.peer_python, folder, dtype, options.threads or 0)
         stack.callback(peer.close)
-        for size in (len(request.documents) // number for number in BATCHES):
+        for size in sorted({max(1, len(request.documents) // number) for number in BATCHES}):
             asked = {"shared": request.query, "documents": request.documents, "batch_size": size}
             name = f"{peer.name} by {size}"
             runs[name] = partial(peer.ask, {"requests": [asked], "suffix": ""})

@@ -25,6 +25,7 @@ from local_rerank.requests.pending import PendingRequest
 from local_rerank.requests.scores import best_first
 
 SEED, NUM_CANDIDATES, TOKENS = 25, 10, (2000, 6000)
+WHOLE = {"long_documents": "truncate"}  # whatever the model says
 BEST = (1, 2, 3)  # chunks whose mean a document gets
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--chunk-tokens", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--overlap", type=float, default=0.125, help="of chunks, as a share of them")
     parser.add_argument("--truncated-tokens", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--queries", type=int, default=10, help="of each collection")
     parser.add_argument("--collections", nargs="+", default=NAMES)
@@ -79,16 +81,16 @@ def rows_of(reranker: Reranker, collection: Collection, name: str, arguments: ar
     drawn = draw(collection, random.Random(f"{SEED} {name}"), reranker.tokenizer.count_tokens, arguments.queries)
     rows = [Row("bare passages")]
     for query_id, documents in drawn.items():
-        result, _ = rank(reranker, collection.queries[query_id], [document.passage for document in documents])
+        result, _ = rank(reranker, collection.queries[query_id], [document.passage for document in documents], **WHOLE)
         add(rows[0], collection, query_id, [documents[item.index].id for item in result])
     for num_tokens in arguments.truncated_tokens:
         rows.append(Row(f"cut off at {num_tokens}"))
         for query_id, documents in drawn.items():
             texts = [document.text for document in documents]
-            result, _ = rank(reranker, collection.queries[query_id], texts, max_document_tokens=num_tokens)
+            result, _ = rank(reranker, collection.queries[query_id], texts, max_document_tokens=num_tokens, **WHOLE)
             add(rows[-1], collection, query_id, [documents[item.index].id for item in result])
     for num_tokens in arguments.chunk_tokens:
-        rows += chunk_rows(reranker, collection, drawn, num_tokens)
+        rows += chunk_rows(reranker, collection, drawn, num_tokens, arguments.overlap)
     return rows
 
 
@@ -125,7 +127,7 @@ def long_document(
 
 
 def chunk_rows(
-    reranker: Reranker, collection: Collection, drawn: dict[str, list[LongDocument]], num_tokens: int
+    reranker: Reranker, collection: Collection, drawn: dict[str, list[LongDocument]], num_tokens: int, overlap: float
 ) -> list[Row]:
     """A row for each number of best chunks; the first also has how often the best chunk and span are right."""
     rows = [Row(f"chunks of {num_tokens}" + (f", mean of the best {best}" if best > 1 else "")) for best in BEST]
@@ -136,7 +138,7 @@ def chunk_rows(
             [document.text for document in documents],
             long_documents="chunk",
             chunk_tokens=num_tokens,
-            chunk_overlap_tokens=num_tokens // 8,
+            chunk_overlap_tokens=round(num_tokens * overlap),
             spans=True,
         )
         for row, best in zip(rows, BEST, strict=True):

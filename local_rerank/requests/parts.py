@@ -73,6 +73,7 @@ def parts_of(
     """
     num_tokens, most = len(ids) // ID_BYTES, min(room, cutting.max_part_tokens)
     num_read = min(num_tokens, (cutting.max_read_tokens or num_tokens) if cutting.in_chunks else most)
+    num_read = num_read if cutting.is_asked else min(num_read, room)
     if num_read == num_tokens <= most:
         return [((0, len(text)), ids)], 0
     from_start = cutting.truncation == "start"

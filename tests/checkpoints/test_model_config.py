@@ -171,8 +171,9 @@ def test_config_json_states_how_long_documents_are_read_by_default(tiny_checkpoi
     assert unasked.total_tokens == whole.total_tokens < asked.total_tokens
 
 
+@pytest.mark.parametrize("limit", [{"max_document_tokens": 200}, {"max_length": 400}])
 def test_chunks_that_only_config_json_asks_for_keep_the_limits_of_a_whole_document(
-    tiny_checkpoint: Path, tmp_path: Path
+    limit: dict[str, int], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny-reranker")
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -180,9 +181,11 @@ def test_chunks_that_only_config_json_asks_for_keep_the_limits_of_a_whole_docume
     (folder / "config.json").write_text(json.dumps(written | {"local_rerank": stated}), encoding="utf-8")
     document = "Some words in a line.\n" * 40  # 881 tokens, 56 chunks
     limits = Limits(max_document_chunks=20, max_request_chunks=10, max_request_tokens=1000)
-    with Reranker(str(folder), device="cpu", dtype="fp32", max_document_tokens=200) as reranker:
+    with Reranker(str(folder), device="cpu", dtype="fp32", **limit) as reranker:  # type: ignore[arg-type]
         (item,) = reranker.submit(RerankRequest(query="q", documents=(document,), limits=limits)).result()
-        assert (item.num_tokens, item.num_truncated_tokens) == (200, 681)
+        (whole,) = reranker.rank("q", [document], long_documents="truncate")
+        assert (item.num_tokens, item.num_truncated_tokens) == (whole.num_tokens, whole.num_truncated_tokens)
+        assert whole.num_truncated_tokens > 600
         asked = RerankRequest(query="q", documents=(document,), limits=limits, long_documents="chunk")
         with pytest.raises(TooManyChunks):
             reranker.submit(asked)

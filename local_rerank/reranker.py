@@ -71,13 +71,11 @@ class Reranker:
         self.config = merged(config, model, options)
         self.checkpoint = checkpoint = open_checkpoint(self.config.model, self.config.revision, self.config.recipe)
         given = {name: value for name in OF_CHUNKS if (value := getattr(self.config, name)) is not None}
-        stated = dict(checkpoint.config["local_rerank"])
         limits = PromptLimits(
             max_length=min(self.config.max_length, checkpoint.max_length),
             max_query_tokens=self.config.max_query_tokens,
             max_document_tokens=self.config.max_document_tokens,
-            long_documents_of_model=stated.pop("long_documents", "truncate"),
-            **stated | given,
+            **checkpoint.config["local_rerank"] | given,
         )
         self.config = replace(self.config, **{name: getattr(limits, name) for name in OF_CHUNKS})
         self.tokenizer = checkpoint.tokenizer(limits=limits, default_instruction=self.config.instruction)

@@ -4,8 +4,8 @@ The network of the last layer saw documents of up to 260 tokens when `fit.py` fi
 their length: any text of 500 tokens was relevant, whatever it said. Now the length that it reads ends at `CAP`, and a
 unit subtracts what the other features gain from `LONG` on. Nothing else is fitted anew, so the order of short documents
 stays. Scale, offset and what is added across the languages were fitted to the development half of the everyday
-questions. config.json says that documents of more than 256 tokens are read in chunks, because a sentence that answers
-is diluted by what stands around it.
+questions. config.json says how long chunks are: short, because a sentence that answers is diluted by what stands
+around it.
 
 ``python steady.py --folder ../local_rerank/nano`` rewrites weights, config.json and golden.json. Run it once.
 """
@@ -31,7 +31,7 @@ SHARP = 1000.0  # slope of the gates
 FREE = 500  # a unit of layer 2 that is not used
 SCALE, OFFSET = 0.7, -0.75  # of the log-odds
 ACROSS, LESS = 1.3, -2.6  # log-odds added across the languages: for each unit of the five cosines, and in any case
-CHUNKS = {"long_documents": "chunk", "chunk_tokens": 256, "chunk_overlap_tokens": 64}
+CHUNKS = {"chunk_tokens": 256, "chunk_overlap_tokens": 64}  # where a user asks for chunks
 ROOT = 0.212  # root mean square of the last state, without the score
 
 

@@ -93,10 +93,9 @@ class Bm25:
         return [self._score(weights, words(document)) for document in documents]
 
     def matched(self, query: str, scores: Sequence[float]) -> float:
-        """The best of these scores as a share, 0...1, of what a document full of the query's words would have.
+        """The best score divided by the highest that BM25 could give for this query (0...1).
 
-        In a short list it tells how much BM25 has to say: little where no document has the rare words of the query, as
-        if they are in two languages.
+        It is low where no document has the rare words of the query, for instance if they are in two languages.
         """
         most = sum(count * self._idf(word) * (K1 + 1) for word, count in Counter(words(query)).items())
         return max(scores, default=0.0) / most if most else 0.0

@@ -69,10 +69,10 @@ class TokenizedRequest:
     bounds: tuple[tuple[int, int], ...] | None = None  # per pair: its characters in the document, if asked for
     text_starts: tuple[int, ...] | None = None  # per document that was unwrapped: characters before the text
     num_best_chunks: int = 1  # whose mean is a document's score
-    num_document_tokens: tuple[int, ...]  # per document; those in two chunks that a user asked for count twice
     num_truncated_tokens: tuple[int, ...]  # per document
     num_query_tokens: int
     num_query_truncated_tokens: int
+    num_suffix_tokens: int
     num_unbilled_tokens: int  # of each pair: the template's, which total_tokens does not count
     total_tokens: int  # as the hosted service counts usage
     unwrapped: bool  # whether the client had rendered the prompts
@@ -84,6 +84,10 @@ class TokenizedRequest:
             return None
         (start, end), shift = self.bounds[pair], 0 if self.text_starts is None else self.text_starts[index]
         return start + shift, end + shift
+
+    def num_document_tokens(self, index: int) -> int:
+        pairs = (self.pairs[i] for i in self.pairs_of_document[index])
+        return sum(pair.num_document_tokens - pair.num_query_tokens - self.num_suffix_tokens for pair in pairs)
 
 
 def num_batch_tokens(pairs: Iterable[Pair]) -> int:

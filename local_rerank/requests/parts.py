@@ -27,8 +27,7 @@ class PromptLimits:
     max_length: int  # of the whole prompt
     max_query_tokens: int
     max_document_tokens: int  # of a document or a chunk
-    long_documents: LongDocuments | None = None  # the user's choice; None: the model's
-    long_documents_of_model: LongDocuments = "truncate"  # this and the next are used if its config.json states none
+    long_documents: LongDocuments = "truncate"  # these are defaults for models whose config.json states none
     chunk_tokens: int = CHUNK_TOKENS
     chunk_overlap_tokens: int = CHUNK_OVERLAP_TOKENS
     num_best_chunks: int = 1
@@ -39,7 +38,6 @@ class Cutting:
     """What a request wants to be done with long documents."""
 
     in_chunks: bool
-    is_asked: bool  # whether a user wants chunks; if only the model does, results show no more than a better score
     max_part_tokens: int  # less if a prompt has less room
     max_read_tokens: int | None  # of a document that is cut into chunks
     num_overlap_tokens: int
@@ -50,15 +48,13 @@ class Cutting:
     @classmethod
     def of(cls, request: RerankRequest, limits: PromptLimits) -> Cutting:
         most, wanted, overlap = limits.max_document_tokens, request.max_document_tokens, request.chunk_overlap_tokens
-        choice = request.long_documents or limits.long_documents
-        in_chunks, is_asked = (choice or limits.long_documents_of_model) == "chunk", choice == "chunk"
+        in_chunks = (request.long_documents or limits.long_documents) == "chunk"
         return cls(
             in_chunks=in_chunks,
-            is_asked=is_asked,
             max_part_tokens=min(most, ((request.chunk_tokens or limits.chunk_tokens) if in_chunks else wanted) or most),
-            max_read_tokens=wanted if is_asked else min(most, wanted or most),
+            max_read_tokens=wanted,
             num_overlap_tokens=limits.chunk_overlap_tokens if overlap is None else overlap,
-            max_chunks=request.max_chunks_per_document if is_asked else request.limits.max_document_chunks,
+            max_chunks=request.max_chunks_per_document,
             truncation=request.truncation,
             with_bounds=in_chunks or request.spans,
         )
@@ -73,7 +69,6 @@ def parts_of(
     """
     num_tokens, most = len(ids) // ID_BYTES, min(room, cutting.max_part_tokens)
     num_read = min(num_tokens, (cutting.max_read_tokens or num_tokens) if cutting.in_chunks else most)
-    num_read = num_read if cutting.is_asked else min(num_read, room)
     if num_read == num_tokens <= most:
         return [((0, len(text)), ids)], 0
     from_start = cutting.truncation == "start"

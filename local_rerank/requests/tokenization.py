@@ -153,8 +153,7 @@ class PairTokenizer:
         bounds: list[Bounds] = []
         ranges: list[range] = []
         cuts: list[int] = []
-        num_request_tokens = num_request_chunks = total_tokens = 0  # the first two as `Limits` counts them
-        num_document_tokens: list[int] = []
+        num_request_tokens = num_request_chunks = 0  # as `Limits` counts them
         longest: list[int] = []  # tokens of each document's longest part, of which spans may be scored
         suffix = to_bytes(self.suffix_ids)
         for document, ids in self._encode_in_turn(list(repeats)):
@@ -164,7 +163,7 @@ class PairTokenizer:
             parts, num_cut = parts_of(
                 document, ids, prefix.room, cutting, self._plain, encode=self._encode, lead=self.document_lead
             )
-            if (len(parts) > 1 and cutting.is_asked) or (num_cut and query.truncation == "error"):
+            if len(parts) > 1 or (num_cut and query.truncation == "error"):
                 field = f"documents[{documents.index(document)}]"
                 if num_cut and query.truncation == "error":
                     raise TextTooLong(field=field, limit=num_tokens - num_cut, value=num_tokens)
@@ -176,11 +175,7 @@ class PairTokenizer:
             cuts.append(num_cut)
             num_part_tokens = [len(part) // ID_BYTES for _, part in parts]
             longest += repeats[document] * [max(num_part_tokens)] if request.spans else []
-            num_document_tokens.append(sum(num_part_tokens) if cutting.is_asked else num_tokens - num_cut)
-            num_counted = len(parts) if cutting.is_asked else 1
-            num_billed = self._billed_tokens(pairs[-1]) - num_part_tokens[-1]  # of query and instruction
-            num_request_tokens += repeats[document] * (num_counted * prefix.num_query_tokens + num_document_tokens[-1])
-            total_tokens += repeats[document] * (num_counted * num_billed + num_document_tokens[-1])
+            num_request_tokens += repeats[document] * (len(parts) * prefix.num_query_tokens + sum(num_part_tokens))
             check_num_tokens(request, num_request_tokens)
         check_num_tokens(request, num_request_tokens + sum(nlargest(request.top_n or len(documents), longest)))
         num_query_tokens = (shortened or whole).num_query_tokens
@@ -191,17 +186,19 @@ class PairTokenizer:
         return TokenizedRequest(
             pairs=tuple(pairs),
             pairs_of_document=tuple(ranges[place[document]] for document in documents),
-            bounds=tuple(bounds) if cutting.is_asked or request.spans else None,
+            bounds=tuple(bounds) if cutting.with_bounds else None,
             text_starts=tuple(map(self.template.start_of_text, as_sent)) if unwrapped else None,
             num_best_chunks=request.num_best_chunks or self._limits.num_best_chunks,
-            num_document_tokens=tuple(num_document_tokens[place[document]] for document in documents),
             num_truncated_tokens=tuple(cuts[place[document]] for document in documents),
             num_query_tokens=num_query_tokens,
             num_query_truncated_tokens=num_query_cut,
             unwrapped=unwrapped,
             has_default_instruction=query.instruction == self._instruction(None),
+            num_suffix_tokens=len(self.suffix_ids),
             num_unbilled_tokens=pairs[0].num_tokens - self._billed_tokens(pairs[0]),
-            total_tokens=total_tokens,
+            total_tokens=sum(
+                repeats[text] * self._billed_tokens(pairs[i]) for text, at in place.items() for i in ranges[at]
+            ),
         )
 
     def span_pairs(self, document: str, bounds: Bounds, pair: Pair) -> list[tuple[Bounds, Pair]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from local_rerank import Limits, Reranker, RerankRequest
+from local_rerank import Reranker, RerankRequest
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.model_config import read_config
 from local_rerank.engine.stored_weights import model_config
-from local_rerank.errors import CheckpointError, TooManyChunks
+from local_rerank.errors import CheckpointError
 
 GOOD = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -153,39 +152,12 @@ def test_config_json_states_how_long_documents_are_read_by_default(tiny_checkpoi
     (folder / "config.json").write_text(json.dumps(written | {"local_rerank": stated}), encoding="utf-8")
     document = "Some words in a line.\n" * 40  # 880 tokens
     with Reranker(str(folder), device="cpu", dtype="fp32", chunk_overlap_tokens=50) as reranker:
-        options = reranker.config
-        unasked = reranker.rank("q", [document])
-        asked = reranker.rank("q", [document], long_documents="chunk")
-        larger = RerankRequest(
-            query="q", documents=(document,), long_documents="chunk", chunk_tokens=220, chunk_overlap_tokens=0
-        )
-        assert reranker.submit(larger).result()[0].num_chunks == 5, "nine lines each"
-        whole = reranker.rank("q", [document], long_documents="truncate")
-    assert (options.long_documents, options.chunk_tokens, options.chunk_overlap_tokens) == (None, 100, 50)
-    assert options.num_best_chunks == 1
-    assert (asked[0].num_chunks or 0) > 10, "an option wins over config.json"
-    assert unasked[0].log_odds == asked[0].log_odds != whole[0].log_odds
-    assert unasked[0] == dataclasses.replace(
-        whole[0], relevance_score=asked[0].relevance_score, log_odds=asked[0].log_odds
-    ), "who does not ask for chunks sees no more than the better score"
-    assert unasked.total_tokens == whole.total_tokens < asked.total_tokens
-
-
-@pytest.mark.parametrize("limit", [{"max_document_tokens": 200}, {"max_length": 400}])
-def test_chunks_that_only_config_json_asks_for_keep_the_limits_of_a_whole_document(
-    limit: dict[str, int], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny-reranker")
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stated = {"long_documents": "chunk", "chunk_tokens": 16, "chunk_overlap_tokens": 0}
-    (folder / "config.json").write_text(json.dumps(written | {"local_rerank": stated}), encoding="utf-8")
-    document = "Some words in a line.\n" * 40  # 881 tokens, 56 chunks
-    limits = Limits(max_document_chunks=20, max_request_chunks=10, max_request_tokens=1000)
-    with Reranker(str(folder), device="cpu", dtype="fp32", **limit) as reranker:  # type: ignore[arg-type]
-        (item,) = reranker.submit(RerankRequest(query="q", documents=(document,), limits=limits)).result()
-        (whole,) = reranker.rank("q", [document], long_documents="truncate")
-        assert (item.num_tokens, item.num_truncated_tokens) == (whole.num_tokens, whole.num_truncated_tokens)
-        assert whole.num_truncated_tokens > 600
-        asked = RerankRequest(query="q", documents=(document,), limits=limits, long_documents="chunk")
-        with pytest.raises(TooManyChunks):
-            reranker.submit(asked)
+        config = reranker.config
+        default = reranker.rank("q", [document])[0].num_chunks
+        asked = RerankRequest(query="q", documents=(document,), chunk_tokens=220, chunk_overlap_tokens=0)
+        assert reranker.submit(asked).result()[0].num_chunks == 5, "nine lines each"
+        assert reranker.rank("q", [document], long_documents="truncate")[0].num_chunks is None
+    assert (config.long_documents, config.chunk_tokens, config.chunk_overlap_tokens) == ("chunk", 100, 50)
+    assert config.num_best_chunks == 1
+    assert default is not None
+    assert default > 10, "an option wins over config.json"

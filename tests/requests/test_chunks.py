@@ -164,7 +164,7 @@ def test_a_request_can_have_less_of_a_document_read(qwen: PairTokenizer) -> None
 def test_chunks_are_counted_and_limited(qwen: PairTokenizer) -> None:
     whole = tokenized(qwen, TEXT, chunk_tokens=64, chunk_overlap_tokens=0)
     num = len(whole.pairs)
-    assert whole.num_document_tokens[0] >= qwen.count_tokens(" " + TEXT)
+    assert whole.num_document_tokens(0) >= qwen.count_tokens(" " + TEXT)
     assert whole.total_tokens == sum(map(qwen._billed_tokens, whole.pairs))
     options = {"chunk_tokens": 64, "chunk_overlap_tokens": 0}
     with pytest.raises(TooManyChunks, match=rf"documents\[0\] has {num} chunks or more; at most {num - 1} are taken"):

@@ -148,7 +148,7 @@ def test_a_long_document_is_truncated_at_the_requested_end(qwen: PairTokenizer, 
     request = RerankRequest(query="q", documents=documents, max_document_tokens=2, truncation=truncation)  # type: ignore[arg-type]
     tokenized = qwen.pairs(request)
     assert tokenized.num_truncated_tokens == (3,)
-    assert tokenized.num_document_tokens[0] == 2
+    assert tokenized.num_document_tokens(0) == 2
     ids = tokenized.pairs[0].document_ids[: -len(qwen.suffix_ids)]
     assert qwen.decode(ids) == " " + kept
 
@@ -305,7 +305,7 @@ def test_a13_beside_a_long_query_documents_keep_a_quarter_of_the_room(
     assert [pair.num_tokens for pair in tokenized.pairs[1:]] == [1024, 1024]
     assert len({pair.prefix_ids for pair in tokenized.pairs}) == 1
     assert len({pair.document_ids for pair in tokenized.pairs}) == 3
-    num_tokens = [tokenized.num_document_tokens[index] for index in range(3)]
+    num_tokens = [tokenized.num_document_tokens(index) for index in range(3)]
     assert num_tokens[1] == num_tokens[2] == (tokenized.num_query_tokens + num_tokens[1]) // 4 > 100
     assert tokenized.num_truncated_tokens == (0, 2501 - num_tokens[1], 3001 - num_tokens[2])
     assert tokenized.num_query_truncated_tokens == len(request.query) - tokenized.num_query_tokens
@@ -333,7 +333,7 @@ def test_a13_documents_with_a_small_limit_of_their_own_keep_no_more_than_that(qw
         query="word " * 1500, documents=("long " * 100,), max_document_tokens=5, max_prompt_tokens=200
     )
     tokenized = qwen.pairs(request)
-    assert tokenized.num_document_tokens[0] == 5
+    assert tokenized.num_document_tokens(0) == 5
     assert tokenized.num_query_tokens > 115
     assert tokenized.pairs[0].num_tokens in (199, 200)
 
@@ -356,7 +356,7 @@ def test_a13_a_prompt_without_room_for_query_and_document_raises_with_the_requir
     with pytest.raises(InvalidRequest, match=r"max_prompt_tokens is 80; .* it must be at least \d+") as caught:
         tokenizer.pairs(request)
     tokenized = tokenizer.pairs(replace(request, max_prompt_tokens=caught.value.limit))
-    assert tokenized.num_document_tokens[0] == 8
+    assert tokenized.num_document_tokens(0) == 8
     assert tokenized.num_query_tokens >= 20
 
 
@@ -367,7 +367,7 @@ def test_a13_options_that_leave_no_room_stop_the_start() -> None:
     tokenized = make(byte_tokenizer_json(), max_length=needed).pairs(
         RerankRequest(query="word " * 100, documents=("long " * 100,))
     )
-    assert tokenized.num_document_tokens[0] == 8
+    assert tokenized.num_document_tokens(0) == 8
     with pytest.raises(ConfigError, match="instruction has 5500 tokens; at most 1024"):
         make(byte_tokenizer_json(), instruction="word " * 1100)
 

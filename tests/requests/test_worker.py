@@ -103,7 +103,7 @@ def pending(
         num_truncated_tokens=(0,) * num,
         num_query_tokens=1,
         num_query_truncated_tokens=0,
-        num_document_tokens=(0,) * num,
+        num_suffix_tokens=0,
         num_unbilled_tokens=0,
         total_tokens=num,
         has_default_instruction=True,

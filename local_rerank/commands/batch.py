@@ -87,8 +87,8 @@ def batch(
         option(
             group=RUNS,
             help="Rank by log-odds plus W times other scores, both as z-scores: run=W (scores of the run, or `score` "
-            "of each document) or bm25=W (BM25 over the query's documents); run-ranks=W and bm25-ranks=W add "
-            "reciprocal ranks. Default: log-odds alone.",
+            "of each document) or bm25=W (BM25 over the query's documents, less the less of the query it finds); "
+            "run-ranks=W and bm25-ranks=W add reciprocal ranks. Default: log-odds alone.",
         ),
     ] = None,
     min_score: MinScore = None,

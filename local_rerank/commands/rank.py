@@ -46,7 +46,7 @@ def rank(
         str | None,
         option(
             help="Rank by log-odds plus W times BM25, both as z-scores (bm25=W) or reciprocal ranks (bm25-ranks=W). "
-            "Default: log-odds alone."
+            "W counts less, the less of the query BM25 finds. Default: log-odds alone."
         ),
     ] = None,
     min_score: MinScore = None,

@@ -58,7 +58,7 @@ class ModelSet:
         max_bytes: int | None = None,
         on_load: OnLoad = lambda model, ranker: None,
     ) -> None:
-        """`aliases`: names of the default model, which is the first.
+        """`aliases`: names of the default model, which is the first, unless another model has them.
 
         `keep_alive_seconds`: after how long without a request a model is unloaded; None: never. `max_bytes`: of all
         loaded models together.
@@ -149,8 +149,11 @@ class ModelSet:
         names: dict[str, ServedModel] = {}
         for model in self.models:
             for name in (model.name, *model.options.aliases):
-                if names.setdefault(name, model) is not model:
-                    raise ConfigError(f"two models are named {name}; give one of them another name, NAME=MODEL")
+                if (other := names.setdefault(name, model)) is not model:
+                    if other.name == model.name:
+                        raise ConfigError(f"two models are named {name}; give one of them another name, NAME=MODEL")
+                    what = f"alias {name} is a name of two models, {other.name} and {model.name}"
+                    raise ConfigError(f"{what}; remove that alias of one of them")
         for alias in self.aliases:
             names.setdefault(alias, self.default)
         self.by_name = names
@@ -190,7 +193,7 @@ class ModelSet:
                 future.set_result(model.ranker)
                 return future
             if model.error is not None and not again and time.monotonic() < model.retry_at:
-                raise _unavailable(model)
+                raise model.unavailable()
             model.loads = [*(each for each in model.loads if not each.cancelled()), future]
             if not model.is_loading:
                 model.is_loading = True
@@ -299,7 +302,7 @@ class ModelSet:
             waiting, model.loads = model.loads, []
         for future in waiting:
             if future.set_running_or_notify_cancel():
-                future.set_exception(_unavailable(model))
+                future.set_exception(model.unavailable())
 
     def _free_bytes(self, device: str) -> int:
         free = self._loader.available_bytes(device)
@@ -339,7 +342,3 @@ class ModelSet:
         for unloading in done:
             if unloading.set_running_or_notify_cancel():
                 unloading.set_result(None)
-
-
-def _unavailable(model: ServedModel) -> ModelUnavailable:
-    return ModelUnavailable(f"model {model.name} cannot be loaded: {model.error}")

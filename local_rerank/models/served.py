@@ -86,6 +86,10 @@ class ServedModel:
             return "loading"
         return "on demand" if self.error is None else "failed"
 
+    def unavailable(self) -> ModelUnavailable:
+        """The error of requests after a failed load."""
+        return ModelUnavailable(f"model {self.name} cannot be loaded: {self.error}")
+
     @property
     def seconds_to_load(self) -> float:
         """What the last load took, or what a disk of 250 MB/s takes for the weights."""

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ from local_rerank.errors import CheckpointError, ConfigError, DeviceFailure, Loc
 from local_rerank.models.model_set import ModelSet
 from local_rerank.models.options import ModelOptions, models_of, seconds_of
 from local_rerank_server.app import create_app
-from local_rerank_server.config import ServerConfig
+from local_rerank_server.config import DASHSCOPE_MODELS, ServerConfig
 from local_rerank_server.connections import (
     address_of,
     allow_many_connections,
@@ -146,6 +147,8 @@ def _load(models: Sequence[ModelOptions], state: ServerState) -> ModelSet:
     Imports torch, which takes two seconds; the port is already open.
     """
     config = state.config
+    if config.model_aliases != DASHSCOPE_MODELS:  # the user chose them, so that no other model may have such a name
+        models = [replace(models[0], aliases=(*models[0].aliases, *config.model_aliases)), *models[1:]]
     if config.ray:
         require_ray()
         from local_rerank_server.ray_serve.reranker import start_replicas

@@ -175,6 +175,10 @@ def test_closing_ends_the_wait_for_a_load() -> None:
 def test_names_are_unique_and_a_model_without_room_is_refused() -> None:
     with pytest.raises(ConfigError, match="two models are named a; give one of them another name"):
         model_set(HeldLoader(), "a", "a")
+    for names in ("ab", "ba"):
+        models = [ModelOptions(engine=EngineConfig(model=each), aliases=("b",) * (each == "a")) for each in names]
+        with pytest.raises(ConfigError, match=f"alias b is a name of two models, {names[0]} and {names[1]};"):
+            ModelSet(models, HeldLoader()).start()
     with pytest.raises(ConfigError, match="model a is given twice"):
         models_of(["a", "a"], EngineConfig())
     loader = HeldLoader()

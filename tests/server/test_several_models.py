@@ -94,7 +94,7 @@ def test_a_day_with_three_models_and_room_for_two(folder: Path, tmp_path: Path) 
         listed = models(client)
         assert "copy or download it again" in listed["broken"]["reason"]
         assert listed["second"]["size_bytes"] > 0
-        assert list(listed) == ["first", "second", "two", "third", "broken", "qwen3-rerank"]
+        assert list(listed) == ["first", "qwen3-rerank", "second", "two", "third", "broken"]
         for name in ("first", "qwen3-rerank", None, "unknown"):
             assert scores(rank(name)) == expected["first"]
         native = {"model": "second", "input": BODY}
@@ -135,6 +135,16 @@ def test_a_day_with_three_models_and_room_for_two(folder: Path, tmp_path: Path) 
         assert client.get("/ready").status_code == 200
         assert scores(client.post("/v1/rerank", json=BODY)) == expected["third"], "the flag's model is the default"
         assert client.post("/v1/rerank", json=BODY | {"model": "fourth"}).status_code == 404
+
+
+@pytest.mark.parametrize("alias", ["second", "two"])
+def test_an_alias_that_another_model_has_stops_the_start(
+    folder: Path, alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineLoader, "load", ZeroDivisionError)  # the server ends in any case
+    done = command("serve", "--config", str(folder / "local-rerank.toml"), "--model-aliases", alias)
+    assert done.returncode == 1
+    assert f"alias {alias} is a name of two models, first and second; remove that alias" in done.stderr
 
 
 @pytest.mark.parametrize(

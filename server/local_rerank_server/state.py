@@ -163,7 +163,9 @@ class ServerState:
         http.state.num_documents += len(request.documents)
         if self.config.log_texts:
             logger.info("id=%s query=%r documents=%r", http.state.request_id, request.query, request.documents)
-        ranking = asyncio.ensure_future(self._submit(model, request, http.state.request_id, on_scored, deadline))
+        acquired = asyncio.Event()
+        name_in_log = http.state.request_id
+        ranking = asyncio.ensure_future(self._submit(model, request, name_in_log, on_scored, deadline, acquired))
         disconnect = asyncio.ensure_future(_until_disconnected(http))
         try:
             patience = timeout_ms / 1e3 + (0 if deadline is None else PARTIAL_SECONDS)
@@ -176,7 +178,8 @@ class ServerState:
                 return result
             if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
-            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=self._remedy(model, request, timeout_ms))
+            remedy = self._remedy(model, request, timeout_ms, is_loaded=acquired.is_set())
+            raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=remedy)
         finally:
             ranking.cancel()
             disconnect.cancel()
@@ -210,10 +213,12 @@ class ServerState:
         request_id: str,
         on_scored: OnScored | None,
         deadline: float | None,
+        acquired: asyncio.Event,
     ) -> RerankResult:
         """Tokenize and score; cancelling it removes the request from the tokenizers' or the engine's queue.
 
-        `deadline`, of time.monotonic(), is when the engine answers with what is scored.
+        `deadline`, of time.monotonic(), is when the engine answers with what is scored. `acquired` is set if the model
+        is loaded by then.
         """
 
         def submit() -> Future[RerankResult]:
@@ -226,22 +231,24 @@ class ServerState:
         num_chars = len(request.query) + sum(map(len, request.documents))
         threads = self._long_tokenizers if num_chars > LONG_CHARS else self._tokenizers
         ranker = self.models.acquire(model) or await self.loaded(model)
+        if deadline is None or time.monotonic() < deadline:
+            acquired.set()
         try:
             result = await asyncio.wrap_future(await queued(threads, submit))
             return result if result.model == model.name else replace(result, model=model.name)
         finally:
             self.models.release(model)
 
-    def _remedy(self, model: ServedModel, request: RerankRequest, timeout_ms: float) -> str:
+    def _remedy(self, model: ServedModel, request: RerankRequest, timeout_ms: float, *, is_loaded: bool) -> str:
         """What this process was measured to do, and what to change so that such a request is answered in time."""
-        if (ranker := model.ranker) is None:
-            return f"model {model.name} was not loaded; load it before, or send a longer timeout"
-        rate, on_cpu = ranker.tokens_per_second, ranker.info.device == "cpu"
-        speed = f", measured rate: {rate:,.0f} tokens per second" if rate else ""
         longer = "raise --request-timeout-ms"
         if timeout_ms < self.config.request_timeout_ms:
             most = self.config.request_timeout_ms
             longer = f"raise the header {TIMEOUT_HEADER} (the server's --request-timeout-ms is {most})"
+        if not is_loaded or (ranker := model.ranker) is None:
+            return f"model {model.name} was still loading. Send the request again when it is loaded, or {longer}"
+        rate, on_cpu = ranker.tokens_per_second, ranker.info.device == "cpu"
+        speed = f", measured rate: {rate:,.0f} tokens per second" if rate else ""
         faster = "--dtype int8 or a smaller model"
         if not on_cpu or ranker.config.dtype == "int8":
             faster = "a smaller model"

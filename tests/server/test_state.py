@@ -67,6 +67,24 @@ async def test_c17_a_timeout_names_the_measured_rate_and_what_to_change(dtype: D
         await state.rank(http_request(x_request_timeout_ms="10"), REQUEST)
 
 
+@pytest.mark.parametrize("is_partial", [False, True])
+async def test_a_timeout_while_the_model_is_loaded_again_says_so(is_partial: bool) -> None:
+    """Also if the load ends between the deadline and the time until which a partial result is awaited."""
+    ranker = HeldRanker(DeadlineExceeded(timeout_ms=1))
+    state = state_over(ranker, request_timeout_ms=50)
+    model = state.default
+    model.is_leaving, model.num_users = True, 1  # another request uses it
+    headers = {"x_on_deadline": "partial"} if is_partial else {}
+    answer = asyncio.ensure_future(state.rank(http_request(**headers), REQUEST))
+    await until(lambda: model.loads)
+    if is_partial:
+        await asyncio.sleep(0.06)
+        model.num_users += 1
+        model.loads[0].set_result(ranker)
+    with pytest.raises(DeadlineExceeded, match="within 50 ms; model held was still loading"):
+        await answer
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", ""])
 async def test_an_invalid_deadline_is_refused(value: str) -> None:
     with pytest.raises(InvalidField, match="x-request-timeout-ms"):

@@ -178,10 +178,15 @@ class DeadlineExceeded(LocalRerankError):
 
 
 class ModelUnavailable(LocalRerankError):
-    """The reranker is closed or closing, or the server is starting or stopping.
+    """The reranker is closed or closing, or the server is starting or stopping, or its model cannot be loaded.
 
-    Raised by calls, and set on futures of requests that were queued when `close` was called.
+    Raised by calls, and set on futures of requests that were queued when `close` was called. Retry after `retry_after`
+    seconds, if it is known when that may succeed.
     """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after  # seconds
 
 
 class DeviceFailure(ModelUnavailable):

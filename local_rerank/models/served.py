@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -87,8 +88,9 @@ class ServedModel:
         return "on demand" if self.error is None else "failed"
 
     def unavailable(self) -> ModelUnavailable:
-        """The error of requests after a failed load."""
-        return ModelUnavailable(f"model {self.name} cannot be loaded: {self.error}")
+        """The error of requests after a failed load, until a later one may try again."""
+        what = f"model {self.name} cannot be loaded: {self.error}"
+        return ModelUnavailable(what, retry_after=self.retry_at - time.monotonic())
 
     @property
     def seconds_to_load(self) -> float:

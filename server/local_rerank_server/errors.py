@@ -119,8 +119,7 @@ class UnknownModel(LocalRerankError):
 
 class ModelNotLoaded(ModelUnavailable):
     def __init__(self, name: str, *, retry_after: float) -> None:
-        super().__init__(f"model {name} is not loaded; it is being loaded now")
-        self.retry_after = retry_after  # seconds
+        super().__init__(f"model {name} is not loaded; it is being loaded now", retry_after=retry_after)
 
 
 class NotOnThisMachine(LocalRerankError):
@@ -252,7 +251,7 @@ STATUS: Mapping[type[LocalRerankError], int] = {
 def headers_of(error: LocalRerankError) -> dict[str, str]:
     """The response headers of an error, in every dialect."""
     match error:
-        case Overloaded() | ModelNotLoaded():
+        case Overloaded() | ModelUnavailable() if error.retry_after is not None:
             return {"retry-after": str(max(1, math.ceil(error.retry_after)))}
         case BodyTooSlow() | AmbiguousBody():
             return {"connection": "close"}  # do not wait for the rest of the body, nor read it as a request

@@ -19,7 +19,7 @@ from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.plan import make_plan
 from local_rerank.errors import CheckpointError, ConfigError, ModelUnavailable
 from local_rerank.models.loader import EngineLoader
-from local_rerank.models.model_set import ModelSet
+from local_rerank.models.model_set import RETRY_SECONDS, ModelSet
 from local_rerank.models.options import ModelOptions, models_of, seconds_of
 from local_rerank.models.room import available_ram, needed_bytes
 from tests.serving import until
@@ -135,8 +135,9 @@ def test_a_failed_load_is_reported_and_may_be_tried_again() -> None:
     b = models.models[1]
     loader.errors["b"] = CheckpointError("its file is damaged")
     for _ in range(2):  # the second one is not loaded again so soon
-        with pytest.raises(ModelUnavailable, match="model b cannot be loaded: its file is damaged"):
+        with pytest.raises(ModelUnavailable, match="model b cannot be loaded: its file is damaged") as failed:
             use(models, "b")
+        assert 20 < (failed.value.retry_after or 0) <= RETRY_SECONDS
     assert (b.state, b.error, loader.log) == ("failed", "its file is damaged", ["load a", "load b"])
     use(models, "a")
     loader.errors.clear()

@@ -35,7 +35,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
         library_errors.InvalidTopN(value=0),
         library_errors.Overloaded("full", retry_after=1.2),
         library_errors.DeadlineExceeded(timeout_ms=60_000),
-        library_errors.ModelUnavailable("loading"),
+        library_errors.ModelUnavailable("it cannot be loaded", retry_after=29.1),
         library_errors.DeviceFailure("cuda:0 failed"),
         library_errors.UnusableAfterFork("the model is on cuda:0"),
         library_errors.EngineFailure("the model failed"),
@@ -67,6 +67,7 @@ SAMPLES: dict[type[LocalRerankError], LocalRerankError] = {
 }
 HEADERS = {
     library_errors.Overloaded: ("retry-after", "2"),
+    library_errors.ModelUnavailable: ("retry-after", "30"),
     errors.ModelNotLoaded: ("retry-after", "2"),
     errors.RequestRateExceeded: ("retry-after", "31"),
     errors.TokenRateExceeded: ("retry-after", "31"),

@@ -115,6 +115,7 @@ def test_a_day_with_three_models_and_room_for_two(folder: Path, tmp_path: Path) 
             assert [scores(answer) for answer in threads.map(rank, names)] == [expected[name] for name in names]
         refused = rank("broken")
         assert (refused.status_code, "model broken cannot be loaded" in refused.text) == (503, True)
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
         shutil.copy(folder / "third/model.safetensors", folder / "broken/model.safetensors")
         assert client.post("/v1/models/load", json={"model": "broken"}).json()["state"] == "loaded"
         assert scores(rank("broken")) == expected["third"]

@@ -79,11 +79,12 @@ class PendingRequest:
 
     def expire(self, seconds: float) -> None:
         """Resolve the future with what is scored, if the request takes that and there is any, else with an error."""
-        if self.request.on_deadline == "partial" and self._document_log_odds():
+        is_any_scored = bool(self._document_log_odds())
+        if self.request.on_deadline == "partial" and is_any_scored:
             return self.answer()
-        remedy = 'raise the timeout, send fewer or shorter documents, or take what is scored: on_deadline="partial"'
-        if self.request.on_deadline == "partial":
-            remedy = "no document was scored by then; raise the timeout, or send shorter documents"
+        remedy = "no document was scored by then; raise the timeout, or send fewer or shorter documents"
+        if is_any_scored:
+            remedy = 'raise the timeout, send fewer or shorter documents, or take what is scored: on_deadline="partial"'
         self.fail(DeadlineExceeded(timeout_ms=seconds * 1e3, remedy=remedy))
 
     def report(self) -> None:

@@ -179,6 +179,8 @@ class ServerState:
             if disconnect.done() and not ranking.done():
                 raise ClientDisconnected("the client disconnected before the response was ready")
             remedy = self._remedy(model, request, timeout_ms, is_loaded=acquired.is_set())
+            if deadline is not None:  # else the engine was not asked what is scored
+                remedy = f"no document was scored by then; {remedy}"
             raise DeadlineExceeded(timeout_ms=timeout_ms, remedy=remedy)
         finally:
             ranking.cancel()

@@ -133,7 +133,7 @@ def indices(body: dict[str, Any]) -> list[int]:
         (LOCAL, {}, 1, 504, "not answered within 100 ms; documents: 8"),
         ("/score", {}, 1, 504, "not answered within 100 ms; documents: 1"),  # one of two queries was ranked
         ("/v2/rerank", {"x-on-deadline": "error"}, 1, 504, "not answered within 100 ms; documents: 8"),
-        ("/v2/rerank", {"x-on-deadline": "partial"}, 0, 504, "not answered within 100 ms; documents: 8"),
+        ("/v2/rerank", {"x-on-deadline": "partial"}, 0, 504, "100 ms; no document was scored by then; documents: 8"),
         ("/v2/rerank", {"x-on-deadline": "all"}, 9, 400, "x-on-deadline: one of error, partial is expected, not all"),
         ("/v1/inference/m", {"x-on-deadline": "partial"}, 9, 400, "partial has no place here, where each document has"),
     ],

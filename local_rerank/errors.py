@@ -137,7 +137,8 @@ class TooManyChunks(InvalidRequest):
     def __init__(self, *, field: str, limit: int, value: int) -> None:
         name = "the request" if field == "documents" else field
         what = f"{name} has {value} chunks or more; at most {limit} are taken"
-        super().__init__(f"{what}. Send less text, or raise chunk_tokens", field=field, limit=limit, value=value)
+        cut = "set max_chunks_per_document, beyond which a document is cut off"
+        super().__init__(f"{what}. Send less text, raise chunk_tokens, or {cut}", field=field, limit=limit, value=value)
 
 
 class InstructionTooLong(InvalidRequest):

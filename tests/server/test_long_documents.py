@@ -62,6 +62,24 @@ async def test_our_own_route_refuses_wrong_fields_by_name(
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "advised"),
+    [
+        ("/v1/local/rank", {"long_documents": "chunk"}, "max_chunks_per_document"),
+        ("/v1/rerank", {"overlap_tokens": 9}, "max_chunks_per_doc"),
+    ],
+)
+async def test_too_many_chunks_are_advised_to_be_limited_by_the_routes_own_field(
+    serve: Serve, tiny_reranker: Reranker, path: str, fields: dict[str, Any], advised: str
+) -> None:
+    async with serve(tiny_reranker, max_document_chunks=2) as client:
+        refused = await client.post(path, json=LONG | fields)
+        limited = await client.post(path, json=LONG | fields | {advised: 2})
+    assert (refused.status_code, limited.status_code) == (400, 200)
+    assert "documents[1] has " in refused.text
+    assert f"or set {advised}, beyond which a document is cut off" in refused.text
+
+
+@pytest.mark.parametrize(
     ("fields", "library"),
     [
         ({"max_chunks_per_doc": 2}, {"long_documents": "chunk", "max_chunks_per_document": 2}),

@@ -187,14 +187,18 @@ def named_as_sent(names: Mapping[str, str], positions: Sequence[int] | None = No
 
 
 def _as_sent(text: str, names: Mapping[str, str], positions: Sequence[int] | None) -> str:
-    """A text that begins with a field of the request, such as `documents[1] is empty`, with the body's name for it."""
+    """A text that begins with a field of the request, such as `documents[1] is empty`, with the body's name for it.
+
+    After that only names with an underscore are replaced: the others are words, too.
+    """
     found = re.match(r"(\w+)(?:\[(\d+)\])?", text)
     if found is None:
         return text
     name, index = found.groups()
     if index is not None:
         index = f"[{index if positions is None else positions[int(index)]}]"
-    return f"{names.get(name, name)}{index or ''}{text[found.end() :]}"
+    rest = re.sub(r"\b[a-z]+_\w+", lambda field: names.get(field[0], field[0]), text[found.end() :])
+    return f"{names.get(name, name)}{index or ''}{rest}"
 
 
 def score_of(item: RankedDocument, options: Options, *, is_raw: bool | None = None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, NotRequired, cast
+from typing import Any, ClassVar, NotRequired, cast
 
 from pydantic import Field, model_validator
 from starlette.requests import Request
@@ -36,6 +36,8 @@ PATH = "/v1/local/rank"
 
 class LocalRequest(CommonRequest):
     """Refuses `top_n` 0 and unknown fields, unlike the other dialects. Log-odds are always in the response."""
+
+    own_names: ClassVar = {name: name for name in ("max_chunks_per_document", "chunk_overlap_tokens")}
 
     documents: Texts
     long_documents: LongDocuments | None = Field(

@@ -127,6 +127,8 @@ async def test_a_minimum_is_compared_with_what_relevance_score_is(serve: Serve, 
         ({"first_stage_scores": [1, "2"]}, "first_stage_scores.1: Input should be a valid number"),
         ({"min_score": True}, "min_score: Input should be a valid number"),
         ({"first_stage_weight": -1}, "first_stage_weight is -1; it must be a finite number of at least 0"),
+        ({"first_stage_scores": None}, "first_stage_weight: this has no effect without first_stage_scores; send those"),
+        ({"first_stage_scores": None, "first_stage_weight": None}, "first_stage_method: this has no effect without"),
         ({"first_stage_method": "min-max"}, "first_stage_method: Input should be 'z-scores' or 'reciprocal-ranks'"),
     ],
 )

@@ -132,7 +132,26 @@ _OWN = (
 )  # fmt: skip
 
 
+_OF_BLENDING = ("first_stage_weight", "first_stage_method")
+_OF_CHUNKS = (
+    "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "max_chunks_per_doc",
+    "overlap_tokens",
+)  # fmt: skip
+
+
+def _refuse_fields_without_effect(body: LocalRequest) -> None:
+    """Without `long_documents` the model decides whether documents are read in chunks, so nothing is refused then."""
+    for name in _OF_BLENDING if body.first_stage_scores is None else ():
+        if getattr(body, name) is not None:
+            raise InvalidField(name, "this has no effect without first_stage_scores; send those too, or leave it out")
+    for name in _OF_CHUNKS if body.long_documents == "truncate" else ():
+        if getattr(body, name):
+            what = 'this has no effect with "long_documents": "truncate"; send "chunk", or leave it out'
+            raise InvalidField(name, what)
+
+
 def parse(body: LocalRequest, config: ServerConfig) -> RerankRequest:
+    _refuse_fields_without_effect(body)
     request = make_request(body.query, body.documents, body, config)
     given = {name: getattr(body, name) for name in _OWN if getattr(body, name) is not None}
     return replace(request, **given) if given else request

@@ -152,8 +152,9 @@ def _print_tables(
     console.print(comparison_table(comparisons))
     console.print(TIE_RULE, style="dim", highlight=False)
     for comparison in comparisons:
-        console.print()
-        console.print(examples_table(comparison, collection.queries))
+        if comparison.wins or comparison.losses:
+            console.print()
+            console.print(examples_table(comparison, collection.queries))
 
 
 def compare(
@@ -192,7 +193,8 @@ def compare(
     console.print(difference_table(baseline, system, comparisons))
     console.print(f"{len(chosen.differences)} judged queries; {TIE_RULE}\n", style="dim", highlight=False)
     warn(str(left_out))
-    console.print(examples_table(chosen, texts))
+    if chosen.wins or chosen.losses:
+        console.print(examples_table(chosen, texts))
 
 
 def _read_runs(

@@ -47,6 +47,7 @@ def test_compare_counts_wins_and_tests_significance(collection: dict[str, Path],
     assert (told["left_out"], told["tie_rule"][:12]) == ([], "equal scores")
     same = json.loads(command("compare", runs[0], runs[0], "--qrels", str(collection["qrels"]), "--json").stdout)
     assert {each["p_value"] for each in same["comparisons"]} == {1.0}
+    assert "most changed" not in command("compare", runs[0], runs[0], "--qrels", str(collection["qrels"])).stdout
 
 
 def test_c15_compare_prints_a_table_with_its_rule_for_ties_and_draws_a_plot(

@@ -178,8 +178,9 @@ class Display:
             print_json({"event": name, **values}, indent=None)
 
     def rates(self) -> dict[str, float]:
+        """Of what the model scored: pairs from the cache take no time."""
         seconds = max(self.seconds, 1e-9)
-        return {"pairs_per_second": self.num_pairs / seconds, "tokens_per_second": self.num_tokens / seconds}
+        return {"pairs_per_second": self.num_model_pairs / seconds, "tokens_per_second": self.num_tokens / seconds}
 
     @property
     def rates_text(self) -> str:

@@ -63,7 +63,7 @@ def test_c14_the_time_left_is_steady_although_short_documents_are_scored_first(b
             assert at + estimate == pytest.approx(whole, rel=0.2), at
 
 
-def test_c14_cached_pairs_take_no_time_and_the_share_done_counts_from_the_start_of_the_file() -> None:
+def test_c14_cached_pairs_take_no_time_count_in_no_rate_and_the_share_done_counts_from_the_start_of_the_file() -> None:
     now = 0.0
     display = Display("quiet", "in.jsonl", clock=lambda: now)
     display.begin(50, 100)
@@ -73,6 +73,7 @@ def test_c14_cached_pairs_take_no_time_and_the_share_done_counts_from_the_start_
         now += 0 if offset < 61 else 1
         display.report(finished(10), Position(offset))
     assert display.seconds_left == pytest.approx(25)
+    assert display.rates() == pytest.approx({"pairs_per_second": 1, "tokens_per_second": 20})
     assert display._estimate.done == pytest.approx(0.5 + 0.5 * 15 / 40)
 
 

@@ -104,8 +104,7 @@ def log_odds_of(reranker: Reranker, pairs: Sequence[KnownPair]) -> list[float]:
     """Score pairs like any request; raises EngineFailure or ConfigError."""
     log_odds: list[float] = []
     for (query, instruction), group in itertools.groupby(pairs, key=lambda pair: (pair.query, pair.instruction)):
-        documents = tuple(pair.document for pair in group)
-        request = RerankRequest(query=query, documents=documents, instruction=instruction)
+        request = _whole(query, instruction, *(pair.document for pair in group))
         try:
             result = reranker.submit(request, scale=ScoreScale()).result()  # the model's scores, with any instruction
         except InvalidRequest as error:
@@ -291,15 +290,19 @@ def _difference(first: Sequence[float], second: Sequence[float]) -> float:
     return max(value if math.isfinite(value) else math.inf for value in differences)
 
 
-def _live_ids(reranker: Reranker, pair: KnownPair) -> list[int]:
-    return reranker.explain(pair.query, pair.document, instruction=pair.instruction)[1]
+def _whole(query: str, instruction: str | None, *documents: str) -> RerankRequest:
+    """A request that no default of the model or the user reads in chunks: scores are known of whole documents."""
+    return RerankRequest(query=query, documents=documents, instruction=instruction, long_documents="truncate")
+
+
+def _live_ids(reranker: Reranker, known: KnownPair) -> list[int]:
+    pair = reranker.tokenizer.pairs(_whole(known.query, known.instruction, known.document)).pairs[0]
+    return [*pair.prefix_ids, *pair.document_ids]
 
 
 def _forward_live(reranker: Reranker, engine: Engine, pairs: Sequence[KnownPair]) -> list[float]:
     """Score pairs as a request has them, one at a time, to exclude a fault in packing."""
-    requests = [
-        RerankRequest(query=pair.query, documents=(pair.document,), instruction=pair.instruction) for pair in pairs
-    ]
+    requests = [_whole(pair.query, pair.instruction, pair.document) for pair in pairs]
     return [score for request in requests for score in engine.score(reranker.tokenizer.pairs(request).pairs)]
 
 

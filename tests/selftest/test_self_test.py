@@ -296,6 +296,14 @@ def test_limits_below_the_known_pairs_are_an_error(known: Path) -> None:
             self_test(reranker)
 
 
+def test_known_pairs_are_scored_whole_by_a_model_that_wants_small_chunks(known: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(known, tmp_path / known.name)
+    config = json.loads((folder / "config.json").read_text()) | {"local_rerank": {"long_documents": "chunk"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with Reranker(str(folder), **EXACT, chunk_tokens=16, chunk_overlap_tokens=0) as reranker:
+        assert self_test(reranker).fault is None
+
+
 def test_published_scores_need_the_name_and_the_shape(tmp_path: Path) -> None:
     shape = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 1, "num_key_value_heads": 1}
     folder = make_checkpoint(tmp_path / "Qwen3-Reranker-0.6B", **shape, intermediate_size=8, head_dim=8)

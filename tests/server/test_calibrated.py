@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,9 @@ async def test_a_minimum_is_compared_with_what_relevance_score_is(serve: Serve, 
         ({"first_stage_scores": [1]}, "first_stage_scores has length 1; it must have one number for each of the 2"),
         ({"first_stage_scores": [2, 2]}, "first_stage_scores are all 2, which orders nothing"),
         ({"first_stage_scores": [1, "2"]}, "first_stage_scores.1: Input should be a valid number"),
+        ({"first_stage_scores": [1, None]}, "first_stage_scores.1: Input should be a valid number, not null"),
+        ({"first_stage_scores": [1, math.inf]}, "first_stage_scores.1: Input should be a finite number, not Infinity"),
+        ({"min_score": math.inf}, "min_score: Input should be a finite number, not Infinity"),
         ({"min_score": True}, "min_score: Input should be a valid number"),
         ({"first_stage_weight": -1}, "first_stage_weight is -1; it must be a finite number of at least 0"),
         ({"first_stage_scores": None}, "first_stage_weight: this has no effect without first_stage_scores; send those"),
@@ -141,6 +145,7 @@ async def test_our_route_blends_first_stage_scores_or_says_what_is_wrong_with_th
             answer = (await client.post(LOCAL, json=BODY | good | {"first_stage_scores": scores})).json()
             assert [item["index"] for item in answer["results"]] == [first, 1 - first]
             assert answer["results"][0]["blended_score"] > answer["results"][1]["blended_score"]
-        refused = await client.post(LOCAL, json=BODY | good | sent)
+        body = json.dumps(BODY | good | sent).replace("Infinity", "1e999")  # Infinity is not JSON
+        refused = await client.post(LOCAL, content=body, headers={"content-type": "application/json"})
     assert refused.status_code == 400
     assert message_of(refused.json()).startswith(says)

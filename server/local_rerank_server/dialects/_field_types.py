@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -260,8 +261,8 @@ Flag = Annotated[StrictBool, BeforeValidator(_flag_of, json_schema_input_type=bo
 Count = Annotated[StrictInt, BeforeValidator(_whole_number, json_schema_input_type=int | str)]
 """A whole number, which may be written as "2" or 2.0; booleans and all else are refused."""
 
-Number = Annotated[float, Strict()]
-"""Any number, which the library's request checks."""
+Number = Annotated[float, Strict(), AllowInfNan(False)]
+"""A finite number."""
 
 CountOrAll = Annotated[Count, Ge(0)]
 """A count or a limit; 0 means absent."""

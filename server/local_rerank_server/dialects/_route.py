@@ -260,7 +260,8 @@ def _first_invalid_field(error: RequestValidationError) -> LocalRerankError:
     if body.get(parts[0]) is None:
         parts[0] = _name_sent(parts[0], body)
     name = ".".join(parts)
-    if invalid["type"] == "missing" or invalid["input"] is None:
+    is_null = invalid["input"] is None and invalid["type"] != "float_type"  # among numbers null is a wrong number
+    if invalid["type"] == "missing" or is_null:
         return MissingField(name, hint=_hint(name, body))
     if invalid["type"] == NOT_TEXT_ERROR:
         at = invalid["ctx"]["at"]
@@ -292,6 +293,9 @@ def _hint(missing: str, body: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str | None:
     """A short value as JSON, else None: longer ones are texts."""
-    if not isinstance(value, str | int | float) or len(shown := json.dumps(value, ensure_ascii=False)) > MAX_SHOWN:
+    if (
+        not isinstance(value, str | int | float | None)
+        or len(shown := json.dumps(value, ensure_ascii=False)) > MAX_SHOWN
+    ):
         return None
     return shown

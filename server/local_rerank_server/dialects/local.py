@@ -130,8 +130,6 @@ _OWN = (
     "on_deadline",
     "min_score", "first_stage_scores", "first_stage_weight", "first_stage_method",
 )  # fmt: skip
-
-
 _OF_BLENDING = ("first_stage_weight", "first_stage_method")
 _OF_CHUNKS = (
     "chunk_tokens", "chunk_overlap_tokens", "num_best_chunks", "max_chunks_per_document", "max_chunks_per_doc",

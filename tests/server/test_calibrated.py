@@ -120,24 +120,23 @@ async def test_a_minimum_is_compared_with_what_relevance_score_is(serve: Serve, 
             assert bodies[name]["num_below_min_score"] == 1
 
 
-@pytest.mark.parametrize(
-    ("sent", "says"),
-    [
-        ({"first_stage_scores": [1]}, "first_stage_scores has length 1; it must have one number for each of the 2"),
-        ({"first_stage_scores": [2, 2]}, "first_stage_scores are all 2, which orders nothing"),
-        ({"first_stage_scores": [1, "2"]}, "first_stage_scores.1: Input should be a valid number"),
-        ({"first_stage_scores": [1, None]}, "first_stage_scores.1: Input should be a valid number, not null"),
-        ({"first_stage_scores": [1, math.inf]}, "first_stage_scores.1: Input should be a finite number, not Infinity"),
-        ({"min_score": math.inf}, "min_score: Input should be a finite number, not Infinity"),
-        ({"min_score": True}, "min_score: Input should be a valid number"),
-        ({"first_stage_weight": -1}, "first_stage_weight is -1; it must be a finite number of at least 0"),
-        ({"first_stage_scores": None}, "first_stage_weight: this has no effect without first_stage_scores; send those"),
-        ({"first_stage_scores": None, "first_stage_weight": None}, "first_stage_method: this has no effect without"),
-        ({"first_stage_method": "min-max"}, "first_stage_method: Input should be 'z-scores' or 'reciprocal-ranks'"),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"first_stage_scores": [1]}, "first_stage_scores has length 1; it must have one number for each of the 2"),
+    ({"first_stage_scores": [2, 2]}, "first_stage_scores are all 2, which orders nothing"),
+    ({"first_stage_scores": [1, "2"]}, "first_stage_scores.1: Input should be a valid number"),
+    ({"first_stage_scores": [1, None]}, "first_stage_scores.1: Input should be a valid number, not null"),
+    ({"first_stage_scores": [1, math.inf]}, "first_stage_scores.1: Input should be a finite number, not Infinity"),
+    ({"min_score": math.inf}, "min_score: Input should be a finite number, not Infinity"),
+    ({"min_score": True}, "min_score: Input should be a valid number"),
+    ({"first_stage_weight": -1}, "first_stage_weight is -1; it must be a finite number of at least 0"),
+    ({"first_stage_scores": None}, "first_stage_weight: this has no effect without first_stage_scores; send those"),
+    ({"first_stage_scores": None, "first_stage_weight": None}, "first_stage_method: this has no effect without"),
+    ({"first_stage_method": "min-max"}, "first_stage_method: Input should be 'z-scores' or 'reciprocal-ranks'"),
+]
+
+
 async def test_our_route_blends_first_stage_scores_or_says_what_is_wrong_with_them(
-    sent: dict[str, Any], says: str, serve: Serve, tiny_reranker: Reranker
+    serve: Serve, tiny_reranker: Reranker
 ) -> None:
     good = {"first_stage_scores": [1, 2.5], "first_stage_weight": 9, "first_stage_method": "reciprocal-ranks"}
     async with serve(tiny_reranker) as client:
@@ -145,7 +144,8 @@ async def test_our_route_blends_first_stage_scores_or_says_what_is_wrong_with_th
             answer = (await client.post(LOCAL, json=BODY | good | {"first_stage_scores": scores})).json()
             assert [item["index"] for item in answer["results"]] == [first, 1 - first]
             assert answer["results"][0]["blended_score"] > answer["results"][1]["blended_score"]
-        body = json.dumps(BODY | good | sent).replace("Infinity", "1e999")  # Infinity is not JSON
-        refused = await client.post(LOCAL, content=body, headers={"content-type": "application/json"})
-    assert refused.status_code == 400
-    assert message_of(refused.json()).startswith(says)
+        for sent, says in WRONG:
+            body = json.dumps(BODY | good | sent).replace("Infinity", "1e999")  # Infinity is not JSON
+            refused = await client.post(LOCAL, content=body, headers={"content-type": "application/json"})
+            assert refused.status_code == 400
+            assert message_of(refused.json()).startswith(says)

@@ -193,7 +193,7 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
         answer = client.post(LOCAL, json=request(number, num_documents=300))
         return answer.status_code, answer.json()
 
-    with ThreadPoolExecutor(8) as pool:
+    def kill_one(pool: ThreadPoolExecutor) -> list[tuple[int, dict[str, Any]]]:
         before = {replica: replica.cpu_times().user for replica in replicas(server)}
         list(pool.map(ask, range(4)))  # after its first requests, a replica that uses the CPU has work
         victim = max(before, key=lambda replica: replica.cpu_times().user - before[replica])  # of the model asked for
@@ -203,9 +203,16 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
         victim.kill()
         answers = list(asking)
         until(lambda: len({process.pid for process in replicas(server)} - {victim.pid}) == 4)
-        answers += pool.map(ask, range(8, 10))
-    assert [status for status, _ in answers if status != 200] == []
-    assert "the replica died" in server.output  # it had work when it died, and that work was sent on
+        return [*answers, *pool.map(ask, range(8, 10))]
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):  # on a busy machine a replica may be killed between two requests
+            answers = kill_one(pool)
+            assert [status for status, _ in answers if status != 200] == []
+            if "the replica died" in server.output:  # it had work when it died, and that work was sent on
+                break
+        else:
+            pytest.fail("no replica had work when it was killed")
     for number, (_, answer) in enumerate(answers):
         assert log_odds(answer) == pytest.approx(expected(tiny_reranker, request(number, 300)), abs=TOLERANCE)
 

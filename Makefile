@@ -59,7 +59,7 @@ docs: $(DEV) ## update the generated parts of the documents: docs/options.md, do
 	$(BIN)/python docs/api.py > docs/api.md
 	$(BIN)/python docs/answer.py
 
-screenshot: $(DEV) ## retake the README's screenshot (needs Chromium; shows this machine's fonts)
+screenshot: $(DEV) ## retake the README's screenshot (needs Chromium and the fonts of fonts-inter and fonts-noto-cjk)
 	SCREENSHOT=docs/playground.png $(BIN)/pytest -q tests/playground/test_screenshot.py
 
 clients: $(CLIENTS) ## install the SDKs that tests/clients calls, each set in its own environment

@@ -167,6 +167,7 @@ def test_every_example_ranks_all_its_documents_and_is_marked_while_the_fields_ho
     bodies = bodies_sent(page)
     buttons = page.locator("#examples button")
     assert {button.get_attribute("lang") for button in buttons.all()} == {"en", "zh"}
+    assert set(BEST) < set(buttons.all_inner_texts())
     for button in buttons.all():
         button.click()
         shown(page)

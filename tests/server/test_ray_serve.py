@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,13 @@ def client(server: Server) -> Iterator[Client]:
 def replicas(server: Server) -> list[psutil.Process]:
     """The replicas' processes that are alive."""
     return [child for child in descendants(server) if "EngineReplica" in child.name() + " ".join(child.cmdline())]
+
+
+def are_idle(server: Server) -> bool:
+    """Whether all four replicas run and none computes; one that starts does."""
+    before = {replica: replica.cpu_times().user for replica in replicas(server)}
+    time.sleep(0.5)
+    return len(before) == 4 and all(replica.cpu_times().user - used < 0.1 for replica, used in before.items())
 
 
 def descendants(server: Server) -> list[psutil.Process]:
@@ -194,6 +202,7 @@ def test_a_replica_that_is_killed_at_work_fails_no_request_and_is_replaced(
         return answer.status_code, answer.json()
 
     def kill_one(pool: ThreadPoolExecutor) -> list[tuple[int, dict[str, Any]]]:
+        until(lambda: are_idle(server))  # a replica that starts is no victim: it has no work
         before = {replica: replica.cpu_times().user for replica in replicas(server)}
         list(pool.map(ask, range(4)))  # after its first requests, a replica that uses the CPU has work
         victim = max(before, key=lambda replica: replica.cpu_times().user - before[replica])  # of the model asked for

@@ -35,7 +35,11 @@ def add_rms_norm_quantized_(
 def norm_rotate_(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, *, num_query_heads: int | None = None
 ) -> None:
-    weights = weight if num_query_heads is None else weight[(torch.arange(x.shape[1]) >= num_query_heads).long()]
+    weights = (
+        weight
+        if num_query_heads is None
+        else weight[(torch.arange(x.shape[1], device=x.device) >= num_query_heads).long()]
+    )
     first, second = (F.rms_norm(x, x.shape[-1:], None, eps) * weights).chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     x.copy_(torch.cat([first, second], dim=-1) * cos.unsqueeze(1) + turned * sin.unsqueeze(1))

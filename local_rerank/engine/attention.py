@@ -145,8 +145,10 @@ def _sdpa_of_window(target: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int
         return
     for first in range(0, q.shape[2], QUERIES_PER_CALL):
         rows = slice(first, min(first + QUERIES_PER_CALL, q.shape[2]))
-        near = slice(max(0, first - window), rows.stop + window)
-        mask = visible_within(q.shape[2], False, window)[rows, near].to(q.device)
+        near = slice(max(0, first - window), min(rows.stop + window, q.shape[2]))
+        before = first - near.start
+        ones = torch.ones(rows.stop - first, near.stop - near.start, dtype=torch.bool, device=q.device)
+        mask = ones.tril(before + window).triu(before - window)
         part = F.scaled_dot_product_attention(q[:, :, rows], k[:, :, near], v[:, :, near], attn_mask=mask, scale=scale)
         target[:, :, rows] = part
 

@@ -6,7 +6,7 @@ A figure of the same name replaces the one before, so that a part that is cut of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from statistics import median
 from typing import Any
@@ -191,23 +191,73 @@ def peer(setting: Setting) -> Iterator[Result]:
         log_odds = [item.log_odds for item in sorted(result, key=lambda item: item.index)]
         theirs_odds = torch.tensor(predict(batch_sizes[0])).float().flatten().tolist()
         yield {"largest_difference": difference(log_odds, theirs_odds)[0]}
-        ours: list[float] = []
-        theirs: dict[int, list[float]] = {size: [] for size in batch_sizes}
-        for number in range(1 + (1 if setting.quick else 5)):
-            taken = timed(lambda: reranker.rank(request.query, request.documents), setting.device)
-            their = {size: timed(lambda size=size: predict(size), setting.device) for size in batch_sizes}
-            if not number:
-                continue  # the first round warms up
-            ours.append(taken)
-            for size, seconds in their.items():
-                theirs[size].append(seconds)
-            best = min(batch_sizes, key=lambda size: median(theirs[size]))
+        yield from beside(
+            lambda: reranker.rank(request.query, request.documents),
+            {size: lambda size=size: predict(size) for size in batch_sizes},  # type: ignore[misc]
+            setting,
+        )
+
+
+def encoders(setting: Setting) -> Iterator[Result]:
+    """Compare an encoder in the shape of bge-reranker-v2-m3 with sentence-transformers on pairs of 20 to 400 tokens."""
+    from benchmarks.encoders import make_encoder, request_of
+
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        yield {"not_here": str(error)}
+        return
+    quick = setting.quick
+    folder = make_encoder(setting.folder.parent / "encoder", "minilm-l6" if quick else "v2-m3")
+    request = request_of(8 if quick else 640)
+    model = sentence_transformers.CrossEncoder(
+        str(folder), device=str(setting.device), local_files_only=True, model_kwargs={"dtype": torch.bfloat16}
+    )
+    texts = [(request.query, document) for document in request.documents]
+    odds = {}
+    for dtype in ("fp32", "bf16"):
+        with Reranker(str(folder), device=str(setting.device), dtype=dtype, max_queued_tokens=10**7) as reranker:
+            result = reranker.rank(request.query, request.documents)
+            odds[dtype] = [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+            if dtype == "fp32":
+                continue
             yield {
-                "ours_seconds": median(ours),
-                "theirs_seconds": median(theirs[best]),
-                "best_batch_size": best,
-                "ratio": median(theirs[best]) / median(ours),
+                "version": sentence_transformers.__version__,
+                "num_pairs": len(texts),
+                "kernel": reranker.info.kernel,
             }
+            theirs = {
+                size: lambda size=size: model.predict(texts, batch_size=size, show_progress_bar=False)
+                for size in ((8,) if quick else (32, 128))
+            }
+            yield from beside(lambda: reranker.rank(request.query, request.documents), theirs, setting)  # type: ignore[arg-type]
+    exact = odds["fp32"]
+    predicted = torch.tensor(next(iter(theirs.values()))()).float().flatten().tolist()
+    yield {"range_of_fp32": max(exact) - min(exact)}
+    for name, each in (("ours", odds["bf16"]), ("theirs", predicted)):
+        largest, mean = difference(each, exact)
+        yield {f"{name}_largest": largest, f"{name}_mean": mean}
+
+
+def beside(ours: Callable[[], Any], theirs: dict[int, Callable[[], Any]], setting: Setting) -> Iterator[Result]:
+    """Time `ours` and, by batch size, `theirs`, in alternation; yields the medians and their ratio so far."""
+    own: list[float] = []
+    other: dict[int, list[float]] = {size: [] for size in theirs}
+    for number in range(1 + (1 if setting.quick else 5)):
+        taken = timed(ours, setting.device)
+        their = {size: timed(predict, setting.device) for size, predict in theirs.items()}
+        if not number:
+            continue  # the first round warms up
+        own.append(taken)
+        for size, seconds in their.items():
+            other[size].append(seconds)
+        best = min(theirs, key=lambda size: median(other[size]))
+        yield {
+            "ours_seconds": median(own),
+            "theirs_seconds": median(other[best]),
+            "best_batch_size": best,
+            "ratio": median(other[best]) / median(own),
+        }
 
 
 def fp8(setting: Setting) -> Iterator[Result]:

@@ -55,8 +55,8 @@ PLAN = (
     Part("memory", "gpu_checks:memory", 2, 20),
     Part("fp8_4b", "gpu_parts:fp8", 2, 65, shape="qwen3-reranker-4b"),
     Part("tuning", "gpu_kernels:tuning", 2, 35),
-    Part("encoders", "gpu_parts:encoders", 2, 30),
     Part("sanitizer", "gpu_checks:sanitizer", 2, 40),
+    Part("encoders", "gpu_parts:encoders", 3, 40),
     Part("attention", "gpu_kernels:attention", 3, 40),
 )
 """What the table needs comes first. If kernels or tests fail, the sanitizer is next."""

@@ -81,14 +81,6 @@ ROWS = (
         lambda it: it["ratio"] >= 5,
     ),
     Row(
-        "640 pairs in the shape of bge-reranker-v2-m3", "no further from fp32 than sentence-transformers", "encoders",
-        lambda it: (
-            f"{it['ratio']:.1f}x {it['version']} in batches of {it['best_batch_size']}; from fp32 "
-            f"{it['ours_largest']:.2g} (theirs {it['theirs_largest']:.2g}) in a range of {it['range_of_fp32']:.2g}"
-        ),
-        lambda it: it["ours_largest"] <= it["theirs_largest"],
-    ),
-    Row(
         "bf16 from fp32", "no further than the card's code in bf16", "precision",
         lambda it: (
             f"largest {it['ours_largest']:.3g}, mean {it['ours_mean']:.3g}; the card's code {it['card_largest']:.3g}, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -191,11 +192,8 @@ def peer(setting: Setting) -> Iterator[Result]:
         log_odds = [item.log_odds for item in sorted(result, key=lambda item: item.index)]
         theirs_odds = torch.tensor(predict(batch_sizes[0])).float().flatten().tolist()
         yield {"largest_difference": difference(log_odds, theirs_odds)[0]}
-        yield from beside(
-            lambda: reranker.rank(request.query, request.documents),
-            {size: lambda size=size: predict(size) for size in batch_sizes},  # type: ignore[misc]
-            setting,
-        )
+        rank = partial(reranker.rank, request.query, request.documents)
+        yield from beside(rank, {size: partial(predict, size) for size in batch_sizes}, setting)
 
 
 def encoders(setting: Setting) -> Iterator[Result]:
@@ -207,35 +205,31 @@ def encoders(setting: Setting) -> Iterator[Result]:
     except ImportError as error:
         yield {"not_here": str(error)}
         return
-    quick = setting.quick
-    folder = make_encoder(setting.folder.parent / "encoder", "minilm-l6" if quick else "v2-m3")
-    request = request_of(8 if quick else 640)
+    folder = make_encoder(setting.folder.parent / "encoder", "minilm-l6" if setting.quick else "v2-m3")
+    request = request_of(8 if setting.quick else 640)
     model = sentence_transformers.CrossEncoder(
         str(folder), device=str(setting.device), local_files_only=True, model_kwargs={"dtype": torch.bfloat16}
     )
     texts = [(request.query, document) for document in request.documents]
-    odds = {}
-    for dtype in ("fp32", "bf16"):
-        with Reranker(str(folder), device=str(setting.device), dtype=dtype, max_queued_tokens=10**7) as reranker:
-            result = reranker.rank(request.query, request.documents)
-            odds[dtype] = [item.log_odds for item in sorted(result, key=lambda item: item.index)]
-            if dtype == "fp32":
-                continue
-            yield {
-                "version": sentence_transformers.__version__,
-                "num_pairs": len(texts),
-                "kernel": reranker.info.kernel,
-            }
-            theirs = {
-                size: lambda size=size: model.predict(texts, batch_size=size, show_progress_bar=False)
-                for size in ((8,) if quick else (32, 128))
-            }
-            yield from beside(lambda: reranker.rank(request.query, request.documents), theirs, setting)  # type: ignore[arg-type]
-    exact = odds["fp32"]
-    predicted = torch.tensor(next(iter(theirs.values()))()).float().flatten().tolist()
+
+    def predict(size: int) -> Any:
+        return model.predict(texts, batch_size=size, show_progress_bar=False)
+
+    def rank(reranker: Reranker) -> list[float]:
+        result = reranker.rank(request.query, request.documents)
+        return [item.log_odds for item in sorted(result, key=lambda item: item.index)]
+
+    options: dict[str, Any] = {"device": str(setting.device), "max_queued_tokens": 10**7}
+    with Reranker(str(folder), dtype="fp32", **options) as reranker:
+        exact = rank(reranker)
+    with Reranker(str(folder), dtype="bf16", **options) as reranker:
+        yield {"version": sentence_transformers.__version__, "kernel": reranker.info.kernel, "num_pairs": len(texts)}
+        batch_sizes = (8,) if setting.quick else (32, 128)
+        yield from beside(lambda: rank(reranker), {size: partial(predict, size) for size in batch_sizes}, setting)
+        ours = rank(reranker)
     yield {"range_of_fp32": max(exact) - min(exact)}
-    for name, each in (("ours", odds["bf16"]), ("theirs", predicted)):
-        largest, mean = difference(each, exact)
+    for name, odds in (("ours", ours), ("theirs", torch.tensor(predict(batch_sizes[0])).float().flatten().tolist())):
+        largest, mean = difference(odds, exact)
         yield {f"{name}_largest": largest, f"{name}_mean": mean}
 
 

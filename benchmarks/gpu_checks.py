@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,13 @@ def kernels(setting: Setting) -> Iterator[Result]:
         yield {f"used in {kind}": why_not or "yes"}
         if why_not:
             failed.append(f"{why_not} ({kind})")
-        for name, value in kernel_differences(config, setting.device, dtype, fp8=fp8).items():
+        try:
+            differences = kernel_differences(config, setting.device, dtype, fp8=fp8)
+        except Exception as error:  # whatever Triton raises, and torch 2.11 on a CPU, which lacks the product in fp8
+            traceback.print_exc()
+            failed.append(f"{type(error).__name__} ({kind})")
+            continue
+        for name, value in differences.items():
             yield {f"{name} {kind}": value}
     for inputs, outputs in product_shapes(sizes) if has_fp8 else []:
         linear = nn.Linear(inputs, outputs, bias=False, device=setting.device, dtype=torch.bfloat16)

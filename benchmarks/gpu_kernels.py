@@ -12,6 +12,7 @@ from benchmarks.gpu_setup import SHAPES, RandomTexts, Result, Setting, loaded, p
 from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda.attention import tile_layout
 from local_rerank.engine.cuda.fp8 import FP8, LEAST_CAPABILITY
+from local_rerank.engine.cuda.layers import MAX_COMPILERS
 from local_rerank.engine.kernel_table import KERNELS, is_installed
 from local_rerank.engine.packing import pack
 from local_rerank.requests.pair import Pair
@@ -76,17 +77,20 @@ def tuning(setting: Setting) -> Iterator[Result]:
                 run()
         return round(1e5 * median([timed(graph.replay, device) for _ in range(10)]), 1)
 
+    attends: dict[str, Callable[[], object]] = {}
+    for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
+        batch = pack([Pair.of((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
+        joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
+        parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
+        for tile in TILES:
+            layout = layout_to(tile_layout(batch, False, queries_per_tile=tile["queries"]), device)
+            own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile, width**-0.5)
+            options = {name: value for name, value in tile.items() if name != "queries"}
+            said = ", ".join(f"{name} {value}" for name, value in tile.items() if value is not None)
+            attends[f"{load}: {said}"] = partial(triton_kernels.attend_tiles, *parts, *own, **options)
+    # each of the ten tiles takes three seconds
+    triton_kernels.compile_in_parallel(lambda: [attend() for attend in attends.values()], MAX_COMPILERS)
     with torch.inference_mode():
-        for load, lengths in {"chunks": [213] * 70, "passages": [75] * 210, "titles": [22] * 700}.items():
-            batch = pack([Pair.of((number // 10,) * 97, (1,) * length) for number, length in enumerate(lengths)])
-            joined = torch.randn(batch.num_tokens, heads + 2 * key_heads, width, device=device).bfloat16()
-            parts = joined.tensor_split((-2 * key_heads, -key_heads), dim=1)
-            for tile in TILES:
-                layout = layout_to(tile_layout(batch, False, queries_per_tile=tile["queries"]), device)
-                own = (layout.tiles, layout.first_own, layout.last_own, layout.queries_per_tile, width**-0.5)
-                options = {name: value for name, value in tile.items() if name != "queries"}
-                said = ", ".join(f"{name} {value}" for name, value in tile.items() if value is not None)
-                yield {f"{load}: {said}": microseconds(partial(triton_kernels.attend_tiles, *parts, *own, **options))}
         x, residual = (torch.randn(num_tokens, hidden, device=device).bfloat16() for _ in range(2))
         weight, angles = torch.ones(hidden, device=device).bfloat16(), torch.ones(num_tokens, width, device=device)
         gate_up = torch.randn(num_tokens, 2 * inner, device=device).bfloat16()
@@ -103,6 +107,8 @@ def tuning(setting: Setting) -> Iterator[Result]:
         for name, (run, num_bytes) in runs.items():
             taken = microseconds(run)
             yield {f"{name}, TB/s": taken and round(num_bytes / taken / 1e6, 2)}
+        for said, attend in attends.items():
+            yield {said: microseconds(attend)}
         if torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY:
             normed, product = (torch.randn(num_tokens, size, device=device).bfloat16() for size in (hidden, inner))
             quantizing: dict[str, tuple[Callable[[], object], ...]] = {

@@ -61,7 +61,7 @@ ROWS = (
         lambda it: it["passed_all"],
     ),
     Row(
-        "useful operations of the measured bf16 ceiling", "55 %", "throughput",
+        "useful operations of the measured bf16 ceiling", "55 % (1,950 pairs/s), aim 66 %", "throughput",
         lambda it: (
             f"{it['share_of_ceiling']:.0%} ({it['useful_tflops']:.0f} of {it['gemm_ceiling_tflops']:.0f} TFLOP/s), "
             f"{it['pairs_per_second']:,.0f} pairs/s"
@@ -71,7 +71,7 @@ ROWS = (
     served(16),
     served(64),
     Row(
-        "ten passages, p50", "9 ms", "latency",
+        "ten passages, p50", "9 ms, aim 6", "latency",
         lambda it: f"{it['p50_ms']:.1f} ms (P99 {it['p99_ms']:.1f})",
         lambda it: it["p50_ms"] <= 9,
     ),

@@ -75,27 +75,32 @@ def test_the_limits_of_the_parts_add_up_to_the_two_calls() -> None:
     assert {row.part for row in ROWS} <= {part.name for part in PLAN if part.call < 3}
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+class Ran(list[str]):
     """The parts that run, each in no time; the test for kernels fails."""
-    names: list[str] = []
 
-    def instead(part: gpu.Part, *arguments: Any) -> float:
-        names.append(part.name)
-        arguments[-1].add(part.name, {"passed": False, "passed_all": True, "end": "done"})
+    def __init__(self) -> None:
+        self.limits: dict[str, float] = {}
+        self.end = "done"
+
+    def run(self, part: gpu.Part, shape: str, folder: Path, limit: float, *others: Any) -> float:
+        self.append(part.name)
+        self.limits[part.name] = limit
+        others[-1].add(part.name, {"passed": False, "passed_all": True, "end": self.end})
         return 0.0
 
-    monkeypatch.setattr(gpu, "run", instead)
-    return names
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    ran = Ran()
+    monkeypatch.setattr(gpu, "run", ran.run)
+    return ran
 
 
 def options(**changed: Any) -> argparse.Namespace:
     return argparse.Namespace(**{"dry": False, "only": None, "limit": 600.0, "shape": "tiny"} | changed)
 
 
-def test_a_later_call_runs_what_an_earlier_one_did_not_finish_and_keeps_its_figures(
-    ran: list[str], tmp_path: Path
-) -> None:
+def test_a_later_call_runs_what_an_earlier_one_did_not_finish_and_keeps_its_figures(ran: Ran, tmp_path: Path) -> None:
     earlier = tmp_path / "earlier"
     lines = [f'{{"part": "{part.name}", "end": "done"}}\n' for part in PLAN if part.call == 1]
     earlier.write_text("".join(lines) + '{"part": "peer", "ratio": 4.5}\n{"part": "peer", "end": "cut off"}\n')
@@ -107,7 +112,7 @@ def test_a_later_call_runs_what_an_earlier_one_did_not_finish_and_keeps_its_figu
 
 
 def test_wrong_kernels_are_followed_by_the_memory_checker_and_a_part_without_time_is_not_begun(
-    ran: list[str], tmp_path: Path
+    ran: Ran, tmp_path: Path
 ) -> None:
     with Results(tmp_path / "out", None) as results:
         run_all(options(), tmp_path, results)
@@ -119,6 +124,38 @@ def test_wrong_kernels_are_followed_by_the_memory_checker_and_a_part_without_tim
         assert results.figures["peer"]["end"] == "no time left"
 
 
+def test_a_part_may_exceed_its_limit_by_half_while_time_is_left(ran: Ran, tmp_path: Path) -> None:
+    limits = {part.name: part.limit for part in PLAN}
+    with Results(tmp_path / "out", None) as results:
+        run_all(options(only=["serving", "peer"], limit=limits["serving"] * 1.2), tmp_path, results)
+    assert ran.limits["checkpoint"] == 1.5 * limits["checkpoint"]
+    assert ran.limits["serving"] == pytest.approx(1.2 * limits["serving"], abs=5)
+
+
+def test_without_a_checkpoint_no_other_part_is_tried(ran: Ran, tmp_path: Path) -> None:
+    ran.end = "cut off"
+    with Results(tmp_path / "out", None) as results, pytest.raises(SystemExit, match="there is no checkpoint"):
+        run_all(options(), tmp_path, results)
+    assert ran == ["checkpoint"]
+
+
+def test_a_pack_that_is_too_large_to_be_sent_with_the_tree_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"ROOT": tmp_path, "PACK": tmp_path / "pack", "MAX_MIB": 2}.items():
+        monkeypatch.setattr(gpu_pack, name, value)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / ".gitignore").write_text("pack\nignored\n")
+    for name in ("pack/wheel", "ignored"):
+        (tmp_path / name).write_bytes(bytes(2**20))
+    gpu_pack.check_size()
+    assert capsys.readouterr().out == "pack: 1.0 MiB, with the tree 1.0, for Python 3.12\n"
+    (tmp_path / "new").write_bytes(bytes(2**20))
+    with pytest.raises(SystemExit, match="may have 2 MiB"):
+        gpu_pack.check_size()
+
+
 def test_the_table_says_what_met_its_bar_what_missed_it_and_what_has_no_figure() -> None:
     load = {"pairs_per_second": 1900.0, "share_of_batch_after_batch": 0.93, "p99_ms": 410.0}
     served = {"clients": "over HTTP", "batch_after_batch_pairs_per_second": 2040.0, "cold_start_seconds": 21.0}
@@ -128,7 +165,7 @@ def test_the_table_says_what_met_its_bar_what_missed_it_and_what_has_no_figure()
         "sanitizer": {"not_here": "there is no compute-sanitizer"},
     }
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in table(figures).splitlines()}
-    assert lines["ten passages, p50"] == "| ten passages, p50 | 8.2 ms (P99 8.9) | 9 ms | met |"
+    assert lines["ten passages, p50"] == "| ten passages, p50 | 8.2 ms (P99 8.9) | 9 ms, aim 6 | met |"
     assert lines["served to 16 clients"].endswith("(over HTTP) (cut off) | 90 %, P99 < 500 ms | met |")
     assert lines["served to 64 clients"].endswith("| missed |")
     assert lines["start, kernels to compile"].endswith("| 21.0 s (cut off) | 20 s | missed |")
@@ -140,12 +177,15 @@ def test_unpacking_takes_the_wheels_that_fit_of_packages_that_are_missing_or_too
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     this = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    version_of = gpu_pack.metadata.version
+    monkeypatch.setattr(gpu_pack.metadata, "version", lambda name: "8.0" if name == "pytest" else version_of(name))
     wheels = {  # -> what the package needs
         f"absent-1-{this}-none-any": "packaging>=999",
         "absent-1-cp27-cp27m-any": "",
         "odd-1-cp27-none-any": "",
         "numpy-999-py3-none-any": "",
         "packaging-999-py3-none-any": "numpy>=1",
+        "pytest-999-py3-none-any": "",
     }
     for wheel, needs in wheels.items():
         name, version = wheel.split("-")[:2]
@@ -156,7 +196,7 @@ def test_unpacking_takes_the_wheels_that_fit_of_packages_that_are_missing_or_too
     monkeypatch.setattr(sys, "path", sys.path[:])
     gpu_pack.unpack(tmp_path / "site")
     assert {file.name for file in (tmp_path / "site").glob("[a-z]*[a-z]")} == {
-        "absent", "absent-1.dist-info", "packaging", "packaging-999.dist-info",
+        "absent", "absent-1.dist-info", "packaging", "packaging-999.dist-info", "pytest", "pytest-999.dist-info",
     }  # fmt: skip
     assert f"-{this}-" in (tmp_path / "site/absent/__init__.py").read_text()
     assert "no wheel for this Python: odd\n" in capsys.readouterr().out

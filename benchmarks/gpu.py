@@ -189,10 +189,11 @@ def figures_of(command: list[str], limit: float) -> Iterator[dict[str, Any]]:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith(MARK):
-                    yield json.loads(line.removeprefix(MARK))
-                else:
+                figures = figures_in(line)
+                if figures is None:
                     print(f"  {line}", end="", flush=True)
+                else:
+                    yield figures
             process.wait()
         finally:
             timer.cancel()
@@ -200,6 +201,14 @@ def figures_of(command: list[str], limit: float) -> Iterator[dict[str, Any]]:
     seconds = time.monotonic() - began
     ended = {0: "done", -signal.SIGKILL: "cut off" if seconds >= limit else "failed"}
     yield {"end": ended.get(process.returncode, "failed"), "seconds": round(seconds, 1)}
+
+
+def figures_in(line: str) -> dict[str, Any] | None:
+    """The figures that a line of a part's output has, if it has any."""
+    with suppress(ValueError):  # something else was written into the line
+        if line.startswith(MARK):
+            return dict(json.loads(line.removeprefix(MARK)))
+    return None
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
@@ -219,7 +228,8 @@ def run_part(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     figures = part(Setting(options.folder, options.shape, device, quick=device.type == "cpu"))
     for each in [figures] if isinstance(figures, dict) else figures:
-        print(MARK + json.dumps(each), flush=True)
+        sys.stdout.write(f"{MARK}{json.dumps(each)}\n")  # at once, unlike print: warnings go to the same pipe
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

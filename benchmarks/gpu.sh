@@ -20,6 +20,6 @@ site=$PWD/dist/gpu-site
 rm -rf "$site"
 "$python" benchmarks/gpu_pack.py --unpack "$site"
 export PYTHONPATH=$PYTHONPATH:$site HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=true
-export OMP_WAIT_POLICY=passive TQDM_DISABLE=1
+export OMP_WAIT_POLICY=passive TQDM_DISABLE=1 no_proxy=127.0.0.1
 if [[ " $* " == *" --dry "* ]]; then export TRITON_INTERPRET=1; fi
 exec "$python" benchmarks/gpu.py "$@"

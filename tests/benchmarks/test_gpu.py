@@ -62,7 +62,14 @@ time.sleep(60)
     raise AssertionError("the helper outlived its part")
 
 
-@pytest.mark.parametrize(("code", "end"), [("print('FIGURE {\"a\": 1}')", "done"), ("raise SystemExit(3)", "failed")])
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("print('FIGURE {\"a\": 1}')", "done"),
+        ("print('FIGURE {\"a\": a warning')", "done"),
+        ("raise SystemExit(3)", "failed"),
+    ],
+)
 def test_how_a_part_ended_is_its_last_figure(code: str, end: str) -> None:
     assert list(figures_of([sys.executable, "-c", code], limit=60.0))[-1]["end"] == end
 

@@ -112,7 +112,8 @@ ROWS = (
     ),
     Row(
         "compute-sanitizer over the kernels", "0 errors", "sanitizer",
-        lambda it: f"{it['errors']} errors", lambda it: it["errors"] == 0,
+        lambda it: f"{it['errors']} errors, kernels {'agreed' if it.get('kernels_agree') else 'did not agree'}",
+        lambda it: it["errors"] == 0 and it.get("kernels_agree", False),
     ),
 )  # fmt: skip
 

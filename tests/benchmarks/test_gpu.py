@@ -163,13 +163,30 @@ def test_a_pack_that_is_too_large_to_be_sent_with_the_tree_is_refused(
         gpu_pack.check_size()
 
 
+@pytest.mark.slow  # imports torch
+def test_the_memory_checker_counts_memory_errors_and_says_whether_the_kernels_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import gpu_checks
+    from benchmarks.gpu_setup import Setting
+
+    tool = tmp_path / "compute-sanitizer"
+    says = ["$*", '  FIGURE {"passed": true}', "========= ERROR SUMMARY: 2 errors"]
+    tool.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in says), "exit 9"]))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    setting = Setting(tmp_path, "tiny", gpu_checks.torch.device("cpu"), quick=True)
+    assert list(gpu_checks.sanitizer(setting)) == [{"kernels_agree": True}, {"errors": 2}, {"status": 9}]
+
+
 def test_the_table_says_what_met_its_bar_what_missed_it_and_what_has_no_figure() -> None:
     load = {"pairs_per_second": 1900.0, "share_of_batch_after_batch": 0.93, "p99_ms": 410.0}
     served = {"clients": "over HTTP", "batch_after_batch_pairs_per_second": 2040.0, "cold_start_seconds": 21.0}
     figures: dict[str, dict[str, Any]] = {
         "latency": {"p50_ms": 8.2, "p99_ms": 8.9, "end": "done"},
         "serving": {**served, "16 clients": load, "64 clients": load | {"p99_ms": 501.0}, "end": "cut off"},
-        "sanitizer": {"not_here": "there is no compute-sanitizer"},
+        "sanitizer": {"errors": 0},
+        "peer": {"not_here": "there is no sentence-transformers"},
     }
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in table(figures).splitlines()}
     assert lines["ten passages, p50"] == "| ten passages, p50 | 8.2 ms (P99 8.9) | 9 ms, aim 6 | met |"
@@ -177,7 +194,8 @@ def test_the_table_says_what_met_its_bar_what_missed_it_and_what_has_no_figure()
     assert lines["served to 64 clients"].endswith("| missed |")
     assert lines["start, kernels to compile"].endswith("| 21.0 s (cut off) | 20 s | missed |")
     assert lines["start, warm cache"].endswith("| no figure (cut off) | 10 s | not measured |")
-    assert "there is no compute-sanitizer" in lines["compute-sanitizer over the kernels"]
+    assert "there is no sentence-transformers" in lines["320 passages against sentence-transformers"]
+    assert lines["compute-sanitizer over the kernels"].endswith("| missed |")  # it may have run nothing
 
 
 def test_unpacking_takes_the_wheels_that_fit_of_packages_that_are_missing_or_too_old(

@@ -162,7 +162,7 @@ def test_each_kernel_attends_as_the_dense_definition_on_a_gpu(
     kernel: str, last_tokens_only: bool, dtype: torch.dtype
 ) -> None:
     row, dense = KERNELS[kernel], KERNELS["dense"]
-    cuda = torch.device("cuda")
+    cuda, tolerance = torch.device("cuda"), {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]  # of numbers up to 4.5
     for seed, lengths in enumerate(([1], [1, 1, 7, 40, 300], [128] * 5, [16] * 16, list(range(1, 64)))):
         torch.manual_seed(seed)
         pairs = [Pair.of(tuple(range(1 + i % 3 * 40)), tuple(range(n))) for i, n in enumerate(lengths)]
@@ -172,7 +172,7 @@ def test_each_kernel_attends_as_the_dense_definition_on_a_gpu(
         exact = dense.attend(q, k, v, dense.layout(batch, last_tokens_only), 128**-0.5)
         layout = layout_to(row.layout(batch, last_tokens_only), cuda)
         ours = row.attend(*(x.to(cuda, dtype) for x in (q, k, v)), layout, 128**-0.5)
-        assert torch.allclose(ours.cpu().float(), exact, atol=0.03)
+        assert torch.allclose(ours.cpu().float(), exact, atol=tolerance)
 
 
 @needs_gpu
@@ -185,5 +185,6 @@ def test_an_encoder_on_a_gpu_scores_as_transformers(kind: str, dtype: str, kerne
     with Reranker(str(folder), device="cuda", dtype=dtype) as reranker:
         assert reranker.info.kernel == kernel
         found = {item.index: item.log_odds for item in reranker.rank("which one", documents)}
-    tolerance = (0.05 if dtype == "bf16" else FP32_TOLERANCE) * max(1.0, *map(abs, expected))
+    # on a CPU they differ by .038 and 3e-6; a GPU has other exponentials, and sums in other orders
+    tolerance = (0.1 if dtype == "bf16" else 10 * FP32_TOLERANCE) * max(1.0, *map(abs, expected))
     assert [found[i] for i in range(len(documents))] == pytest.approx(expected, abs=tolerance)

@@ -341,12 +341,13 @@ def test_scores_on_a_gpu_stay_near_fp32(dtype: str, no_compile: bool, tmp_path: 
             fp8.require_fp8(torch.device("cuda"))
         except ConfigError as error:
             pytest.skip(str(error))
-    folder = make_checkpoint(tmp_path / "model", num_hidden_layers=4, head_dim=64, hidden_size=128, seed=12)
+    folder = make_checkpoint(tmp_path / "model", num_hidden_layers=3, head_dim=64, hidden_size=128, seed=12)
     pairs = [("a query", "word " * n) for n in range(1, 40)]
     with Reranker(str(folder), device="cpu", dtype="fp32") as reranker:
         exact = torch.tensor(reranker.score(pairs, logits=True))
     with Reranker(str(folder), device="cuda", dtype=dtype, no_compile=no_compile) as reranker:
         for _ in range(3):  # the third pass replays a graph
             ours = torch.tensor(reranker.score(pairs, logits=True))
-    spread = exact.max() - exact.min()
-    assert float((ours - exact).abs().max() / spread) < {"bf16": 0.06, "fp8": 0.25}[dtype]
+    # with each layer rounded by torch on a CPU: .024 and .9996 in bf16, .41 and .971 in fp8
+    assert float((ours - exact).abs().max() / (exact.max() - exact.min())) < {"bf16": 0.06, "fp8": 0.6}[dtype]
+    assert float(torch.corrcoef(torch.stack([ours, exact]))[0, 1]) > {"bf16": 0.99, "fp8": 0.9}[dtype]

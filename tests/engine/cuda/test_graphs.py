@@ -370,6 +370,7 @@ def test_a_gpu_captures_released_graphs_again_and_keeps_consecutive_batches_apar
 def test_a_thread_that_waits_for_scores_leaves_its_core_idle(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13)
     with Reranker(str(folder), device="cuda", dtype="bf16") as reranker:
+        reranker.engine.score(pairs_of(3))  # allocates pinned memory, which may wait for the device
         torch.cuda._sleep(10**9)  # cycles: half a second or more
         wait = reranker.engine.launch(pairs_of(3))
         start, busy = time.perf_counter(), time.thread_time()

@@ -75,7 +75,8 @@ class Launches:
         self._times = LaunchTimes()
         self._batches: deque[Launched] = deque()
         self._to_fetch: SimpleQueue[Launched | None] = SimpleQueue()  # None ends the thread
-        threading.Thread(target=self._fetch_all, name="local-rerank-device", daemon=True).start()
+        self._thread = threading.Thread(target=self._fetch_all, name="local-rerank-device", daemon=True)
+        self._thread.start()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -116,7 +117,9 @@ class Launches:
         return first
 
     def close(self) -> None:
+        """Wait for the batches that are launched, and end the thread, which refers to the model through `launch`."""
         self._to_fetch.put(None)
+        self._thread.join()
 
     def _fetch_all(self) -> None:
         while (launched := self._to_fetch.get()) is not None:

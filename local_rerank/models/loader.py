@@ -31,10 +31,14 @@ class EngineLoader:
     def load(self, config: EngineConfig) -> tuple[Reranker, int]:
         """A loaded model and the bytes of its weights. Raises CheckpointError or ConfigError."""
         reranker = Reranker(config=config)
-        if self._self_test and (tested := (config, reranker.checkpoint.digest)) not in self._passed:
-            require_self_test(reranker)
-            self._passed.add(tested)
-        return reranker, room.held_bytes(reranker)
+        try:
+            if self._self_test and (tested := (config, reranker.checkpoint.digest)) not in self._passed:
+                require_self_test(reranker)
+                self._passed.add(tested)
+            return reranker, room.held_bytes(reranker)
+        except BaseException:
+            reranker.close()  # the self-test started its thread, which refers to the weights
+            raise
 
     def available_bytes(self, device: str) -> int:
         return room.available_bytes(torch.device(device))

@@ -223,3 +223,11 @@ def test_ten_loads_leave_no_memory_behind_and_the_estimate_holds(tiny_checkpoint
         sizes.append(process.memory_info().rss)
     assert [each() for each in collected] == [None] * 11
     assert sizes[-1] - sizes[1] < 100e6
+
+
+def test_a_failed_self_test_leaves_no_thread_behind_which_would_keep_the_weights(tiny_checkpoint: Path) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32", max_query_tokens=1)
+    before = {*threading.enumerate()}
+    with pytest.raises(ConfigError, match="the configured limits truncate the self-test's pairs"):
+        EngineLoader(self_test=True).load(config)
+    assert "local-rerank-engine" not in {thread.name for thread in {*threading.enumerate()} - before}

@@ -20,13 +20,13 @@ class EngineLoader:
         self._passed: set[tuple[EngineConfig, str]] = set()
 
     def inspect(self, config: EngineConfig) -> tuple[str, str, int]:
-        """The checkpoint's name, the device and the bytes that a load needs, without reading weights.
+        """The checkpoint's name, the device (a GPU with its index) and the bytes of a load, without reading weights.
 
         Raises CheckpointError or ConfigError.
         """
         checkpoint = open_checkpoint(config.model, config.revision, config.recipe)
         plan = make_plan(config, checkpoint)
-        return checkpoint.model_id, str(plan.device), room.needed_bytes(plan)
+        return checkpoint.model_id, room.device_name(plan.device), room.needed_bytes(plan)
 
     def load(self, config: EngineConfig) -> tuple[Reranker, int]:
         """A loaded model and the bytes of its weights. Raises CheckpointError or ConfigError."""

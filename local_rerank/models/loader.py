@@ -6,6 +6,7 @@ import torch
 
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.config import EngineConfig
+from local_rerank.engine.out_of_memory import is_out_of_memory
 from local_rerank.engine.plan import make_plan
 from local_rerank.models import room
 from local_rerank.reranker import Reranker
@@ -42,6 +43,9 @@ class EngineLoader:
 
     def available_bytes(self, device: str) -> int:
         return room.available_bytes(torch.device(device))
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return is_out_of_memory(error)
 
     def release_memory(self) -> None:
         room.release_memory()

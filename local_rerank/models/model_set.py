@@ -9,6 +9,7 @@ is loaded again. This module imports no torch: a `Loader` loads.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -125,7 +126,7 @@ class ModelSet:
     def _inspect(self, model: ServedModel) -> None:
         model.model_id, model.device, model.needed_bytes = self._loader.inspect(model.options.engine)
         model.name = model.options.name or model.model_id
-        if (free := self._free_bytes(model.device)) < model.needed_bytes:
+        if (free := self._free_bytes(model)) < model.needed_bytes:
             what = f"model {model.name} needs {gigabytes(model.needed_bytes)} on {model.device}"
             raise ConfigError(
                 f"{what}, but {gigabytes(free)} are free; choose a smaller model, dtype or max_batch_tokens"
@@ -299,15 +300,16 @@ class ModelSet:
             if future.set_running_or_notify_cancel():
                 future.set_exception(model.unavailable())
 
-    def _free_bytes(self, device: str) -> int:
-        free = self._loader.available_bytes(device)
+    def _free_bytes(self, model: ServedModel) -> int:
+        # a model that is spread takes what is free on all GPUs, in RAM and on disk
+        free = sys.maxsize if model.is_spread else self._loader.available_bytes(model.device)
         if self._max_bytes is None:
             return free
         return min(free, self._max_bytes - sum(model.num_bytes for model in self.models if model.ranker is not None))
 
     def _make_room(self, model: ServedModel) -> None:
         """Unload others until the model fits. Raises CheckpointError if it would not fit without them either."""
-        while (free := self._free_bytes(model.device)) < model.needed_bytes:
+        while (free := self._free_bytes(model)) < model.needed_bytes:
             others = self._in_the_way(model, anywhere=self._max_bytes is not None)
             if free + sum(each.num_bytes for each in others) < model.needed_bytes:
                 what = f"it needs {gigabytes(model.needed_bytes)} on {model.device}"

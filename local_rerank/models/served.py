@@ -94,6 +94,11 @@ class ServedModel:
         self.unloads: list[Future[None]] = []  # ... until it is unloaded
 
     @property
+    def is_spread(self) -> bool:
+        """Whether the model is split over several devices, of which `device` is one."""
+        return self.options.engine.device_map is not None
+
+    @property
     def state(self) -> State:
         if self.ranker is not None:
             return "loaded"
@@ -125,5 +130,5 @@ def in_the_way(models: Sequence[ServedModel], model: ServedModel, *, anywhere: b
     That which was used least recently is first; those in use are last.
     """
     loaded = [each for each in models if each.ranker is not None and not each.options.pinned]
-    there = [each for each in loaded if anywhere or each.device == model.device]
+    there = [each for each in loaded if anywhere or each.device == model.device or each.is_spread or model.is_spread]
     return sorted(there, key=lambda each: (each.num_users > 0, each.idle_since))

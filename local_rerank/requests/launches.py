@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.scheduler import DrainRate, Entry
 
@@ -92,12 +93,15 @@ class Launches:
         return len(self._batches) < MAX_LAUNCHED
 
     def launch(self, batch: list[Entry]) -> None:
-        """Launch a batch. If that fails, it is taken in its turn, without an outcome."""
+        """Launch a batch. If that fails, it is taken in its turn: without an outcome, unless memory ran out."""
         pairs = [entry.pair for entry in batch]
         launched = Launched(batch, self._clock(), num_tokens=num_batch_tokens(pairs))
         self._batches.append(launched)
         try:
             launched.fetch = self._launch(pairs)
+        except OutOfMemory as error:
+            launched.outcome = error.with_traceback(None)  # its frames refer to the batch and to the model
+            return
         except Exception as error:
             logger.debug("a batch could not be launched (%s); retrying it on its own", error)
             return

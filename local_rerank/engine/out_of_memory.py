@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 USABLE_SHARE = 0.8  # of free memory; the rest is for fragmentation, cuBLAS workspaces and other processes
 MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
+NO_POOL = (0, 0)  # the pool id of segments that any allocation may use
 MAX_CHAINED = 16  # errors that are looked at behind the one that was caught
 
 # "CUDA error:", "CUDA driver error:" and "Triton Error [CUDA]: out of memory", NCCL's "Cuda failure 'out of memory'";
@@ -71,9 +72,20 @@ def fitted_budget(free_bytes: int, per_token_bytes: int, *, at_most: int) -> int
 
 
 def free_bytes(devices: set[torch.device]) -> int:
-    """Free bytes on the fullest of some CUDA devices, including torch's cached blocks."""
+    """Free bytes on the fullest of some CUDA devices, including torch's cached blocks.
+
+    Free blocks in a pool of CUDA graphs do not count, because nothing but those graphs can use them.
+    """
     cuda = torch.cuda
-    return min(cuda.mem_get_info(d)[0] + cuda.memory_reserved(d) - cuda.memory_allocated(d) for d in devices)
+    free = {device: cuda.mem_get_info(device)[0] for device in devices}  # initializes CUDA
+    if cuda.get_allocator_backend() != "native":  # only that one has segments
+        return min(free[d] + cuda.memory_reserved(d) - cuda.memory_allocated(d) for d in devices)
+    segments = cuda.memory_snapshot(include_traces=False)  # type: ignore[no-untyped-call]
+    shared = [each for each in segments if each["segment_pool_id"] == NO_POOL]
+    for device in devices:
+        index = cuda.current_device() if device.index is None else device.index
+        free[device] += sum(each["total_size"] - each["allocated_size"] for each in shared if each["device"] == index)
+    return min(free.values())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ is loaded again. This module imports no torch: a `Loader` loads.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -16,14 +17,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 from local_rerank import forks
 from local_rerank.checkpoints.free_space import gigabytes
-from local_rerank.config import EngineConfig
 from local_rerank.errors import CheckpointError, ConfigError, LocalRerankError, ModelUnavailable
 from local_rerank.models.options import ModelOptions
-from local_rerank.models.served import Ranker, ServedModel
+from local_rerank.models.served import Loader, Ranker, ServedModel, in_the_way
 
 RETRY_SECONDS = 30.0  # after a failed load requests fail that long before one loads again; a damaged file stays so
 
@@ -31,18 +31,6 @@ logger = logging.getLogger(__name__)
 
 OnLoad = Callable[[ServedModel, Ranker], None]
 """Called in the loading thread with a loaded model, before it is used."""
-
-
-class Loader(Protocol):
-    """What a ModelSet needs from `loader.EngineLoader`, which says what each does."""
-
-    def inspect(self, config: EngineConfig) -> tuple[str, str, int]: ...
-
-    def load(self, config: EngineConfig) -> tuple[Ranker, int]: ...
-
-    def available_bytes(self, device: str) -> int: ...
-
-    def release_memory(self) -> None: ...
 
 
 class ModelSet:
@@ -138,7 +126,7 @@ class ModelSet:
     def _inspect(self, model: ServedModel) -> None:
         model.model_id, model.device, model.needed_bytes = self._loader.inspect(model.options.engine)
         model.name = model.options.name or model.model_id
-        if (free := self._free_bytes(model.device)) < model.needed_bytes:
+        if (free := self._free_bytes(model)) < model.needed_bytes:
             what = f"model {model.name} needs {gigabytes(model.needed_bytes)} on {model.device}"
             raise ConfigError(
                 f"{what}, but {gigabytes(free)} are free; choose a smaller model, dtype or max_batch_tokens"
@@ -271,6 +259,14 @@ class ModelSet:
             if not model.needed_bytes:  # it could not be opened at the start
                 _, model.device, model.needed_bytes = self._loader.inspect(model.options.engine)
             self._make_room(model)
+        try:
+            return self._add(model, *self._loader.load(model.options.engine))
+        except Exception as error:  # a large batch of another model, or another process, took memory meanwhile
+            if not (others := self._in_the_way(model)) or not self._loader.is_out_of_memory(error):
+                raise
+            logger.warning("memory ran out while model %s was loaded: %s", model.name, error)
+        self._loader.release_memory()  # outside the except block, because the traceback refers to what was loaded
+        self._unload_for(model, others[0])
         self._add(model, *self._loader.load(model.options.engine))
 
     def _add(self, model: ServedModel, ranker: Ranker, num_bytes: int) -> None:
@@ -304,26 +300,31 @@ class ModelSet:
             if future.set_running_or_notify_cancel():
                 future.set_exception(model.unavailable())
 
-    def _free_bytes(self, device: str) -> int:
-        free = self._loader.available_bytes(device)
+    def _free_bytes(self, model: ServedModel) -> int:
+        # a model that is spread takes what is free on all GPUs, in RAM and on disk
+        free = sys.maxsize if model.is_spread else self._loader.available_bytes(model.device)
         if self._max_bytes is None:
             return free
         return min(free, self._max_bytes - sum(model.num_bytes for model in self.models if model.ranker is not None))
 
     def _make_room(self, model: ServedModel) -> None:
         """Unload others until the model fits. Raises CheckpointError if it would not fit without them either."""
-        while (free := self._free_bytes(model.device)) < model.needed_bytes:
-            with self._changed:
-                loaded = [each for each in self.models if each.ranker is not None and not each.options.pinned]
-                others = [each for each in loaded if each.device == model.device or self._max_bytes is not None]
-                oldest = min(others, key=lambda each: (each.num_users > 0, each.idle_since), default=None)
-            if oldest is None or free + sum(each.num_bytes for each in others) < model.needed_bytes:
+        while (free := self._free_bytes(model)) < model.needed_bytes:
+            others = self._in_the_way(model, anywhere=self._max_bytes is not None)
+            if free + sum(each.num_bytes for each in others) < model.needed_bytes:
                 what = f"it needs {gigabytes(model.needed_bytes)} on {model.device}"
                 raise CheckpointError(f"{what}, but {gigabytes(max(0, free))} are free beside the loaded models")
-            logger.info("unloading %s to make room for %s", oldest.name, model.name)
-            self._unload(oldest)
-            if self._closing:
-                raise ModelUnavailable("the server is stopping")
+            self._unload_for(model, others[0])
+
+    def _in_the_way(self, model: ServedModel, *, anywhere: bool = False) -> list[ServedModel]:
+        with self._changed:
+            return in_the_way(self.models, model, anywhere=anywhere)
+
+    def _unload_for(self, model: ServedModel, other: ServedModel) -> None:
+        logger.info("unloading %s to make room for %s", other.name, model.name)
+        self._unload(other)
+        if self._closing:
+            raise ModelUnavailable("the server is stopping")
 
     def _unload(self, model: ServedModel) -> None:
         """Unload a model after its last request."""

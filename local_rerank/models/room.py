@@ -58,6 +58,13 @@ def batch_bytes(plan: LoadPlan) -> int:
     return num_tokens * per_token * (2 if plan.cuda_graphs else 1)
 
 
+def device_name(device: torch.device) -> str:
+    """The same name for every spelling of a device: cuda is cuda:0, as a rule, and cpu:0 is cpu."""
+    if device.type != "cuda":
+        return device.type
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
 def available_bytes(device: torch.device) -> int:
     """Free bytes on a GPU, or in RAM as far as the process's cgroups allow."""
     return free_bytes({device}) if device.type == "cuda" else available_ram()

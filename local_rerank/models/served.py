@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -57,6 +57,20 @@ class Ranker(Protocol):
     def close(self) -> None: ...
 
 
+class Loader(Protocol):
+    """What a ModelSet needs from `loader.EngineLoader`, which says what each does."""
+
+    def inspect(self, config: EngineConfig) -> tuple[str, str, int]: ...
+
+    def load(self, config: EngineConfig) -> tuple[Ranker, int]: ...
+
+    def available_bytes(self, device: str) -> int: ...
+
+    def is_out_of_memory(self, error: Exception) -> bool: ...
+
+    def release_memory(self) -> None: ...
+
+
 class ServedModel:
     """Changed by the `ModelSet` that it belongs to, under its lock. The attributes without underscore may be read."""
 
@@ -78,6 +92,11 @@ class ServedModel:
         self.is_leaving = False  # no request may start to use `ranker`, which is unloaded after the last one
         self.loads: list[Future[Ranker]] = []  # of those that wait until it is loaded
         self.unloads: list[Future[None]] = []  # ... until it is unloaded
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model is split over several devices, of which `device` is one."""
+        return self.options.engine.device_map is not None
 
     @property
     def state(self) -> State:
@@ -103,3 +122,13 @@ class ServedModel:
         if self.info is None:
             raise ModelUnavailable("the model is still loading")
         return self.info
+
+
+def in_the_way(models: Sequence[ServedModel], model: ServedModel, *, anywhere: bool) -> list[ServedModel]:
+    """Loaded models that can make room for another on its device, or `anywhere`, in the order in which they go.
+
+    That which was used least recently is first; those in use are last.
+    """
+    loaded = [each for each in models if each.ranker is not None and not each.options.pinned]
+    there = [each for each in loaded if anywhere or each.device == model.device or each.is_spread or model.is_spread]
+    return sorted(there, key=lambda each: (each.num_users > 0, each.idle_since))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair, num_batch_tokens
 from local_rerank.requests.scheduler import DrainRate, Entry
 
@@ -75,7 +76,8 @@ class Launches:
         self._times = LaunchTimes()
         self._batches: deque[Launched] = deque()
         self._to_fetch: SimpleQueue[Launched | None] = SimpleQueue()  # None ends the thread
-        threading.Thread(target=self._fetch_all, name="local-rerank-device", daemon=True).start()
+        self._thread = threading.Thread(target=self._fetch_all, name="local-rerank-device", daemon=True)
+        self._thread.start()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -91,12 +93,15 @@ class Launches:
         return len(self._batches) < MAX_LAUNCHED
 
     def launch(self, batch: list[Entry]) -> None:
-        """Launch a batch. If that fails, it is taken in its turn, without an outcome."""
+        """Launch a batch. If that fails, it is taken in its turn: without an outcome, unless memory ran out."""
         pairs = [entry.pair for entry in batch]
         launched = Launched(batch, self._clock(), num_tokens=num_batch_tokens(pairs))
         self._batches.append(launched)
         try:
             launched.fetch = self._launch(pairs)
+        except OutOfMemory as error:
+            launched.outcome = error.with_traceback(None)  # its frames refer to the batch and to the model
+            return
         except Exception as error:
             logger.debug("a batch could not be launched (%s); retrying it on its own", error)
             return
@@ -116,7 +121,9 @@ class Launches:
         return first
 
     def close(self) -> None:
+        """Wait for the batches that are launched, and end the thread, which refers to the model through `launch`."""
         self._to_fetch.put(None)
+        self._thread.join()
 
     def _fetch_all(self) -> None:
         while (launched := self._to_fetch.get()) is not None:

@@ -177,11 +177,11 @@ class Worker:
         launches = None if self._launch is None else Launches(self._launch, self._changed, self._clock)
         with suppress(DeviceFailure):
             self._run_batches(launches)
-        if launches is not None:
-            launches.close()
         for number in list(self._requests):
             closing = ModelUnavailable("the engine is closing")
             self._fail(number, DeviceFailure(self._failed) if self._failed else closing)
+        if launches is not None:  # last, because after a failure it waits for a batch that nobody takes
+            launches.close()
 
     def _run_batches(self, launches: Launches | None) -> None:
         """Score and deliver batches until closing. Raises DeviceFailure."""

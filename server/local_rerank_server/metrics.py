@@ -105,7 +105,7 @@ class Metrics:
         self._loaded = gauge("model_loaded", "1 while the model is loaded", "model")
         self._loads = counter("model_loads", "Times that the model was loaded", "model")
         self._model_bytes = gauge("model_bytes", "Bytes of the weights while the model is loaded", "model")
-        self._gpu_memory = gauge("gpu_memory_bytes", "GPU memory of torch's allocator", "kind")
+        self._gpu_memory = gauge("gpu_memory_bytes", "GPU memory of torch's allocator", "device", "kind")
         self._model = gauge(
             "model_info", "The served model; always 1",
             "model", "source", "device", "dtype", "attention", "version",
@@ -151,16 +151,17 @@ class Metrics:
             self._queued_requests.labels(name).set(engine.num_queued_requests if engine else 0)
             self._budget.labels(name).set(engine.max_batch_tokens if engine else 0)
             self._drain_rate.labels(name).set((engine.tokens_per_second if engine else None) or 0)
-            if engine is not None:
-                self._read_gpu_memory(engine.info.device)
+        if any(model.info is not None and model.info.device.startswith("cuda") for model in models):
+            self._read_gpu_memory()
         return generate_latest(self.registry)
 
-    def _read_gpu_memory(self, device: str) -> None:
+    def _read_gpu_memory(self) -> None:
         torch = sys.modules["torch"]  # imported with the model
-        if not device.startswith("cuda") or not torch.cuda.is_initialized():  # the engine may be in another process
+        if not torch.cuda.is_initialized():  # the engine may be in another process
             return
-        for kind in GPU_MEMORY:
-            self._gpu_memory.labels(kind).set(getattr(torch.cuda, f"memory_{kind}")(device))
+        for index in range(torch.cuda.device_count()):  # all of them, because a model may be spread over several
+            for kind in GPU_MEMORY:
+                self._gpu_memory.labels(f"cuda:{index}", kind).set(getattr(torch.cuda, f"memory_{kind}")(index))
 
 
 class ModelMetrics:

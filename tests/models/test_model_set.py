@@ -50,6 +50,9 @@ class HeldLoader:
     def available_bytes(self, device: str) -> int:
         return 1000
 
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
     def release_memory(self) -> None:
         pass
 
@@ -145,6 +148,38 @@ def test_a_failed_load_is_reported_and_may_be_tried_again() -> None:
     assert b.state == "loaded"
 
 
+@pytest.mark.parametrize("helps", [True, False])
+@pytest.mark.parametrize(("used", "unused"), ["ab", "ba"])
+def test_a_load_that_runs_out_of_memory_is_tried_once_more_without_the_model_that_was_used_least_recently(
+    used: str, unused: str, helps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = model_set(loader := HeldLoader(), "a", "b", "c", "p", pinned="p")
+    for name in ("a", "b", used):
+        use(models, name)
+    loader.log.clear()
+    loader.errors["c"] = MemoryError("CUDA out of memory")
+    if helps:
+        monkeypatch.setattr(loader, "release_memory", loader.errors.clear)
+        use(models, "c")
+    else:
+        with pytest.raises(ModelUnavailable, match="model c cannot be loaded: MemoryError: CUDA out of memory"):
+            use(models, "c")
+    assert loader.log == ["load c", f"close {unused}", "load c"]
+    assert loaded(models) == used + "c" * helps + "p"
+
+
+def test_a_load_is_not_repeated_if_that_cannot_help() -> None:
+    models = model_set(loader := HeldLoader(), "p", "b", pinned="p")
+    loader.errors["b"] = MemoryError("CUDA out of memory")
+    with pytest.raises(ModelUnavailable):
+        use(models, "b")
+    loader.errors["b"] = CheckpointError("its file is damaged")
+    use(models, "p")
+    with pytest.raises(ModelUnavailable):
+        models.load(models.models[1], again=True).result(WAIT)
+    assert (loaded(models), loader.log) == ("p", ["load p", "load b", "load b"])
+
+
 def test_one_load_serves_all_that_wait_and_who_left_holds_nothing() -> None:
     models = model_set(loader := HeldLoader(), "a", "b")
     loader.go_on.clear()
@@ -223,3 +258,11 @@ def test_ten_loads_leave_no_memory_behind_and_the_estimate_holds(tiny_checkpoint
         sizes.append(process.memory_info().rss)
     assert [each() for each in collected] == [None] * 11
     assert sizes[-1] - sizes[1] < 100e6
+
+
+def test_a_failed_self_test_leaves_no_thread_behind_which_would_keep_the_weights(tiny_checkpoint: Path) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32", max_query_tokens=1)
+    before = {*threading.enumerate()}
+    with pytest.raises(ConfigError, match="the configured limits truncate the self-test's pairs"):
+        EngineLoader(self_test=True).load(config)
+    assert "local-rerank-engine" not in {thread.name for thread in {*threading.enumerate()} - before}

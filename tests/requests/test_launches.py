@@ -111,3 +111,14 @@ def test_waiting_for_a_device_takes_no_processor_time(device: Device) -> None:
     assert time.process_time() - before < 0.05
     device.finish(1.0)
     device.launches.close()
+
+
+def test_closing_ends_the_thread_which_refers_to_the_model() -> None:
+    """Else an unloaded model keeps its memory until Python's next collection after the thread's end."""
+    before = {*threading.enumerate()}
+    device = Device()
+    (thread,) = {*threading.enumerate()} - before
+    device.start(100)
+    threading.Timer(0.05, device.computed.put, [None]).start()
+    device.launches.close()
+    assert not thread.is_alive()

@@ -239,6 +239,15 @@ def test_out_of_memory_makes_batches_smaller_and_every_request_succeeds(
     assert logged_requests(caplog) == []
 
 
+@pytest.mark.parametrize("computes_at_launch", [False, True])
+def test_a_batch_that_runs_out_of_memory_is_not_tried_in_full_again(computes_at_launch: bool, start: Start) -> None:
+    worker, engine = start(Gpu(computes_at_launch=computes_at_launch))
+    engine.memory = 400
+    submit(worker, request := pending(1, *range(10, 20)))
+    log_odds(request)
+    assert engine.num_tokens == [710, 360, 360]
+
+
 def test_a_lowered_budget_is_raised_after_many_batches(start: Start) -> None:
     worker, engine = start()
     engine.memory = 600

@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -15,7 +17,7 @@ from local_rerank import Reranker
 from local_rerank.errors import ModelUnavailable
 from local_rerank.types import STATUS_KINDS
 from local_rerank_server.errors import STATUS
-from local_rerank_server.metrics import GPU_MEMORY
+from local_rerank_server.metrics import GPU_MEMORY, Metrics
 from tests.server.conftest import HeldRanker, Serve
 from tests.serving import NATIVE
 
@@ -107,6 +109,29 @@ async def test_metrics_work_while_the_model_loads_and_need_the_key(serve: Serve)
     assert samples(loading.text)["local_rerank_ready", frozenset()] == 0
 
 
+def test_each_gpu_has_its_own_memory_also_after_its_model_was_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = [100, 200]
+    for name, simulated in (
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 2),
+        ("memory_allocated", lambda index: allocated[index]),
+        ("memory_reserved", lambda index: 2 * allocated[index]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, simulated)
+    metrics, admission = Metrics(), Mock(num_requests=0, num_body_bytes=0)
+    models: list[Any] = [Mock(ranker=None, info=Mock(device=f"cuda:{index}")) for index in range(2)]
+    for model in models:
+        model.name = model.info.device
+    for allocated[1] in (200, 0):
+        found = samples(metrics.render(ready=True, admission=admission, models=models).decode())
+        memory = {labels: value for (name, labels), value in found.items() if name == "local_rerank_gpu_memory_bytes"}
+        assert memory == {
+            frozenset({("device", f"cuda:{index}"), ("kind", kind)}): allocated[index] * times
+            for index in range(2)
+            for kind, times in (("allocated", 1), ("reserved", 2))
+        }
+
+
 @pytest.mark.anyio
 async def test_the_dashboard_and_the_alerts_use_metrics_and_labels_that_exist(
     serve: Serve, tiny_reranker: Reranker
@@ -115,7 +140,7 @@ async def test_the_dashboard_and_the_alerts_use_metrics_and_labels_that_exist(
         await client.post(LOCAL, json=BODY)
         await client.post(NATIVE, json={"model": "x"})
         found = samples((await client.get("/metrics")).text)
-    labels: dict[str, set[str]] = {"local_rerank_gpu_memory_bytes": {"kind"}}  # only where there is a GPU
+    labels: dict[str, set[str]] = {"local_rerank_gpu_memory_bytes": {"device", "kind"}}  # only where there is a GPU
     assert GPU_MEMORY
     for name, pairs in found:
         labels.setdefault(name, set()).update(label for label, _ in pairs)

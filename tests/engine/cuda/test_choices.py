@@ -197,7 +197,7 @@ def test_a_model_on_several_gpus_takes_what_the_oldest_runs(
 @pytest.mark.parametrize(
     ("found", "build", "device", "says"),
     [
-        ([], None, "cuda", "is a build without CUDA; for a GPU install a build with CUDA .*, or set device to cpu"),
+        ([], None, "cuda", "is a build without CUDA; for a GPU install a build with CUDA .*; or set device to cpu"),
         ([], "13.0", "cuda", "sees no GPU: .*; nvidia-smi must list one, its driver must support CUDA 13.0"),
         ([H200], "13.0", "cuda:1", "device is 'cuda:1'; torch sees cuda:0"),
         (

@@ -125,14 +125,23 @@ def _start_seconds(config: EngineConfig) -> float:
     return time.perf_counter() - start
 
 
-def load_reference(stack: ExitStack, config: EngineConfig) -> RerankerTarget:
-    """Load the model in fp32 with the dense attention mask, by which scores are defined."""
+def load_reference(stack: ExitStack, config: EngineConfig) -> RerankerTarget | None:
+    """Load the model in fp32 with the dense attention mask, by which scores are defined. None, and a warning, if it
+    does not fit into memory beside the models to measure.
+    """
     from local_rerank.bench.targets import RerankerTarget
+    from local_rerank.engine.out_of_memory import is_out_of_memory
     from local_rerank.reranker import Reranker
 
-    with status("loading the reference in fp32"):
-        config = dataclasses.replace(config, dtype="fp32", attention="dense")
-        return RerankerTarget("reference", stack.enter_context(Reranker(config=config)), "", None)
+    config = dataclasses.replace(config, dtype="fp32", attention="dense")
+    try:
+        with status("loading the reference in fp32"):
+            return RerankerTarget("reference", stack.enter_context(Reranker(config=config)), "", None)
+    except ConfigError as error:
+        if not is_out_of_memory(error):
+            raise
+        warn(f"log-odds are not compared with fp32, which does not fit into memory beside the model: {error}")
+        return None
 
 
 def _measure(

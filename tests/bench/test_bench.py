@@ -12,20 +12,23 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
-from local_rerank import Reranker, __version__
+from local_rerank import EngineConfig, Reranker, __version__
 from local_rerank.bench.flops import DecoderShape, useful_flops
 from local_rerank.bench.measure import Agreement, Measurement, TargetResult, WorkloadResult, kendall_tau
 from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
+from local_rerank.commands.bench import load_reference
 from local_rerank.commands.console import INTERRUPTED
+from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair
 from local_rerank.types import RerankRequest
 from tests.command_line import command
@@ -111,6 +114,18 @@ def test_bench_measures_precisions_and_their_agreement_with_fp32() -> None:
     assert rows["local-rerank fp32"]["agreement"]["largest"] < 1e-3
     assert 1e-3 < rows["local-rerank int8"]["agreement"]["largest"] < 3
     assert all(row["useful_share"] > 0 for row in rows.values())
+
+
+def test_a_reference_that_does_not_fit_into_memory_is_left_out_and_bench_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ConfigError("out of memory while loading it")
+    monkeypatch.setattr("local_rerank.reranker.Reranker", Mock(side_effect=[said, ConfigError("another")]))
+    assert load_reference(ExitStack(), EngineConfig()) is None
+    message = f"log-odds are not compared with fp32, which does not fit into memory beside the model: {said}"
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="another"):
+        load_reference(ExitStack(), EngineConfig())
 
 
 def test_bench_prints_tables(tiny_checkpoint: Path) -> None:

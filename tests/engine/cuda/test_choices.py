@@ -11,9 +11,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from local_rerank import EngineConfig
 from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.checkpoints.free_space import gigabytes
 from local_rerank.engine.cuda import choices
 from local_rerank.engine.cuda.gpu import Gpu
 from local_rerank.engine.dtypes import name_of
@@ -224,3 +226,25 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_what_to_install(
         chosen, reason = choose_device("auto")
         assert chosen.type == "cpu"
         assert re.search(says.rpartition(";")[0], reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "a smaller model, set device_map to auto, which leaves layers in RAM, or set device to cpu"),
+        ({"dtype": "fp32", "device_map": "auto"}, "a smaller model, set dtype to bf16 or fp16, or set device to cpu"),
+        ({"dtype": "fp8"}, "free memory there, use a smaller model, or set device to cpu"),
+    ],
+)
+def test_a_load_that_runs_out_of_memory_says_what_it_needs_and_what_to_do(
+    options: dict[str, object], advice: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(tiny_checkpoint, **options)
+    failed = CheckpointError("cannot be loaded: CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has ...")
+    monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=failed))
+    monkeypatch.setattr("local_rerank.engine.load.free_bytes", lambda devices: 12_345_678 * len(devices))
+    size = sum(weight.numel() for weight in load_file(tiny_checkpoint / "model.safetensors").values())
+    says = f"its weights take {gigabytes(size * planned.weights.itemsize)} in {name_of(planned.weights)}"
+    with pytest.raises(ConfigError, match=f"on cuda: {says}, and 0.0123 GB are free; .*{advice}$") as caught:
+        load(planned, (5, 6), known=list)
+    assert caught.value.__context__ is None  # a chained error would keep the failed load's tensors alive

@@ -176,7 +176,8 @@ def load_model(
                 config=model_config(checkpoint),
                 state_dict=weights,
                 dtype=dtype,
-                device_map=device_map,
+                # a tensor goes to the GPU when it is read: in another dtype than the file's it is a copy in RAM
+                device_map=device if device_map is None and device.type == "cuda" else device_map,
                 offload_folder=offload_folder,
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,

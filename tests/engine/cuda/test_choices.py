@@ -7,11 +7,13 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 from local_rerank import EngineConfig
 from local_rerank.checkpoints.find import open_checkpoint
@@ -19,7 +21,7 @@ from local_rerank.checkpoints.free_space import gigabytes
 from local_rerank.engine.cuda import choices
 from local_rerank.engine.cuda.gpu import Gpu
 from local_rerank.engine.dtypes import name_of
-from local_rerank.engine.load import load
+from local_rerank.engine.load import load, load_model
 from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
 from local_rerank.errors import CheckpointError, ConfigError
 
@@ -226,6 +228,26 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_what_to_install(
         chosen, reason = choose_device("auto")
         assert chosen.type == "cpu"
         assert re.search(says.rpartition(";")[0], reason)
+
+
+@pytest.mark.parametrize(("device", "moved_to"), [("cuda:1", torch.device("cuda:1")), ("cpu", None)])
+def test_each_tensor_goes_to_a_gpu_when_it_is_read(
+    device: str, moved_to: torch.device | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the host holds a copy of the model, if it is loaded in another dtype than the file's."""
+    read, device_maps = Qwen3ForCausalLM.from_pretrained, []
+
+    def on_meta(*args: Any, device_map: Any, **options: Any) -> Any:
+        device_maps.append(device_map)
+        return read(*args, device_map=torch.device("meta"), **options)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "from_pretrained", on_meta)
+    monkeypatch.setattr(Qwen3ForCausalLM, "to", lambda model, device: model)
+    model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.float16, device=torch.device(device))
+    assert device_maps == [moved_to]
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(module.training or hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @pytest.mark.parametrize(

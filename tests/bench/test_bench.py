@@ -17,10 +17,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 from rich.console import Console
 
 from local_rerank import EngineConfig, Reranker, __version__
-from local_rerank.bench.flops import DecoderShape, useful_flops
+from local_rerank.bench.flops import DecoderShape, gemm_ceiling, useful_flops
 from local_rerank.bench.measure import Agreement, Measurement, TargetResult, WorkloadResult, kendall_tau
 from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
@@ -28,6 +29,8 @@ from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
 from local_rerank.commands.bench import load_reference
 from local_rerank.commands.console import INTERRUPTED
+from local_rerank.engine.cuda import fp8
+from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
 from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair
 from local_rerank.types import RerankRequest
@@ -74,6 +77,21 @@ def test_useful_flops_of_an_encoder_count_both_directions_and_one_token_of_the_l
         attention = 2 * 2 * 4 * (3 * 3 + 5 * 5 + 3 + 5)
         rest = 2 * 8 * 8 + mlp * 8 * 16
         assert useful_flops(shape, pairs) == 2 * (8 * (2 * 8 * 8 + rest) + 8 * 2 * 8 * 8 + 2 * rest + attention)
+
+
+@pytest.mark.parametrize("arithmetic", [*DTYPES, *QUANTIZED_DTYPES])
+def test_the_ceiling_is_measured_in_every_dtype(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = DecoderShape(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    multiplied = []
+
+    def scaled_matmul(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, *_: object) -> torch.Tensor:
+        multiplied.append((a.dtype, tuple(b.shape)))
+        return a.float() @ b.float().T
+
+    monkeypatch.setattr(fp8, "scaled_matmul", scaled_matmul)  # torch 2.11 has it on GPUs only
+    assert gemm_ceiling(shape, arithmetic=arithmetic, num_tokens=35, device=torch.device("cpu")) > 0
+    expected = {(torch.float8_e4m3fn, (rows, columns)) for columns, rows in shape.matrices}
+    assert set(multiplied) == (expected if arithmetic == "fp8" else set())
 
 
 def test_kendall_tau_equals_scipys() -> None:

@@ -130,6 +130,7 @@ def _load(
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
+        cuda_graphs=plan.cuda_graphs,
         recipe=plan.recipe,
     )
 

@@ -39,6 +39,7 @@ class MachineProperty:
 class Machine:
     device: MachineProperty
     dtype: MachineProperty
+    decoder: MachineProperty
     kernel: MachineProperty
     products: MachineProperty
     memory: MachineProperty
@@ -51,7 +52,8 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
     return Machine(
         device=_device(info),
         dtype=_dtype(info, checkpoint),
-        kernel=_kernel(info),
+        decoder=_decoder(info, checkpoint),
+        kernel=_kernel(info, checkpoint),
         products=_products(info),
         memory=_memory(info),
         threads=_threads(info),
@@ -99,7 +101,16 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     return MachineProperty(value=value, faster=faster)
 
 
-def _kernel(info: ModelInfo) -> MachineProperty:
+def _decoder(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
+    value = f"{info.decoder}: {info.reasons['decoder']}"
+    if torch.device(info.device).type != "cuda":
+        return MachineProperty(value=value, faster=NOTHING)
+    value += f"; CUDA graphs {'on' if info.cuda_graphs else 'off'}: {info.reasons['cuda_graphs']}"
+    is_best = info.cuda_graphs or info.decoder == "encoder" or checkpoint.needs_fp32
+    return MachineProperty(value=value, faster=NOTHING if is_best else "the decoder for GPUs, with CUDA graphs")
+
+
+def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
@@ -109,7 +120,8 @@ def _kernel(info: ModelInfo) -> MachineProperty:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:
         return MachineProperty(value=value, faster=f"--attention {best}")
-    if device.type == "cuda" and info.dtype == "fp32" and _best_dtype(device) == "bf16":
+    is_choice = device.type == "cuda" and info.dtype == "fp32" and not checkpoint.needs_fp32
+    if is_choice and _best_dtype(device) == "bf16":
         return MachineProperty(value=value, faster="--dtype bf16: the kernels that share a prefix do not support fp32")
     return MachineProperty(value=value, faster=NOTHING)
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -27,7 +27,7 @@ from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
-from local_rerank.commands.bench import load_reference
+from local_rerank.commands.bench import _load, load_reference
 from local_rerank.commands.console import INTERRUPTED
 from local_rerank.engine.cuda import fp8
 from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
@@ -77,6 +77,19 @@ def test_useful_flops_of_an_encoder_count_both_directions_and_one_token_of_the_l
         attention = 2 * 2 * 4 * (3 * 3 + 5 * 5 + 3 + 5)
         rest = 2 * 8 * 8 + mlp * 8 * 16
         assert useful_flops(shape, pairs) == 2 * (8 * (2 * 8 * 8 + rest) + 8 * 2 * 8 * 8 + 2 * rest + attention)
+
+
+def test_memory_includes_the_pool_of_a_targets_cuda_graphs(
+    tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = [((0, 0), 2**50), ((0, 1), 2**45), ((0, 2), 2**40)]
+    segments = [{"segment_pool_id": pool, "total_size": size} for pool, size in pools]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", Mock(side_effect=[segments[:2], segments]))
+    monkeypatch.setattr("local_rerank.reranker.Reranker", lambda config: nullcontext(tiny_reranker))
+    target = _load(ExitStack(), EngineConfig(), "fp32", True)
+    round_ = target.run([RerankRequest(query="q", documents=("a", "b"))], concurrent=False)
+    assert 2**40 <= (round_.peak_bytes or 0) < 2**41
 
 
 @pytest.mark.parametrize("arithmetic", [*DTYPES, *QUANTIZED_DTYPES])

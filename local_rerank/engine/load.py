@@ -140,7 +140,9 @@ def _does_not_fit(plan: LoadPlan) -> str:
     gc.collect()  # an error may be part of a cycle, and refers to the tensors
     release_cached()
     checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
-    free = free_bytes({plan.device}) if on_gpu else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if on_gpu:  # a process that has not used the GPU may not even have room to ask
+        free = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0
     stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
     needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
     remedies = ["free memory there", "use a smaller model"]

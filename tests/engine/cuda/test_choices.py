@@ -251,22 +251,35 @@ def test_each_tensor_goes_to_a_gpu_when_it_is_read(
 
 
 @pytest.mark.parametrize(
-    ("options", "advice"),
+    ("options", "free", "advice"),
     [
-        ({}, "a smaller model, set device_map to auto, which leaves layers in RAM, or set device to cpu"),
-        ({"dtype": "fp32", "device_map": "auto"}, "a smaller model, set dtype to bf16 or fp16, or set device to cpu"),
-        ({"dtype": "fp8"}, "free memory there, use a smaller model, or set device to cpu"),
+        ({}, 12_345_678, "a smaller model, set device_map to auto, which leaves layers in RAM, or set device to cpu"),
+        (
+            {"dtype": "fp32", "device_map": "auto"},
+            12_345_678,
+            "a smaller model, set dtype to bf16 or fp16, or set device to cpu",
+        ),
+        (
+            {"dtype": "fp8"},
+            RuntimeError("CUDA error: out of memory"),
+            "free memory there, use a smaller model, or set device to cpu",
+        ),
     ],
 )
 def test_a_load_that_runs_out_of_memory_says_what_it_needs_and_what_to_do(
-    options: dict[str, object], advice: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, object],
+    free: int | Exception,
+    advice: str,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     planned = plan(tiny_checkpoint, **options)
     failed = CheckpointError("cannot be loaded: CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has ...")
     monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=failed))
-    monkeypatch.setattr("local_rerank.engine.load.free_bytes", lambda devices: 12_345_678 * len(devices))
+    monkeypatch.setattr("local_rerank.engine.load.free_bytes", Mock(side_effect=[free]))
     size = sum(weight.numel() for weight in load_file(tiny_checkpoint / "model.safetensors").values())
     says = f"its weights take {gigabytes(size * planned.weights.itemsize)} in {name_of(planned.weights)}"
-    with pytest.raises(ConfigError, match=f"on cuda: {says}, and 0.0123 GB are free; .*{advice}$") as caught:
+    shown = "0 bytes" if isinstance(free, Exception) else "0.0123 GB"
+    with pytest.raises(ConfigError, match=f"on cuda: {says}, and {shown} are free; .*{advice}$") as caught:
         load(planned, (5, 6), known=list)
     assert caught.value.__context__ is None  # a chained error would keep the failed load's tensors alive

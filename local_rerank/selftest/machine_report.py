@@ -16,7 +16,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import GROUPS_OF_ENCODERS, LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
-from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_no_kernels
+from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_unusable
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
@@ -68,11 +68,11 @@ def _device(info: ModelInfo) -> MachineProperty:
     name = f"{info.device}: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "mps":
         return MachineProperty(value=info.device, faster="a CUDA GPU")
-    if torch.cuda.is_available():
-        gpu = gpu_of(torch.device("cuda"))
-        faster = (gpu and why_no_kernels(gpu)) or f"--device cuda: this machine has a GPU, {gpu}"
-        return MachineProperty(value=name, faster=faster)
-    return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
+    if not torch.cuda.is_available():
+        return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
+    cuda = torch.device("cuda")
+    faster = why_unusable(cuda) or f"--device cuda: this machine has a GPU, {gpu_of(cuda)}"
+    return MachineProperty(value=name, faster=faster)
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:

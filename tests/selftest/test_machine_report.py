@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,3 +57,12 @@ def test_the_decoder_and_its_reason_are_shown_and_no_dtype_is_advised_that_is_to
     machine = describe(info, checkpoint)
     assert re.fullmatch(decoder, machine.decoder.value)
     assert (machine.decoder.faster, machine.kernel.faster) == faster
+
+
+def test_a_gpu_that_another_process_has_is_no_fault_of_a_model_on_the_cpu(
+    nano: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, H200)
+    monkeypatch.setattr(torch.cuda, "get_device_name", Mock(side_effect=RuntimeError("CUDA error: out of memory\n...")))
+    faster = describe(nano.info, nano.checkpoint).device.faster
+    assert faster.endswith("cannot use cuda: CUDA error: out of memory; nvidia-smi must list it as free")

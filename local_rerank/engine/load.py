@@ -171,6 +171,10 @@ def load_model(
     # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     model_class = getattr(transformers, checkpoint.architecture)
+    # Tensors of the files' dtype are mapped, but converted ones would all be in RAM until the model is moved. Those that
+    # transformers moves share one block of GPU memory, from which torch cannot return what fp8 frees.
+    converts = checkpoint.stored_dtype != str(dtype).removeprefix("torch.")
+    moves_each = device_map is None and device.type == "cuda" and converts
     try:
         offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="local-rerank-offload-")
         with stored_weights(checkpoint, dtype) as weights:
@@ -179,8 +183,7 @@ def load_model(
                 config=model_config(checkpoint),
                 state_dict=weights,
                 dtype=dtype,
-                # a tensor goes to the GPU when it is read: in another dtype than the file's it is a copy in RAM
-                device_map=device if device_map is None and device.type == "cuda" else device_map,
+                device_map=device if moves_each else device_map,
                 offload_folder=offload_folder,
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,

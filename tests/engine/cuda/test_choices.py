@@ -230,11 +230,22 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_what_to_install(
         assert re.search(says.rpartition(";")[0], reason)
 
 
-@pytest.mark.parametrize(("device", "moved_to"), [("cuda:1", torch.device("cuda:1")), ("cpu", None)])
-def test_each_tensor_goes_to_a_gpu_when_it_is_read(
-    device: str, moved_to: torch.device | None, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "dtype", "moved_to"),
+    [
+        ("cuda:1", torch.float16, torch.device("cuda:1")),
+        ("cuda:1", torch.float32, None),  # the file's
+        ("cpu", torch.float16, None),
+    ],
+)
+def test_a_tensor_whose_dtype_changes_goes_to_a_gpu_when_it_is_read(
+    device: str,
+    dtype: torch.dtype,
+    moved_to: torch.device | None,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the host holds a copy of the model, if it is loaded in another dtype than the file's."""
+    """Else the host holds a copy of the model."""
     read, device_maps = Qwen3ForCausalLM.from_pretrained, []
 
     def on_meta(*args: Any, device_map: Any, **options: Any) -> Any:
@@ -243,7 +254,7 @@ def test_each_tensor_goes_to_a_gpu_when_it_is_read(
 
     monkeypatch.setattr(Qwen3ForCausalLM, "from_pretrained", on_meta)
     monkeypatch.setattr(Qwen3ForCausalLM, "to", lambda model, device: model)
-    model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.float16, device=torch.device(device))
+    model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=dtype, device=torch.device(device))
     assert device_maps == [moved_to]
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -171,8 +171,8 @@ def load_model(
     # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     model_class = getattr(transformers, checkpoint.architecture)
-    # Tensors of the files' dtype are mapped, but converted ones would all be in RAM until the model is moved. Those that
-    # transformers moves share one block of GPU memory, from which torch cannot return what fp8 frees.
+    # Tensors of the files' dtype are mapped, but converted ones would all be in RAM until the model is moved. Those
+    # that transformers moves share one block of GPU memory, from which torch cannot return what fp8 frees.
     converts = checkpoint.stored_dtype != str(dtype).removeprefix("torch.")
     moves_each = device_map is None and device.type == "cuda" and converts
     try:

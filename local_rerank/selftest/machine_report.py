@@ -39,9 +39,9 @@ class MachineProperty:
 class Machine:
     device: MachineProperty
     dtype: MachineProperty
-    decoder: MachineProperty
     kernel: MachineProperty
     products: MachineProperty
+    decoder: MachineProperty
     memory: MachineProperty
     threads: MachineProperty
     versions: dict[str, str]
@@ -52,9 +52,9 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
     return Machine(
         device=_device(info),
         dtype=_dtype(info, checkpoint),
-        decoder=_decoder(info, checkpoint),
         kernel=_kernel(info, checkpoint),
         products=_products(info),
+        decoder=_decoder(info, checkpoint),
         memory=_memory(info),
         threads=_threads(info),
         versions=_versions(),
@@ -101,15 +101,6 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     return MachineProperty(value=value, faster=faster)
 
 
-def _decoder(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
-    value = f"{info.decoder}: {info.reasons['decoder']}"
-    if torch.device(info.device).type != "cuda":
-        return MachineProperty(value=value, faster=NOTHING)
-    value += f"; CUDA graphs {'on' if info.cuda_graphs else 'off'}: {info.reasons['cuda_graphs']}"
-    is_best = info.cuda_graphs or info.decoder == "encoder" or checkpoint.needs_fp32
-    return MachineProperty(value=value, faster=NOTHING if is_best else "the decoder for GPUs, with CUDA graphs")
-
-
 def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
@@ -129,6 +120,15 @@ def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
 def _best_dtype(device: torch.device) -> str:
     preferred, _ = PLATFORMS[device.type].preferred_dtype(gpu_of(device))
     return next(name for name, dtype in TORCH_DTYPES.items() if dtype == preferred)
+
+
+def _decoder(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
+    value = f"{info.decoder}: {info.reasons['decoder']}"
+    if torch.device(info.device).type != "cuda":
+        return MachineProperty(value=value, faster=NOTHING)
+    value += f"; CUDA graphs {'on' if info.cuda_graphs else 'off'}: {info.reasons['cuda_graphs']}"
+    is_best = info.cuda_graphs or info.decoder == "encoder" or checkpoint.needs_fp32
+    return MachineProperty(value=value, faster=NOTHING if is_best else "the decoder for GPUs, with CUDA graphs")
 
 
 def _products(info: ModelInfo) -> MachineProperty:

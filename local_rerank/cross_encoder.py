@@ -10,7 +10,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
-from typing import Any, Literal, Never, TypedDict, Unpack, overload
+from types import TracebackType
+from typing import Any, Literal, Never, Self, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -191,6 +192,21 @@ class CrossEncoder:
             if return_documents:
                 ranked[-1]["text"] = texts[index]
         return ranked
+
+    def close(self) -> None:
+        """Close the Reranker: later calls raise ModelUnavailable, and the weights are freed with this object.
+
+        Without it they stay in memory after the first call. sentence-transformers has no such method.
+        """
+        self.reranker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _scores(self, pairs: Iterable[tuple[str, str]], options: CallOptions) -> Tensor:
         """(num_pairs,) float32"""

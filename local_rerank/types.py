@@ -263,6 +263,7 @@ class ModelInfo:
     load_seconds: float
     unquantized: tuple[str, ...] = ()  # with int8: linear layers kept in fp32, because int8 would change the scores
     products: tuple[str, ...] = ()  # on a CPU: names of the matrix-product kernels
+    cuda_graphs: bool = False  # whether batches run as CUDA graphs
     recipe: str = "qwen3-reranker"  # how pairs are written and scored
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, assert_type
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from local_rerank import CrossEncoder, EngineConfig
-from local_rerank.errors import ConfigError, EmptyQuery, InvalidRequest, WrongType
+from local_rerank.errors import ConfigError, EmptyQuery, InvalidRequest, ModelUnavailable, WrongType
 from tests.cross_encoder_calls import ANSWERS, CALLS, PAIRS, PROMPTS, QUERY, TEXTS, described
 
 SAME = 1e-4  # of log-odds, fp32
@@ -64,6 +67,17 @@ def test_a_bar_is_shown_on_standard_error_when_asked_for(
     model.predict(PAIRS, show_progress_bar=True)
     out, err = capsys.readouterr()
     assert (out, "100%" in err) == ("", True)
+
+
+def test_weights_are_freed_after_a_with_block(tiny_checkpoint: Path) -> None:
+    with CrossEncoder(tiny_checkpoint, device="cpu") as model:
+        model.predict(PAIRS)
+        engine = weakref.ref(model.reranker.engine)
+    with pytest.raises(ModelUnavailable, match="the engine is closing"):
+        model.predict(PAIRS)
+    del model
+    gc.collect()
+    assert engine() is None
 
 
 def test_constructor_arguments_that_are_not_supported_are_refused_by_name() -> None:

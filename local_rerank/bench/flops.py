@@ -23,6 +23,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.int8 import Int8Linear, quantize
 from local_rerank.engine.cpu.linears import BlockedLinear
 from local_rerank.engine.cpu.products import saturates
+from local_rerank.engine.cuda import fp8
 from local_rerank.requests.pair import Pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +121,8 @@ def _products(
         layer = Int8Linear(linear, limit_pairs=saturates())
         quantized, scales = quantize(x)
         return [lambda: layer.multiply(quantized, scales).mul_(scales)]
+    if arithmetic == "fp8":
+        return [partial(fp8.Fp8Linear(linear), fp8.quantize(x))]
     dtype = DTYPES[arithmetic]
     linear, x = linear.to(dtype), x.to(dtype)
     modules: list[torch.nn.Module] = [linear]

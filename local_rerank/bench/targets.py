@@ -20,7 +20,7 @@ class Round:
     log_odds: tuple[tuple[float, ...], ...]  # by request, in document order
     latencies: tuple[float, ...]  # seconds by request; may be empty
     tokenize_seconds: float | None = None
-    peak_bytes: int | None = None  # over the memory in use before the round
+    peak_bytes: int | None = None  # over the memory in use before the round, and the pool of CUDA graphs
 
 
 class Target(Protocol):
@@ -36,9 +36,12 @@ class Target(Protocol):
 class RerankerTarget:
     """A `Reranker` in this process."""
 
-    def __init__(self, name: str, reranker: Reranker, version: str, start_seconds: float | None) -> None:
+    def __init__(
+        self, name: str, reranker: Reranker, version: str, start_seconds: float | None, *, graph_bytes: int = 0
+    ) -> None:
+        """`graph_bytes`: of the pool of its CUDA graphs, which is allocated when it is loaded."""
         self.name, self.version, self.start_seconds = name, version, start_seconds
-        self.reranker = reranker
+        self.reranker, self.graph_bytes = reranker, graph_bytes
 
     def run(self, requests: Sequence[RerankRequest], *, concurrent: bool) -> Round:
         with PeakMemory(self.reranker.info.device) as memory:
@@ -56,5 +59,5 @@ class RerankerTarget:
             ),
             latencies=tuple(result.total_ms / 1e3 for result in results),
             tokenize_seconds=sum(result.tokenize_ms for result in results) / 1e3,
-            peak_bytes=memory.peak_bytes,
+            peak_bytes=memory.peak_bytes + self.graph_bytes,
         )

@@ -97,6 +97,7 @@ def random_weights(stack: ExitStack, shape: str, weights: Path | None) -> Path:
 
 def _load(stack: ExitStack, config: EngineConfig, dtype: DType, skip_start: bool) -> RerankerTarget:
     from local_rerank import __version__
+    from local_rerank.bench.memory import graph_bytes
     from local_rerank.bench.targets import RerankerTarget
     from local_rerank.reranker import Reranker
 
@@ -105,11 +106,13 @@ def _load(stack: ExitStack, config: EngineConfig, dtype: DType, skip_start: bool
     if not skip_start:
         with status(f"measuring the start of a process (dtype {dtype})"):
             start = _start_seconds(config)
+    of_others = graph_bytes()
     with status(f"loading the model (dtype {dtype})"):
         reranker = stack.enter_context(Reranker(config=config))
     exact = len(reranker.info.unquantized)
     version = f"local-rerank {__version__}" + (f", {exact} linear layers left in fp32" if exact else "")
-    return RerankerTarget(f"local-rerank {reranker.info.dtype}", reranker, version, start)
+    name, of_its_graphs = f"local-rerank {reranker.info.dtype}", graph_bytes() - of_others
+    return RerankerTarget(name, reranker, version, start, graph_bytes=of_its_graphs)
 
 
 def _start_seconds(config: EngineConfig) -> float:
@@ -125,14 +128,23 @@ def _start_seconds(config: EngineConfig) -> float:
     return time.perf_counter() - start
 
 
-def load_reference(stack: ExitStack, config: EngineConfig) -> RerankerTarget:
-    """Load the model in fp32 with the dense attention mask, by which scores are defined."""
+def load_reference(stack: ExitStack, config: EngineConfig) -> RerankerTarget | None:
+    """Load the model in fp32 with the dense attention mask, by which scores are defined. None, and a warning, if it
+    does not fit into memory beside the models to measure.
+    """
     from local_rerank.bench.targets import RerankerTarget
+    from local_rerank.engine.out_of_memory import is_out_of_memory
     from local_rerank.reranker import Reranker
 
-    with status("loading the reference in fp32"):
-        config = dataclasses.replace(config, dtype="fp32", attention="dense")
-        return RerankerTarget("reference", stack.enter_context(Reranker(config=config)), "", None)
+    config = dataclasses.replace(config, dtype="fp32", attention="dense")
+    try:
+        with status("loading the reference in fp32"):
+            return RerankerTarget("reference", stack.enter_context(Reranker(config=config)), "", None)
+    except ConfigError as error:
+        if not is_out_of_memory(error):
+            raise
+        warn(f"log-odds are not compared with fp32, which does not fit into memory beside the model: {error}")
+        return None
 
 
 def _measure(

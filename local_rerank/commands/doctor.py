@@ -62,7 +62,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, order: OrderCheck, machine
     console.print(Text(f"{verdict}: {outcome.detail}", style="green" if outcome.passed else "bold red"), soft_wrap=True)
     console.print(Text(f"order: {order.detail}", style="bold red" if order.is_constant else ""), soft_wrap=True)
     table = Table("", "current", "faster with", box=None, pad_edge=False)
-    for name in ("device", "dtype", "kernel", "products", "memory", "threads"):
+    for name in ("device", "dtype", "decoder", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)
         table.add_row(name, Text(row.value), Text(row.faster))
     console.print(table)

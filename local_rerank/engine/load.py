@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import os
 import shutil
 import sys
@@ -15,13 +17,14 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from local_rerank.checkpoints.download import silence_telemetry
 from local_rerank.checkpoints.find import Checkpoint
-from local_rerank.checkpoints.free_space import require_temporary_folder
-from local_rerank.checkpoints.tensors import positive_label
+from local_rerank.checkpoints.free_space import gigabytes, require_temporary_folder
+from local_rerank.checkpoints.tensors import positive_label, stored_tensors
 from local_rerank.engine.cpu import prepare as cpu
 from local_rerank.engine.cpu.attention import cpu_tiles_layout
 from local_rerank.engine.cpu.process_setup import keep_freed_memory
@@ -32,11 +35,12 @@ from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.encoder import Encoder, encoder_head, pack_segments
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
+from local_rerank.engine.out_of_memory import free_bytes, release_cached, unless_out_of_memory
 from local_rerank.engine.packing import pack
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.engine.qwen3 import read_qwen3
 from local_rerank.engine.stored_weights import model_config, stored_weights
-from local_rerank.errors import CheckpointError
+from local_rerank.errors import CheckpointError, ConfigError
 from local_rerank.requests.pair import Pair
 from local_rerank.types import ModelInfo
 
@@ -57,12 +61,21 @@ DECODERS: dict[str, Callable[[Any, LoadPlan], Decoder]] = {
 def load(
     plan: LoadPlan, answer_ids: tuple[int, int] | None, *, known: Callable[[], list[Pair]]
 ) -> tuple[Engine, ModelInfo]:
-    """Load the weights and prepare them as planned. Raises CheckpointError or ConfigError.
+    """Load the weights and prepare them as planned. Raises CheckpointError, or ConfigError if memory runs out.
 
     `answer_ids`: the ids of "yes" and "no"; None for an encoder.
     `known`: makes pairs with known answers, relevant and irrelevant in turn; int8 leaves those layers in fp32 whose
     quantization changes the scores of these pairs too much.
     """
+    loaded = unless_out_of_memory(lambda: _load(plan, answer_ids, known))
+    if loaded is None:
+        raise ConfigError(_does_not_fit(plan))
+    return loaded
+
+
+def _load(
+    plan: LoadPlan, answer_ids: tuple[int, int] | None, known: Callable[[], list[Pair]]
+) -> tuple[Engine, ModelInfo]:
     start = time.perf_counter()
     config, checkpoint = plan.config, plan.checkpoint
     logger.info("Loading %s. %s", checkpoint.model_id, plan)
@@ -117,8 +130,30 @@ def load(
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
+        cuda_graphs=plan.cuda_graphs,
         recipe=plan.recipe,
     )
+
+
+def _does_not_fit(plan: LoadPlan) -> str:
+    """What the weights need, what is free now that the failed load is forgotten, and what to do."""
+    gc.collect()  # an error may be part of a cycle, and refers to the tensors
+    release_cached()
+    checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
+    free = psutil.virtual_memory().available
+    if on_gpu:  # a process that has not used the GPU may not even have room to ask
+        free = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0
+    stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
+    needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
+    remedies = ["free memory there", "use a smaller model"]
+    if plan.weights == torch.float32 and not checkpoint.needs_fp32:
+        remedies.append("set dtype to bf16 or fp16")
+    if on_gpu:  # fp8 is no remedy, because it quantizes what was read
+        can_spread = not checkpoint.recipe.is_encoder and plan.quantization is None and plan.config.device_map is None
+        remedies += ["set device_map to auto, which leaves layers in RAM"] * can_spread + ["set device to cpu"]
+    what = f"its weights take {gigabytes(needed)} in {name_of(plan.weights)}, and {gigabytes(free)} are free"
+    advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 2 else " or ".join(remedies)
+    return f"out of memory while loading {checkpoint.model_id} on {plan.device}: {what}; {advice}"
 
 
 def load_model(
@@ -136,6 +171,10 @@ def load_model(
     # its loading threads save no time, and their thread pools may slow down libgomp (see `compute_thread.py`)
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     model_class = getattr(transformers, checkpoint.architecture)
+    # Tensors of the files' dtype are mapped, but converted ones would all be in RAM until the model is moved. Those
+    # that transformers moves share one block of GPU memory, from which torch cannot return what fp8 frees.
+    converts = checkpoint.stored_dtype != str(dtype).removeprefix("torch.")
+    moves_each = device_map is None and device.type == "cuda" and converts
     try:
         offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="local-rerank-offload-")
         with stored_weights(checkpoint, dtype) as weights:
@@ -144,7 +183,7 @@ def load_model(
                 config=model_config(checkpoint),
                 state_dict=weights,
                 dtype=dtype,
-                device_map=device_map,
+                device_map=device if moves_each else device_map,
                 offload_folder=offload_folder,
                 attn_implementation=ATTENTION_NAME,
                 output_loading_info=True,

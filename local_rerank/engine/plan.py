@@ -16,7 +16,7 @@ from local_rerank.config import EngineConfig
 from local_rerank.engine.cpu import choices as cpu
 from local_rerank.engine.cuda import choices as cuda
 from local_rerank.engine.cuda.fp8 import require_fp8
-from local_rerank.engine.cuda.gpu import Gpu, gpu_of, why_no_gpu, why_no_kernels
+from local_rerank.engine.cuda.gpu import Gpu, gpu_of, why_unusable
 from local_rerank.engine.dtypes import choose_dtypes, name_of
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.stored_weights import model_config
@@ -139,9 +139,9 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device and the reason for it; `auto` takes a GPU that this torch can use. Raises ConfigError without it."""
     if name == "auto":
-        gpu = gpu_of(torch.device("cuda")) if torch.cuda.is_available() else None
-        why_not = why_no_gpu() if gpu is None else why_no_kernels(gpu)
-        return (torch.device("cuda"), f"torch sees a GPU: {gpu}") if why_not is None else (torch.device("cpu"), why_not)
+        device = torch.device("cuda")
+        why_not = why_unusable(device)
+        return (device, f"torch sees a GPU: {gpu_of(device)}") if why_not is None else (torch.device("cpu"), why_not)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -149,11 +149,9 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     if device.type not in PLATFORMS:
         raise ConfigError(f"device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
-        if (count := torch.cuda.device_count()) == 0:
-            raise ConfigError(f"device is {name!r}, but {why_no_gpu()}, or set device to cpu")
-        if (device.index or 0) >= count:
+        if torch.cuda.is_available() and (device.index or 0) >= (count := torch.cuda.device_count()):
             raise ConfigError(f"device is {name!r}; torch sees {', '.join(f'cuda:{index}' for index in range(count))}")
-        if (gpu := gpu_of(device)) is not None and (why_not := why_no_kernels(gpu)) is not None:
+        if (why_not := why_unusable(device)) is not None:
             raise ConfigError(f"device is {name!r}, but {why_not}; or set device to cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device is 'mps', but torch sees none; it needs a Mac with Apple silicon. Set device to cpu")

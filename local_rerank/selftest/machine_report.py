@@ -16,7 +16,7 @@ from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.cpu_limits import cpu_limits
 from local_rerank.engine.cpu.int8_search import GROUPS_OF_ENCODERS, LINEARS_PER_LAYER
 from local_rerank.engine.cpu.products import PRODUCTS, check
-from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_no_kernels
+from local_rerank.engine.cuda.gpu import gpu_of, why_no_gpu, why_unusable
 from local_rerank.engine.kernel_table import choose_kernel
 from local_rerank.engine.plan import PLATFORMS
 from local_rerank.errors import ConfigError
@@ -41,6 +41,7 @@ class Machine:
     dtype: MachineProperty
     kernel: MachineProperty
     products: MachineProperty
+    decoder: MachineProperty
     memory: MachineProperty
     threads: MachineProperty
     versions: dict[str, str]
@@ -51,8 +52,9 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
     return Machine(
         device=_device(info),
         dtype=_dtype(info, checkpoint),
-        kernel=_kernel(info),
+        kernel=_kernel(info, checkpoint),
         products=_products(info),
+        decoder=_decoder(info, checkpoint),
         memory=_memory(info),
         threads=_threads(info),
         versions=_versions(),
@@ -66,11 +68,11 @@ def _device(info: ModelInfo) -> MachineProperty:
     name = f"{info.device}: {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "mps":
         return MachineProperty(value=info.device, faster="a CUDA GPU")
-    if torch.cuda.is_available():
-        gpu = gpu_of(torch.device("cuda"))
-        faster = (gpu and why_no_kernels(gpu)) or f"--device cuda: this machine has a GPU, {gpu}"
-        return MachineProperty(value=name, faster=faster)
-    return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
+    if not torch.cuda.is_available():
+        return MachineProperty(value=name, faster=f"a CUDA GPU ({why_no_gpu()})")
+    cuda = torch.device("cuda")
+    faster = why_unusable(cuda) or f"--device cuda: this machine has a GPU, {gpu_of(cuda)}"
+    return MachineProperty(value=name, faster=faster)
 
 
 def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
@@ -99,7 +101,7 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     return MachineProperty(value=value, faster=faster)
 
 
-def _kernel(info: ModelInfo) -> MachineProperty:
+def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
@@ -109,7 +111,8 @@ def _kernel(info: ModelInfo) -> MachineProperty:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:
         return MachineProperty(value=value, faster=f"--attention {best}")
-    if device.type == "cuda" and info.dtype == "fp32" and _best_dtype(device) == "bf16":
+    is_choice = device.type == "cuda" and info.dtype == "fp32" and not checkpoint.needs_fp32
+    if is_choice and _best_dtype(device) == "bf16":
         return MachineProperty(value=value, faster="--dtype bf16: the kernels that share a prefix do not support fp32")
     return MachineProperty(value=value, faster=NOTHING)
 
@@ -117,6 +120,15 @@ def _kernel(info: ModelInfo) -> MachineProperty:
 def _best_dtype(device: torch.device) -> str:
     preferred, _ = PLATFORMS[device.type].preferred_dtype(gpu_of(device))
     return next(name for name, dtype in TORCH_DTYPES.items() if dtype == preferred)
+
+
+def _decoder(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
+    value = f"{info.decoder}: {info.reasons['decoder']}"
+    if torch.device(info.device).type != "cuda":
+        return MachineProperty(value=value, faster=NOTHING)
+    value += f"; CUDA graphs {'on' if info.cuda_graphs else 'off'}: {info.reasons['cuda_graphs']}"
+    is_best = info.cuda_graphs or info.decoder == "encoder" or checkpoint.needs_fp32
+    return MachineProperty(value=value, faster=NOTHING if is_best else "the decoder for GPUs, with CUDA graphs")
 
 
 def _products(info: ModelInfo) -> MachineProperty:

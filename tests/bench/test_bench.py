@@ -12,20 +12,26 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from rich.console import Console
 
-from local_rerank import Reranker, __version__
-from local_rerank.bench.flops import DecoderShape, useful_flops
+from local_rerank import EngineConfig, Reranker, __version__
+from local_rerank.bench.flops import DecoderShape, gemm_ceiling, useful_flops
 from local_rerank.bench.measure import Agreement, Measurement, TargetResult, WorkloadResult, kendall_tau
 from local_rerank.bench.report import all_tables
 from local_rerank.bench.shapes import make_checkpoint
 from local_rerank.bench.targets import RerankerTarget
 from local_rerank.bench.workloads import WORKLOADS, make_requests
+from local_rerank.commands.bench import _load, load_reference
 from local_rerank.commands.console import INTERRUPTED
+from local_rerank.engine.cuda import fp8
+from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
+from local_rerank.errors import ConfigError
 from local_rerank.requests.pair import Pair
 from local_rerank.types import RerankRequest
 from tests.command_line import command
@@ -73,6 +79,35 @@ def test_useful_flops_of_an_encoder_count_both_directions_and_one_token_of_the_l
         assert useful_flops(shape, pairs) == 2 * (8 * (2 * 8 * 8 + rest) + 8 * 2 * 8 * 8 + 2 * rest + attention)
 
 
+def test_memory_includes_the_pool_of_a_targets_cuda_graphs(
+    tiny_reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = [((0, 0), 2**50), ((0, 1), 2**45), ((0, 2), 2**40)]
+    segments = [{"segment_pool_id": pool, "total_size": size} for pool, size in pools]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", Mock(side_effect=[segments[:2], segments]))
+    monkeypatch.setattr("local_rerank.reranker.Reranker", lambda config: nullcontext(tiny_reranker))
+    target = _load(ExitStack(), EngineConfig(), "fp32", True)
+    round_ = target.run([RerankRequest(query="q", documents=("a", "b"))], concurrent=False)
+    assert 2**40 <= (round_.peak_bytes or 0) < 2**41
+
+
+@pytest.mark.parametrize("arithmetic", [*DTYPES, *QUANTIZED_DTYPES])
+def test_the_ceiling_is_measured_in_every_dtype(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = DecoderShape(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+    multiplied = []
+
+    def scaled_matmul(a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, *_: object) -> torch.Tensor:
+        multiplied.append((a.dtype, tuple(b.shape)))
+        return a.float() @ b.float().T
+
+    monkeypatch.setattr(fp8, "scaled_matmul", scaled_matmul)  # torch 2.11 has it on GPUs only
+    assert gemm_ceiling(shape, arithmetic=arithmetic, num_tokens=35, device=torch.device("cpu")) > 0
+    expected = {(torch.float8_e4m3fn, (rows, columns)) for columns, rows in shape.matrices}
+    assert set(multiplied) == (expected if arithmetic == "fp8" else set())
+
+
 def test_kendall_tau_equals_scipys() -> None:
     from scipy.stats import kendalltau
 
@@ -111,6 +146,18 @@ def test_bench_measures_precisions_and_their_agreement_with_fp32() -> None:
     assert rows["local-rerank fp32"]["agreement"]["largest"] < 1e-3
     assert 1e-3 < rows["local-rerank int8"]["agreement"]["largest"] < 3
     assert all(row["useful_share"] > 0 for row in rows.values())
+
+
+def test_a_reference_that_does_not_fit_into_memory_is_left_out_and_bench_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ConfigError("out of memory while loading it")
+    monkeypatch.setattr("local_rerank.reranker.Reranker", Mock(side_effect=[said, ConfigError("another")]))
+    assert load_reference(ExitStack(), EngineConfig()) is None
+    message = f"log-odds are not compared with fp32, which does not fit into memory beside the model: {said}"
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="another"):
+        load_reference(ExitStack(), EngineConfig())
 
 
 def test_bench_prints_tables(tiny_checkpoint: Path) -> None:

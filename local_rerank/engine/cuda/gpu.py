@@ -38,6 +38,17 @@ def gpu_of(device: torch.device, *, is_spread: bool = False) -> Gpu | None:
     return min(gpus, key=lambda gpu: gpu.capability)
 
 
+def why_unusable(device: torch.device) -> str | None:
+    """Why torch cannot compute on a CUDA device, and what to do; None if it can."""
+    if not torch.cuda.is_available():  # device_count() counts GPUs with a driver too old for torch, too: it asks NVML
+        return why_no_gpu()
+    try:
+        gpu = gpu_of(device)
+    except RuntimeError as error:  # another process has it alone, or all of its memory
+        return f"torch {torch.__version__} cannot use {device}: {_reason(error)}; nvidia-smi must list it as free"
+    return None if gpu is None else why_no_kernels(gpu)
+
+
 def why_no_kernels(gpu: Gpu) -> str | None:
     """Why this build of torch cannot use a GPU, and what to install; None if it can.
 
@@ -64,13 +75,20 @@ def why_no_gpu() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # no driver, a driver older than the build, no device
-        sees = f"{sees}: {str(error).partition('. ')[0].rstrip('.')}"
+        sees = f"{sees}: {_reason(error)}"
     if torch.version.cuda is None:
         return f"{sees}; rocminfo must list one"
     return (
         f"{sees}; nvidia-smi must list one, its driver must support CUDA {torch.version.cuda}, and "
         "CUDA_VISIBLE_DEVICES must not hide it"
     )
+
+
+def _reason(error: Exception) -> str:
+    """torch's first sentence, and the driver's error ("Error 802: system not ..."), which torch puts after a guess."""
+    what = re.split(r"\. |\n", str(error))[0].rstrip(".")
+    of_driver = re.search(r"(?<=\. |\? )Error \d+: .*", str(error))
+    return what if of_driver is None else f"{what}: {of_driver[0]}"
 
 
 def dotted(capability: Capability) -> str:

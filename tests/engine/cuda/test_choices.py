@@ -7,17 +7,21 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
 
 from local_rerank import EngineConfig
 from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.checkpoints.free_space import gigabytes
 from local_rerank.engine.cuda import choices
 from local_rerank.engine.cuda.gpu import Gpu
 from local_rerank.engine.dtypes import name_of
-from local_rerank.engine.load import load
+from local_rerank.engine.load import load, load_model
 from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
 from local_rerank.errors import CheckpointError, ConfigError
 
@@ -197,7 +201,7 @@ def test_a_model_on_several_gpus_takes_what_the_oldest_runs(
 @pytest.mark.parametrize(
     ("found", "build", "device", "says"),
     [
-        ([], None, "cuda", "is a build without CUDA; for a GPU install a build with CUDA .*, or set device to cpu"),
+        ([], None, "cuda", "is a build without CUDA; for a GPU install a build with CUDA .*; or set device to cpu"),
         ([], "13.0", "cuda", "sees no GPU: .*; nvidia-smi must list one, its driver must support CUDA 13.0"),
         ([H200], "13.0", "cuda:1", "device is 'cuda:1'; torch sees cuda:0"),
         (
@@ -224,3 +228,69 @@ def test_a_gpu_that_torch_cannot_use_is_refused_with_what_to_install(
         chosen, reason = choose_device("auto")
         assert chosen.type == "cpu"
         assert re.search(says.rpartition(";")[0], reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "moved_to"),
+    [
+        ("cuda:1", torch.float16, torch.device("cuda:1")),
+        ("cuda:1", torch.float32, None),  # the file's
+        ("cpu", torch.float16, None),
+    ],
+)
+def test_a_tensor_whose_dtype_changes_goes_to_a_gpu_when_it_is_read(
+    device: str,
+    dtype: torch.dtype,
+    moved_to: torch.device | None,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the host holds a copy of the model."""
+    read, device_maps = Qwen3ForCausalLM.from_pretrained, []
+
+    def on_meta(*args: Any, device_map: Any, **options: Any) -> Any:
+        device_maps.append(device_map)
+        return read(*args, device_map=torch.device("meta"), **options)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "from_pretrained", on_meta)
+    monkeypatch.setattr(Qwen3ForCausalLM, "to", lambda model, device: model)
+    model: Any = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=dtype, device=torch.device(device))
+    assert device_maps == [moved_to]
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(module.training or hasattr(module, "_hf_hook") for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "advice"),
+    [
+        ({}, 12_345_678, "a smaller model, set device_map to auto, which leaves layers in RAM, or set device to cpu"),
+        (
+            {"dtype": "fp32", "device_map": "auto"},
+            12_345_678,
+            "a smaller model, set dtype to bf16 or fp16, or set device to cpu",
+        ),
+        (
+            {"dtype": "fp8"},
+            RuntimeError("CUDA error: out of memory"),
+            "free memory there, use a smaller model, or set device to cpu",
+        ),
+    ],
+)
+def test_a_load_that_runs_out_of_memory_says_what_it_needs_and_what_to_do(
+    options: dict[str, object],
+    free: int | Exception,
+    advice: str,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planned = plan(tiny_checkpoint, **options)
+    failed = CheckpointError("cannot be loaded: CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has ...")
+    monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=failed))
+    monkeypatch.setattr("local_rerank.engine.load.free_bytes", Mock(side_effect=[free]))
+    size = sum(weight.numel() for weight in load_file(tiny_checkpoint / "model.safetensors").values())
+    says = f"its weights take {gigabytes(size * planned.weights.itemsize)} in {name_of(planned.weights)}"
+    shown = "0 bytes" if isinstance(free, Exception) else "0.0123 GB"
+    with pytest.raises(ConfigError, match=f"on cuda: {says}, and {shown} are free; .*{advice}$") as caught:
+        load(planned, (5, 6), known=list)
+    assert caught.value.__context__ is None  # a chained error would keep the failed load's tensors alive

@@ -9,6 +9,8 @@ from typing import Any, Self
 import psutil
 import torch
 
+from local_rerank.engine.out_of_memory import NO_POOL
+
 SAMPLE_SECONDS = 0.005
 
 
@@ -16,9 +18,8 @@ def graph_bytes() -> int:
     """Bytes of the memory pools of all CUDA graphs in this process, from which a replay takes its activations."""
     if not torch.cuda.is_initialized() or torch.cuda.get_allocator_backend() != "native":  # type: ignore[no-untyped-call]
         return 0  # no other backend has segments
-    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    of_no_graph = (0, 0)
-    return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) != of_no_graph)
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot(include_traces=False)  # type: ignore[no-untyped-call]
+    return sum(each["total_size"] for each in segments if each["segment_pool_id"] != NO_POOL)
 
 
 class PeakMemory:

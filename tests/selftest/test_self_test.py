@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -378,8 +379,9 @@ def test_doctor_prints_json_and_exits_with_the_outcome(known: Path, other: Path)
     assert (good.returncode, report["passed"], report["self_test"]["fault"]) == (0, True, None)
     assert report["model"]["model_id"] == known.name
     assert report["order"]["before"] == sorted(report["order"]["after"]) == [0, 1, 2, 3]
-    assert set(report["machine"]) == {"device", "dtype", "kernel", "products", "memory", "threads", "versions"}
-    assert report["machine"]["versions"]["torch"] == torch.__version__
+    rows = {"device", "dtype", "decoder", "kernel", "products", "memory", "threads"}
+    assert set(report["machine"]) == {*rows, "versions"}
+    assert report["machine"]["versions"]["torch"] == metadata.version("torch")
     assert report["machine"]["threads"]["value"].startswith("1 on ")
     bad = command("doctor", "--model", str(other), *options)
     assert (bad.returncode, json.loads(bad.stdout)["self_test"]["fault"]) == (1, "other scores")

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -251,13 +252,12 @@ class GraphRunner:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Make a function that captures graphs into a shared memory pool, on one stream.
+    """Make a function that captures graphs into a shared memory pool.
 
-    A pool ends with its last graph and cannot be reused, so the first capture makes a new one. We use our own stream:
-    torch's default capture stream belongs to the device that was used first, and stays current if a capture fails.
+    A pool ends with its last graph and cannot be reused, so the first capture makes a new one.
     """
     pool: Any = None
-    side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = capture_stream(device)
 
     def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         nonlocal pool
@@ -276,6 +276,16 @@ def cuda_capture(device: torch.device) -> Capture:
         return graph.replay, output
 
     return capture
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device, one at a time. torch keeps a cuBLAS workspace for each stream that has
+    multiplied, 32 MiB on Hopper, as long as the process lives.
+
+    torch's default capture stream belongs to the device that was used first, and stays current if a capture fails.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 INVALID: list[torch.cuda.CUDAGraph] = []

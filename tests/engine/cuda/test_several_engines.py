@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from local_rerank.engine.cuda.graphs import DeviceLock, GraphRunner, shapes_up_to
+from local_rerank.engine.cuda.graphs import DeviceLock, GraphRunner, capture_stream, cuda_capture, shapes_up_to
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.requests.pair import Pair
@@ -123,3 +123,13 @@ def test_a_thread_that_wants_the_lock_again_comes_after_one_that_waits() -> None
         came.append("again")
     thread.join()
     assert came == ["waiting", "again"]
+
+
+def test_all_captures_of_a_device_have_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Stream", made.append)
+    capture_stream.cache_clear()
+    for device in (DEVICE, DEVICE, OTHER):
+        cuda_capture(device)
+    capture_stream.cache_clear()
+    assert made == [DEVICE, OTHER]

@@ -51,7 +51,7 @@ def describe(info: ModelInfo, checkpoint: Checkpoint) -> Machine:
     return Machine(
         device=_device(info),
         dtype=_dtype(info, checkpoint),
-        kernel=_kernel(info),
+        kernel=_kernel(info, checkpoint),
         products=_products(info),
         memory=_memory(info),
         threads=_threads(info),
@@ -99,12 +99,20 @@ def _dtype(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     return MachineProperty(value=value, faster=faster)
 
 
-def _kernel(info: ModelInfo) -> MachineProperty:
+def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     value = f"{info.kernel}: {info.reasons['kernel']}"
     device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
         dtype = TORCH_DTYPES.get(info.compute_dtype, torch.float32)
-        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=compiled, is_encoder=is_encoder)
+        best, _ = choose_kernel(
+            "auto",
+            device,
+            dtype,
+            gpu=gpu_of(device),
+            head_dim=checkpoint.head_dim,
+            compiled=compiled,
+            is_encoder=is_encoder,
+        )
     except ConfigError:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:

@@ -137,7 +137,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
         routes_fp32=decoder == "cpu" and cpu.routes_fp32(config, arithmetic),
         cuda_graphs=graphs,
         max_batch_tokens=tokens,
-        fits_memory=platform.fits_memory and config.max_batch_tokens is None and not is_encoder,
+        fits_memory=platform.fits_memory and config.max_batch_tokens is None,
         reasons=reasons,
     )
 

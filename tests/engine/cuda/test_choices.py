@@ -192,6 +192,15 @@ def test_heads_that_flash_attention_refuses_get_sdpa(width: int, tmp_path: Path)
     assert plan(make_encoder(tmp_path, "Bert", hidden_size=4 * 24)).kernel == "cuda-varlen"
 
 
+@pytest.mark.parametrize("is_encoder", [False, True])
+def test_batches_fit_in_free_memory_unless_the_user_sets_their_tokens(
+    is_encoder: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path, "Bert") if is_encoder else tiny_checkpoint
+    assert plan(folder).fits_memory
+    assert not plan(folder, max_batch_tokens=100).fits_memory
+
+
 @pytest.mark.parametrize(("gpu", "may_add_in_fp16"), [(T4, False), (H200, True)])
 def test_products_of_an_fp16_model_are_summed_in_fp32(
     gpu: Gpu, may_add_in_fp16: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -171,15 +171,22 @@ def test_a_kernel_that_is_wrong_is_not_used(name: str, factor: float, monkeypatc
 
 
 @pytest.mark.usefixtures("kernels_in_torch")
-def test_triton_that_cannot_compile_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Failed to find C compiler"), "Triton does not work here"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out while its kernels were checked"),
+    ],
+)
+def test_the_log_says_why_the_kernels_cannot_be_checked(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_compiler(x: Tensor) -> Tensor:
-        raise RuntimeError("Failed to find C compiler")
+    def fails(x: Tensor) -> Tensor:
+        raise error
 
-    monkeypatch.setattr(triton_kernels, "silu_mul", no_compiler)
-    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) == "Triton does not work here"
-    assert "Triton does not work here (RuntimeError: Failed to find C compiler)" in caplog.text
+    monkeypatch.setattr(triton_kernels, "silu_mul", fails)
+    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) == reason
+    assert f"{reason} ({type(error).__name__}: {error})" in caplog.text
 
 
 @pytest.mark.parametrize("width", [16, 300, 1024])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -337,6 +338,21 @@ def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
     with pytest.raises(ConfigError, match=r"an older GPU has 8\.6"):
         fp8.require_fp8(torch.device("cuda"))
+
+
+def test_the_check_of_fp8_waits_for_its_stream_and_leaves_a_capture_on_another_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append("device"))
+    monkeypatch.setattr(torch, "ones", Mock())
+    monkeypatch.setattr(fp8, "quantize", lambda x: (x, x))
+    monkeypatch.setattr(fp8, "scaled_matmul", Mock())
+    fp8.require_fp8(torch.device("cuda"))
+    assert waited == ["stream"]
 
 
 @needs_gpu

@@ -18,7 +18,7 @@ from local_rerank.checkpoints.bundles import is_bundle, open_bundle
 from local_rerank.checkpoints.download import fetch
 from local_rerank.checkpoints.files import has_adapter, missing_files, no_weights, require_kind, weight_files
 from local_rerank.checkpoints.hub_cache import find_snapshot, repository_of, split_cache_path
-from local_rerank.checkpoints.model_config import read_config
+from local_rerank.checkpoints.model_config import DEFAULT_HEAD_DIM, read_config
 from local_rerank.checkpoints.recipes import Recipe, choose_recipe
 from local_rerank.checkpoints.tensors import check_tensors
 from local_rerank.errors import CheckpointError
@@ -94,6 +94,13 @@ class Checkpoint:
         unused = int(self.config.get("pad_token_id", 1)) + 1 if self.recipe.positions_follow_padding else 0
         positions = int(self.config.get("max_position_embeddings", 8192)) - unused
         return min(positions, int(self.config.get("model_max_length", positions)))
+
+    @property
+    def head_dim(self) -> int:
+        """Of each attention head."""
+        if self.recipe.is_encoder:
+            return int(self.config["hidden_size"] // self.config["num_attention_heads"])
+        return int(self.config.get("head_dim", DEFAULT_HEAD_DIM))
 
     def _require_embeddings(self, tokenizer: PairTokenizer) -> None:
         """Raise CheckpointError if the tokenizer has ids or token types without a row in the embeddings."""

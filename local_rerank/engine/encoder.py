@@ -77,6 +77,7 @@ class EncoderLayer(nn.Module):
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, heads, tokens, head_dim)
         (out,), scales = project(attend(q, k, v, layout, scale)[0].flatten(1), self.out)
         hidden = scaled(out, scales).add_(hidden)
+        del x, joined, q, k, v  # the MLP needs their memory
         hidden = hidden if self._norms_first else self.attention_norm(hidden)
         (up,), scales = project(self.mlp_norm(hidden) if self._norms_first else hidden, self.up, keeps=True)
         (out,), scales = project(self.activate(scaled(up, scales)), self.down)

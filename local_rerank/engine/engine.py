@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ from local_rerank.engine.attention import Layout
 from local_rerank.engine.cpu.compute_thread import compute
 from local_rerank.engine.cpu.int8 import Int8Linear
 from local_rerank.engine.cpu.threads import Threads
-from local_rerank.engine.cuda.graphs import GraphRunner
+from local_rerank.engine.cuda.graphs import GraphRunner, lock_of
 from local_rerank.engine.decoder import Decoder
 from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.kernel_table import KernelRow
@@ -30,10 +29,6 @@ from local_rerank.errors import OutOfMemory
 from local_rerank.requests.pair import Pair
 
 LAST_LINEARS = ("down_proj", "down")  # of a layer of Qwen3, of an encoder
-
-_launching = threading.Lock()
-"""Held while a batch is launched on a device: the models of a process take turns by batch, as on a CPU they do in the
-compute thread. The kernels of two batches would otherwise alternate on the stream, and both would end late."""
 
 
 class Engine:
@@ -97,19 +92,11 @@ class Engine:
         while graphs hold some, they are dropped and the pass runs once more. Raises OutOfMemory.
         """
         batch = self._pack(pairs)
-
-        def attempt(graphs: GraphRunner | None = self.graphs) -> Callable[[], list[float]] | None:
-            return unless_out_of_memory(lambda: self._forward(batch, graphs))
-
         if self.device.type == "cpu":
-            fetch = compute(attempt)
+            fetch = compute(lambda: self._launch(batch))
         else:
-            with _launching:
-                fetch = attempt()
-        if fetch is None and self.graphs is not None and self.graphs.forget_all():
-            release_cached()
-            if (fetch := attempt(None)) is not None:
-                self.graphs.halve()  # the pass needed their memory
+            with lock_of(self.device):
+                fetch = self._launch(batch)
         if fetch is None:
             raise OutOfMemory(num_tokens=batch.num_tokens)
         return fetch
@@ -120,7 +107,8 @@ class Engine:
         """
         try:
             for device in {tensor.device for tensor in self.weights.values() if tensor.is_cuda}:
-                torch.cuda.synchronize(device)
+                with lock_of(device):
+                    torch.cuda.synchronize(device)
         except Exception:
             return False
         return True
@@ -140,6 +128,19 @@ class Engine:
         logits = last.float() @ self.head.T.to(last.device)  # (num_pairs, 2)
         log_odds: Tensor = logits[:, 1] - logits[:, 0]
         return log_odds
+
+    def _launch(self, batch: PackedBatch) -> Callable[[], list[float]] | None:
+        """See `launch`; None if memory ran out."""
+
+        def attempt(graphs: GraphRunner | None) -> Callable[[], list[float]] | None:
+            return unless_out_of_memory(lambda: self._forward(batch, graphs))
+
+        fetch = attempt(self.graphs)
+        if fetch is None and self.graphs is not None and self.graphs.forget_all():
+            release_cached()
+            if (fetch := attempt(None)) is not None:
+                self.graphs.halve()  # the pass needed their memory
+        return fetch
 
     def _forward(self, batch: PackedBatch, graphs: GraphRunner | None) -> Callable[[], list[float]]:
         """Launch one pass, as a CUDA graph or kernel by kernel; the returned function waits for it."""

@@ -34,6 +34,7 @@ class KernelRow:
     dtypes: tuple[torch.dtype, ...]
     package: str | None = None  # that it needs besides torch
     least_capability: Capability = (0, 0)  # of a GPU
+    head_dims: range | None = None  # None: any
     runs_encoders: bool = False  # whether its layout can be other than causal
 
 
@@ -41,6 +42,7 @@ _AMPERE = (8, 0)
 _HALF = (torch.bfloat16, torch.float16)
 _ANY_DTYPE = (torch.float32, *_HALF)
 _ANY_DEVICE = ("cpu", "cuda", "mps")
+_FLASH_HEADS = range(8, 256 + 1, 8)  # Flash Attention 2 raises an error for others
 
 KERNELS: dict[str, KernelRow] = {
     # tiles as matrix products; not for encoders, on which sdpa is as fast: they share no prefix
@@ -48,8 +50,10 @@ KERNELS: dict[str, KernelRow] = {
     # our Triton kernel, one pass; compiled for Turing (7.5) it spills and has no tensor-core instruction
     "cuda-tiles": KernelRow(tile_layout, attend_tiles, ("cuda",), _HALF, "triton", _AMPERE),
     # varlen_attn is Flash Attention 2, which needs Ampere: two calls, merged, or one call, keys gathered
-    "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, None, _AMPERE),
-    "cuda-varlen": KernelRow(varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE, runs_encoders=True),
+    "cuda-merged": KernelRow(merged_layout, attend_merged, ("cuda",), _HALF, None, _AMPERE, _FLASH_HEADS),
+    "cuda-varlen": KernelRow(
+        varlen_layout, attend_varlen, ("cuda",), _HALF, None, _AMPERE, _FLASH_HEADS, runs_encoders=True
+    ),
     "sdpa": KernelRow(
         segment_layout, attend_sdpa, _ANY_DEVICE, _ANY_DTYPE, runs_encoders=True
     ),  # torch's SDPA, by document length
@@ -66,15 +70,17 @@ def choose_kernel(
     dtype: torch.dtype,
     *,
     gpu: Gpu | None = None,
+    head_dim: int | None = None,
     compiled: bool = True,
     is_encoder: bool = False,
 ) -> tuple[str, str]:
     """The kernel's name and the reason for it. Raises ConfigError if `name` is unknown or cannot run here.
 
-    `gpu`: what `device` is, if it is CUDA. `compiled`: whether `auto` may pick a kernel that Triton compiles.
+    `gpu`: what `device` is, if it is CUDA. `head_dim`: the model's, if known. `compiled`: whether
+    `auto` may pick a kernel that Triton compiles.
     """
     if name == "auto":
-        too_new: list[str] = []
+        passed_over: list[str] = []
         for candidate, row in KERNELS.items():
             if (
                 not _runs(row, device, dtype)
@@ -82,10 +88,13 @@ def choose_kernel(
                 or (row.package == "triton" and not compiled)
             ):
                 continue
-            if gpu is None or gpu.why_too_old(row.least_capability) is None:
+            if gpu is not None and gpu.why_too_old(row.least_capability) is not None:
+                passed_over.append(f"{candidate} needs {dotted(row.least_capability)}")
+            elif (needs := _needed_heads(row, head_dim)) is not None:
+                passed_over.append(f"{candidate} needs {needs}")
+            else:
                 reason = f"the fastest for {name_of(dtype)} on {gpu or device.type}"
-                return candidate, "; ".join([reason, *too_new])
-            too_new.append(f"{candidate} needs {dotted(row.least_capability)}")
+                return candidate, "; ".join([reason, *passed_over])
         raise ConfigError(f"no attention kernel runs {name_of(dtype)} on {device.type}")
     if name not in KERNELS:
         raise ConfigError(f"attention is {name!r}; it must be auto or one of {', '.join(KERNELS)}")
@@ -97,13 +106,22 @@ def choose_kernel(
         raise ConfigError(f"attention kernel {name!r} needs the package {row.package}, which is not installed")
     if not _runs(row, device, dtype):
         raise ConfigError(f"attention kernel {name!r} does not run {name_of(dtype)} on {device.type}")
-    if gpu is not None and (why_not := gpu.why_too_old(row.least_capability)) is not None:
-        raise ConfigError(f"attention kernel {name!r} needs {why_not}; use auto or sdpa")
+    needs = None if gpu is None else gpu.why_too_old(row.least_capability)
+    if (needs := needs or _needed_heads(row, head_dim)) is not None:
+        raise ConfigError(f"attention kernel {name!r} needs {needs}; use auto or sdpa")
     return name, "set by the user"
 
 
 def _runs(row: KernelRow, device: torch.device, dtype: torch.dtype) -> bool:
     return device.type in row.device_types and dtype in row.dtypes and is_installed(row)
+
+
+def _needed_heads(row: KernelRow, head_dim: int | None) -> str | None:
+    """Which head dimensions a kernel needs, if the model has another."""
+    if row.head_dims is None or head_dim is None or head_dim in row.head_dims:
+        return None
+    which = f"a multiple of {row.head_dims.step}, at most {row.head_dims[-1]}"
+    return f"a head dimension that is {which}, and the model's is {head_dim}"
 
 
 def is_installed(row: KernelRow) -> bool:

@@ -1,6 +1,6 @@
 """GPU memory: how many tokens fit beside the weights, and how to recognize an out-of-memory error.
 
-The estimate is the peak of one decoder layer, because a forward pass without a KV cache keeps only a layer's output.
+The estimate is the peak of one layer, because a forward pass without a KV cache keeps only a layer's output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_ALLOC(ATION)?_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """Widths of a decoder layer's activations, in elements per token."""
+    """Widths of a layer's activations, in elements per token."""
 
     hidden: int
     queries: int  # heads x head_dim
@@ -38,12 +38,13 @@ class LayerShape:
 
     @classmethod
     def of(cls, config: Any) -> LayerShape:
-        """From a transformers config."""
+        """From a transformers config, of a decoder or an encoder."""
+        num_key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             hidden=config.hidden_size,
             queries=config.num_attention_heads * head_dim,
-            keys=config.num_key_value_heads * head_dim,
+            keys=num_key_heads * head_dim,
             intermediate=config.intermediate_size,
         )
 

@@ -108,7 +108,13 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
     decoder, reasons["decoder"] = _decoder(config, checkpoint, device, gpu, arithmetic)
     compiled = decoder == "cuda"
     kernel, reasons["kernel"] = choose_kernel(
-        config.attention, device, arithmetic, gpu=gpu, compiled=compiled, is_encoder=is_encoder
+        config.attention,
+        device,
+        arithmetic,
+        gpu=gpu,
+        head_dim=checkpoint.head_dim,
+        compiled=compiled,
+        is_encoder=is_encoder,
     )
     linear = None
     if decoder == "cpu" or (is_encoder and on_cpu):
@@ -131,7 +137,7 @@ def make_plan(config: EngineConfig, checkpoint: Checkpoint, platforms: Mapping[s
         routes_fp32=decoder == "cpu" and cpu.routes_fp32(config, arithmetic),
         cuda_graphs=graphs,
         max_batch_tokens=tokens,
-        fits_memory=platform.fits_memory and config.max_batch_tokens is None and not is_encoder,
+        fits_memory=platform.fits_memory and config.max_batch_tokens is None,
         reasons=reasons,
     )
 

@@ -106,7 +106,15 @@ def _kernel(info: ModelInfo, checkpoint: Checkpoint) -> MachineProperty:
     device, compiled, is_encoder = torch.device(info.device), info.decoder == "cuda", info.decoder == "encoder"
     try:
         dtype = TORCH_DTYPES.get(info.compute_dtype, torch.float32)
-        best, _ = choose_kernel("auto", device, dtype, gpu=gpu_of(device), compiled=compiled, is_encoder=is_encoder)
+        best, _ = choose_kernel(
+            "auto",
+            device,
+            dtype,
+            gpu=gpu_of(device),
+            head_dim=checkpoint.head_dim,
+            compiled=compiled,
+            is_encoder=is_encoder,
+        )
     except ConfigError:
         return MachineProperty(value=value, faster=NOTHING)
     if best != info.kernel:

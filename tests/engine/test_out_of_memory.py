@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3Model
 
 from local_rerank import Reranker
+from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.decoder import ATTENTION_NAME, TransformersDecoder, register_attention
+from local_rerank.engine.encoder import Encoder, pack_segments
 from local_rerank.engine.engine import Engine, _fetch
 from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.engine.load import load_model
 from local_rerank.engine.out_of_memory import (
     MIN_BATCH_TOKENS,
     LayerShape,
@@ -34,6 +38,7 @@ from local_rerank.engine.out_of_memory import (
 from local_rerank.engine.packing import pack
 from local_rerank.errors import EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
+from tests.encoder_checkpoints import make_encoder
 
 GIB = 2**30
 SMALL = LayerShape(hidden=1024, queries=2048, keys=1024, intermediate=3072)  # Qwen3-Reranker-0.6B
@@ -106,6 +111,23 @@ def test_the_estimate_covers_a_pass_with_sdpa_in_which_many_documents_share_a_lo
     batch = pack([Pair.of((1,) * 400, (2,) * 4)] * 100)
     peak = peak_bytes(lambda: decoder(batch, row, row.layout(batch, False), lambda: row.layout(batch, True)))
     assert peak < batch.num_tokens * bytes_per_token(LayerShape.of(config), 4) < 2.2 * peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("Bert", torch.float32), ("XLMRoberta", torch.bfloat16), ("ModernBert", torch.bfloat16)]
+)
+def test_the_estimate_covers_the_peak_of_an_encoder_and_is_not_far_above(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """An MLP of four times the width, as in BERT; ModernBERT's first linear layer is twice as wide as that."""
+    folder = make_encoder(tmp_path, kind, hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    checkpoint = open_checkpoint(str(folder))
+    model: Any = load_model(checkpoint, dtype=dtype, device=torch.device("cpu"))
+    per_token = bytes_per_token(LayerShape.of(model.config), dtype.itemsize)
+    encoder, row = Encoder(model, checkpoint.architecture), KERNELS["sdpa"]
+    batch = pack_segments([replace(Pair.of((), (4,) * 100), first_typed=100)] * 10)
+    peak = peak_bytes(lambda: encoder(batch, row, row.layout(batch, False), lambda: row.layout(batch, True)))
+    assert peak < batch.num_tokens * per_token < 2 * peak
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ prefix and then the keys of these documents, of which each query sees its own. N
 
 *Merged* and *varlen* call torch's `varlen_attn`, which runs Flash Attention. *Merged* attends to the document itself
 and to the prefix in two calls and merges the results by log-sum-exp; it copies only the prefixes' keys. *Varlen* is one
-call on gathered keys, prefix + document for each document. In the last layer there is one query per document, so there
-is nothing to share, and *merged* gathers keys too.
+call on gathered keys, prefix + document for each document; an encoder's pairs have no prefix, so nothing is gathered.
+In the last layer there is one query per document, so there is nothing to share, and *merged* gathers keys too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ TILE_FIELDS = 6  # columns of TileLayout.tiles
 class VarlenLayout:
     """Segments of queries and the keys that each one reads. A prefix is a segment that reads its own keys."""
 
-    key_index: Tensor  # (num_keys,) int64: tokens whose keys the segments read, segment by segment
+    # (num_keys,) int64: tokens whose keys the segments read, segment by segment; None: all tokens, in packed order
+    key_index: Tensor | None
     cu_seqlens_q: Tensor  # (num_segments + 1,) int32
     cu_seqlens_k: Tensor  # (num_segments + 1,) int32
     max_seqlen_q: int
@@ -120,7 +121,7 @@ def varlen_layout(batch: PackedBatch, last_tokens_only: bool) -> VarlenLayout:
             lengths_k += [group.prefix_length + run.length] * run.count
     window = -1 if batch.window is None else batch.window
     return VarlenLayout(
-        key_index=ranges(starts, lengths),
+        key_index=ranges(starts, lengths) if any(group.prefix_length for group in batch.groups) else None,
         cu_seqlens_q=_cumulative(lengths_q),
         cu_seqlens_k=_cumulative(lengths_k),
         max_seqlen_q=max(lengths_q),
@@ -168,9 +169,10 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, layout: TileLayout, scale: flo
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
     """One call on gathered keys. The causal mask is aligned to the last key, so a document sees its whole prefix."""
     q, k, v = _by_token(q, k, v)
-    keys, values = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
+    if layout.key_index is not None:
+        k, v = k[layout.key_index], v[layout.key_index]  # (num_keys, num_kv_heads, head_dim)
     cu, longest = (layout.cu_seqlens_q, layout.cu_seqlens_k), (layout.max_seqlen_q, layout.max_seqlen_k)
-    return torch_varlen(q, keys, values, cu, longest, window=layout.window, scale=scale)[0].unsqueeze(0)
+    return torch_varlen(q, k, v, cu, longest, window=layout.window, scale=scale)[0].unsqueeze(0)
 
 
 def attend_merged(q: Tensor, k: Tensor, v: Tensor, layout: MergedLayout | VarlenLayout, scale: float) -> Tensor:

@@ -107,7 +107,7 @@ def require_fp8(device: torch.device) -> None:
     try:
         ones, scale = quantize(torch.ones(16, 16, dtype=torch.bfloat16, device=device))
         scaled_matmul(ones, scale, ones, scale, None)
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()  # not the device, on which another model may capture graphs
     except RuntimeError as error:  # some torch builds have no kernel for per-row scales on some GPUs
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"dtype is 'fp8', but this torch cannot multiply it on this GPU: {reason}") from error

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +46,34 @@ Compute = Callable[[PackedBatch, TileLayout, Callable[[], TileLayout]], Tensor]
 """Computes (num_pairs,) fp32 from a batch and its layouts, all on the device."""
 Capture = Callable[[Callable[[], Tensor], bool], tuple[Callable[[], None], Tensor]]
 """Takes a pass, and whether no graph is held; returns the function that replays it and the tensor of its result."""
+
+
+class DeviceLock:
+    """Held while an engine launches a batch, captures one graph or waits for the whole device; not reentrant.
+
+    Batches take turns, because the kernels of two would alternate on the stream, and both would end late. Waiting for a
+    device, with which a capture starts, fails while another thread captures there, and breaks that capture, too,
+    whatever its `capture_error_mode` is. A thread that releases this lock and acquires it again comes after a waiting
+    one; with a `threading.Lock` all captures of a load may come first.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._running = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._running.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._running.release()
+
+
+_locks: dict[tuple[str, int], DeviceLock] = {}  # by type and index of the device
+
+
+def lock_of(device: torch.device) -> DeviceLock:
+    """The device's lock in this process."""
+    return _locks.setdefault((device.type, device.index or 0), DeviceLock())
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -137,7 +167,7 @@ class GraphRunner:
     def run(self, batch: PackedBatch) -> Tensor | None:
         """(num_pairs,) fp32 in packed order, on the device; None if no graph runs this batch.
 
-        Captures one shape if some are waiting, as after memory ran out.
+        Captures one shape if some are waiting, as after memory ran out. The caller holds the device's lock.
         """
         if self._waiting:
             self._capture_next()
@@ -156,19 +186,24 @@ class GraphRunner:
     def capture_all(self, *, seconds: float = CAPTURE_SECONDS) -> None:
         """Capture all shapes, so that no batch waits for it; after `seconds` only those whose absence would cost most.
 
-        Batches of the others run as the next larger graph.
+        Batches of the others run as the next larger graph. Acquires the device's lock for each capture, so that other
+        engines launch batches in between.
         """
         start = time.perf_counter()
         while self._waiting:
             is_power = _odd_part(self._waiting[0].num_tokens) == 1
             if self._graphs and not is_power and time.perf_counter() - start > seconds:
                 break
-            self._capture_next()
+            with lock_of(self._device):
+                self._capture_next()
         self._waiting = []
         logger.info("captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - start)
 
     def forget_all(self) -> bool:
-        """Drop all graphs and free their memory; later batches capture them again. Returns whether there were any."""
+        """Drop all graphs and free their memory; later batches capture them again. Returns whether there were any.
+
+        The caller holds the device's lock.
+        """
         had_any = bool(self._graphs)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # a replay may be running
@@ -217,13 +252,12 @@ class GraphRunner:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Make a function that captures graphs into a shared memory pool, on one stream.
+    """Make a function that captures graphs into a shared memory pool.
 
-    A pool ends with its last graph and cannot be reused, so the first capture makes a new one. We use our own stream:
-    torch's default capture stream belongs to the device that was used first, and stays current if a capture fails.
+    A pool ends with its last graph and cannot be reused, so the first capture makes a new one.
     """
     pool: Any = None
-    side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = capture_stream(device)
 
     def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         nonlocal pool
@@ -242,6 +276,16 @@ def cuda_capture(device: torch.device) -> Capture:
         return graph.replay, output
 
     return capture
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device, one at a time. torch keeps a cuBLAS workspace for each stream that has
+    multiplied, 32 MiB on Hopper, as long as the process lives.
+
+    torch's default capture stream belongs to the device that was used first, and stays current if a capture fails.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 INVALID: list[torch.cuda.CUDAGraph] = []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from local_rerank.engine.attention import Attend, Layout, layout_to
 from local_rerank.engine.cuda.fp8 import FP8, product_and_exact, quantize
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
+from local_rerank.engine.out_of_memory import is_out_of_memory
 from local_rerank.engine.packing import PackedBatch, pack
 from local_rerank.requests.pair import Pair
 
@@ -150,9 +151,11 @@ def why_not_fused(config: Any, device: torch.device, dtype: torch.dtype, *, fp8:
                 compile_kernels(config, device, dtype, fp8=fp8)
             differences = kernel_differences(config, device, dtype, fp8=fp8)
     except Exception as error:  # whatever the compiler, its back end and the linker raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        logger.warning("Triton does not work here (%s: %s)", type(error).__name__, reason)
-        return "Triton does not work here"
+        said = (str(error).strip().splitlines() or [""])[0]
+        is_short = is_out_of_memory(error)
+        reason = "memory ran out while its kernels were checked" if is_short else "Triton does not work here"
+        logger.warning("%s (%s: %s)", reason, type(error).__name__, said)
+        return reason
     wrong = {name: value for name, value in differences.items() if not value < LIMITS.get(name, LARGEST_DIFFERENCE)}
     if wrong:
         logger.warning("kernels compute something else here: %s", wrong)

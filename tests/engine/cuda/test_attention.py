@@ -18,6 +18,7 @@ from local_rerank import Reranker
 from local_rerank.engine.attention import layout_to
 from local_rerank.engine.cuda import attention as cuda_attention
 from local_rerank.engine.decoder import PackedAttention
+from local_rerank.engine.encoder import pack_segments
 from local_rerank.engine.kernel_table import KERNELS
 from local_rerank.engine.packing import pack
 from local_rerank.requests.pair import Pair
@@ -67,6 +68,23 @@ def test_an_encoders_tokens_see_their_pair_or_a_window_of_it(
     pairs = [Pair.of((), (1,) * length) for length in (1, 5, 5, 16, 41)]
     encoder = {"is_causal": False, "window": window, "num_kv_heads": 4}
     assert agrees_with_dense(kernel, pairs, last_tokens_only=last_tokens_only, **encoder)
+
+
+@pytest.mark.parametrize("last_tokens_only", [False, True])
+def test_an_encoders_keys_are_not_copied(last_tokens_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, row = pack_segments([Pair.of((), (1,) * length) for length in (1, 5, 5)]), KERNELS["cuda-varlen"]
+    read: list[int] = []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+        read.extend([k.data_ptr(), v.data_ptr()])
+        return slow_varlen(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(cuda_attention, "torch_varlen", watched)
+    joined = torch.randn(batch.num_tokens, 3, 4, 16)  # the product of queries, keys and values
+    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in joined.unbind(1))
+    q = q[:, :, batch.last_token_index] if last_tokens_only else q
+    row.attend(q, k, v, row.layout(batch, last_tokens_only), 0.25)
+    assert read == [k.data_ptr(), v.data_ptr()]
 
 
 @pytest.mark.usefixtures("on_cpu")

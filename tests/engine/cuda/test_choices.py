@@ -24,6 +24,8 @@ from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.load import load, load_model
 from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
 from local_rerank.errors import CheckpointError, ConfigError
+from local_rerank.selftest.machine_report import NOTHING, _kernel
+from tests.encoder_checkpoints import make_encoder
 
 BUILDS = {  # what torch's builds for CUDA 12.6 and 13.0 are compiled for
     "12.6": ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"],
@@ -173,6 +175,33 @@ def test_what_an_older_gpu_cannot_do_is_refused_with_the_least_capability(
     gpus(monkeypatch, T4)
     with pytest.raises(ConfigError, match=says):
         plan(tiny_checkpoint, **{"dtype": "auto"} | options)
+
+
+@pytest.mark.parametrize("width", [4 * 26, 4 * 264])
+def test_heads_that_flash_attention_refuses_get_sdpa(width: int, tmp_path: Path) -> None:
+    """TinyBERT-L-4 has a width of 312 in 12 heads."""
+    folder = make_encoder(tmp_path, "Bert", hidden_size=width, num_hidden_layers=1)
+    planned = plan(folder)
+    assert planned.kernel == "sdpa"
+    needs = f"cuda-varlen needs a head dimension that is a multiple of 8, at most 256, and the model's is {width // 4}"
+    assert planned.reasons["kernel"] == f"the fastest for bf16 on NVIDIA H200 (compute capability 9.0); {needs}"
+    with pytest.raises(ConfigError, match=f"'cuda-varlen' needs a .* is {width // 4}; use auto or sdpa"):
+        plan(folder, attention="cuda-varlen")
+    info: Any = SimpleNamespace(
+        **{name: getattr(planned, name) for name in ("kernel", "reasons", "decoder")}, device="cuda"
+    )
+    info.dtype = info.compute_dtype = "bf16"
+    assert _kernel(info, planned.checkpoint).faster == NOTHING  # what `doctor` advises
+    assert plan(make_encoder(tmp_path, "Bert", hidden_size=4 * 24)).kernel == "cuda-varlen"
+
+
+@pytest.mark.parametrize("is_encoder", [False, True])
+def test_batches_fit_in_free_memory_unless_the_user_sets_their_tokens(
+    is_encoder: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = make_encoder(tmp_path, "Bert") if is_encoder else tiny_checkpoint
+    assert plan(folder).fits_memory
+    assert not plan(folder, max_batch_tokens=100).fits_memory
 
 
 @pytest.mark.parametrize(("gpu", "may_add_in_fp16"), [(T4, False), (H200, True)])

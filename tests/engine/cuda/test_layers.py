@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -171,15 +172,22 @@ def test_a_kernel_that_is_wrong_is_not_used(name: str, factor: float, monkeypatc
 
 
 @pytest.mark.usefixtures("kernels_in_torch")
-def test_triton_that_cannot_compile_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Failed to find C compiler"), "Triton does not work here"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out while its kernels were checked"),
+    ],
+)
+def test_the_log_says_why_the_kernels_cannot_be_checked(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def no_compiler(x: Tensor) -> Tensor:
-        raise RuntimeError("Failed to find C compiler")
+    def fails(x: Tensor) -> Tensor:
+        raise error
 
-    monkeypatch.setattr(triton_kernels, "silu_mul", no_compiler)
-    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) == "Triton does not work here"
-    assert "Triton does not work here (RuntimeError: Failed to find C compiler)" in caplog.text
+    monkeypatch.setattr(triton_kernels, "silu_mul", fails)
+    assert cuda_layers.why_not_fused(CONFIG, CPU, torch.float32) == reason
+    assert f"{reason} ({type(error).__name__}: {error})" in caplog.text
 
 
 @pytest.mark.parametrize("width", [16, 300, 1024])
@@ -330,6 +338,21 @@ def test_an_older_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older GPU")
     with pytest.raises(ConfigError, match=r"an older GPU has 8\.6"):
         fp8.require_fp8(torch.device("cuda"))
+
+
+def test_the_check_of_fp8_waits_for_its_stream_and_leaves_a_capture_on_another_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append("device"))
+    monkeypatch.setattr(torch, "ones", Mock())
+    monkeypatch.setattr(fp8, "quantize", lambda x: (x, x))
+    monkeypatch.setattr(fp8, "scaled_matmul", Mock())
+    fp8.require_fp8(torch.device("cuda"))
+    assert waited == ["stream"]
 
 
 @needs_gpu

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import anyio
 import pytest
 import torch
 import yaml
@@ -42,7 +43,13 @@ async def test_requests_refusals_batches_and_tokens_are_counted(serve: Serve, ti
     async with serve(tiny_reranker) as client:
         ranked = (await client.post(LOCAL, json=BODY)).json()
         await client.post(NATIVE, json={"model": "x"})
-        found = samples((await client.get("/metrics")).text)
+        counted = ("local_rerank_batch_tokens_sum", frozenset({("model", "tiny-reranker")}))
+        found: dict[Any, float] = {}
+        for _ in range(100):  # a batch is counted after its requests have their answers
+            found = samples((await client.get("/metrics")).text)
+            if found.get(counted):
+                break
+            await anyio.sleep(0.01)
 
     def value(name: str, **labels: str) -> float:
         return found[f"local_rerank_{name}", frozenset(labels.items())]

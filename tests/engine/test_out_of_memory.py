@@ -36,7 +36,7 @@ from local_rerank.engine.out_of_memory import (
     is_out_of_memory,
 )
 from local_rerank.engine.packing import pack
-from local_rerank.errors import EngineFailure, OutOfMemory
+from local_rerank.errors import CheckpointError, EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
 from tests.encoder_checkpoints import make_encoder
 
@@ -164,6 +164,8 @@ def test_running_out_of_memory_raises_a_typed_error_and_the_engine_goes_on(engin
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "[enforce fail at alloc_cpu.cpp:133] DefaultCPUAllocator: can't allocate memory: you tried to allocate",
+        "unable to mmap 982725504 bytes from file </models/a/model.safetensors>: Cannot allocate memory (12)",
     ],
 )
 def test_every_text_of_the_error_becomes_the_typed_one(engine: Engine, text: str) -> None:
@@ -186,6 +188,7 @@ def test_an_error_behind_the_error_counts_and_a_long_or_circular_chain_ends() ->
     caused = ValueError("compilation failed")
     caused.__cause__ = RuntimeError("CUDA driver error: out of memory")
     assert is_out_of_memory(caused)
+    assert is_out_of_memory(chain(CheckpointError("cannot be loaded"), MemoryError()))
     assert not is_out_of_memory(chain(*(RuntimeError(str(number)) for number in range(1000))))
     first = RuntimeError("CUDA error: an illegal memory access was encountered")
     first.__context__, first.__cause__ = RuntimeError(), RuntimeError("out of resource: shared memory")

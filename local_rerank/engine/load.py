@@ -140,12 +140,12 @@ def _does_not_fit(plan: LoadPlan) -> str:
     gc.collect()  # an error may be part of a cycle, and refers to the tensors
     release_cached()
     checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
-    free = psutil.virtual_memory().available
+    free, freeing = _free_ram(), "free memory or raise the limit of this process (ulimit -v)"
     if on_gpu:  # a process that has not used the GPU may not even have room to ask
-        free = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0
+        free, freeing = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, "free memory there"
     stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
     needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
-    remedies = ["free memory there", "use a smaller model"]
+    remedies = [freeing, "use a smaller model"]
     if plan.weights == torch.float32 and not checkpoint.needs_fp32:
         remedies.append("set dtype to bf16 or fp16")
     if on_gpu:  # fp8 is no remedy, because it quantizes what was read
@@ -154,6 +154,14 @@ def _does_not_fit(plan: LoadPlan) -> str:
     what = f"its weights take {gigabytes(needed)} in {name_of(plan.weights)}, and {gigabytes(free)} are free"
     advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 2 else " or ".join(remedies)
     return f"out of memory while loading {checkpoint.model_id} on {plan.device}: {what}; {advice}"
+
+
+def _free_ram() -> int:
+    """Bytes that the system has left, or this process if its address space has a limit, as Linux says."""
+    process = psutil.Process()
+    free: int = psutil.virtual_memory().available
+    limit = process.rlimit(psutil.RLIMIT_AS)[0] if sys.platform == "linux" else -1
+    return free if limit < 0 else min(free, max(0, limit - process.memory_info().vms))
 
 
 def load_model(

@@ -108,6 +108,10 @@ def _load(
         pack=pack_segments if plan.decoder == "encoder" else pack,
     )
     engine.capture_graphs()
+    reasons = {**plan.reasons, "threads": threads.reason}
+    has_graphs = engine.graphs is not None and bool(engine.graphs.sizes)
+    if plan.cuda_graphs and not has_graphs:
+        reasons["cuda_graphs"] = "none could be captured, as the log says"
     unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
     if plan.device.type == "cpu":
         keep_freed_memory()
@@ -121,7 +125,7 @@ def _load(
         decoder=plan.decoder,
         kernel=plan.kernel,
         threads=threads.count,
-        reasons={**plan.reasons, "threads": threads.reason},
+        reasons=reasons,
         num_parameters=num_parameters,
         num_layers=len(decoder.layers),
         hidden_size=checkpoint.config["hidden_size"],
@@ -130,7 +134,7 @@ def _load(
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
-        cuda_graphs=plan.cuda_graphs,
+        cuda_graphs=has_graphs,
         recipe=plan.recipe,
     )
 

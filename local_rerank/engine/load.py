@@ -144,19 +144,19 @@ def _does_not_fit(plan: LoadPlan) -> str:
     gc.collect()  # an error may be part of a cycle, and refers to the tensors
     release_cached()
     checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
-    free, freeing = _free_ram(), "free memory or raise the limit of this process (ulimit -v)"
+    free, remedies = _free_ram(), ["free memory", "raise the limit of this process (ulimit -v)"]
     if on_gpu:  # a process that has not used the GPU may not even have room to ask
-        free, freeing = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, "free memory there"
+        free, remedies = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, ["free memory there"]
     stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
     needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
-    remedies = [freeing, "use a smaller model"]
+    remedies.append("use a smaller model")
     if plan.weights == torch.float32 and not checkpoint.needs_fp32:
         remedies.append("set dtype to bf16 or fp16")
     if on_gpu:  # fp8 is no remedy, because it quantizes what was read
         can_spread = not checkpoint.recipe.is_encoder and plan.quantization is None and plan.config.device_map is None
         remedies += ["set device_map to auto, which leaves layers in RAM"] * can_spread + ["set device to cpu"]
     what = f"its weights take {gigabytes(needed)} in {name_of(plan.weights)}, and {gigabytes(free)} are free"
-    advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 2 else " or ".join(remedies)
+    advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     return f"out of memory while loading {checkpoint.model_id} on {plan.device}: {what}; {advice}"
 
 

@@ -210,7 +210,7 @@ def test_a_load_on_a_cpu_says_what_is_free_under_the_limit_of_the_process(
     monkeypatch.setattr("psutil.Process.rlimit", lambda *_: (limit, -1))
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(vms=10**9))
     advice = (
-        "free memory or raise the limit of this process (ulimit -v), use a smaller model, or set dtype to bf16 or fp16"
+        "free memory, raise the limit of this process (ulimit -v), use a smaller model, or set dtype to bf16 or fp16"
     )
     with pytest.raises(ConfigError, match=re.escape(f" in fp32, and {free} are free; {advice}") + "$"):
         load(plan, (5, 6), known=list)

@@ -170,7 +170,7 @@ class Worker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if (thread := self._thread) is not None and thread is not threading.current_thread():  # which calls back
+        if (thread := self._thread) is not None and thread is not threading.current_thread():  # not in its callback
             thread.join()
 
     def _work(self) -> None:

@@ -320,8 +320,8 @@ class Reranker:
     def close(self) -> None:
         """Finish the running batch, fail queued requests with ModelUnavailable, and stop the thread.
 
-        Later calls raise ModelUnavailable. The weights are freed with the object, to which the thread refers before.
-        Closing twice does nothing.
+        Later calls raise ModelUnavailable. Dropping the object frees the weights only after this, because until then
+        the thread refers to it. Closing twice does nothing.
         """
         self._worker.close()
 

@@ -64,7 +64,7 @@ def _print_tables(info: ModelInfo, outcome: SelfTest, order: OrderCheck, machine
     table = Table("", "current", "faster with", box=None, pad_edge=False)
     for name in ("device", "dtype", "decoder", "kernel", "products", "memory", "threads"):
         row = getattr(machine, name)
-        table.add_row(name, Text(row.value), Text(row.faster))
+        table.add_row(name, Text(row.value, overflow="fold"), Text(row.faster, overflow="fold"))
     console.print(table)
     console.print(", ".join(f"{name} {version}" for name, version in machine.versions.items()), style="dim")
 

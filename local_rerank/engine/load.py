@@ -108,6 +108,10 @@ def _load(
         pack=pack_segments if plan.decoder == "encoder" else pack,
     )
     engine.capture_graphs()
+    reasons = {**plan.reasons, "threads": threads.reason}
+    has_graphs = engine.graphs is not None and bool(engine.graphs.sizes)
+    if plan.cuda_graphs and not has_graphs:
+        reasons["cuda_graphs"] = "none could be captured, as the log says"
     unquantized = cpu.quantize(engine, plan, num_parameters, known) if plan.quantization == "int8" else []
     if plan.device.type == "cpu":
         keep_freed_memory()
@@ -121,7 +125,7 @@ def _load(
         decoder=plan.decoder,
         kernel=plan.kernel,
         threads=threads.count,
-        reasons={**plan.reasons, "threads": threads.reason},
+        reasons=reasons,
         num_parameters=num_parameters,
         num_layers=len(decoder.layers),
         hidden_size=checkpoint.config["hidden_size"],
@@ -130,7 +134,7 @@ def _load(
         load_seconds=time.perf_counter() - start,
         unquantized=tuple(unquantized),
         products=plan.products,
-        cuda_graphs=plan.cuda_graphs,
+        cuda_graphs=has_graphs,
         recipe=plan.recipe,
     )
 
@@ -140,20 +144,28 @@ def _does_not_fit(plan: LoadPlan) -> str:
     gc.collect()  # an error may be part of a cycle, and refers to the tensors
     release_cached()
     checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
-    free = psutil.virtual_memory().available
+    free, remedies = _free_ram(), ["free memory", "raise the limit of this process (ulimit -v)"]
     if on_gpu:  # a process that has not used the GPU may not even have room to ask
-        free = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0
+        free, remedies = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, ["free memory there"]
     stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
     needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
-    remedies = ["free memory there", "use a smaller model"]
+    remedies.append("use a smaller model")
     if plan.weights == torch.float32 and not checkpoint.needs_fp32:
         remedies.append("set dtype to bf16 or fp16")
     if on_gpu:  # fp8 is no remedy, because it quantizes what was read
         can_spread = not checkpoint.recipe.is_encoder and plan.quantization is None and plan.config.device_map is None
         remedies += ["set device_map to auto, which leaves layers in RAM"] * can_spread + ["set device to cpu"]
     what = f"its weights take {gigabytes(needed)} in {name_of(plan.weights)}, and {gigabytes(free)} are free"
-    advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}" if len(remedies) > 2 else " or ".join(remedies)
+    advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     return f"out of memory while loading {checkpoint.model_id} on {plan.device}: {what}; {advice}"
+
+
+def _free_ram() -> int:
+    """Bytes that the system has left, or this process if its address space has a limit, as Linux says."""
+    process = psutil.Process()
+    free: int = psutil.virtual_memory().available
+    limit = process.rlimit(psutil.RLIMIT_AS)[0] if sys.platform == "linux" else -1
+    return free if limit < 0 else min(free, max(0, limit - process.memory_info().vms))
 
 
 def load_model(

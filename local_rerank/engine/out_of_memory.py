@@ -23,8 +23,9 @@ NO_POOL = (0, 0)  # the pool id of segments that any allocation may use
 MAX_CHAINED = 16  # errors that are looked at behind the one that was caught
 
 # "CUDA error:", "CUDA driver error:" and "Triton Error [CUDA]: out of memory", NCCL's "Cuda failure 'out of memory'";
-# torch's allocator for the CPU; CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED, in cuDNN 9 ..._ALLOCATION_FAILED
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE)
+# torch's allocator for the CPU, and the system's error 12 if a file cannot be mapped; CUBLAS_STATUS_ALLOC_FAILED,
+# CUDNN_STATUS_ALLOC_FAILED, in cuDNN 9 ..._ALLOCATION_FAILED
+OUT_OF_MEMORY = re.compile(r"out of memory|can('t|not) allocate memory|_ALLOC(ATION)?_FAILED", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +93,12 @@ def free_bytes(devices: set[torch.device]) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, which the text of the error says or of one behind it (its cause and its context).
 
-    Only torch's own allocator for CUDA raises a typed error. A capture that ends because memory ran out raises another
-    one, while the first is handled.
+    Only torch's own allocator for CUDA raises a typed error, and Python one without a text. A capture that ends because
+    memory ran out raises another one, while the first is handled.
     """
     chain = [error]
     for each in chain:  # grows
-        if isinstance(each, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(each)):
+        if isinstance(each, torch.OutOfMemoryError | MemoryError) or OUT_OF_MEMORY.search(str(each)):
             return True
         behind = (each.__cause__, each.__context__)
         chain += [more for more in behind if more is not None and more not in chain][: MAX_CHAINED - len(chain)]

@@ -170,8 +170,8 @@ class Worker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        if (thread := self._thread) is not None and thread is not threading.current_thread():  # not in its callback
+            thread.join()
 
     def _work(self) -> None:
         launches = None if self._launch is None else Launches(self._launch, self._changed, self._clock)

@@ -86,7 +86,7 @@ def test_memory_includes_the_pool_of_a_targets_cuda_graphs(
     segments = [{"segment_pool_id": pool, "total_size": size} for pool, size in pools]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", Mock(side_effect=[segments[:2], segments]))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", Mock(side_effect=[segments[1:2], segments]))
     monkeypatch.setattr("local_rerank.reranker.Reranker", lambda config: nullcontext(tiny_reranker))
     target = _load(ExitStack(), EngineConfig(), "fp32", True)
     round_ = target.run([RerankRequest(query="q", documents=("a", "b"))], concurrent=False)

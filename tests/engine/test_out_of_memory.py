@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3Config, Qwen3Model
 
-from local_rerank import Reranker
+from local_rerank import EngineConfig, Reranker
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.engine.cuda import prepare as cuda
 from local_rerank.engine.decoder import ATTENTION_NAME, TransformersDecoder, register_attention
 from local_rerank.engine.encoder import Encoder, pack_segments
 from local_rerank.engine.engine import Engine, _fetch
 from local_rerank.engine.kernel_table import KERNELS
-from local_rerank.engine.load import load_model
+from local_rerank.engine.load import load, load_model
 from local_rerank.engine.out_of_memory import (
     MIN_BATCH_TOKENS,
     LayerShape,
@@ -36,7 +38,8 @@ from local_rerank.engine.out_of_memory import (
     is_out_of_memory,
 )
 from local_rerank.engine.packing import pack
-from local_rerank.errors import EngineFailure, OutOfMemory
+from local_rerank.engine.plan import make_plan
+from local_rerank.errors import CheckpointError, ConfigError, EngineFailure, OutOfMemory
 from local_rerank.requests.pair import Pair
 from tests.encoder_checkpoints import make_encoder
 
@@ -164,6 +167,8 @@ def test_running_out_of_memory_raises_a_typed_error_and_the_engine_goes_on(engin
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'",
+        "[enforce fail at alloc_cpu.cpp:133] DefaultCPUAllocator: can't allocate memory: you tried to allocate",
+        "unable to mmap 982725504 bytes from file </models/a/model.safetensors>: Cannot allocate memory (12)",
     ],
 )
 def test_every_text_of_the_error_becomes_the_typed_one(engine: Engine, text: str) -> None:
@@ -186,11 +191,29 @@ def test_an_error_behind_the_error_counts_and_a_long_or_circular_chain_ends() ->
     caused = ValueError("compilation failed")
     caused.__cause__ = RuntimeError("CUDA driver error: out of memory")
     assert is_out_of_memory(caused)
+    assert is_out_of_memory(chain(CheckpointError("cannot be loaded"), MemoryError()))
     assert not is_out_of_memory(chain(*(RuntimeError(str(number)) for number in range(1000))))
     first = RuntimeError("CUDA error: an illegal memory access was encountered")
     first.__context__, first.__cause__ = RuntimeError(), RuntimeError("out of resource: shared memory")
     first.__context__.__context__ = first
     assert not is_out_of_memory(first)
+
+
+@pytest.mark.parametrize(("limit", "free"), [(10**9 + 12_345_678, "0.0123 GB"), (10**8, "0 bytes"), (-1, "7 GB")])
+def test_a_load_on_a_cpu_says_what_is_free_under_the_limit_of_the_process(
+    limit: int, free: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32")
+    plan = make_plan(config, open_checkpoint(config.model))
+    monkeypatch.setattr("local_rerank.engine.load.read_qwen3", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=7 * 10**9))
+    monkeypatch.setattr("psutil.Process.rlimit", lambda *_: (limit, -1))
+    monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(vms=10**9))
+    advice = (
+        "free memory, raise the limit of this process (ulimit -v), use a smaller model, or set dtype to bf16 or fp16"
+    )
+    with pytest.raises(ConfigError, match=re.escape(f" in fp32, and {free} are free; {advice}") + "$"):
+        load(plan, (5, 6), known=list)
 
 
 def test_any_other_error_passes_through(engine: Engine) -> None:

@@ -387,3 +387,14 @@ def test_closing_waits_for_a_launched_batch(start: Start) -> None:
     gpu.gate.set()
     closing.join(10)
     assert log_odds(request) == {0: 10.0}
+
+
+def test_a_callback_of_a_request_may_close_the_worker(start: Start) -> None:
+    def close(_: object) -> None:
+        worker.close()
+        closed.set()
+
+    (worker, _), request, closed = start(), pending(1, 10), threading.Event()
+    request.future.add_done_callback(close)
+    submit(worker, request)
+    assert closed.wait(10)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 
 from local_rerank import EngineConfig, Reranker
 from local_rerank.checkpoints.find import open_checkpoint
+from local_rerank.commands.doctor import _print_tables
 from local_rerank.engine.cuda import choices
+from local_rerank.engine.cuda.gpu import BUILDS
 from local_rerank.engine.plan import make_plan
-from local_rerank.selftest.machine_report import describe
+from local_rerank.selftest.machine_report import MachineProperty, describe
 from tests.engine.cuda.test_choices import H200, gpus
 
 GRAPHS = "the decoder for GPUs, with CUDA graphs"
@@ -66,3 +70,14 @@ def test_a_gpu_that_another_process_has_is_no_fault_of_a_model_on_the_cpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", Mock(side_effect=RuntimeError("CUDA error: out of memory\n...")))
     faster = describe(nano.info, nano.checkpoint).device.faster
     assert faster.endswith("cannot use cuda: CUDA error: out of memory; nvidia-smi must list it as free")
+
+
+def test_an_address_is_printed_whole_on_a_narrow_terminal(
+    nano: Reranker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = MachineProperty(value="cpu", faster=f"a build with CUDA ({BUILDS})")
+    machine = dataclasses.replace(describe(nano.info, nano.checkpoint), device=row)
+    nothing: Any = SimpleNamespace(scores=(), passed=True, is_constant=False, detail="")
+    _print_tables(nano.info, nothing, nothing, machine)
+    assert BUILDS in "".join(capsys.readouterr().out.split())

@@ -393,8 +393,7 @@ def test_doctor_prints_every_pair_and_the_verdict() -> None:
     assert "pass: the scores are those stored with the model" in done.stdout
     for pair in json.loads((NANO / GOLDEN).read_text(encoding="utf-8")):
         assert f"{pair['log_odds']:+.4f}" in done.stdout
-    assert re.search(
-        r"order: reranking changed the order of a list from 0 1 2 3 to 1 \d \d \d; document 1", done.stdout
-    )
-    for name in ("device", "dtype", "kernel", "products", "in use:", "memory", "threads", "faster with"):
+    order = r"order: reranking changed the order of a list from 0 1 2 3 to 1 \d \d \d; document 1"
+    assert re.search(order, done.stdout)
+    for name in ("device", "dtype", "decoder", "kernel", "products", "in use:", "memory", "threads", "faster with"):
         assert name in done.stdout

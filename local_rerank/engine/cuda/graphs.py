@@ -257,7 +257,7 @@ def cuda_capture(device: torch.device) -> Capture:
     A pool ends with its last graph and cannot be reused, so the first capture makes a new one.
     """
     pool: Any = None
-    side = capture_stream(device)
+    side = capture_stream(torch.device(device.type, device.index or 0))
 
     def capture(run: Callable[[], Tensor], is_first: bool) -> tuple[Callable[[], None], Tensor]:
         nonlocal pool

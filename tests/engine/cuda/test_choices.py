@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.checkpoints.free_space import gigabytes
 from local_rerank.engine.cuda import choices
 from local_rerank.engine.cuda.gpu import Gpu
+from local_rerank.engine.cuda.graphs import GraphRunner
 from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.load import load, load_model
 from local_rerank.engine.plan import LoadPlan, choose_device, make_plan
@@ -323,3 +326,15 @@ def test_a_load_that_runs_out_of_memory_says_what_it_needs_and_what_to_do(
     with pytest.raises(ConfigError, match=f"on cuda: {says}, and {shown} are free; .*{advice}$") as caught:
         load(planned, (5, 6), known=list)
     assert caught.value.__context__ is None  # a chained error would keep the failed load's tensors alive
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_model_whose_graphs_could_not_be_captured_says_that_it_has_none(
+    works: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = Mock(return_value=(list, torch.zeros(1)), side_effect=None if works else RuntimeError("no"))
+    monkeypatch.setattr("local_rerank.engine.engine.GraphRunner", partial(GraphRunner, capture=capture))
+    planned = replace(plan(tiny_checkpoint, device="cpu", dtype="fp32"), cuda_graphs=True)
+    _, info = load(planned, (5, 6), known=list)
+    assert info.cuda_graphs is works
+    assert (info.reasons["cuda_graphs"] == "none could be captured, as the log says") is not works

@@ -129,7 +129,7 @@ def test_all_captures_of_a_device_have_one_stream(monkeypatch: pytest.MonkeyPatc
     made: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "Stream", made.append)
     capture_stream.cache_clear()
-    for device in (DEVICE, DEVICE, OTHER):
+    for device in (torch.device(DEVICE.type), DEVICE, OTHER):
         cuda_capture(device)
     capture_stream.cache_clear()
     assert made == [DEVICE, OTHER]

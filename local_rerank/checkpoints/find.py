@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from local_rerank.checkpoints.files import has_adapter, missing_files, no_weight
 from local_rerank.checkpoints.hub_cache import find_snapshot, repository_of, split_cache_path
 from local_rerank.checkpoints.model_config import DEFAULT_HEAD_DIM, read_config
 from local_rerank.checkpoints.recipes import Recipe, choose_recipe
-from local_rerank.checkpoints.tensors import check_tensors
+from local_rerank.checkpoints.tensors import check_tensors, stored_tensors
 from local_rerank.errors import CheckpointError
 from local_rerank.requests.encoder_pairs import EncoderTokenizer
 from local_rerank.requests.parts import PromptLimits
@@ -87,6 +88,11 @@ class Checkpoint:
     def stored_dtype(self) -> str:
         """The dtype in config.json; empty if it has none."""
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "")
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the safetensors files, by their headers."""
+        return sum(math.prod(tensor.shape) for tensor in stored_tensors(self.folder, self.weights).values())
 
     @property
     def max_length(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from local_rerank.checkpoints.download import silence_telemetry
 from local_rerank.checkpoints.find import Checkpoint
 from local_rerank.checkpoints.free_space import gigabytes, require_temporary_folder
-from local_rerank.checkpoints.tensors import positive_label, stored_tensors
+from local_rerank.checkpoints.tensors import positive_label
 from local_rerank.engine.cpu import prepare as cpu
 from local_rerank.engine.cpu.attention import cpu_tiles_layout
 from local_rerank.engine.cpu.process_setup import keep_freed_memory
@@ -147,8 +146,7 @@ def _does_not_fit(plan: LoadPlan) -> str:
     free, remedies = _free_ram(), ["free memory", "raise the limit of this process (ulimit -v)"]
     if on_gpu:  # a process that has not used the GPU may not even have room to ask
         free, remedies = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, ["free memory there"]
-    stored = stored_tensors(checkpoint.folder, checkpoint.weights).values()
-    needed = sum(math.prod(tensor.shape) for tensor in stored) * plan.weights.itemsize
+    needed = checkpoint.num_parameters * plan.weights.itemsize
     remedies.append("use a smaller model")
     if plan.weights == torch.float32 and not checkpoint.needs_fp32:
         remedies.append("set dtype to bf16 or fp16")

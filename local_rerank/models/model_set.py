@@ -259,15 +259,20 @@ class ModelSet:
             if not model.needed_bytes:  # it could not be opened at the start
                 _, model.device, model.needed_bytes = self._loader.inspect(model.options.engine)
             self._make_room(model)
-        try:
-            return self._add(model, *self._loader.load(model.options.engine))
-        except Exception as error:  # a large batch of another model, or another process, took memory meanwhile
-            if not (others := self._in_the_way(model)) or not self._loader.is_out_of_memory(error):
-                raise
-            logger.warning("memory ran out while model %s was loaded: %s", model.name, error)
-        self._loader.release_memory()  # outside the except block, because the traceback refers to what was loaded
-        self._unload_for(model, others[0])
-        self._add(model, *self._loader.load(model.options.engine))
+        while True:  # memory may run out all the same: another model's batch or another process took some meanwhile
+            try:
+                return self._add(model, *self._loader.load(model.options.engine))
+            except Exception as error:
+                if not self._loader.is_out_of_memory(error):
+                    raise
+                failure = CheckpointError(str(error) or type(error).__name__)
+            self._loader.release_memory()  # outside the except block, because the traceback refers to what was loaded
+            if not model.is_spread:  # so that later loads do not unload others for as little
+                model.needed_bytes = max(model.needed_bytes, self._free_bytes(model) + 1)
+            if not (others := self._in_the_way(model)):
+                raise failure
+            logger.warning("model %s: %s", model.name, failure)
+            self._unload_for(model, others[0])
 
     def _add(self, model: ServedModel, ranker: Ranker, num_bytes: int) -> None:
         model.model_id = ranker.model_id

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from local_rerank.checkpoints.find import Checkpoint
-from local_rerank.checkpoints.tensors import stored_tensors
 from local_rerank.engine.cpu.cpu_limits import ROOT, cgroup_folders
 from local_rerank.engine.cpu.process_setup import return_freed_memory
 from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
@@ -31,12 +28,7 @@ def needed_bytes(plan: LoadPlan) -> int:
     Quantization comes after reading, so it saves nothing here. On a GPU the batch is the smallest one, because loading
     fits its size to what is free.
     """
-    return num_parameters(plan.checkpoint) * plan.weights.itemsize + batch_bytes(plan)
-
-
-def num_parameters(checkpoint: Checkpoint) -> int:
-    """Numbers in the safetensors files, by their headers."""
-    return sum(math.prod(tensor.shape) for tensor in stored_tensors(checkpoint.folder, checkpoint.weights).values())
+    return plan.checkpoint.num_parameters * plan.weights.itemsize + batch_bytes(plan)
 
 
 def held_bytes(reranker: Reranker) -> int:

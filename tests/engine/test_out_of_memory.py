@@ -81,7 +81,10 @@ def test_the_budget_grows_with_memory_and_stays_within_it(free: int, element_siz
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most that `run` allocates at a time."""
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded,
+    ):
         run()
     events = recorded.profiler.kineto_results.events()
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))

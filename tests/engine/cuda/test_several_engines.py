@@ -1,10 +1,12 @@
-"""Engines that share a device: one captures graphs, others launch batches; the device is simulated."""
+"""Engines that share a device: one captures graphs, others launch batches. Without a GPU the device is simulated."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from local_rerank import Reranker
 from local_rerank.engine.cuda.graphs import DeviceLock, GraphRunner, capture_stream, cuda_capture, shapes_up_to
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS
+from local_rerank.models.room import release_memory
 from local_rerank.requests.pair import Pair
+from tests.gpu import needs_gpu
+from tests.tiny_checkpoints import make_checkpoint
 
 DEVICE, OTHER = torch.device("meta:0"), torch.device("meta:1")
 PAIRS = [Pair.of((1,), (2,))]
@@ -133,3 +139,26 @@ def test_all_captures_of_a_device_have_one_stream(monkeypatch: pytest.MonkeyPatc
         cuda_capture(device)
     capture_stream.cache_clear()
     assert made == [DEVICE, OTHER]
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_gpu_scores_while_another_model_captures_and_has_the_memory_of_a_closed_one_back(tmp_path: Path) -> None:
+    folder = str(make_checkpoint(tmp_path / "model", head_dim=64, hidden_size=128, seed=13))
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "max_batch_tokens": 2048}
+    texts, reserved = [("a query", "word " * length) for length in range(1, 20)], []
+    with Reranker(folder, **options) as serving, ThreadPoolExecutor(1) as threads:
+        scores = serving.score(texts, logits=True)
+        expected = pytest.approx(scores, abs=0.05 * max(map(abs, scores)))
+        for _ in range(3):
+            loading = threads.submit(Reranker, folder, **options)
+            while not loading.done():
+                assert serving.score(texts, logits=True) == expected
+            with loading.result() as other:
+                assert other.engine.graphs is not None
+                assert other.engine.graphs.sizes  # a capture that another thread breaks turns graphs off
+                assert other.score(texts, logits=True) == expected
+            del loading, other
+            release_memory()
+            reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] - reserved[1] < 4 * 2**20  # the first load leaves cuBLAS's workspaces

@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from local_rerank.engine.dtypes import name_of
 from local_rerank.engine.encoder import Encoder, encoder_head, pack_segments
 from local_rerank.engine.engine import Engine
 from local_rerank.engine.kernel_table import KERNELS, KernelRow
-from local_rerank.engine.out_of_memory import free_bytes, release_cached, unless_out_of_memory
+from local_rerank.engine.out_of_memory import address_space_limit, available_bytes, release_cached, unless_out_of_memory
 from local_rerank.engine.packing import pack
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.engine.qwen3 import read_qwen3
@@ -143,10 +142,12 @@ def _does_not_fit(plan: LoadPlan) -> str:
     gc.collect()  # an error may be part of a cycle, and refers to the tensors
     release_cached()
     checkpoint, on_gpu = plan.checkpoint, plan.device.type == "cuda"
-    free, remedies = _free_ram(), ["free memory", "raise the limit of this process (ulimit -v)"]
-    if on_gpu:  # a process that has not used the GPU may not even have room to ask
-        free, remedies = unless_out_of_memory(lambda: free_bytes({plan.device})) or 0, ["free memory there"]
+    # a process that has not used the GPU may not even have room to ask
+    free = unless_out_of_memory(lambda: available_bytes(plan.device)) or 0
     needed = checkpoint.num_parameters * plan.weights.itemsize
+    remedies = ["free memory there"] if on_gpu else ["free memory"]
+    if not on_gpu and address_space_limit() is not None:
+        remedies.append("raise the limit of this process (ulimit -v)")
     remedies.append("use a smaller model")
     if plan.weights == torch.float32 and not checkpoint.needs_fp32:
         remedies.append("set dtype to bf16 or fp16")
@@ -156,14 +157,6 @@ def _does_not_fit(plan: LoadPlan) -> str:
     what = f"its weights take {gigabytes(needed)} in {name_of(plan.weights)}, and {gigabytes(free)} are free"
     advice = f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
     return f"out of memory while loading {checkpoint.model_id} on {plan.device}: {what}; {advice}"
-
-
-def _free_ram() -> int:
-    """Bytes that the system has left, or this process if its address space has a limit, as Linux says."""
-    process = psutil.Process()
-    free: int = psutil.virtual_memory().available
-    limit = process.rlimit(psutil.RLIMIT_AS)[0] if sys.platform == "linux" else -1
-    return free if limit < 0 else min(free, max(0, limit - process.memory_info().vms))
 
 
 def load_model(

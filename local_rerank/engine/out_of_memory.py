@@ -1,17 +1,22 @@
-"""GPU memory: how many tokens fit beside the weights, and how to recognize an out-of-memory error.
+"""Memory: what is free, how many tokens fit beside the weights on a GPU, and how to recognize that memory ran out.
 
-The estimate is the peak of one layer, because a forward pass without a KV cache keeps only a layer's output.
+The estimate of a token is the peak of one layer, because a forward pass without a KV cache keeps only a layer's output.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
+
+from local_rerank.engine.cpu.cpu_limits import ROOT, cgroup_folders
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +26,10 @@ USABLE_SHARE = 0.8  # of free memory; the rest is for fragmentation, cuBLAS work
 MIN_BATCH_TOKENS = 512  # below that a forward pass is mostly overhead
 NO_POOL = (0, 0)  # the pool id of segments that any allocation may use
 MAX_CHAINED = 16  # errors that are looked at behind the one that was caught
+
+# limit and usage of a cgroup's memory, and the name in memory.stat of file cache that the kernel takes back first
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
 
 # "CUDA error:", "CUDA driver error:" and "Triton Error [CUDA]: out of memory", NCCL's "Cuda failure 'out of memory'";
 # torch's allocator for the CPU, and the system's error 12 if a file cannot be mapped; CUBLAS_STATUS_ALLOC_FAILED,
@@ -88,6 +97,52 @@ def free_bytes(devices: set[torch.device]) -> int:
         index = cuda.current_device() if device.index is None else device.index
         free[device] += sum(each["total_size"] - each["allocated_size"] for each in shared if each["device"] == index)
     return min(free.values())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free bytes on a GPU, or in RAM."""
+    return free_bytes({device}) if device.type == "cuda" else available_ram()
+
+
+def available_ram(root: Path = ROOT) -> int:
+    """Bytes that this process can still use, as far as its cgroups and its limit of address space (`ulimit -v`) allow.
+
+    `root` replaces / in the paths of /proc and /sys.
+    """
+    available: int = psutil.virtual_memory().available
+    if (limit := address_space_limit()) is not None:
+        available = min(available, max(0, limit - psutil.Process().memory_info().vms))
+    for folder, is_v2 in cgroup_folders(root, "memory"):
+        limit_name, usage_name, cache_name = _V2 if is_v2 else _V1
+        limit, used = _number(folder / limit_name), _number(folder / usage_name)
+        if limit is not None and used is not None:
+            available = min(available, max(0, limit - used + _cache(folder / "memory.stat", cache_name)))
+    return available
+
+
+def address_space_limit() -> int | None:
+    """Bytes that the process may map (`ulimit -v`); None without a limit, and beside Linux."""
+    if sys.platform != "linux":
+        return None
+    limit: int = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
+    return None if limit < 0 else limit
+
+
+def _number(path: Path) -> int | None:
+    """None without a limit ("max") or without the file."""
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _cache(path: Path, name: str) -> int:
+    try:
+        lines = dict(line.split(" ", 1) for line in path.read_text().splitlines() if " " in line)
+    except (OSError, UnicodeDecodeError):
+        return 0
+    return int(lines[name]) if lines.get(name, "").isdecimal() else 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

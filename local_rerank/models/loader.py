@@ -6,7 +6,7 @@ import torch
 
 from local_rerank.checkpoints.find import open_checkpoint
 from local_rerank.config import EngineConfig
-from local_rerank.engine.out_of_memory import is_out_of_memory
+from local_rerank.engine.out_of_memory import available_bytes, is_out_of_memory
 from local_rerank.engine.plan import make_plan
 from local_rerank.models import room
 from local_rerank.reranker import Reranker
@@ -42,7 +42,7 @@ class EngineLoader:
             raise
 
     def available_bytes(self, device: str) -> int:
-        return room.available_bytes(torch.device(device))
+        return available_bytes(torch.device(device))
 
     def is_out_of_memory(self, error: Exception) -> bool:
         return is_out_of_memory(error)

@@ -265,10 +265,9 @@ class ModelSet:
             except Exception as error:
                 if not self._loader.is_out_of_memory(error):
                     raise
+                logger.debug("memory ran out", exc_info=error)
                 failure = CheckpointError(str(error) or type(error).__name__)
             self._loader.release_memory()  # outside the except block, because the traceback refers to what was loaded
-            if not model.is_spread:  # so that later loads do not unload others for as little
-                model.needed_bytes = max(model.needed_bytes, self._free_bytes(model) + 1)
             if not (others := self._in_the_way(model)):
                 raise failure
             logger.warning("model %s: %s", model.name, failure)

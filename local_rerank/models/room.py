@@ -1,25 +1,18 @@
-"""Memory: what a model needs, before its weights are read, and what is free where it would be loaded."""
+"""Memory: what a model needs, before its weights are read, and what it holds."""
 
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 
-from local_rerank.engine.cpu.cpu_limits import ROOT, cgroup_folders
 from local_rerank.engine.cpu.process_setup import return_freed_memory
 from local_rerank.engine.dtypes import DTYPES, QUANTIZED_DTYPES
-from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, free_bytes, release_cached
+from local_rerank.engine.out_of_memory import MIN_BATCH_TOKENS, LayerShape, bytes_per_token, release_cached
 from local_rerank.engine.plan import LoadPlan
 from local_rerank.reranker import Reranker
-
-# limit and usage of a cgroup's memory, and the name in memory.stat of file cache that the kernel takes back first
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def needed_bytes(plan: LoadPlan) -> int:
@@ -55,39 +48,6 @@ def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free bytes on a GPU, or in RAM as far as the process's cgroups allow."""
-    return free_bytes({device}) if device.type == "cuda" else available_ram()
-
-
-def available_ram(root: Path = ROOT) -> int:
-    """Bytes that this process can still use. `root` replaces / in the paths of /proc and /sys."""
-    available: int = psutil.virtual_memory().available
-    for folder, is_v2 in cgroup_folders(root, "memory"):
-        limit_name, usage_name, cache_name = _V2 if is_v2 else _V1
-        limit, used = _number(folder / limit_name), _number(folder / usage_name)
-        if limit is not None and used is not None:
-            available = min(available, max(0, limit - used + _cache(folder / "memory.stat", cache_name)))
-    return available
-
-
-def _number(path: Path) -> int | None:
-    """None without a limit ("max") or without the file."""
-    try:
-        text = path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def _cache(path: Path, name: str) -> int:
-    try:
-        lines = dict(line.split(" ", 1) for line in path.read_text().splitlines() if " " in line)
-    except (OSError, UnicodeDecodeError):
-        return 0
-    return int(lines[name]) if lines.get(name, "").isdecimal() else 0
 
 
 def release_memory() -> None:

@@ -33,6 +33,7 @@ from local_rerank.engine.load import load, load_model
 from local_rerank.engine.out_of_memory import (
     MIN_BATCH_TOKENS,
     LayerShape,
+    available_ram,
     bytes_per_token,
     fitted_budget,
     is_out_of_memory,
@@ -202,21 +203,42 @@ def test_an_error_behind_the_error_counts_and_a_long_or_circular_chain_ends() ->
     assert not is_out_of_memory(first)
 
 
-@pytest.mark.parametrize(("limit", "free"), [(10**9 + 12_345_678, "0.0123 GB"), (10**8, "0 bytes"), (-1, "7 GB")])
+@pytest.mark.parametrize(
+    ("limit", "free", "first"),
+    [
+        (10**9 + 12_345_678, "0.0123 GB", "free memory, raise the limit of this process (ulimit -v)"),
+        (10**8, "0 bytes", "free memory, raise the limit of this process (ulimit -v)"),
+        (-1, "7 GB", "free memory"),
+    ],
+)
 def test_a_load_on_a_cpu_says_what_is_free_under_the_limit_of_the_process(
-    limit: int, free: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    limit: int, free: str, first: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig(model=str(tiny_checkpoint), device="cpu", dtype="fp32")
     plan = make_plan(config, open_checkpoint(config.model))
     monkeypatch.setattr("local_rerank.engine.load.read_qwen3", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("local_rerank.engine.out_of_memory.cgroup_folders", lambda *_: [])
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=7 * 10**9))
     monkeypatch.setattr("psutil.Process.rlimit", lambda *_: (limit, -1))
     monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(vms=10**9))
-    advice = (
-        "free memory, raise the limit of this process (ulimit -v), use a smaller model, or set dtype to bf16 or fp16"
-    )
+    advice = f"{first}, use a smaller model, or set dtype to bf16 or fp16"
     with pytest.raises(ConfigError, match=re.escape(f" in fp32, and {free} are free; {advice}") + "$"):
         load(plan, (5, 6), known=list)
+
+
+def test_a_cgroup_limits_the_memory_that_is_free(tmp_path: Path) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/self/cgroup", "0::/box\n")
+    write("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    write("sys/fs/cgroup/box/memory.max", "5000000\n")
+    write("sys/fs/cgroup/box/memory.current", "4000000\n")
+    write("sys/fs/cgroup/box/memory.stat", "anon 1\ninactive_file 300000\n")
+    assert available_ram(tmp_path) == 1_300_000
+    write("sys/fs/cgroup/box/memory.max", "max\n")
+    assert available_ram(tmp_path) > 10_000_000
 
 
 def test_any_other_error_passes_through(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from local_rerank import EngineConfig
 from local_rerank.engine.out_of_memory import free_bytes
-from local_rerank.errors import ConfigError, ModelUnavailable
+from local_rerank.errors import ConfigError
 from local_rerank.models.loader import EngineLoader
 from local_rerank.models.model_set import ModelSet
 from local_rerank.models.options import ModelOptions
@@ -104,20 +104,3 @@ def test_a_model_that_is_spread_over_gpus_is_not_refused_for_the_room_on_one() -
     models.close()
     with pytest.raises(ConfigError, match="model large needs 16 bytes on cuda:0, but 12 bytes are free"):
         ModelSet([small, options("large", "cuda:0", "auto")], SmallGpus(), max_bytes=12).start()
-
-
-def test_no_model_is_unloaded_for_one_that_ran_out_of_memory_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Underestimated(SmallGpus):
-        def inspect(self, config: EngineConfig) -> tuple[str, str, int]:
-            return str(config.model), config.device, 8  # "large" needs 16 of 10
-
-    monkeypatch.setattr("local_rerank.models.model_set.RETRY_SECONDS", 0.0)
-    engines = [EngineConfig(model=name, device="cuda:0") for name in ("small", "large")]
-    models = ModelSet([ModelOptions(engine=engine) for engine in engines], loader := Underestimated())
-    models.start()
-    for _ in range(2):
-        with pytest.raises(ModelUnavailable):
-            use(models, "large")
-        use(models, "small")
-    assert loader.log == ["load small", "close small", "load large", "load small"]
-    models.close()

@@ -21,7 +21,7 @@ from local_rerank.errors import CheckpointError, ConfigError, ModelUnavailable
 from local_rerank.models.loader import EngineLoader
 from local_rerank.models.model_set import RETRY_SECONDS, ModelSet
 from local_rerank.models.options import ModelOptions, models_of, seconds_of
-from local_rerank.models.room import available_ram, needed_bytes
+from local_rerank.models.room import needed_bytes
 from tests.serving import until
 
 WAIT = 10
@@ -223,21 +223,6 @@ def test_names_are_unique_and_a_model_without_room_is_refused() -> None:
     for option in ("", "10", "1d", "-1s"):
         with pytest.raises(ConfigError, match="it must be a time such as"):
             seconds_of(option, several=True)
-
-
-def test_a_cgroup_limits_the_memory_that_is_free(tmp_path: Path) -> None:
-    def write(path: str, text: str) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-
-    write("proc/self/cgroup", "0::/box\n")
-    write("proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
-    write("sys/fs/cgroup/box/memory.max", "5000000\n")
-    write("sys/fs/cgroup/box/memory.current", "4000000\n")
-    write("sys/fs/cgroup/box/memory.stat", "anon 1\ninactive_file 300000\n")
-    assert available_ram(tmp_path) == 1_300_000
-    write("sys/fs/cgroup/box/memory.max", "max\n")
-    assert available_ram(tmp_path) > 10_000_000
 
 
 def test_ten_loads_leave_no_memory_behind_and_the_estimate_holds(tiny_checkpoint: Path) -> None:

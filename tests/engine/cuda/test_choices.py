@@ -319,7 +319,7 @@ def test_a_load_that_runs_out_of_memory_says_what_it_needs_and_what_to_do(
     planned = plan(tiny_checkpoint, **options)
     failed = CheckpointError("cannot be loaded: CUDA out of memory. Tried to allocate 1.16 GiB. GPU 0 has ...")
     monkeypatch.setattr("local_rerank.engine.load.load_model", Mock(side_effect=failed))
-    monkeypatch.setattr("local_rerank.engine.load.free_bytes", Mock(side_effect=[free]))
+    monkeypatch.setattr("local_rerank.engine.out_of_memory.free_bytes", Mock(side_effect=[free]))
     size = sum(weight.numel() for weight in load_file(tiny_checkpoint / "model.safetensors").values())
     says = f"its weights take {gigabytes(size * planned.weights.itemsize)} in {name_of(planned.weights)}"
     shown = "0 bytes" if isinstance(free, Exception) else "0.0123 GB"
